@@ -1,0 +1,427 @@
+"""Every setting, with its one default and its meaning. Imports no torch: a dry run works on a login node.
+
+A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`). Unknown keys are errors, and what can
+be checked without loading anything is checked when the configuration is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from typing_extensions import Self
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False, validate_default=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: Path  # Hugging Face directory: config.json and safetensors
+    tokenizer: Path | None = None  # defaults to model.path
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TE on CUDA when importable
+    recompute: Literal["none", "full"] = "none"  # activations of whole layers computed again in the backward pass
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.tokenizer or self.path
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt | None = None  # model chunks a pipeline rank, interleaved schedule
+    data: PositiveInt | None = None  # None: what the launcher started, else 1
+    sequence: bool = False  # sequence parallelism, needs tensor > 1
+    timeout_seconds: PositiveInt = 1800  # of every collective
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor > 1: set parallel.sequence=false")
+        if self.virtual_pipeline is not None and self.pipeline == 1:
+            raise ValueError("parallel.virtual_pipeline needs parallel.pipeline > 1: leave it empty")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(default=1e-6, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)  # linear from 0, in optimizer steps
+    decay: Literal["constant", "cosine"] = "constant"
+    decay_steps: PositiveInt | None = None  # where cosine reaches min_lr; None: the end of the run
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0)  # global norm; 0: no clipping
+    distributed: bool = False  # optimizer state sharded over data parallel ranks
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr must be <= lr={self.lr}, got {self.min_lr}")
+        return self
+
+
+class TrainableConfig(Section):
+    optimizer: OptimizerConfig = OptimizerConfig()
+    microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch at most (a longer sequence is alone in its own)
+    updates_per_step: PositiveInt = 1  # optimizer steps on one set of groups
+
+
+class RewardModelConfig(TrainableConfig):
+    enabled: bool = True  # False: every token weight is 1
+    path: Path | None = None  # initial weights; None: model.path
+
+
+class OrealConfig(Section):
+    """What the paper and its reference code do differently. `preset` fills what is left empty."""
+
+    name: Literal["oreal"] = "oreal"
+    preset: Literal["reference", "paper"] = "reference"
+    rewards: Literal["plus_minus_one", "zero_one"] | None = None
+    advantage: Literal["leave_one_out", "grpo"] | None = None
+    selection: Literal["one_pair", "all"] | None = None  # samples trained on, of each group with both kinds
+    positive_weight: Literal["advantage", "one"] | None = None
+    negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] | None = None
+    prefix_mean: bool | None = None  # token weights from the mean of the scores so far, not from the token's own score
+    score_position: Literal["before", "at"] | None = None  # the score beside the token that predicts, or at the token
+    token_weights: Literal["threshold", "top_k", "mean_one"] | None = None
+    top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # of a sequence's tokens, for token_weights=top_k
+    negative_coef: float = Field(default=0.5, ge=0)  # eta
+    kl_kind: Literal["k3", "mse"] | None = None
+    kl_target: Literal["initial", "old"] | None = None  # the frozen initial policy, or the policy at the step's start
+    kl_coef: float = Field(default=0.01, ge=0)
+    policy_freeze_steps: int | None = Field(default=None, ge=0)  # the first steps train the reward model only
+
+    @model_validator(mode="after")
+    def fill_from_preset(self) -> Self:
+        for name, value in OREAL_PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        return self
+
+
+OREAL_PRESETS: dict[str, dict[str, Any]] = {
+    "reference": {
+        "rewards": "plus_minus_one",
+        "advantage": "leave_one_out",
+        "selection": "one_pair",
+        "positive_weight": "advantage",
+        "negative_weight": "advantage",
+        "prefix_mean": True,
+        "score_position": "before",
+        "token_weights": "threshold",
+        "kl_kind": "k3",
+        "kl_target": "initial",
+        "policy_freeze_steps": 10,
+    },
+    "paper": {
+        "rewards": "zero_one",
+        "advantage": "leave_one_out",
+        "selection": "one_pair",
+        "positive_weight": "one",
+        "negative_weight": "one_minus_pass_rate",
+        "prefix_mean": False,
+        "score_position": "at",
+        "token_weights": "threshold",
+        "kl_kind": "k3",
+        "kl_target": "old",
+        "policy_freeze_steps": 0,
+    },
+}
+
+
+class PromptConfig(Section):
+    """How a prompt becomes tokens; training and evaluation share it."""
+
+    format: Literal["chat", "plain"] = "chat"  # the tokenizer's chat template, or the contents joined as they are
+    system_prompt: str | None = None  # put before prompts without one of their own
+    suffix: str = ""  # appended to the last user message, e.g. "Put the final answer in \\boxed{}."
+    max_prompt_tokens: PositiveInt = 2048  # longer prompts are counted, logged and skipped
+
+
+class DataConfig(PromptConfig):
+    prompts: Path  # JSONL of {"id", "prompt", "answer", "source", "pass_rate"}
+    prompts_per_step: PositiveInt = 64
+    shuffle: bool = True
+    # (upper bound of pass_rate, repeats an epoch): [[0.2, 6], [0.6, 4], [0.8, 2]]; at or above the last bound: dropped.
+    repeats_by_pass_rate: list[tuple[float, int]] = []
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        bounds = [bound for bound, _ in self.repeats_by_pass_rate]
+        if bounds != sorted(bounds) or any(repeats < 0 for _, repeats in self.repeats_by_pass_rate):
+            raise ValueError("data.repeats_by_pass_rate needs rising bounds and repeats >= 0")
+        return self
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=1.0, ge=0)  # 0: greedy
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)  # 0: all
+    max_new_tokens: PositiveInt = 1024
+
+
+class RolloutConfig(SamplingConfig):
+    engine: Literal["local"] = "local"  # in the trainer's own processes
+    group_size: int = Field(default=16, ge=1)
+    stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
+    batch_size: PositiveInt = 512  # sequences decoded together in a process
+
+
+class VerifierConfig(Section):
+    num_workers: PositiveInt = 1
+    cpu_seconds: float = Field(default=3.0, gt=0)  # of one comparison, then the worker is ended
+    require_stop: bool = True  # a response cut at the length limit is wrong, whatever it says
+
+
+class EvalConfig(Section):
+    prompts: dict[str, Path] = {}  # dataset name -> JSONL
+    every: PositiveInt = 10  # steps; the first evaluation is before the first step
+    num_samples: int = Field(default=1, ge=0)  # a prompt, at rollout's temperature; 0: greedy only
+    max_prompts: PositiveInt | None = None  # the first ones of each dataset
+    num_examples: int = Field(default=3, ge=0)  # greedy answers written out at each evaluation
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 50  # steps
+    keep_last: PositiveInt = 2
+    keep_best: int = Field(default=1, ge=0)
+    best_metric: str = ""  # e.g. "eval/gsm8k/greedy"; empty: only the last ones are kept
+    export_hf: bool = True  # write the final policy to RUN_DIR/hf
+
+
+class RunConfig(Section):
+    """What every kind of run has."""
+
+    run_dir: Path
+    seed: int = 0
+    num_steps: PositiveInt
+    deterministic: bool = True  # deterministic torch algorithms where the device has them
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class TrainConfig(RunConfig):
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    algorithm: OrealConfig = OrealConfig()
+    policy: TrainableConfig = TrainableConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.rollout.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size must be >= 2 for {self.algorithm.advantage} advantages, got {self.rollout.group_size}"
+            )
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
+        check_best_metric(self.checkpoint, self.eval)
+        return self
+
+
+class SftDataConfig(PromptConfig):
+    examples: Path  # JSONL of {"prompt", "response"}
+    sequences_per_step: PositiveInt = 64
+    max_tokens: PositiveInt = 4096  # of prompt and response; longer examples are counted, logged and skipped
+    shuffle: bool = True
+
+
+class SftConfig(RunConfig):
+    data: SftDataConfig
+    policy: TrainableConfig = TrainableConfig()
+    rollout: RolloutConfig = RolloutConfig()  # for the evaluation
+    verifier: VerifierConfig = VerifierConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        check_best_metric(self.checkpoint, self.eval)
+        return self
+
+
+def check_best_metric(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> None:
+    known = [f"eval/{name}/{kind}" for name in evaluation.prompts for kind in ("greedy", "pass@1")]
+    if checkpoint.best_metric and checkpoint.best_metric not in known:
+        raise ValueError(f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured here; known: {known}")
+
+
+class ModelShape(BaseModel):
+    """What the layout checks need of a Hugging Face config.json."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_type: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int = 1 << 30
+
+
+def read_model_shape(path: Path) -> ModelShape:
+    """Raises ValueError when `path` holds no readable config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json")
+    try:
+        return ModelShape.model_validate_json(file.read_text())
+    except ValidationError as error:
+        raise ValueError(f"model.path: {file}: {describe(error)}") from None
+
+
+def data_parallel_size(parallel: ParallelConfig) -> int:
+    """Replicas of the model; raises ValueError where a launcher's world size does not fit the layout."""
+    model_size = parallel.tensor * parallel.pipeline
+    world_size = os.environ.get("WORLD_SIZE")  # torchrun's and Slurm scripts' contract
+    if world_size is None:
+        return parallel.data or 1
+    if int(world_size) % model_size:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} must divide the "
+            f"{world_size} processes started: change the layout or the number of processes"
+        )
+    data = int(world_size) // model_size
+    if parallel.data not in (None, data):
+        raise ValueError(f"parallel.data={parallel.data} but the {world_size} processes started make it {data}: drop it")
+    return data
+
+
+def num_processes(parallel: ParallelConfig) -> int:
+    return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
+
+
+def check_layout(config: RunConfig, known_model_types: Sequence[str]) -> ModelShape:
+    """Refuses a layout that the model cannot have. Reads config.json only."""
+    shape, parallel = read_model_shape(config.model.path), config.parallel
+    if shape.model_type not in known_model_types:
+        raise ValueError(
+            f"model.path: model_type {shape.model_type!r} is not supported; known: {', '.join(known_model_types)}"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(shape, name) % parallel.tensor:
+            raise ValueError(f"parallel.tensor={parallel.tensor} must divide the model's {name}={getattr(shape, name)}")
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if shape.num_hidden_layers % stages:
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} x parallel.virtual_pipeline={parallel.virtual_pipeline or 1} must "
+            f"divide the model's num_hidden_layers={shape.num_hidden_layers}"
+        )
+    data_parallel_size(parallel)
+    return shape
+
+
+def check_lengths(config: TrainConfig, shape: ModelShape) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > shape.max_position_embeddings:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
+            f"max_position_embeddings={shape.max_position_embeddings}: lower one of the two"
+        )
+
+
+ConfigType = TypeVar("ConfigType", bound=RunConfig)
+
+
+def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:
+    """Builds a configuration from YAML and `section.key=value` overrides, whose values are YAML too.
+
+    Relative paths stay relative to the working directory. Raises ValueError, one line, naming the field and the fix.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a YAML configuration file")
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold sections and keys, not a {type(settings).__name__}")
+    for override in overrides:
+        apply_override(settings, override)
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(describe(error, kind)) from None
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} must read section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        settings[last] = parse_scalar(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+
+
+def parse_scalar(text: str) -> Any:
+    """YAML, and numbers such as 1e-6 that YAML 1.1 takes for strings."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
+    """The first thing that is wrong, in one line, and how many more there are."""
+    errors = error.errors()
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
+    elif first["type"] == "missing":
+        message = f"{where} is required: set it in the file or as {where}=..."
+    elif first["type"] != "value_error":
+        message = f"{where}: {message}, got {first['input']!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return " ".join(message.split()) + more
+
+
+def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
+    for part in location[:-1]:
+        field = kind.model_fields.get(str(part)) if kind else None
+        kind = field.annotation if field and isinstance(field.annotation, type) else None
+    if kind is None or not issubclass(kind, BaseModel):
+        return ""
+    known = list(kind.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def describe_layout(config: RunConfig) -> str:
+    """The parallel layout as a table: Megatron's rank order is tensor, data, pipeline."""
+    parallel, data = config.parallel, data_parallel_size(config.parallel)
+    lines = [
+        f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
+        f"x data {data}, sequence parallel {'on' if parallel.sequence else 'off'}",
+        "  rank  tensor  data  pipeline",
+    ]
+    for rank in range(min(num_processes(parallel), 64)):
+        tensor, rest = rank % parallel.tensor, rank // parallel.tensor
+        lines.append(f"  {rank:4d}  {tensor:6d}  {rest % data:4d}  {rest // data:8d}")
+    return "\n".join(lines)

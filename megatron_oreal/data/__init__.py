@@ -1,0 +1,1 @@
+"""Prompts, supervised examples and tokens: from files to what the engines and models take."""

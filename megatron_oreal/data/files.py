@@ -1,0 +1,65 @@
+"""JSONL files: one JSON object a line, read with the line in every error, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+Row = dict[str, Any]
+
+
+def read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
+    """Yields (line number from 1, object) and skips blank lines.
+
+    Raises ValueError, naming `setting` and the line, for a missing or empty file and for a line that is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{setting}: {path} does not exist; give a JSONL file")
+    num_rows = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{setting}: {path} line {number} is not JSON ({error}); fix the line") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{setting}: {path} line {number} must be a JSON object, not {describe_type(row)}")
+            num_rows += 1
+            yield number, row
+    if not num_rows:
+        raise ValueError(f"{setting}: {path} is empty; it needs at least one line")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Writes the rows and returns their number; makes the folder where needed."""
+    num_rows = 0
+    with writing(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            num_rows += 1
+    return num_rows
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file under a temporary name that takes its own name when the block ends, and is removed when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe_type(value: object) -> str:
+    """The JSON name of a value's type, for errors."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

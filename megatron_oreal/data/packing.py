@@ -1,0 +1,149 @@
+"""Sequences to packed micro-batches, balanced over data-parallel ranks. Pure: every rank computes the same plan.
+
+Each sequence is trained exactly once, whatever the number of ranks: ranks and micro-batches that are left without one get
+a filler of masked tokens, which contributes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_oreal.types import Batch, Microbatch, TrainingSequence
+
+
+@dataclass(frozen=True, slots=True)
+class PackingPlan:
+    """What packing has to know of the parallel layout and the model's limits."""
+
+    data_rank: int
+    data_size: int
+    microbatch_tokens: int  # at most, but for a longer sequence, which is alone
+    token_multiple: int = 1  # of every micro-batch's length, for sequence parallelism
+    count_multiple: int = 1  # of the number of micro-batches, for interleaved pipelines
+    device: torch.device = torch.device("cpu")
+
+
+def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
+    """This data-parallel rank's micro-batches of all ranks' sequences, with the global counts."""
+    assignment = assign(
+        [sequence.num_tokens for sequence in sequences], plan.data_size, plan.microbatch_tokens, plan.count_multiple
+    )
+    microbatches = [build_microbatch([sequences[i] for i in bin_], plan) for bin_ in assignment[plan.data_rank]]
+    trained = [(len(sequence.response_ids), sequence.is_correct) for sequence in sequences]
+    return Batch(
+        microbatches=microbatches,
+        num_sequences=len(sequences),
+        num_tokens=sum(length for length, _ in trained),
+        num_correct_tokens=sum(length for length, correct in trained if correct),
+        num_incorrect_tokens=sum(length for length, correct in trained if not correct),
+        num_correct_sequences=sum(correct for _, correct in trained),
+    )
+
+
+def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1) -> list[list[list[int]]]:
+    """[rank][micro-batch] -> sequence numbers. Ranks are balanced by tokens and have equally many micro-batches."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        lightest = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        ranks[lightest].append(number)
+        loads[lightest] += lengths[number]
+    packed = [first_fit(numbers, lengths, capacity) for numbers in ranks]
+    count = max(1, *(len(bins) for bins in packed))
+    count = -(-count // count_multiple) * count_multiple
+    return [[sorted(bin_) for bin_ in bins] + [[] for _ in range(count - len(bins))] for bins in packed]
+
+
+def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    filled: list[int] = []
+    for number in numbers:
+        for index, tokens in enumerate(filled):
+            if tokens + lengths[number] <= capacity:
+                bins[index].append(number)
+                filled[index] += lengths[number]
+                break
+        else:
+            bins.append([number])
+            filled.append(lengths[number])
+    return bins
+
+
+def build_microbatch(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Microbatch:
+    tokens = [sequence.prompt_ids + sequence.response_ids for sequence in sequences]
+    used = sum(len(ids) for ids in tokens)
+    padding = -used % plan.token_multiple if used else max(plan.token_multiple, 2)
+    lengths = [len(ids) for ids in tokens] + ([padding] if padding else [])
+    total = used + padding
+    input_ids = torch.zeros(total, dtype=torch.int64)
+    input_ids[:used] = torch.tensor([token for ids in tokens for token in ids], dtype=torch.int64)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position_ids = torch.arange(total) - cu_seqlens[sequence_ids]
+    prompt_lengths = torch.tensor([len(sequence.prompt_ids) for sequence in sequences] + [total] * bool(padding))
+    # The token at position t predicts t + 1: trained from the last prompt token to the one before the end.
+    loss_mask = (position_ids >= prompt_lengths[sequence_ids] - 1) & (
+        position_ids < torch.tensor(lengths)[sequence_ids] - 1
+    )
+    advantages = torch.tensor([sequence.advantage for sequence in sequences] + [0.0] * bool(padding))
+    logprobs = [value for sequence in sequences for value in known_logprobs(sequence)]
+    rollout_logprobs = torch.zeros(total, dtype=torch.float32)
+    rollout_logprobs[loss_mask] = torch.tensor(logprobs, dtype=torch.float32)
+    microbatch = Microbatch(
+        input_ids=input_ids,
+        labels=input_ids.roll(-1),
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens.int(),
+        max_seqlen=max(lengths),
+        loss_mask=loss_mask,
+        sequence_ids=sequence_ids,
+        advantages=torch.where(loss_mask, advantages[sequence_ids], 0.0),
+        is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
+        rollout_logprobs=rollout_logprobs,
+    )
+    return to_device(microbatch, plan.device)
+
+
+def known_logprobs(sequence: TrainingSequence) -> list[float]:
+    return sequence.model_logprobs or [0.0] * len(sequence.response_ids)
+
+
+def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    if device.type != "cpu":
+        for name in Microbatch.__slots__:
+            value = getattr(microbatch, name)
+            if isinstance(value, Tensor):
+                setattr(microbatch, name, value.to(device, non_blocking=True))
+    return microbatch
+
+
+def response_index(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """For each trained token, in packed order: its sequence [T'] and its place in the response [T']."""
+    trained = microbatch.loss_mask.nonzero()[:, 0]
+    sequence = microbatch.sequence_ids[trained]
+    first = torch.full((microbatch.num_sequences,), len(microbatch.labels), device=trained.device)
+    first = first.scatter_reduce(0, sequence, trained, "amin")
+    return sequence, trained - first[sequence]
+
+
+def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """Per-token values [T] -> [N, longest response], and the mask of what is a response token there."""
+    sequence, place = response_index(microbatch)
+    longest = int(place.max()) + 1 if place.numel() else 1
+    padded = torch.zeros(microbatch.num_sequences, longest, dtype=values.dtype, device=values.device)
+    mask = torch.zeros_like(padded, dtype=torch.bool)
+    padded[sequence, place] = values[microbatch.loss_mask]
+    mask[sequence, place] = True
+    return padded, mask
+
+
+def unpad_responses(padded: Tensor, microbatch: Microbatch) -> Tensor:
+    """The inverse of pad_responses: [N, longest] -> [T], 0 outside the loss mask."""
+    sequence, place = response_index(microbatch)
+    values = torch.zeros(len(microbatch.labels), dtype=padded.dtype, device=padded.device)
+    values[microbatch.loss_mask] = padded[sequence, place]
+    return values

@@ -1,0 +1,203 @@
+"""Prompts: our JSONL, their tokens, and the order in which training sees them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from megatron_oreal.config import PromptConfig
+from megatron_oreal.data.files import Row, describe_type, read_jsonl, write_jsonl
+from megatron_oreal.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from megatron_oreal.data.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True, frozen=True)
+class EncodedPrompt:
+    prompt: Prompt
+    token_ids: list[int]
+
+
+def read_prompts(path: Path, setting: str) -> list[Prompt]:
+    """Reads JSONL of {"id", "prompt", "answer", "source", "pass_rate"}; the last two are optional, other keys ignored.
+
+    "prompt" is a list of {"role", "content"}, or a string for one user message. Raises ValueError, naming `setting` and
+    the line, for a missing or empty file, a malformed line and an id that occurs twice.
+    """
+    prompts: dict[str, Prompt] = {}
+    for number, row in read_jsonl(path, setting):
+        try:
+            prompt = parse_prompt(row)
+            if prompt.id in prompts:
+                raise ValueError(f"id {prompt.id!r} occurs twice; ids must be unique")
+        except ValueError as error:
+            raise ValueError(f"{setting}: {path} line {number}: {error}") from None
+        prompts[prompt.id] = prompt
+    return list(prompts.values())
+
+
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> int:
+    """Writes what `read_prompts` reads; returns the number of prompts."""
+    return write_jsonl(path, map(prompt_row, prompts))
+
+
+def prompt_row(prompt: Prompt) -> Row:
+    return {
+        "id": prompt.id,
+        "prompt": [{"role": message.role, "content": message.content} for message in prompt.messages],
+        "answer": prompt.answer,
+        "source": prompt.source,
+        "pass_rate": prompt.pass_rate,
+    }
+
+
+def parse_prompt(row: Row) -> Prompt:
+    """Raises ValueError that names the key and the fix."""
+    pass_rate = row.get("pass_rate")
+    if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
+        raise ValueError(f"pass_rate must be a number from 0 to 1, or null, got {pass_rate!r}")
+    source = row.get("source", "")
+    if not isinstance(source, str):
+        raise ValueError(f"source must be a string, not {describe_type(source)}")
+    return Prompt(
+        id=parse_text(row, "id"),
+        messages=parse_messages(row),
+        answer=parse_text(row, "answer"),
+        pass_rate=None if pass_rate is None else float(pass_rate),
+        source=source,
+    )
+
+
+def parse_text(row: Row, key: str) -> str:
+    """A non-empty string, or a number as its text."""
+    value = row.get(key)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{key} is missing; give a non-empty string")
+    if not isinstance(value, str) and not is_number(value):
+        raise ValueError(f"{key} must be a string, not {describe_type(value)}")
+    return str(value)
+
+
+def parse_messages(row: Row) -> tuple[Message, ...]:
+    value = row.get("prompt")
+    if not value:
+        raise ValueError('prompt is missing; give a string or a list of {"role", "content"}')
+    if isinstance(value, str):
+        return (Message("user", value),)
+    if not isinstance(value, list):
+        raise ValueError(f'prompt must be a string or a list of {{"role", "content"}}, not {describe_type(value)}')
+    messages = []
+    for message in value:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError('each message of prompt must be {"role": string, "content": string}')
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, config: PromptConfig
+) -> tuple[list[EncodedPrompt], int]:
+    """The prompts with their token ids, and how many were skipped as longer than `config.max_prompt_tokens`.
+
+    Raises ValueError when all are skipped, and where the tokenizer refuses the format.
+    """
+    token_ids = tokenizer.encode_many([tokenizer.render_prompt(prompt.messages, config) for prompt in prompts])
+    encoded = [
+        EncodedPrompt(prompt, ids)
+        for prompt, ids in zip(prompts, token_ids, strict=True)
+        if len(ids) <= config.max_prompt_tokens
+    ]
+    if not encoded:
+        raise ValueError(
+            f"data.max_prompt_tokens={config.max_prompt_tokens}: each of the {len(prompts)} prompts is longer; "
+            f"raise it to {min(map(len, token_ids), default=1)} or more"
+        )
+    return encoded, len(prompts) - len(encoded)
+
+
+def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, int]]) -> list[Prompt]:
+    """Each prompt as often as the first rule (upper bound, repeats) whose bound exceeds its pass rate says.
+
+    At or above the last bound a prompt is dropped; one without a pass rate is kept once, and no rules keep all.
+    Raises ValueError when nothing is left.
+    """
+    if not rules:
+        return list(prompts)
+    repeated: list[Prompt] = []
+    for prompt in prompts:
+        repeats = 1
+        if prompt.pass_rate is not None:
+            repeats = next((repeats for bound, repeats in rules if prompt.pass_rate < bound), 0)
+        repeated += [prompt] * repeats
+    if not repeated:
+        raise ValueError(f"data.repeats_by_pass_rate drops each of the {len(prompts)} prompts; raise its last bound")
+    return repeated
+
+
+class PromptCursor(Generic[Item]):
+    """Hands out the items in batches, epoch after epoch, each item once an epoch; a batch may run across the border.
+
+    The order of an epoch depends on (seed, epoch) alone, so two numbers are enough to continue a run.
+    """
+
+    def __init__(self, prompts: Sequence[Item], shuffle: bool, seed: int) -> None:
+        if not prompts:
+            raise ValueError("data.prompts holds no prompt to train on; give at least one")
+        self.prompts = prompts
+        self.shuffle = shuffle
+        self.seed = seed
+        self._start_epoch(0)
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the prompts."""
+        return self._epoch
+
+    def next_batch(self, count: int) -> list[Item]:
+        batch: list[Item] = []
+        while len(batch) < count:
+            taken = self._order[self._position : self._position + count - len(batch)]
+            batch += [self.prompts[index] for index in taken]
+            self._position += len(taken)
+            if self._position == len(self._order):
+                self._start_epoch(self._epoch + 1)
+        return batch
+
+    def state(self) -> dict[str, int]:
+        """What `restore` needs to continue at this place."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self.seed,
+            "num_prompts": len(self.prompts),
+        }
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Continues where `state` was taken, in its order. Raises ValueError when the number of prompts differs."""
+        if state["num_prompts"] != len(self.prompts):
+            raise ValueError(
+                f"data.prompts: the run was saved with {state['num_prompts']} prompts an epoch and now has "
+                f"{len(self.prompts)}; keep the file, data.max_prompt_tokens and data.repeats_by_pass_rate"
+            )
+        self.seed = state["seed"]
+        self._start_epoch(state["epoch"])
+        self._position = state["position"]
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._position = 0
+        self._order = list(range(len(self.prompts)))
+        if self.shuffle:
+            # A string seeds by its SHA-512, which no Python version or hash seed changes.
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)

@@ -1,0 +1,154 @@
+"""From a Hugging Face config.json to Megatron's GPTModel, one chunk a (virtual) pipeline stage of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_oreal.checkpoint.families import Architecture
+from megatron_oreal.checkpoint.mapping import padded_vocabulary
+from megatron_oreal.config import ModelConfig
+from megatron_oreal.models.attention import PackedAttention, SequenceParallelRMSNorm
+from megatron_oreal.models.heads import Head
+from megatron_oreal.models.parallel import ParallelLayout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PackedGPTModel(GPTModel):
+    """GPTModel over packed tokens that ends in hidden states: its head is applied by whoever owns the loss."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, rotary, *rest = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
+        packed = kwargs.get("packed_seq_params")
+        if packed is not None and packed.qkv_format == "sbhd":
+            # One row a token instead of one a position: the rotary embedding needs no segments then.
+            rotary = rotary[position_ids[0]]
+        return decoder_input, rotary, *rest
+
+    def _postprocess(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def uses_transformer_engine(config: ModelConfig, device: torch.device) -> bool:
+    """Raises ValueError when it is asked for and not to be had."""
+    if config.implementation == "local":
+        return False
+    missing = "it runs on CUDA only" if device.type != "cuda" else ""
+    if not missing:
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError as error:
+            missing = f"it cannot be imported: {error}"
+    if missing and config.implementation == "transformer_engine":
+        raise ValueError(f"model.implementation=transformer_engine, but {missing}; use auto or local")
+    return not missing
+
+
+def transformer_config(
+    architecture: Architecture, config: ModelConfig, layout: ParallelLayout, transformer_engine: bool
+) -> TransformerConfig:
+    dtype = DTYPES[config.dtype]
+    pipelined = layout.pipeline_size > 1
+    recompute: dict[str, Any] = {}
+    if config.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor_size,
+        pipeline_model_parallel_size=layout.pipeline_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_size if layout.virtual_size > 1 else None,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=pipelined,  # micro-batches are packed to different lengths
+        batch_p2p_comm=pipelined and layout.device.type == "cuda",
+        perform_initialization=False,  # every parameter comes from a checkpoint or from its head
+        use_cpu_initialization=layout.device.type == "cpu",
+        # The loss is global already: no division by tokens or micro-batches, see optimizer.finalize_gradients.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=transformer_engine,
+        bias_activation_fusion=transformer_engine,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=transformer_engine,
+        **recompute,
+    )
+
+
+def layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if transformer_engine:
+        return spec
+    spec.layer_norm = SequenceParallelRMSNorm
+    for layer in spec.layer_specs:
+        assert isinstance(layer, ModuleSpec)
+        layer.submodules.input_layernorm = SequenceParallelRMSNorm
+        layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
+def build_chunks(
+    architecture: Architecture, head: Head, config: TransformerConfig, layout: ParallelLayout, transformer_engine: bool
+) -> list[PackedGPTModel]:
+    """This rank's chunks, uninitialised but for the head, on the layout's device."""
+    tied = architecture.tied_embeddings and head.kind == "lm"
+    chunks = []
+    for number in range(layout.virtual_size):
+        vp_stage = number if layout.virtual_size > 1 else None
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        chunk = PackedGPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, transformer_engine, vp_stage),
+            vocab_size=padded_vocabulary(architecture.vocab_size, layout.tensor_size),
+            max_sequence_length=architecture.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            post_process=is_last,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+            rotary_base=int(architecture.rope_theta),
+            parallel_output=True,
+            vp_stage=vp_stage,
+        )
+        if is_last:
+            head.attach(chunk, config)
+        chunks.append(chunk.to(layout.device))
+    return chunks
+
+
+def global_parameters(chunks: list[PackedGPTModel]) -> Iterator[tuple[str, Tensor]]:
+    """(name, parameter) of this rank, with layers counted from 0 over the whole model."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+            yield ".".join(parts), parameter

@@ -1,0 +1,92 @@
+"""What ends a model: log-probs over the vocabulary, or one number a token. The rest of the model does not know which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_oreal.checkpoint.families import Head as HeadKind
+from megatron_oreal.kernels import linear_logprob
+from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.types import Microbatch, TokenOutputs
+
+
+class Head(Protocol):
+    kind: HeadKind
+
+    def attach(self, model: Any, config: TransformerConfig) -> None:
+        """Gives the last stage's GPTModel the parameters of this head."""
+        ...
+
+    def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs: ...
+
+
+def whole_sequence(hidden: Tensor, layout: ParallelLayout) -> Tensor:
+    """[T or T / tensor_size, 1, H] -> [T, H]. The heads' gradients are whole already: its backward only slices."""
+    if layout.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+    return hidden.squeeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobHead:
+    """Log-probs and entropies of the labels where the loss mask is set, 0 elsewhere: only those tokens meet the head."""
+
+    layout: ParallelLayout
+    vocab_size: int  # without padding
+    kind: HeadKind = "lm"
+
+    def attach(self, model: Any, config: TransformerConfig) -> None:
+        """GPTModel's own output layer is the head's weight."""
+
+    def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
+        shared = model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+        trained = microbatch.loss_mask.nonzero()[:, 0]
+        selected = whole_sequence(hidden, self.layout).index_select(0, trained)
+        logprobs, _, entropy = linear_logprob(
+            selected.to(weight.dtype),
+            weight,
+            microbatch.labels[trained],
+            tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
+            valid_vocab=self.vocab_size,
+            entropy=True,
+        )
+        assert entropy is not None
+        empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=hidden.device)
+        return TokenOutputs(
+            values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy.detach())
+        )
+
+
+class ScalarProjection(torch.nn.Module):
+    """Linear(hidden, 1) without bias, replicated over tensor parallelism, zero at first."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(self.state_dict(), prefix, {}, sharded_offsets)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarHead:
+    """One score a token, for reward model and critic, in float32."""
+
+    layout: ParallelLayout
+    kind: HeadKind = "scalar"
+
+    def attach(self, model: Any, config: TransformerConfig) -> None:
+        model.output_layer = ScalarProjection(config)
+
+    def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
+        scores = whole_sequence(hidden, self.layout).float() @ model.output_layer.weight.float().T
+        return TokenOutputs(values=scores[:, 0], entropy=None)

@@ -1,0 +1,118 @@
+"""The parallel layout of this process, and the backend it runs on: chosen once, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_oreal.config import ParallelConfig
+from megatron_oreal.models import megatron_on_cpu
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """Ranks, sizes and process groups; pass it instead of asking Megatron's global state."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_size: int  # model chunks on this rank
+    data_rank: int
+    data_size: int
+    sequence_parallel: bool
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of this pipeline's last stage."""
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
+
+
+def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) -> ParallelLayout:
+    """Starts torch.distributed (a world of one without a launcher) and Megatron's process groups.
+
+    Raises ValueError where the launcher's number of processes does not fit the layout.
+    """
+    quiet_megatron()
+    on_cpu = megatron_on_cpu.enable()
+    from megatron.core import parallel_state, tensor_parallel
+
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timeout, **single_process_rendezvous())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
+        create_gloo_process_groups=not on_cpu,
+    )
+    layout = ParallelLayout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel.tensor,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        virtual_size=parallel.virtual_pipeline or 1,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=parallel.sequence,
+        device=device,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    return layout
+
+
+def single_process_rendezvous() -> dict[str, object]:
+    """What init_process_group needs without a launcher: an in-process store."""
+    if "RANK" in os.environ:
+        return {}
+    return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+
+
+def finalize() -> None:
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def quiet_megatron() -> None:
+    """Megatron warns once per missing optional package and per process; `megatron-oreal doctor` says it once."""
+    warnings.filterwarnings("ignore", module="megatron.*")
+    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

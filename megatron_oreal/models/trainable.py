@@ -1,0 +1,187 @@
+"""One class for policy, reference, reward model and critic: a Megatron model with a head, and maybe an optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_oreal.checkpoint.families import Architecture
+from megatron_oreal.checkpoint.hf import WeightStream, load_parameters
+from megatron_oreal.config import ModelConfig, TrainableConfig
+from megatron_oreal.models.attention import pack_segments
+from megatron_oreal.models.build import (
+    PackedGPTModel,
+    build_chunks,
+    global_parameters,
+    transformer_config,
+    uses_transformer_engine,
+)
+from megatron_oreal.models.heads import Head
+from megatron_oreal.models.optimizer import Training, prepare_training
+from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
+
+Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
+TokenStream = Literal["logprobs", "reference_logprobs", "old_logprobs", "token_scores", "values"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or gradient norm is NaN or infinite; raised before anything is saved."""
+
+
+class TrainableModel:
+    """`name` prefixes its metrics. Without `training` it is frozen: a reference."""
+
+    def __init__(
+        self,
+        name: str,
+        architecture: Architecture,
+        head: Head,
+        config: ModelConfig,
+        layout: ParallelLayout,
+        training: TrainableConfig | None = None,
+        num_updates: int = 1,
+    ) -> None:
+        self.name, self.architecture, self.head, self.layout = name, architecture, head, layout
+        self.transformer_engine = uses_transformer_engine(config, layout.device)
+        self.megatron_config = transformer_config(architecture, config, layout, self.transformer_engine)
+        self.chunks: list[PackedGPTModel] = build_chunks(
+            architecture, head, self.megatron_config, layout, self.transformer_engine
+        )
+        self.training: Training | None = None
+        if training is not None:
+            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates)
+        else:
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
+
+    def load_hf(self, path: Path) -> None:
+        """Reads this rank's shards from a Hugging Face directory; a scalar head keeps its own initial weights."""
+        skip = ["output_layer.weight"] if self.head.kind == "scalar" else []
+        load_parameters(self.parameters(), path, self.architecture, self.head.kind, self.layout, skip)
+        if self.training is not None:
+            self.training.optimizer.reload_model_params()
+
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        return list(global_parameters(self.chunks))
+
+    def weight_stream(self) -> WeightStream:
+        return WeightStream(self.parameters(), self.architecture, self.head.kind, self.layout)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, stream: TokenStream) -> None:
+        """Fills `stream` of every micro-batch, on every pipeline stage, with the head's values."""
+
+        def collect(outputs: TokenOutputs, _microbatch: Microbatch) -> Tensor:
+            return outputs.values
+
+        values = self._run(batch, collect, forward_only=True)
+        for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
+            setattr(microbatch, stream, tensor)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """The loss's metrics without an update."""
+        outputs: list[LossOutput] = self._run(batch, loss, forward_only=True)
+        return self._reduce([output.metrics for output in outputs])
+
+    def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """One optimizer step. Raises NonFiniteLossError, before the weights change, naming the component."""
+        assert self.training is not None, f"{self.name} has no optimizer"
+        for chunk in self.training.chunks:
+            chunk.zero_grad_buffer()
+        self.training.optimizer.zero_grad()
+        metrics = self._reduce(self._run(batch, loss, forward_only=False))
+        for component, value in metrics.items():
+            if not math.isfinite(value):
+                raise NonFiniteLossError(f"{component} is {value}")
+        self.training.schedule.step(1)
+        _, grad_norm, _ = self.training.optimizer.step()
+        # Megatron clips and steps in one call: a bad norm is noticed after it, and before any checkpoint.
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            raise NonFiniteLossError(f"{self.name}/grad_norm is {grad_norm}")
+        metrics[f"{self.name}/grad_norm"] = float(grad_norm or 0.0)
+        metrics[f"{self.name}/lr"] = float(self.training.optimizer.param_groups[0]["lr"])
+        return metrics
+
+    def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
+        """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""
+        chunks: list[Any] = list(self.chunks) if self.training is None else list(self.training.chunks)
+        iterators = [iter(batch.microbatches) for _ in chunks]
+        run = get_forward_backward_func()
+        results: list[Any] = run(
+            forward_step_func=partial(self._forward_step, loss=loss),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batch.microbatches),
+            seq_length=max(len(microbatch.input_ids) for microbatch in batch.microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return results
+
+    def _forward_step(
+        self, iterator: Iterator[Microbatch], model: Any, loss: Callable[[TokenOutputs, Microbatch], Any]
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        microbatch = next(iterator)
+        hidden = model(
+            microbatch.input_ids[None],
+            microbatch.position_ids[None],
+            None,
+            packed_seq_params=self._packed_parameters(microbatch),
+        )
+
+        def finish(output: Tensor, non_loss_data: bool = False) -> Any:
+            result = loss(self.head(getattr(model, "module", model), output, microbatch), microbatch)
+            if non_loss_data:
+                return result
+            return result.loss, torch.zeros((), dtype=torch.int, device=self.layout.device), result.metrics
+
+        return hidden, finish
+
+    def _packed_parameters(self, microbatch: Microbatch) -> PackedSeqParams:
+        if not self.transformer_engine:
+            if microbatch.packed is None:
+                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.max_seqlen)
+            return microbatch.packed  # type: ignore[return-value]
+        lengths = {"cu_seqlens_q": microbatch.cu_seqlens, "cu_seqlens_kv": microbatch.cu_seqlens}
+        longest = {"max_seqlen_q": microbatch.max_seqlen, "max_seqlen_kv": microbatch.max_seqlen}
+        return PackedSeqParams(qkv_format="thd", **lengths, **longest)
+
+    def _share_with_stages(self, values: list[Tensor], batch: Batch) -> list[Tensor]:
+        """The last stage's per-token values, on every stage of the pipeline."""
+        lengths = [len(microbatch.input_ids) for microbatch in batch.microbatches]
+        flat = torch.cat(values) if values else torch.empty(sum(lengths), device=self.layout.device)
+        if self.layout.pipeline_size > 1:
+            dist.broadcast(flat, self.layout.last_stage_rank, group=self.layout.pipeline_group)
+        return list(flat.split(lengths))
+
+    def _reduce(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums (or maxima, for names in _max) over micro-batches and data parallelism, known to every stage."""
+        names = [sorted(metrics[0]) if metrics else []]
+        if self.layout.pipeline_size > 1:
+            dist.broadcast_object_list(names, self.layout.last_stage_rank, group=self.layout.pipeline_group)
+        is_max = torch.tensor([name.endswith("_max") for name in names[0]], device=self.layout.device)
+        sums = torch.zeros(len(names[0]), dtype=torch.float64, device=self.layout.device)
+        for microbatch in metrics:
+            values = torch.stack([microbatch[name].detach().double() for name in names[0]])
+            sums = torch.where(is_max, torch.maximum(sums, values), sums + values)
+        maxima = sums.clone()
+        if self.layout.pipeline_size > 1:
+            dist.broadcast(sums, self.layout.last_stage_rank, group=self.layout.pipeline_group)
+            maxima = sums.clone()
+        if self.layout.data_size > 1:
+            dist.all_reduce(sums, group=self.layout.data_group)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.layout.data_group)
+        reduced = torch.where(is_max, maxima, sums).tolist()
+        return {f"{self.name}/{name}": value for name, value in zip(names[0], reduced, strict=True)}

@@ -1,0 +1,149 @@
+"""Where the seconds of a step go, and one record of numbers a step in RUN_DIR/metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from typing_extensions import Self
+
+from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.observability.tensorboard import TensorBoard
+
+Metrics = dict[str, float]
+
+NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class PhaseTimer:
+    """Splits a step's wall time into disjoint phases: `with timer("rollout"): ...`.
+
+    CUDA runs behind the CPU: `synchronize`, called where a phase begins and ends, makes each phase pay for its own work.
+    """
+
+    def __init__(
+        self, synchronize: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.synchronize = synchronize
+        self.clock = clock
+        self.seconds: dict[str, float] = {}
+        self.running: str | None = None
+        self.last_flush = self.now()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the block's seconds to `phase`, also when the block raises."""
+        assert self.running is None, f"phases are disjoint: {phase!r} begins inside {self.running!r}"
+        assert phase not in ("other", "step"), f"{phase!r} is a name that flush() uses"
+        self.running, start = phase, self.now()
+        try:
+            yield
+        finally:
+            self.running = None
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+
+    def flush(self) -> Metrics:
+        """Seconds since the last flush: `time/<phase>_seconds`, which with `time/other_seconds` make `time/step_seconds`."""
+        assert self.running is None, f"flush() inside the phase {self.running!r}"
+        now = self.now()
+        step_seconds = now - self.last_flush
+        seconds, self.seconds, self.last_flush = self.seconds, {}, now
+        other_seconds = max(0.0, step_seconds - sum(seconds.values()))
+        seconds |= {"other": other_seconds, "step": step_seconds}
+        return {f"time/{phase}_seconds": value for phase, value in seconds.items()}
+
+    def now(self) -> float:
+        if self.synchronize is not None:
+            self.synchronize()
+        return self.clock()
+
+
+class MetricsLog:
+    """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard.
+
+    JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf". A line is on disk when
+    `log` returns. A run resumed at `start_step` first drops the records from that step on, so each step has one record.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        """Raises ValueError when an existing metrics.jsonl is damaged before its last line."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = metrics_path(run_dir)
+        kept = [record for record in read_metrics(run_dir) if record["step"] < start_step]
+        write_atomically(path, "".join(map(encode, kept)))
+        self.last_step = start_step - 1
+        self.file = path.open("ab")
+        self.tensorboard = TensorBoard(run_dir, start_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends the record of `step`; steps rise. Values are numbers or one-element tensors."""
+        assert step > self.last_step, f"step {step} is logged after step {self.last_step}"
+        assert "step" not in metrics, "the record's own key"
+        record = {"step": step} | {name: as_number(value) for name, value in metrics.items()}
+        self.file.write(encode(record).encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.last_step = step
+        self.tensorboard.scalars(record, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Shows `text`, for example an answer of the policy, in TensorBoard."""
+        self.tensorboard.text(tag, text, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def metrics_path(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[Metrics]:
+    """The records of a run, finished or not; none without a metrics.jsonl.
+
+    A torn last line, of a killed run or of one that is just writing, is left out; any other damage raises ValueError.
+    """
+    path = metrics_path(run_dir)
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(decode(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path} line {number} is not a metrics record ({error}): delete the line") from None
+    return records
+
+
+def as_number(value: float) -> float:
+    """A plain int or float, also of a tensor."""
+    return value if isinstance(value, int) else float(value)
+
+
+def encode(record: Mapping[str, float]) -> str:
+    plain = {name: value if math.isfinite(value) else str(value) for name, value in record.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
+
+
+def decode(line: bytes) -> Metrics:
+    record = json.loads(line)
+    if not isinstance(record, dict) or "step" not in record:
+        raise ValueError("no object with a step")
+    return {name: NOT_FINITE[value] if isinstance(value, str) else value for name, value in record.items()}

@@ -1,0 +1,72 @@
+"""Curves and tables of a run."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.observability.metrics import Metrics
+
+Curves = Sequence[tuple[str, Sequence[str]]]  # (a panel's title, the metrics drawn in it)
+
+
+def plot_curves(metrics: Sequence[Metrics], curves: Curves, path: Path) -> None:
+    """Draws a PNG with one panel for each entry of `curves`, over the step.
+
+    A metric that only some steps have is drawn where it is; a panel without any number says so.
+    Raises ValueError without a panel.
+    """
+    if not curves:
+        raise ValueError("curves is empty: name at least one panel")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_columns = min(2, len(curves))
+    num_rows = math.ceil(len(curves) / num_columns)
+    figure = Figure(figsize=(6 * num_columns, 3.5 * num_rows), layout="constrained")
+    for index, (title, names) in enumerate(curves, start=1):
+        axes = figure.add_subplot(num_rows, num_columns, index)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        for name in names:
+            records = [record for record in metrics if name in record]
+            if records:
+                steps, values = zip(*((record["step"], record[name]) for record in records), strict=True)
+                # Markers, because a value between two missing ones has no line.
+                axes.plot(steps, values, label=name, marker="o", markersize=2.5, linewidth=1.2)
+        if axes.lines:
+            axes.legend(fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_atomically(path, image.getvalue())
+
+
+def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Plain text with aligned columns: numbers to the right, floats with four digits, None as "-".
+
+    Raises ValueError for a row whose length is not the header's.
+    """
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"a row must have the header's {len(header)} cells, got {len(row)}: {list(row)!r}")
+    columns = [[row[index] for row in rows] for index in range(len(header))]
+    texts = []
+    for name, cells in zip(header, columns, strict=True):
+        column = [name, *map(format_cell, cells)]
+        width = max(map(len, column))
+        is_numeric = all(cell is None or isinstance(cell, int | float) for cell in cells)
+        texts.append([text.rjust(width) if is_numeric else text.ljust(width) for text in column])
+    lines = ["  ".join(cells).rstrip() for cells in zip(*texts, strict=True)]
+    rule = "  ".join("-" * len(column[0]) for column in texts)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def format_cell(cell: object) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -1,0 +1,30 @@
+"""The run's numbers and samples of text in RUN_DIR/tensorboard."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class TensorBoard:
+    """Event files of one process. A run resumed at `start_step` hides what was logged from that step on."""
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports that reading metrics does without
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+
+    def scalars(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        # An indented block is shown as it is: markdown would eat the LaTeX of an answer.
+        self.writer.add_text(tag, textwrap.indent(text, "    ", lambda line: True), step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()

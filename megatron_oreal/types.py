@@ -1,0 +1,152 @@
+"""The data that crosses module borders.
+
+Shape letters: T packed tokens of a micro-batch, N sequences in it, G groups, M samples a group.
+A per-token field at position t speaks about the prediction of token t + 1, `labels[t]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+# "judged" statuses carry a verdict on the answer; the others say why there is none.
+VerdictStatus = Literal["correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash"]
+
+
+@dataclass(slots=True, frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    id: str
+    messages: tuple[Message, ...]
+    answer: str
+    pass_rate: float | None = None  # measured before training, in [0, 1]
+    source: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class Verdict:
+    """The verifier's word on one answer; `reward` is 0.0 unless the status is "correct"."""
+
+    reward: float
+    status: VerdictStatus
+    extracted: str | None
+
+    @property
+    def is_judged(self) -> bool:
+        """False when the verifier could not decide: such a sample is never trained on as wrong."""
+        return self.status not in ("timeout", "crash")
+
+
+@dataclass(slots=True)
+class Sample:
+    prompt_id: str
+    prompt_ids: list[int]
+    response_ids: list[int]  # the stop token included when one was produced
+    response_text: str  # without the stop token
+    rollout_logprobs: list[float]  # of the distribution that was sampled from: tempered, truncated
+    model_logprobs: list[float]  # of the untempered, untruncated model
+    finish_reason: FinishReason
+    policy_version: int
+    verdict: Verdict | None = None
+
+    @property
+    def is_correct(self) -> bool:
+        return self.verdict is not None and self.verdict.status == "correct"
+
+    @property
+    def is_judged(self) -> bool:
+        return self.verdict is not None and self.verdict.is_judged
+
+
+@dataclass(slots=True)
+class Group:
+    prompt: Prompt
+    samples: list[Sample]
+
+    @property
+    def judged_samples(self) -> list[Sample]:
+        return [sample for sample in self.samples if sample.is_judged]
+
+    @property
+    def pass_rate(self) -> float:
+        """The share of judged samples that are correct; 0 without any judged sample."""
+        judged = self.judged_samples
+        return sum(sample.is_correct for sample in judged) / len(judged) if judged else 0.0
+
+
+@dataclass(slots=True)
+class TrainingSequence:
+    """One sequence to train on, before packing."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    advantage: float
+    is_correct: bool
+    model_logprobs: list[float] = field(default_factory=list)  # the engine's, for the mismatch metric
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(slots=True)
+class Microbatch:
+    """Sequences packed one after the other; a filler of masked tokens may close it."""
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64, the next token of the same sequence
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [N + 1] int32, the filler's segment included
+    max_seqlen: int
+    loss_mask: Tensor  # [T] bool, True where labels[t] is trained
+    sequence_ids: Tensor  # [T] int64, index into [N]
+    advantages: Tensor  # [T] float32
+    is_correct: Tensor  # [N] bool
+    rollout_logprobs: Tensor  # [T] float32, the engine's untempered log-probs, 0 where unknown
+    logprobs: Tensor | None = None  # [T] the policy's, as its last forward pass saw them
+    reference_logprobs: Tensor | None = None  # [T]
+    old_logprobs: Tensor | None = None  # [T]
+    token_scores: Tensor | None = None  # [T] the reward model's, before its update
+    coefficients: Tensor | None = None  # [T] what the policy's log-probs are weighted with
+    values: Tensor | None = None  # [T]
+    returns: Tensor | None = None  # [T]
+    packed: object | None = None  # what the attention derived from cu_seqlens, kept for the next pass
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.is_correct.numel())
+
+
+@dataclass(slots=True)
+class Batch:
+    """One data-parallel rank's micro-batches; the counts are global, over all ranks."""
+
+    microbatches: list[Microbatch]
+    num_sequences: int
+    num_tokens: int  # trained tokens
+    num_correct_tokens: int
+    num_incorrect_tokens: int
+    num_correct_sequences: int = 0
+    num_padding_tokens: int = 0
+
+
+@dataclass(slots=True)
+class TokenOutputs:
+    """What a head gives for a micro-batch."""
+
+    values: Tensor  # [T] log-probs of the labels (0 outside the loss mask), or scores
+    entropy: Tensor | None  # [T], detached
+
+
+@dataclass(slots=True)
+class LossOutput:
+    loss: Tensor  # scalar, this micro-batch's share of the global loss
+    metrics: dict[str, Tensor]  # scalars, summed over micro-batches and ranks; names in _max: their maximum

@@ -1,0 +1,42 @@
+"""Packaging. `tools/setup_env.sh` installs this into `.venv`."""
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "pytest-timeout"]
+
+setup(
+    name="megatron_oreal",
+    version="0.1.0",
+    description="Outcome-reward reinforcement learning for mathematical reasoning, on Megatron-Core and SGLang",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),
+    entry_points={"console_scripts": ["megatron-oreal = megatron_oreal.cli:main"]},
+    install_requires=[
+        "torch>=2.8",
+        "megatron-core>=0.16.1",
+        "einops",  # Megatron-Core imports it without requiring it
+        "transformers>=5",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "pydantic>=2",
+        "typing_extensions",
+        "pyyaml",
+        "click",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+        "numpy",
+        "sympy",
+        "math-verify[antlr4_13_2]==0.9.0",  # its verdicts are the reward: another version is another experiment
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]; sys_platform == 'linux'"],
+        # For an environment of its own: SGLang pins other versions of torch and transformers than the trainer's.
+        "sglang": ["sglang>=0.5.20; sys_platform == 'linux'"],
+        "bench": ["trl", "datasets"],
+        "test": TEST,
+        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "types-tqdm", "pre-commit"],
+    },
+)
