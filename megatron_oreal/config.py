@@ -19,7 +19,9 @@ from typing_extensions import Self
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=False, validate_default=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", strict=False, validate_default=False, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -73,7 +75,7 @@ class OptimizerConfig(Section):
 
 class TrainableConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
-    microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch at most (a longer sequence is alone in its own)
+    microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch; a longer sequence is alone
     updates_per_step: PositiveInt = 1  # optimizer steps on one set of groups
 
 
@@ -225,7 +227,8 @@ class TrainConfig(RunConfig):
     def check(self) -> Self:
         if self.rollout.group_size < 2:
             raise ValueError(
-                f"rollout.group_size must be >= 2 for {self.algorithm.advantage} advantages, got {self.rollout.group_size}"
+                f"rollout.group_size must be >= 2 for {self.algorithm.advantage} advantages, "
+                f"got {self.rollout.group_size}"
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
@@ -295,7 +298,9 @@ def data_parallel_size(parallel: ParallelConfig) -> int:
         )
     data = int(world_size) // model_size
     if parallel.data not in (None, data):
-        raise ValueError(f"parallel.data={parallel.data} but the {world_size} processes started make it {data}: drop it")
+        raise ValueError(
+            f"parallel.data={parallel.data} but the {world_size} processes started make it {data}: drop it"
+        )
     return data
 
 
@@ -417,8 +422,8 @@ def describe_layout(config: RunConfig) -> str:
     """The parallel layout as a table: Megatron's rank order is tensor, data, pipeline."""
     parallel, data = config.parallel, data_parallel_size(config.parallel)
     lines = [
-        f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-        f"x data {data}, sequence parallel {'on' if parallel.sequence else 'off'}",
+        f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x "
+        f"pipeline {parallel.pipeline} x data {data}, sequence parallel {'on' if parallel.sequence else 'off'}",
         "  rank  tensor  data  pipeline",
     ]
     for rank in range(min(num_processes(parallel), 64)):

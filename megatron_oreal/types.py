@@ -135,7 +135,7 @@ class Batch:
     num_correct_tokens: int
     num_incorrect_tokens: int
     num_correct_sequences: int = 0
-    num_padding_tokens: int = 0
+    num_padding_tokens: int = 0  # on this rank
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Public data sets as our JSONL.
 
-    python tools/prepare_data.py gsm8k --input train.jsonl --out prompts.jsonl
-    python tools/prepare_data.py gsm8k --input train.jsonl --out sft.jsonl --sft
+python tools/prepare_data.py gsm8k --input train.jsonl --out prompts.jsonl
+python tools/prepare_data.py gsm8k --input train.jsonl --out sft.jsonl --sft
 """
 
 from __future__ import annotations

@@ -6,9 +6,7 @@ Enough to run the whole path, warm-up and reinforcement learning, on real text; 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.importers import import_examples, import_prompts
 from megatron_oreal.data.prompts import write_prompts
+from megatron_oreal.observability.files import temporary_directory
 
 SPLITS = ("train", "test")
 MAX_TOKENS = 1024
@@ -125,13 +124,9 @@ def prepare(gsm8k: str, out: Path, seed: int, vocab_size: int) -> None:
         eos_token_id=tokenizer.token_to_id(END),
         dtype="float32",
     )
-    folder = out / "model"
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".model.") as temporary:
-        write_tokenizer(Path(temporary), tokenizer)
-        num_parameters = write_model(Path(temporary), config, seed)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+    with temporary_directory(out / "model") as folder:
+        write_tokenizer(folder, tokenizer)
+        num_parameters = write_model(folder, config, seed)
     click.echo(
         f"{out}: {len(examples)} supervised examples; a model of {num_parameters / 1e6:.1f}M parameters "
         f"and {config.vocab_size} tokens"

@@ -12,10 +12,8 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.prompts import write_prompts
+from megatron_oreal.observability.files import temporary_directory
 from megatron_oreal.types import Message, Prompt
 
 NUM_HELDOUT = 512
@@ -95,7 +94,8 @@ def write_data(out: Path, problems: list[Problem], seed: int, num_examples: int,
     if num_prompts > len(training):
         raise ValueError(f"--num-prompts must be <= {len(training)}, got {num_prompts}")
     write_prompts(out / "heldout.jsonl", to_prompts(heldout, "heldout"))
-    write_prompts(out / "train.jsonl", to_prompts(random.Random(f"{seed}/train").sample(training, num_prompts), "train"))
+    chosen_prompts = random.Random(f"{seed}/train").sample(training, num_prompts)
+    write_prompts(out / "train.jsonl", to_prompts(chosen_prompts, "train"))
     rng = random.Random(f"{seed}/sft")
     chosen = rng.choices(training, k=num_examples)
     write_examples(
@@ -174,13 +174,11 @@ def write_model(folder: Path, config: Qwen2Config, seed: int) -> int:
 def prepare(out: Path, seed: int, num_examples: int, num_prompts: int) -> None:
     problems = all_problems()
     write_data(out, problems, seed, num_examples, num_prompts)
-    folder = out / "model"
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".model.") as temporary:
+    with temporary_directory(out / "model") as folder:
         config = Qwen2Config(
-            vocab_size=write_tokenizer(Path(temporary), train_tokenizer(problems[::17]), max_tokens=128),
+            vocab_size=write_tokenizer(folder, train_tokenizer(problems[::17]), max_tokens=128),
             hidden_size=64,
-            intermediate_size=192,
+            intermediate_size=256,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -192,9 +190,7 @@ def prepare(out: Path, seed: int, num_examples: int, num_prompts: int) -> None:
             eos_token_id=2,
             dtype="float32",
         )
-        num_parameters = write_model(Path(temporary), config, seed)
-        for file in Path(temporary).iterdir():
-            os.replace(file, folder / file.name)
+        num_parameters = write_model(folder, config, seed)
     click.echo(
         f"{out}: {num_examples} supervised examples, {num_prompts} prompts, {NUM_HELDOUT} held out; "
         f"a model of {num_parameters / 1e3:.0f}k parameters and {config.vocab_size} tokens"

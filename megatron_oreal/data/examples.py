@@ -60,7 +60,7 @@ def encode_examples(
     prompts = tokenizer.encode_many([tokenizer.render_prompt(example.messages, config) for example in examples])
     responses = tokenizer.encode_many([example.response for example in examples])
     sequences = [
-        TrainingSequence(prompt_ids, response_ids + [tokenizer.eos_id], advantage=1.0, is_correct=True)
+        TrainingSequence(prompt_ids, [*response_ids, tokenizer.eos_id], advantage=1.0, is_correct=True)
         for prompt_ids, response_ids in zip(prompts, responses, strict=True)
     ]
     kept = [

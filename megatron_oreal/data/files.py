@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from megatron_oreal.observability.files import writing_atomically
 
 Row = dict[str, Any]
 
@@ -39,24 +39,12 @@ def read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes the rows and returns their number; makes the folder where needed."""
     num_rows = 0
-    with writing(path) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing_atomically(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             num_rows += 1
     return num_rows
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
-    """A file under a temporary name that takes its own name when the block ends, and is removed when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe_type(value: object) -> str:

@@ -1,6 +1,6 @@
 """Public data sets in their own formats, as our prompts and examples.
 
-gsm8k: openai/grade-school-math, rows {"question", "answer"}; the answer has <<calculator>> marks and ends with "#### N".
+gsm8k: openai/grade-school-math, rows {"question", "answer"}; the answer has <<calculator>> marks and ends in "#### N".
 orz: Open-Reasoner-Zero, evaluation rows {"prompt": [{"from", "value"}], "final_answer"} and training rows
 [{"from", "value"}, {"ground_truth": {"value"}}].
 oreal: OREAL-RL-Prompts, rows {"question", "gold_answer", "pass_rate"}.
@@ -62,8 +62,10 @@ def split_gsm8k_answer(row: Any) -> tuple[str, str]:
 
 
 def orz_row(row: Any) -> Row:
+    turns: Any
     if isinstance(row, list):
-        turns, answer = row[:-1], require_object(require_object(row[-1] if row else None).get("ground_truth")).get("value")
+        solution = require_object(row[-1] if row else None)
+        turns, answer = row[:-1], require_object(solution.get("ground_truth")).get("value")
     else:
         turns, answer = require_object(row).get("prompt"), row.get("final_answer")
     if not isinstance(turns, list) or not turns:
@@ -107,9 +109,7 @@ def import_prompts(format_name: str, source: str, split: str = "train", limit: i
     prompts = []
     for index, row in enumerate(data.rows[:limit]):
         try:
-            prompts.append(
-                parse_prompt(data_format.to_row(row) | {"id": f"{data.name}-{index}", "source": data.name})
-            )
+            prompts.append(parse_prompt(data_format.to_row(row) | {"id": f"{data.name}-{index}", "source": data.name}))
         except ValueError as error:
             raise ValueError(f"--input: {source} row {index} is not {format_name}: {error}") from None
     return prompts

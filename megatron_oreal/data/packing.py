@@ -24,6 +24,7 @@ class PackingPlan:
     microbatch_tokens: int  # at most, but for a longer sequence, which is alone
     token_multiple: int = 1  # of every micro-batch's length, for sequence parallelism
     count_multiple: int = 1  # of the number of micro-batches, for interleaved pipelines
+    equal_lengths: bool = False  # micro-batches padded to the rank's longest, for interleaved pipelines
     device: torch.device = torch.device("cpu")
 
 
@@ -32,7 +33,11 @@ def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
     assignment = assign(
         [sequence.num_tokens for sequence in sequences], plan.data_size, plan.microbatch_tokens, plan.count_multiple
     )
-    microbatches = [build_microbatch([sequences[i] for i in bin_], plan) for bin_ in assignment[plan.data_rank]]
+    bins = [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
+    lengths = [padded_length(bin_, plan) for bin_ in bins]
+    if plan.equal_lengths:
+        lengths = [max(lengths)] * len(bins)
+    microbatches = [build_microbatch(bin_, length, plan.device) for bin_, length in zip(bins, lengths, strict=True)]
     trained = [(len(sequence.response_ids), sequence.is_correct) for sequence in sequences]
     return Batch(
         microbatches=microbatches,
@@ -41,6 +46,7 @@ def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
         num_correct_tokens=sum(length for length, correct in trained if correct),
         num_incorrect_tokens=sum(length for length, correct in trained if not correct),
         num_correct_sequences=sum(correct for _, correct in trained),
+        num_padding_tokens=sum(lengths) - sum(sequence.num_tokens for bin_ in bins for sequence in bin_),
     )
 
 
@@ -73,12 +79,17 @@ def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> 
     return bins
 
 
-def build_microbatch(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Microbatch:
+def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> int:
+    used = sum(sequence.num_tokens for sequence in sequences) or 2
+    return used + -used % plan.token_multiple
+
+
+def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: torch.device) -> Microbatch:
+    """`total` tokens: the sequences, and one segment of masked filler where they are fewer."""
     tokens = [sequence.prompt_ids + sequence.response_ids for sequence in sequences]
     used = sum(len(ids) for ids in tokens)
-    padding = -used % plan.token_multiple if used else max(plan.token_multiple, 2)
+    padding = total - used
     lengths = [len(ids) for ids in tokens] + ([padding] if padding else [])
-    total = used + padding
     input_ids = torch.zeros(total, dtype=torch.int64)
     input_ids[:used] = torch.tensor([token for ids in tokens for token in ids], dtype=torch.int64)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -105,7 +116,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], plan: PackingPlan) -
         is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
         rollout_logprobs=rollout_logprobs,
     )
-    return to_device(microbatch, plan.device)
+    return to_device(microbatch, device)
 
 
 def known_logprobs(sequence: TrainingSequence) -> list[float]:

@@ -32,7 +32,7 @@ class Tokenizer:
     def render_prompt(self, messages: Sequence[Message], config: PromptConfig) -> str:
         """The text that `encode_prompt` encodes: the messages, `config.system_prompt` and `config.suffix`.
 
-        Raises ValueError where the messages do not fit `config`, or the tokenizer has no chat template for format "chat".
+        Raises ValueError where the messages do not fit `config`, and for format "chat" without a chat template.
         """
         turns = [(message.role, message.content) for message in messages]
         if config.system_prompt is not None and all(role != "system" for role, _ in turns):
@@ -82,7 +82,9 @@ class Tokenizer:
         stop_ids = [self.eos_id]
         for name in stop_tokens:
             ids = self.encode(name)
-            if len(ids) != 1 or ids[0] == self.backend.unk_token_id:
+            # Qwen2 names <|endoftext|>, a real token, as its unknown one.
+            is_unknown = self.backend.unk_token_id in ids and name != self.backend.unk_token
+            if len(ids) != 1 or is_unknown:
                 raise ValueError(
                     f"rollout.stop_tokens: {name!r} is not one token of the vocabulary; name a single token or drop it"
                 )

@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import Architecture
-from megatron_oreal.checkpoint.mapping import padded_vocabulary
+from megatron_oreal.checkpoint.families import Architecture, canonical_name, parameter_rows
+from megatron_oreal.checkpoint.mapping import Row, find_row, padded_vocabulary
 from megatron_oreal.config import ModelConfig
 from megatron_oreal.models.attention import PackedAttention, SequenceParallelRMSNorm
 from megatron_oreal.models.heads import Head
@@ -85,7 +85,9 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_size if layout.virtual_size > 1 else None,
         sequence_parallel=layout.sequence_parallel,
-        variable_seq_lengths=pipelined,  # micro-batches are packed to different lengths
+        # Interleaved over two stages, Megatron would mix up the shapes that go forth and back: there lengths are equal.
+        variable_seq_lengths=pipelined and layout.virtual_size == 1,
+        moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, also of dense models
         batch_p2p_comm=pipelined and layout.device.type == "cuda",
         perform_initialization=False,  # every parameter comes from a checkpoint or from its head
         use_cpu_initialization=layout.device.type == "cpu",
@@ -141,7 +143,15 @@ def build_chunks(
         if is_last:
             head.attach(chunk, config)
         chunks.append(chunk.to(layout.device))
+    mark_shards(chunks, parameter_rows(architecture, head.kind))
     return chunks
+
+
+def mark_shards(chunks: list[PackedGPTModel], rows: list[Row]) -> None:
+    """Says which parameters are shards: Megatron does it where it initialises, and takes the others for copies."""
+    for name, parameter in global_parameters(chunks):
+        row, _ = find_row(rows, canonical_name(name))
+        parameter.tensor_model_parallel = row.op.axis is not None  # type: ignore[attr-defined]
 
 
 def global_parameters(chunks: list[PackedGPTModel]) -> Iterator[tuple[str, Tensor]]:

@@ -29,6 +29,7 @@ MODULES_NAMING_CUDA = (
     "megatron.core.optimizer.optimizer",  # loss scale, master weights of bf16 parameters
     "megatron.core.optimizer.distrib_optimizer",  # sharding of bf16 and fp32 parameters
     "megatron.core.optimizer.clip_grads",  # norms and gradient type checks
+    "megatron.core.utils",  # the norm of a list of tensors
     "megatron.core.dist_checkpointing.exchange_utils",  # buffers of a fully parallel load
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",  # whether a plan can be used again
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +41,36 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def temporary_directory(out: Path) -> Iterator[Path]:
+    """A folder that takes the name `out` when the block ends, replacing what is there, and vanishes when it raises."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish_directory(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_directory(temporary: Path, out: Path) -> None:
+    """Renames a finished folder to `out`; an older `out` goes only once the new files are on disk."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            sync_file(file)
+    if out.exists():
+        old = out.with_name(f".{out.name}.{os.urandom(4).hex()}.old.tmp")
+        out.rename(old)
+        temporary.rename(out)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(out)
+    sync_folder(out.parent)
+
+
+def sync_file(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())

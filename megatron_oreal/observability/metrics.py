@@ -24,7 +24,7 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class PhaseTimer:
     """Splits a step's wall time into disjoint phases: `with timer("rollout"): ...`.
 
-    CUDA runs behind the CPU: `synchronize`, called where a phase begins and ends, makes each phase pay for its own work.
+    CUDA runs behind the CPU: `synchronize`, called where a phase begins and ends, lets each phase pay for its own work.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PhaseTimer:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
 
     def flush(self) -> Metrics:
-        """Seconds since the last flush: `time/<phase>_seconds`, which with `time/other_seconds` make `time/step_seconds`."""
+        """Seconds since the last flush: every `time/<phase>_seconds`, `time/other_seconds`, and `time/step_seconds`, their sum."""
         assert self.running is None, f"flush() inside the phase {self.running!r}"
         now = self.now()
         step_seconds = now - self.last_flush
@@ -146,4 +146,12 @@ def decode(line: bytes) -> Metrics:
     record = json.loads(line)
     if not isinstance(record, dict) or "step" not in record:
         raise ValueError("no object with a step")
-    return {name: NOT_FINITE[value] if isinstance(value, str) else value for name, value in record.items()}
+    return {name: decode_number(value) for name, value in record.items()}
+
+
+def decode_number(value: object) -> float:
+    if isinstance(value, str) and value in NOT_FINITE:
+        return NOT_FINITE[value]
+    if not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number")
+    return value

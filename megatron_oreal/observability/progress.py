@@ -7,14 +7,14 @@ import time
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 from typing_extensions import Self
 
 
 class ProgressBar:
-    """Counts from `initial` to `total` in `unit`s, with rate, time left and a few numbers; one process of a run has one.
+    """Counts from `initial` to `total` in `unit`s, with rate, time left and a few numbers; one process of a run has it.
 
     A terminal shows a bar. Elsewhere, and always in `log_file`, a line is written at the first and the last unit and
     every `line_every_seconds` in between.
@@ -38,7 +38,7 @@ class ProgressBar:
         self.last_line: float | None = None
         self.unwritten = ""
         self.stream = stream or sys.stderr
-        self.bar: tqdm[None] | None = None
+        self.bar: tqdm[NoReturn] | None = None
         if self.stream.isatty():
             self.bar = tqdm(
                 total=total, initial=initial, desc=description, unit=unit, file=self.stream, dynamic_ncols=True

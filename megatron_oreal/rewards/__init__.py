@@ -1,0 +1,5 @@
+"""Outcome rewards: a rule-based verifier of mathematical answers."""
+
+from megatron_oreal.rewards.math_verifier import MathVerifier
+
+__all__ = ["MathVerifier"]

@@ -1,0 +1,129 @@
+"""What is never given to an algebra system: text that could run as code, and expressions that take ages to evaluate.
+
+A screen, not a proof: the budgets of the worker processes hold for what passes. Legitimate answers spelled like their
+reference never come here, because equal strings are decided before.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_EXPONENT = 10**4
+MAX_COMBINATORIAL_ARGUMENT = 10**3
+MAX_MATRIX_EXPONENT = 100
+
+CODE = re.compile(
+    r"__|`|\bimport\b|(?<!\\)\blambda\b|\b(?:eval|exec|open|compile|getattr|setattr|globals|locals|system|subprocess)\s*\("
+)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
+UNEVALUATED = re.compile(r"\\(?:sum|prod|coprod|i{0,3}int|oint|lim|limsup|liminf|bigcup|bigcap)(?![a-zA-Z])")
+SCIENTIFIC = re.compile(r"\d\s?[eE]\s?[+-]?\d{4,}")
+INTEGER = re.compile(r"\d+")
+# A group, a number or a name before the mark; groups one level deep are enough to see what a factorial is taken of.
+FACTORIAL = re.compile(r"(?P<argument>\d+|[)\]}])\s*!")
+COMBINATORIAL = re.compile(r"\\[dt]?binom|\\choose|\bbinom|\\atop|\)\s*_|(?<![a-zA-Z])[CP]\s*\(|[CP]_|\\Gamma|\\zeta")
+MATRIX_POWER = re.compile(r"\\end\{[a-z]*matrix\*?\}[^0-9a-zA-Z]{0,20}\^[^0-9a-zA-Z]{0,5}(\d+)")
+ROOT_INDEX = re.compile(r"\\sqrt\s*\[([^\]]*)\]")
+PLAIN_POWER = re.compile(r"\d+\^\d+")
+
+
+def is_hostile(prediction: str) -> bool:
+    """Whether the answer of a response is refused unseen."""
+    return (
+        CODE.search(prediction) is not None
+        or CONTROL.search(prediction) is not None
+        or UNEVALUATED.search(prediction) is not None
+        or SCIENTIFIC.search(prediction) is not None
+        or has_large_exponent(prediction)
+        or has_large_factorial(prediction)
+        or (COMBINATORIAL.search(prediction) is not None and largest_integer(prediction) > MAX_COMBINATORIAL_ARGUMENT)
+        or any(value_of_digits(found[1]) > MAX_MATRIX_EXPONENT for found in MATRIX_POWER.finditer(prediction))
+        or any(largest_integer(found[1]) > MAX_EXPONENT for found in ROOT_INDEX.finditer(prediction))
+    )
+
+
+def value_of_digits(digits: str) -> int:
+    """The integer, or a large one instead of a huge one."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= 9 else 10**9
+
+
+def largest_integer(text: str) -> int:
+    return max((value_of_digits(digits) for digits in INTEGER.findall(text)), default=0)
+
+
+def has_large_exponent(text: str) -> bool:
+    """An exponent beyond the limit, three powers on top of each other, or a power of a power of that size."""
+    text = text.replace("**", "^").replace(" ", "")
+    exponents = [exponent_after(text, index) for index, character in enumerate(text) if character == "^"]
+    if any(is_large_exponent(exponent) for exponent in exponents):
+        return True
+    # (10^{999})^{999}: exponents multiply where a group that holds a power is raised again.
+    if re.search(r"[)}\]]\^", text) is None:
+        return False
+    product = 1
+    for exponent in exponents:
+        product *= max(1, largest_integer(exponent))
+    return sum(1 for _ in re.finditer(r"\)\^", text)) > 0 and text.count("^") > 1 and product > MAX_EXPONENT**2
+
+
+def exponent_after(text: str, caret: int) -> str:
+    """What stands after the caret at index `caret`: a group with what follows it in a tower, or one token."""
+    index = caret + 1
+    depth = 0
+    while index < len(text):
+        character = text[index]
+        if character in ")]}" and depth == 0:
+            break
+        depth += (character in "([{") - (character in ")]}")
+        index += 1
+        # A token ends here unless a number goes on, as in x^100 of plain text, or the next power sits on top.
+        if depth == 0 and not re.match(r"[0-9a-zA-Z^]", text[index : index + 1]) and text[index - 1] not in "^-+\\":
+            break
+    return text[caret + 1 : index]
+
+
+def is_large_exponent(exponent: str) -> bool:
+    if exponent.count("^") >= 2 or largest_integer(exponent) > MAX_EXPONENT:
+        return True
+    # Products and powers of numbers inside an exponent, bounded without evaluating them.
+    bound = 1
+    for found in PLAIN_POWER.findall(re.sub(r"[{}()]", "", exponent)):
+        base, _, top = found.partition("^")
+        base_value, top_value = value_of_digits(base), value_of_digits(top)
+        if base_value > 1:
+            if top_value > 14 or base_value**top_value > MAX_EXPONENT:
+                return True
+            bound *= base_value**top_value
+    if "!" in exponent and largest_integer(exponent) > 7:
+        return True
+    factors = re.split(r"\\cdot|\\times|\*|\)\(", exponent)
+    if len(factors) > 1:
+        for factor in factors:
+            bound *= max(1, largest_integer(factor))
+    return bound > MAX_EXPONENT
+
+
+def has_large_factorial(text: str) -> bool:
+    if re.search(r"!\s*!", text):
+        return True
+    for found in FACTORIAL.finditer(text):
+        argument = found["argument"]
+        if argument.isdigit():
+            if value_of_digits(argument) > MAX_COMBINATORIAL_ARGUMENT:
+                return True
+        else:
+            group = group_before(text, found.start("argument"))
+            if largest_integer(group) > MAX_COMBINATORIAL_ARGUMENT or re.search(r"[!^]|\d\D+\d{3}", group):
+                return True
+    return False
+
+
+def group_before(text: str, closing: int) -> str:
+    """The content of the group that closes at index `closing`; all before it when it was never opened."""
+    depth = 0
+    for index in range(closing, -1, -1):
+        depth += (text[index] in ")]}") - (text[index] in "([{")
+        if depth == 0:
+            return text[index + 1 : closing]
+    return text[:closing]

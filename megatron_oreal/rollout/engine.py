@@ -1,0 +1,70 @@
+"""The interface of a rollout engine, and the data that crosses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_oreal.types import FinishReason
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingParams:
+    """The distribution sampled from, and where a response ends.
+
+    The order is temperature, top_k, top_p: `top_p` counts the mass of what `top_k` left.
+    """
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # 1: all
+    top_k: int = 0  # 0: all
+    max_new_tokens: int = 1024
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"rollout.temperature must be >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"rollout.top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"rollout.max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+
+@dataclass(slots=True, frozen=True)
+class GenerationRequest:
+    prompt_ids: list[int]
+    seed: int  # of this response alone; the samples of a group need different ones
+
+
+@dataclass(slots=True, frozen=True)
+class Generation:
+    response_ids: list[int]  # the stop token included when one was produced
+    rollout_logprobs: list[float]  # of the distribution that was sampled from: tempered, truncated; 0 when greedy
+    model_logprobs: list[float]  # of the untempered, untruncated model
+    finish_reason: FinishReason
+
+
+class RolloutEngine(Protocol):
+    version: int  # of the weights, as the last `update_weights` named it; 0 before
+
+    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Generation]:
+        """One response a request, in the requests' order."""
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replaces all weights by (Hugging Face name, whole tensor) pairs; the stream is consumed to its end."""
+
+    def pause(self) -> None:
+        """No generation until `resume`."""
+
+    def resume(self) -> None: ...
+
+    def health(self) -> bool:
+        """Whether the engine can generate, now or after `resume`."""
+
+    def close(self) -> None:
+        """Frees what the engine holds; it cannot be used afterwards."""
