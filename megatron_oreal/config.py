@@ -42,6 +42,7 @@ class ParallelConfig(Section):
     virtual_pipeline: PositiveInt | None = None  # model chunks a pipeline rank, interleaved schedule
     data: PositiveInt | None = None  # None: what the launcher started, else 1
     sequence: bool = False  # sequence parallelism, needs tensor > 1
+    microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch at most; a longer sequence is alone in its own
     timeout_seconds: PositiveInt = 1800  # of every collective
 
     @model_validator(mode="after")
@@ -69,7 +70,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def check(self) -> Self:
         if self.min_lr > self.lr:
-            raise ValueError(f"optimizer.min_lr must be <= lr={self.lr}, got {self.min_lr}")
+            raise ValueError(f"min_lr must be <= lr={self.lr}, got {self.min_lr}")
         return self
 
 
@@ -85,47 +86,35 @@ class RewardModelConfig(TrainableConfig):
 
 
 class OrealConfig(Section):
-    """What the paper and its reference code do differently. `preset` fills what is left empty."""
+    """What the paper and its reference code do differently: the defaults are the code's, `preset` sets the rest."""
 
     name: Literal["oreal"] = "oreal"
     preset: Literal["reference", "paper"] = "reference"
-    rewards: Literal["plus_minus_one", "zero_one"] | None = None
-    advantage: Literal["leave_one_out", "grpo"] | None = None
-    selection: Literal["one_pair", "all"] | None = None  # samples trained on, of each group with both kinds
-    positive_weight: Literal["advantage", "one"] | None = None
-    negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] | None = None
-    prefix_mean: bool | None = None  # token weights from the mean of the scores so far, not from the token's own score
-    score_position: Literal["before", "at"] | None = None  # the score beside the token that predicts, or at the token
-    token_weights: Literal["threshold", "top_k", "mean_one"] | None = None
+    rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"
+    advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"
+    selection: Literal["one_pair", "all"] = "one_pair"  # samples trained on, of each group with both kinds
+    positive_weight: Literal["advantage", "one"] = "advantage"
+    negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] = "advantage"
+    prefix_mean: bool = True  # token weights from the mean of the scores so far, not from the token's own score
+    score_position: Literal["before", "at"] = "before"  # the score beside the token that predicts, or at the token
+    token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"
     top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # of a sequence's tokens, for token_weights=top_k
     negative_coef: float = Field(default=0.5, ge=0)  # eta
-    kl_kind: Literal["k3", "mse"] | None = None
-    kl_target: Literal["initial", "old"] | None = None  # the frozen initial policy, or the policy at the step's start
+    kl_kind: Literal["k3", "mse"] = "k3"
+    kl_target: Literal["initial", "old"] = "initial"  # the frozen initial policy, or the policy at the step's start
     kl_coef: float = Field(default=0.01, ge=0)
-    policy_freeze_steps: int | None = Field(default=None, ge=0)  # the first steps train the reward model only
+    policy_freeze_steps: int = Field(default=10, ge=0)  # the first steps train the reward model only
 
-    @model_validator(mode="after")
-    def fill_from_preset(self) -> Self:
-        for name, value in OREAL_PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_preset(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        return OREAL_PRESETS.get(str(settings.get("preset")), {}) | settings
 
 
 OREAL_PRESETS: dict[str, dict[str, Any]] = {
-    "reference": {
-        "rewards": "plus_minus_one",
-        "advantage": "leave_one_out",
-        "selection": "one_pair",
-        "positive_weight": "advantage",
-        "negative_weight": "advantage",
-        "prefix_mean": True,
-        "score_position": "before",
-        "token_weights": "threshold",
-        "kl_kind": "k3",
-        "kl_target": "initial",
-        "policy_freeze_steps": 10,
-    },
+    "reference": {},  # the defaults
     "paper": {
         "rewards": "zero_one",
         "advantage": "leave_one_out",
@@ -397,7 +386,9 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
         message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
     elif first["type"] == "missing":
         message = f"{where} is required: set it in the file or as {where}=..."
-    elif first["type"] != "value_error":
+    elif first["type"] == "value_error":
+        message = message if not where or message.startswith(where.split(".")[0]) else f"{where}.{message}"
+    else:
         message = f"{where}: {message}, got {first['input']!r}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return " ".join(message.split()) + more

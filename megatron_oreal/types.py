@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]  # filled by a forward pass
 # "judged" statuses carry a verdict on the answer; the others say why there is none.
 VerdictStatus = Literal["correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash"]
 
@@ -111,10 +112,10 @@ class Microbatch:
     advantages: Tensor  # [T] float32
     is_correct: Tensor  # [N] bool
     rollout_logprobs: Tensor  # [T] float32, the engine's untempered log-probs, 0 where unknown
-    logprobs: Tensor | None = None  # [T] the policy's, as its last forward pass saw them
     reference_logprobs: Tensor | None = None  # [T]
     old_logprobs: Tensor | None = None  # [T]
     token_scores: Tensor | None = None  # [T] the reward model's, before its update
+    token_weights: Tensor | None = None  # [T] in [0, 1], or of mean one
     coefficients: Tensor | None = None  # [T] what the policy's log-probs are weighted with
     values: Tensor | None = None  # [T]
     returns: Tensor | None = None  # [T]

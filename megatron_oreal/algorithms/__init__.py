@@ -1,0 +1,1 @@
+"""Algorithms: from groups of judged samples to coefficients and losses. Pure torch: no ranks, no files, no logging."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import Architecture, Head, canonical_name, parameter_rows
-from megatron_oreal.checkpoint.mapping import Row, find_row, pad_rows, padded_vocabulary, slice_along
+from megatron_oreal.checkpoint.mapping import Row, find_row, pad_rows, padded_vocabulary
 from megatron_oreal.observability.files import temporary_directory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -253,7 +253,7 @@ class ShardWriter:
         if len(self.shards) == 1:
             (self.directory / "part-0").rename(self.directory / WEIGHTS)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards):
             file = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
             (self.directory / f"part-{number}").rename(self.directory / file)

@@ -7,7 +7,7 @@ a filler of masked tokens, which contributes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class PackingPlan:
     token_multiple: int = 1  # of every micro-batch's length, for sequence parallelism
     count_multiple: int = 1  # of the number of micro-batches, for interleaved pipelines
     equal_lengths: bool = False  # micro-batches padded to the rank's longest, for interleaved pipelines
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:

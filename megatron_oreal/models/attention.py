@@ -1,8 +1,8 @@
 """Attention over packed sequences with torch alone, and the norm that goes with it.
 
-Megatron's local DotProductAttention refuses packed sequences. Here the segments of a micro-batch are gathered into a few
-padded batches of similar length, each one call of scaled_dot_product_attention: exact, without a mask (causality hides
-the padding at the end), and with few calls where segments are many and short. On CUDA in half precision, torch's
+Megatron's local DotProductAttention refuses packed sequences. Here the segments of a micro-batch are gathered into a
+few padded batches of similar length, each one call of scaled_dot_product_attention: exact, without a mask (causality
+hides the padding at the end), and with few calls where segments are many and short. On CUDA in half precision, torch's
 variable-length attention takes the packed tokens as they are.
 """
 
@@ -126,7 +126,7 @@ class PackedAttention(MegatronModule):
     def variable_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             query,
             key,
             value,
@@ -138,6 +138,7 @@ class PackedAttention(MegatronModule):
             window_size=(-1, 0),  # causal
             enable_gqa=query.size(1) != key.size(1),
         )
+        assert isinstance(out, Tensor)
         return out
 
 

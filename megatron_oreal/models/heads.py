@@ -1,4 +1,4 @@
-"""What ends a model: log-probs over the vocabulary, or one number a token. The rest of the model does not know which."""
+"""What ends a model: log-probs over the vocabulary, or one number a token. The model does not know which."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_oreal.types import Microbatch, TokenOutputs
 
 
 class Head(Protocol):
-    kind: HeadKind
+    @property
+    def kind(self) -> HeadKind: ...
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
         """Gives the last stage's GPTModel the parameters of this head."""
@@ -35,7 +36,7 @@ def whole_sequence(hidden: Tensor, layout: ParallelLayout) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LogprobHead:
-    """Log-probs and entropies of the labels where the loss mask is set, 0 elsewhere: only those tokens meet the head."""
+    """Log-probs and entropies of the labels in the loss mask, 0 elsewhere: only those tokens meet the head."""
 
     layout: ParallelLayout
     vocab_size: int  # without padding

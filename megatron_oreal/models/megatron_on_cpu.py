@@ -1,7 +1,7 @@
 """Lets Megatron-Core run on a machine without CUDA. Does nothing where CUDA is available.
 
-Megatron asks `torch.cuda` for the current device, for streams and for the random state, and names "cuda" in a few tensor
-constructors and type checks. Three kinds of patches, each for one of these:
+Megatron asks `torch.cuda` for the current device, for streams and for the random state, and names "cuda" in a few
+tensor constructors and type checks. Three kinds of patches, each for one of these:
 
 1. functions of `torch.cuda` that raise without CUDA, and `Tensor.cuda`;
 2. the string constants "cuda" and "torch.cuda.*Tensor" inside Megatron's own functions (module list below);

@@ -24,9 +24,32 @@ class Training:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    is_sharded: bool  # data-parallel ranks hold different parts of the optimizer
+
+    @property
+    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers inside Megatron's; they hold the float32 masters, or this rank's shards of them."""
+        chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        """What the next step depends on besides the model's parameters, on this rank and for this layout."""
+        inner = self.inner_optimizers
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in inner],
+            "masters": [[param.detach() for param in parameters(optimizer)] for optimizer in inner],
+            "num_updates": self.schedule.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The model's parameters must be restored already."""
+        for optimizer, saved, masters in zip(self.inner_optimizers, state["optimizers"], state["masters"], strict=True):
+            optimizer.load_state_dict(saved)
+            with torch.no_grad():
+                for parameter, master in zip(parameters(optimizer), masters, strict=True):
+                    parameter.copy_(master)
+        self.schedule.num_steps = 0
+        self.schedule.step(state["num_updates"])
 
 
 def prepare_training(
@@ -63,7 +86,11 @@ def prepare_training(
     )
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_gradients
-    return Training(wrapped, optimizer, build_schedule(optimizer, settings, num_updates))
+    return Training(wrapped, optimizer, build_schedule(optimizer, settings, num_updates), settings.distributed)
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def finalize_gradients(model: list[torch.nn.Module], _num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ import random
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) 
     return layout
 
 
-def single_process_rendezvous() -> dict[str, object]:
+def single_process_rendezvous() -> dict[str, Any]:
     """What init_process_group needs without a launcher: an in-process store."""
     if "RANK" in os.environ:
         return {}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,9 @@ from megatron_oreal.models.build import (
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.optimizer import Training, prepare_training
 from megatron_oreal.models.parallel import ParallelLayout
-from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
+from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
 
 Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
-TokenStream = Literal["logprobs", "reference_logprobs", "old_logprobs", "token_scores", "values"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -70,6 +69,21 @@ class TrainableModel:
         load_parameters(self.parameters(), path, self.architecture, self.head.kind, self.layout, skip)
         if self.training is not None:
             self.training.optimizer.reload_model_params()
+
+    @property
+    def optimizer_is_sharded(self) -> bool:
+        return self._training.is_sharded
+
+    def training_state(self) -> dict[str, Any]:
+        return self._training.state_dict()
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        self._training.load_state_dict(state)
+
+    @property
+    def _training(self) -> Training:
+        assert self.training is not None, f"{self.name} is frozen"
+        return self.training
 
     def parameters(self) -> list[tuple[str, Tensor]]:
         return list(global_parameters(self.chunks))

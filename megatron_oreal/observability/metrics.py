@@ -49,7 +49,7 @@ class PhaseTimer:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
 
     def flush(self) -> Metrics:
-        """Seconds since the last flush: every `time/<phase>_seconds`, `time/other_seconds`, and `time/step_seconds`, their sum."""
+        """Seconds since the last flush: those of each phase, `time/other_seconds` and the sum, `time/step_seconds`."""
         assert self.running is None, f"flush() inside the phase {self.running!r}"
         now = self.now()
         step_seconds = now - self.last_flush

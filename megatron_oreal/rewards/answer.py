@@ -4,7 +4,8 @@ r"""The answer of a response, and the comparisons that need no algebra system.
 strings and plain numbers decide. Everything here is linear in the text and bounded before any regex runs on the answer.
 
 Conventions, where graders differ:
-- units, degrees and currency are dropped (the question fixes them), but a percentage is a hundredth: 10\% is 0.1, not 10;
+- units, degrees and currency are dropped (the question fixes them), but a percentage
+  is a hundredth: 10\% is 0.1, not 10;
 - an ordered pair (1,2) is neither the list 1,2 nor the set {1,2}; the last two are the same;
 - two plain numbers are equal or different exactly: 0.333333 is not 1/3.
 """
@@ -88,11 +89,11 @@ REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:boxed|fbox)\s*(?=\{)", ""),
         (r"[\u2212\u2013]", "-"),
         (r"\u00b0|\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])", " "),
-        (r"\\\$|\$|\\\(|\\\)|\\\[|\\\]", ""),
-        (r"\\!\s*|\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+        (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),
+        (r"(?<!\\)\\!\s*|\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\{\s*,\s*\}", ","),
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 10\,080
-        (r"\\[,;: \n]|~|\\q?quad(?![a-zA-Z])|\u00a0|\u202f|\u2009", " "),
+        (r"(?<!\\)\\[,;: \n]|~|\\q?quad(?![a-zA-Z])|\u00a0|\u202f|\u2009", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm|mathbf|mathit|operatorname)\s*\{", r"\\text{"),
         (r"\\(?:le|leqslant)(?![a-zA-Z])|\u2264", r"\\leq "),
@@ -114,12 +115,14 @@ REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 TRAILING_UNIT = re.compile(r"(?<=[\w})%\s])\s*\\text\{(?P<word>[^{}]*)\}\s*(?:\^\s*(?:\d|\{\d\}))?$")
 PLAIN_UNIT = re.compile(
     r"(?<=\d)\s+(?:dollars?|cents?|euros?|degrees?|inch(?:es)?|feet|foot|miles?|meters?|metres?|km|cm|mm|kg|grams?|"
-    r"litres?|liters?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|units?|square units?|points?|people|students?)$"
+    r"litres?|liters?|hours?|minutes?|seconds?|days?|weeks?|months?|years?|(?:square )?units?|points?|people)$"
 )
 MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NOT_UNITS = {*MULTIPLIERS, "dozen", "and", "or", "if", "only", "mod", "pi", "i", "e"}
 SINGLE_CHOICE = re.compile(r"\(\s*([A-Za-z])\s*\)")
 WHOLE_TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
+BASED_NUMERAL = re.compile(r"(?P<digits>[0-9A-F]+)(?:_(?:(?P<base>\d)|\{\s*(?P<braced_base>\d{2})\s*\}))?")
+SIDE_BY_SIDE = re.compile(r"\d \d")
 LOOSE_SPACE = re.compile(r"(?<=[^\w\\]) | (?=\W)")
 ASSIGNED = re.compile(r"\\?[a-zA-Z]+(?:_\w)?\s*(?:=|\\in(?![a-zA-Z]))\s*(?P<value>[^=<>]+)")
 
@@ -238,9 +241,14 @@ def compare(prediction: str, answer: str) -> bool | None:
         words = unwrap_text(prediction).replace(" ", "")
         if words.isalpha():
             return words.casefold() == unwrap_text(answer).replace(" ", "").casefold()
+    numerals = BASED_NUMERAL.fullmatch(prediction), BASED_NUMERAL.fullmatch(answer)
+    if numerals[0] and numerals[1]:
+        bases = {found["base"] or found["braced_base"] for found in numerals if found} - {None}
+        return numerals[0]["digits"] == numerals[1]["digits"] and len(bases) < 2
     if {enumeration(prediction), enumeration(answer)} == {"ordered", "unordered"}:
         return False
-    return None
+    # math-verify adds numbers that stand side by side.
+    return False if SIDE_BY_SIDE.search(prediction) and not SIDE_BY_SIDE.search(answer) else None
 
 
 def same_assignment(prediction: str, answer: str) -> tuple[str, str]:

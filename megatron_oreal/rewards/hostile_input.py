@@ -55,16 +55,21 @@ def largest_integer(text: str) -> int:
 def has_large_exponent(text: str) -> bool:
     """An exponent beyond the limit, three powers on top of each other, or a power of a power of that size."""
     text = text.replace("**", "^").replace(" ", "")
-    exponents = [exponent_after(text, index) for index, character in enumerate(text) if character == "^"]
-    if any(is_large_exponent(exponent) for exponent in exponents):
+    if any(is_large_exponent(exponent_after(text, index)) for index, mark in enumerate(text) if mark == "^"):
         return True
-    # (10^{999})^{999}: exponents multiply where a group that holds a power is raised again.
-    if re.search(r"[)}\]]\^", text) is None:
-        return False
-    product = 1
-    for exponent in exponents:
-        product *= max(1, largest_integer(exponent))
-    return sum(1 for _ in re.finditer(r"\)\^", text)) > 0 and text.count("^") > 1 and product > MAX_EXPONENT**2
+    return total_exponent(text) > MAX_EXPONENT
+
+
+def total_exponent(text: str) -> int:
+    """The largest product of exponents that apply to one thing: 10^6 in (x^{1000})^{1000}."""
+    largest = 1
+    for index, character in enumerate(text):
+        if character == "^":
+            exponent = max(1, largest_integer(exponent_after(text, index)))
+            is_group = index > 0 and text[index - 1] in ")]}"
+            inner = total_exponent(group_before(text, index - 1)) if is_group else 1
+            largest = max(largest, exponent * inner)
+    return largest
 
 
 def exponent_after(text: str, caret: int) -> str:

@@ -40,13 +40,13 @@ def seed_tensor(seeds: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor([as_int64(seed) for seed in seeds], dtype=torch.int64, device=device)
 
 
-def uniforms(seeds: Tensor, position: int | Tensor) -> Tensor:
+def uniforms(seeds: Tensor, position: int) -> Tensor:
     """Float64 in [0, 1) of (seed, position), bit-identical on every device.
 
-    seeds: [N] int64. position: index in the response, one for all or [N] int64.
+    seeds: [N] int64. position: index in the response, from 0.
     """
     # The seed is mixed by itself first: the streams of seeds a gamma apart would else be shifts of each other.
-    bits = splitmix64(splitmix64(seeds) + (position + 1) * GOLDEN_GAMMA)
+    bits = splitmix64(splitmix64(seeds) + as_int64((position + 1) * GOLDEN_GAMMA))
     return logical_shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 

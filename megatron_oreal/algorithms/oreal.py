@@ -1,0 +1,262 @@
+"""OREAL: outcome rewards, best-of-N behaviour cloning, reshaped negatives and a token-level reward model.
+
+Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weights), 11 (policy loss), 12 (reward model loss). The
+presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists; each is free.
+
+The three denominators (correct tokens, incorrect tokens, all tokens) are counts over all ranks. The paper leaves them
+open: its preset takes those of the code. With one update a step the ratio to the old policy is 1, and only its gradient
+matters.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_oreal.algorithms.advantages import ADVANTAGES
+from megatron_oreal.algorithms.losses import KL_KINDS, engine_mismatch, mean_entropy, outcome_cross_entropy
+from megatron_oreal.config import OrealConfig
+from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
+from megatron_oreal.types import (
+    Batch,
+    Group,
+    LossOutput,
+    Microbatch,
+    Sample,
+    TokenOutputs,
+    TokenStream,
+    TrainingSequence,
+)
+
+Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
+Metrics = dict[str, float]
+
+
+class Model(Protocol):
+    """The part of models.trainable.TrainableModel that an algorithm drives."""
+
+    def forward(self, batch: Batch, stream: TokenStream) -> None: ...
+    def measure(self, batch: Batch, loss: Loss) -> Metrics: ...
+    def train_step(self, batch: Batch, loss: Loss) -> Metrics: ...
+
+
+@dataclass(slots=True)
+class Oreal:
+    config: OrealConfig
+    plan: PackingPlan
+    seed: int
+    policy: Model
+    reference: Model | None  # None where nothing pulls towards the initial policy
+    reward_model: Model | None  # None: every token weight is 1
+    policy_updates: int = 1  # optimizer steps on one set of groups
+    reward_model_updates: int = 1
+
+    def update(self, groups: Sequence[Group], step: int) -> Metrics:
+        """All optimizer steps on these groups; without a group of both kinds, only the metric that says so."""
+        sequences = select_sequences(groups, self.config, random.Random(f"{self.seed}-{step}"))
+        if not sequences:
+            return {"train/skipped": 1.0}
+        batch = pack(sequences, self.plan)
+        metrics = {
+            "train/skipped": 0.0,
+            "train/num_sequences": batch.num_sequences,
+            "train/num_tokens": batch.num_tokens,
+        }
+        if self.reference is not None:
+            self.reference.forward(batch, "reference_logprobs")
+        if self.reward_model is not None:
+            for _ in range(self.reward_model_updates):
+                metrics |= self.reward_model.train_step(batch, partial(self.reward_loss, batch=batch))
+        for microbatch in batch.microbatches:
+            fill_coefficients(microbatch, batch, self.config)
+        policy_loss = partial(self.policy_loss, batch=batch)
+        if step < self.config.policy_freeze_steps:
+            return metrics | self.policy.measure(batch, policy_loss)
+        for _ in range(self.policy_updates):
+            metrics |= self.policy.train_step(batch, policy_loss)
+        return metrics
+
+    def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
+        """Eq. 12. The first pass also keeps the scores, which are those before the reward model's own update."""
+        scores = align(outputs.values, self.config)
+        if microbatch.token_scores is None:
+            microbatch.token_scores = scores.detach()
+        output = outcome_cross_entropy(scores, microbatch, batch.num_sequences)
+        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
+        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
+        output.metrics |= {
+            "score_correct": scores.detach()[correct].sum() / max(1, batch.num_correct_tokens),
+            "score_incorrect": scores.detach()[incorrect].sum() / max(1, batch.num_incorrect_tokens),
+        }
+        return output
+
+    def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
+        """Eq. 11: cloning of the correct, reshaped policy gradient of the incorrect, KL to the target."""
+        logprobs = outputs.values
+        if microbatch.old_logprobs is None:
+            microbatch.old_logprobs = logprobs.detach()
+        coefficients, old_logprobs = microbatch.coefficients, microbatch.old_logprobs
+        assert coefficients is not None
+        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
+        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
+        positive = -(coefficients * logprobs)[correct].sum()
+        negative = -(coefficients * (logprobs - old_logprobs).exp())[incorrect].sum()
+        is_initial = self.config.kl_target == "initial"
+        target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
+        assert target is not None
+        divergence = KL_KINDS[self.config.kl_kind](logprobs, target)[microbatch.loss_mask].sum() / batch.num_tokens
+        loss = positive + negative + self.config.kl_coef * divergence
+        metrics = {
+            "loss": loss,
+            "loss_positive": positive,
+            "loss_negative": negative,
+            "kl": divergence,
+            "entropy": mean_entropy(outputs, batch),
+        }
+        metrics |= engine_mismatch(outputs, microbatch, batch) | weight_metrics(microbatch, batch, correct, incorrect)
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
+def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.Random) -> list[TrainingSequence]:
+    """What is trained on: of each group with correct and incorrect samples, one of each kind or all.
+
+    Advantages and pass rates are those of the full group. Samples without a verdict count nowhere.
+    """
+    sequences = []
+    for group in groups:
+        samples = group.judged_samples
+        if not 0.0 < group.pass_rate < 1.0:
+            continue
+        advantages = group_advantages(samples, config)
+        chosen = list(range(len(samples)))
+        if config.selection == "one_pair":
+            correct = [index for index in chosen if samples[index].is_correct]
+            incorrect = [index for index in chosen if not samples[index].is_correct]
+            chosen = [rng.choice(correct), rng.choice(incorrect)]
+        for index in chosen:
+            weight = sequence_weight(samples[index], advantages[index], group.pass_rate, config)
+            sequences.append(training_sequence(samples[index], weight))
+    return sequences
+
+
+def group_advantages(samples: Sequence[Sample], config: OrealConfig) -> list[float]:
+    low = -1.0 if config.rewards == "plus_minus_one" else 0.0
+    rewards = torch.tensor([[1.0 if sample.is_correct else low for sample in samples]], dtype=torch.float64)
+    advantages: list[float] = ADVANTAGES[config.advantage](rewards)[0].tolist()
+    return advantages
+
+
+def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: OrealConfig) -> float:
+    """What the sequence's tokens are weighted with before token weights and denominators: > 0 if correct, else < 0."""
+    if sample.is_correct:
+        return {"advantage": advantage, "one": 1.0}[config.positive_weight]
+    reshaped = {"advantage": abs(advantage), "one_minus_pass_rate": 1.0 - pass_rate, "one": 1.0}
+    return -reshaped[config.negative_weight]
+
+
+def training_sequence(sample: Sample, weight: float) -> TrainingSequence:
+    return TrainingSequence(
+        prompt_ids=sample.prompt_ids,
+        response_ids=sample.response_ids,
+        advantage=weight,
+        is_correct=sample.is_correct,
+        model_logprobs=sample.model_logprobs,
+    )
+
+
+def align(scores: Tensor, config: OrealConfig) -> Tensor:
+    """Scores [T] beside the token that they weigh: position t speaks about token t + 1."""
+    return scores if config.score_position == "before" else scores.roll(-1)
+
+
+def fill_coefficients(microbatch: Microbatch, batch: Batch, config: OrealConfig) -> None:
+    """Token weights from the scores, and the coefficients of eq. 11: advantage x token weight (x eta) / count."""
+    correct = microbatch.is_correct[microbatch.sequence_ids]
+    if microbatch.token_scores is None:
+        weights = torch.ones_like(microbatch.advantages)
+    else:
+        scores, mask = pad_responses(microbatch.token_scores, microbatch)
+        positive, negative = TOKEN_WEIGHTS[config.token_weights](scores, mask, config)
+        weights = unpad_responses(torch.where(microbatch.is_correct[:, None], positive, negative), microbatch)
+    scale = torch.where(
+        correct, 1.0 / max(1, batch.num_correct_tokens), config.negative_coef / max(1, batch.num_incorrect_tokens)
+    )
+    microbatch.token_weights = torch.where(microbatch.loss_mask, weights, 0.0)
+    microbatch.coefficients = microbatch.advantages * microbatch.token_weights * scale
+
+
+def token_weights(scores: Tensor, mask: Tensor, prefix_mean: bool = True) -> tuple[Tensor, Tensor]:
+    """Eq. 10: (positive, negative) = max(2 sigmoid(s) - 1, 0) and max(1 - 2 sigmoid(s), 0).
+
+    scores [N, T], mask [N, T] bool; both results [N, T], detached and 0 outside the mask, where scores are never read.
+    With `prefix_mean`, s is the mean of the scores up to the token (the reference code); else its own (the paper).
+    """
+    score = effective_scores(scores, mask, prefix_mean)
+    probability = torch.sigmoid(score)
+    positive = (2.0 * probability - 1.0).clamp(0.0, 1.0)
+    negative = (1.0 - 2.0 * probability).clamp(0.0, 1.0)
+    return torch.where(mask, positive, 0.0), torch.where(mask, negative, 0.0)
+
+
+def effective_scores(scores: Tensor, mask: Tensor, prefix_mean: bool) -> Tensor:
+    scores = torch.where(mask, scores.detach(), 0.0)
+    return scores.cumsum(dim=-1) / mask.cumsum(dim=-1).clamp_min(1) if prefix_mean else scores
+
+
+def threshold_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
+    return token_weights(scores, mask, config.prefix_mean)
+
+
+def mean_one_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
+    """Those of eq. 10, scaled to mean one over each sequence; all ones where all are zero."""
+    return tuple(mean_one(weights, mask) for weights in token_weights(scores, mask, config.prefix_mean))  # type: ignore[return-value]
+
+
+def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
+    mean = weights.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp_min(1)
+    return torch.where(mean > 0, weights / mean.clamp_min(torch.finfo(weights.dtype).tiny), mask.to(weights.dtype))
+
+
+def top_k_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
+    """The `top_k_ratio` tokens that speak most for (against) success, min-max normalised over each sequence."""
+    score = effective_scores(scores, mask, config.prefix_mean)
+    return top_share(torch.sigmoid(score), mask, config.top_k_ratio), top_share(
+        torch.sigmoid(-score), mask, config.top_k_ratio
+    )
+
+
+def top_share(values: Tensor, mask: Tensor, ratio: float) -> Tensor:
+    """[N, T] in [0, 1]: ceil(ratio * length) tokens of each row keep their normalised value; 1 where all are equal."""
+    low = torch.where(mask, values, torch.inf).amin(dim=-1, keepdim=True)
+    high = torch.where(mask, values, -torch.inf).amax(dim=-1, keepdim=True)
+    normalised = torch.where(high > low, (values - low) / (high - low), 1.0)
+    # Stable: of equal values the earlier token is kept, on every device.
+    order = torch.where(mask, values, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
+    counts = torch.tensor([[math.ceil(ratio * length)] for length in mask.sum(dim=-1).tolist()], device=values.device)
+    return torch.where(mask & (rank < counts), normalised, 0.0)
+
+
+TOKEN_WEIGHTS: dict[str, Callable[[Tensor, Tensor, OrealConfig], tuple[Tensor, Tensor]]] = {
+    "threshold": threshold_weights,
+    "mean_one": mean_one_weights,
+    "top_k": top_k_weights,
+}
+
+
+def weight_metrics(microbatch: Microbatch, batch: Batch, correct: Tensor, incorrect: Tensor) -> dict[str, Tensor]:
+    weights = microbatch.token_weights
+    assert weights is not None
+    return {
+        "weight_positive": weights[correct].sum() / max(1, batch.num_correct_tokens),
+        "weight_negative": weights[incorrect].sum() / max(1, batch.num_incorrect_tokens),
+        "weight_zero_share": (weights[microbatch.loss_mask] == 0).sum() / batch.num_tokens,
+        "weight_max": weights.max(),
+    }

@@ -1,0 +1,235 @@
+"""A run's checkpoints: everything that the next step depends on, whole or absent.
+
+    RUN_DIR/checkpoints/step_000050/
+        run.json                                   step, parallel layout, prompt cursor, evaluation
+        random_t00_p00.pt                          random states
+        policy/parameters_t00_p00.safetensors      a tensor and pipeline rank's parameters, by Megatron's global names
+        policy/optimizer_t00_p00_d000.pt           optimizer (with float32 master weights) and schedule
+        reward_model/...
+
+A checkpoint is written under a temporary name and renamed when every rank's files are on disk: a folder with its final
+name is complete. It is read with the layout that wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_oreal.config import CheckpointConfig
+from megatron_oreal.observability.files import sync_file, sync_folder
+
+STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+class Layout(Protocol):
+    """The part of models.parallel.ParallelLayout that is needed here."""
+
+    @property
+    def tensor_rank(self) -> int: ...
+    @property
+    def tensor_size(self) -> int: ...
+    @property
+    def pipeline_rank(self) -> int: ...
+    @property
+    def pipeline_size(self) -> int: ...
+    @property
+    def virtual_size(self) -> int: ...
+    @property
+    def data_rank(self) -> int: ...
+    @property
+    def data_size(self) -> int: ...
+    @property
+    def is_main(self) -> bool: ...
+
+
+class Trainable(Protocol):
+    """The part of models.trainable.TrainableModel that is saved."""
+
+    @property
+    def optimizer_is_sharded(self) -> bool: ...
+    def parameters(self) -> list[tuple[str, Tensor]]: ...
+    def training_state(self) -> dict[str, Any]: ...
+    def load_training_state(self, state: dict[str, Any]) -> None: ...
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands, besides its tensors."""
+
+    step: int
+    cursor: dict[str, int]
+    evaluation: dict[str, float] = field(default_factory=dict)  # of this step's policy, where it was measured
+
+
+@dataclass(slots=True)
+class TrainState:
+    folder: Path  # RUN_DIR/checkpoints
+    models: Mapping[str, Trainable]
+    layout: Layout
+    config: CheckpointConfig
+
+    def save(self, progress: Progress) -> Path:
+        """Writes step_<step> from every rank, then removes what need not be kept. Raises CheckpointError on all."""
+        final = self.folder / f"step_{progress.step:06d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if self.layout.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        dist.barrier()
+        error = ""
+        try:
+            self._write(temporary, progress)
+        except (OSError, RuntimeError) as caught:  # safetensors and torch report a full disk as their own errors
+            error = f"{type(caught).__name__}: {caught}"
+        self._agree(error, temporary)
+        if self.layout.is_main:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            sync_folder(self.folder)
+            self._prune()
+        dist.barrier()
+        return final
+
+    def load_latest(self) -> Progress | None:
+        """Restores the newest checkpoint; None without any. Raises ValueError where the layout differs."""
+        if self.layout.is_main:
+            for stale in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(stale)
+        steps = saved_steps(self.folder)
+        if not steps:
+            return None
+        folder = self.folder / f"step_{steps[-1]:06d}"
+        saved = json.loads((folder / "run.json").read_text())
+        if saved["layout"] != self._layout_sizes():
+            raise ValueError(
+                f"parallel: {folder} was written with {saved['layout']}, this run has {self._layout_sizes()}; "
+                "resume with the same layout, or start a new run_dir from the exported weights"
+            )
+        for name, model in self.models.items():
+            load_parameters_in_place(model, folder / name / f"parameters_{self._shard}.safetensors")
+            model.load_training_state(torch.load(folder / name / self._optimizer_file(model), weights_only=True))
+        restore_random_state(torch.load(folder / f"random_{self._shard}.pt", weights_only=True))
+        return Progress(**saved["progress"])
+
+    def _write(self, folder: Path, progress: Progress) -> None:
+        for name, model in self.models.items():
+            (folder / name).mkdir(exist_ok=True)
+            if self.layout.data_rank == 0:
+                parameters = {key: value.detach().cpu().contiguous() for key, value in model.parameters()}
+                write_and_sync(folder / name / f"parameters_{self._shard}.safetensors", parameters, save_file)
+            if self.layout.data_rank == 0 or model.optimizer_is_sharded:
+                write_and_sync(folder / name / self._optimizer_file(model), model.training_state(), torch_save)
+        if self.layout.data_rank == 0:
+            write_and_sync(folder / f"random_{self._shard}.pt", random_state(), torch_save)
+        if self.layout.is_main:
+            record = {"layout": self._layout_sizes(), "progress": asdict(progress)}
+            (folder / "run.json").write_text(json.dumps(record, indent=2))
+            sync_file(folder / "run.json")
+
+    def _agree(self, error: str, temporary: Path) -> None:
+        errors = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if any(errors):
+            if self.layout.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            first = next(error for error in errors if error)
+            raise CheckpointError(
+                f"checkpoint {temporary.name[1:-4]} could not be written ({first}); the last one stays"
+            )
+
+    def _prune(self) -> None:
+        steps = saved_steps(self.folder)
+        kept = {*steps[-self.config.keep_last :], *self._best(steps)}
+        for step in steps:
+            if step not in kept:
+                doomed = self.folder / f".step_{step:06d}.old.tmp"
+                (self.folder / f"step_{step:06d}").rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _best(self, steps: list[int]) -> list[int]:
+        scores = {}
+        for step in steps if self.config.best_metric else []:
+            evaluation = json.loads((self.folder / f"step_{step:06d}" / "run.json").read_text())["progress"][
+                "evaluation"
+            ]
+            if self.config.best_metric in evaluation:
+                scores[step] = evaluation[self.config.best_metric]
+        return sorted(scores, key=lambda step: (-scores[step], step))[: self.config.keep_best]
+
+    @property
+    def _shard(self) -> str:
+        return f"t{self.layout.tensor_rank:02d}_p{self.layout.pipeline_rank:02d}"
+
+    def _optimizer_file(self, model: Trainable) -> str:
+        return f"optimizer_{self._shard}_d{self.layout.data_rank if model.optimizer_is_sharded else 0:03d}.pt"
+
+    def _layout_sizes(self) -> dict[str, int]:
+        layout = self.layout
+        sharded = any(model.optimizer_is_sharded for model in self.models.values())
+        return {
+            "tensor": layout.tensor_size,
+            "pipeline": layout.pipeline_size,
+            "virtual_pipeline": layout.virtual_size,
+            "data": layout.data_size if sharded else 0,  # 0: any number of replicas can read it
+        }
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The complete checkpoints of a run, oldest first."""
+    matches = [STEP_FOLDER.fullmatch(path.name) for path in folder.glob("step_*")]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def write_and_sync(file: Path, content: Any, write: Any) -> None:
+    write(content, file)
+    sync_file(file)
+
+
+def torch_save(content: Any, file: Path) -> None:
+    torch.save(content, file)
+
+
+def load_parameters_in_place(model: Trainable, file: Path) -> None:
+    saved = load_file(file)
+    with torch.no_grad():
+        for name, parameter in model.parameters():
+            parameter.copy_(saved[name])
+
+
+def random_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    version, internal, gauss = random.getstate()
+    state = {"torch": torch.get_rng_state(), "python": [version, list(internal), gauss]}
+    state["tracker"] = dict(get_cuda_rng_tracker().get_states())
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,161 @@
+"""megatron-oreal: the command line. A user's mistake ends with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from megatron_oreal.config import (
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+    check_layout,
+    check_lengths,
+    describe_layout,
+    load_config,
+    num_processes,
+    to_yaml,
+)
+
+SUPPORTED_MODEL_TYPES = ("qwen2",)  # checkpoint.families.FAMILIES, which needs torch; a test holds them equal
+PR_SET_PDEATHSIG = 1
+
+
+@click.group()
+def cli() -> None:
+    """Outcome-reward reinforcement learning for mathematical reasoning."""
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Trains with outcome rewards. The same command again resumes."""
+
+    def run(resolved: TrainConfig) -> None:
+        from megatron_oreal.train import train
+
+        train(resolved)
+
+    start(TrainConfig, config, overrides, dry_run, run)
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Supervised warm-up on examples. The same command again resumes."""
+
+    def run(resolved: SftConfig) -> None:
+        from megatron_oreal.train import sft
+
+        sft(resolved)
+
+    start(SftConfig, config, overrides, dry_run, run)
+
+
+def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
+    """Checks what can be checked without torch, then runs here or in processes of its own."""
+    config = load_config(kind, path, overrides)
+    shape = check_layout(config, SUPPORTED_MODEL_TYPES)
+    if isinstance(config, TrainConfig):
+        check_lengths(config, shape)
+    if dry_run:
+        click.echo(to_yaml(config))
+        click.echo(describe_layout(config))
+    elif num_processes(config.parallel) > 1 and "RANK" not in os.environ:
+        launch(config)
+    else:
+        set_threads(1 if "RANK" not in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent()
+        run(config)
+
+
+def launch(config: RunConfig) -> None:
+    """Starts this command again in every process of the layout, with torch's elastic launcher."""
+    count = num_processes(config.parallel)
+    set_threads(count)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The failing process says what is wrong; the launcher's own report would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"megatron-oreal-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
+    except ChildFailedError as error:
+        exit_codes = [failure.exitcode for failure in error.failures.values()]
+        sys.exit(2 if 2 in exit_codes else 1)
+
+
+def set_threads(num_local_processes: int) -> None:
+    """Before torch is imported: as many threads a process as there are cores for it, unless the user has said."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_local_processes)))
+
+
+def end_with_parent() -> None:
+    """Has Linux end this process when its launcher dies, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> None:
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except ValueError as error:
+        if not is_ours(error):
+            raise
+        fail(str(error), 2)
+    except RuntimeError as error:
+        if type(error).__name__ not in ("NonFiniteLossError", "CheckpointError"):
+            raise
+        fail(str(error), 1)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Our own ValueErrors name a field and a fix. One that a library raised is a defect and keeps its traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith(
+        ("megatron_oreal", "__main__")
+    )
+
+
+def fail(message: str, exit_code: int) -> None:
+    """One line from one process: the others wait, and the launcher ends them when the first one stops."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Worker processes that compare answers with an algebra system, and survive whatever that does.
+
+Each of a few threads owns one process, started when the first comparison comes, over two pipes. A process spends at
+most `cpu_seconds` of its own CPU time on a comparison (see `worker`), so a loaded machine does not change verdicts; a
+generous wall limit catches what hangs without computing. An ended process is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+WORKER_SCRIPT = Path(__file__).with_name("worker.py")
+START_SECONDS = 180.0  # importing from a slow shared file system
+DEFAULT_MEMORY_BYTES = 2 * 2**30  # of address space
+JOBS_PER_PROCESS = 2000  # sympy's caches grow
+NUM_ATTEMPTS = 2  # a process ended from outside says nothing about its comparison
+# Python's own and the dynamic linker's; the rest of a launcher's environment is no business of a worker.
+INHERITED_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+Outcome = Literal["equal", "different", "timeout", "crash"]
+
+
+@dataclass(slots=True, frozen=True)
+class Comparison:
+    answer: str  # the reference
+    prediction: str
+
+
+class WorkerProcess:
+    """One process. Errors: RuntimeError when it does not start, which is the installation's fault, not an answer's."""
+
+    def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
+        self.wall_seconds = wall_seconds
+        self.num_jobs = 0
+        self.is_closed = False  # the process has closed its end of the pipe
+        # An argument list and no shell; a hash seed, because sympy's orders follow hashes.
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                str(WORKER_SCRIPT),
+                f"--parent-pid={os.getpid()}",
+                f"--cpu-seconds={cpu_seconds}",
+                f"--memory-bytes={memory_bytes}",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+            | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
+        )
+        if self.read_line(START_SECONDS) is None:
+            self.end()
+            raise RuntimeError(
+                f"the verifier's worker did not start (exit status {self.process.returncode}); its error is on stderr. "
+                "Is math-verify[antlr4_13_2] installed in this environment?"
+            )
+
+    def compare(self, comparison: Comparison) -> Outcome:
+        """After "timeout" and "crash" the process has ended."""
+        self.num_jobs += 1
+        job = json.dumps({"answer": comparison.answer, "prediction": comparison.prediction})
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(job.encode() + b"\n")
+        except BrokenPipeError:
+            self.end()
+            return "crash"
+        line = self.read_line(self.wall_seconds)
+        if line is None:
+            ran_on = self.process.poll() is None and not self.is_closed
+            self.end()
+            return "timeout" if ran_on or self.process.returncode == -signal.SIGPROF else "crash"
+        is_equal = json.loads(line)["is_equal"]
+        if is_equal is None:
+            return "crash"
+        return "equal" if is_equal else "different"
+
+    def read_line(self, timeout_seconds: float) -> bytes | None:
+        """The next reply; None at the end of the process (`is_closed` then) or of the time."""
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + timeout_seconds
+        line = b""
+        while not line.endswith(b"\n"):
+            readable, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                return None
+            part = self.process.stdout.read(65536)
+            if not part:
+                self.is_closed = True
+                return None
+            line += part
+        return line
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def end(self) -> None:
+        """Kills the process and waits for it: no zombie, no open pipe."""
+        # A process that closed its pipe is ending by itself, and its own signal says why.
+        if not self.is_closed:
+            self.process.kill()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+class WorkerPool:
+    """Compares in up to `num_workers` processes; safe to call from several threads."""
+
+    def __init__(
+        self,
+        num_workers: int = 1,
+        cpu_seconds: float = 3.0,
+        wall_seconds: float | None = None,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    ) -> None:
+        if num_workers < 1:
+            raise ValueError(f"verifier.num_workers must be >= 1, got {num_workers}")
+        if cpu_seconds <= 0:
+            raise ValueError(f"verifier.cpu_seconds must be > 0, got {cpu_seconds}")
+        self.num_workers = num_workers
+        self.cpu_seconds = cpu_seconds
+        self.wall_seconds = 30.0 + 30.0 * cpu_seconds if wall_seconds is None else wall_seconds
+        self.memory_bytes = memory_bytes
+        self.jobs: queue.SimpleQueue[tuple[Comparison, Future[Outcome]] | None] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.workers: dict[int, WorkerProcess] = {}  # by the index of the owning thread
+        self.lock = threading.Lock()
+        self.is_closed = False
+        self.num_unfinished = 0  # jobs in the queue or in a worker
+
+    def compare_many(self, comparisons: Sequence[Comparison]) -> list[Outcome]:
+        """Outcomes in the order given. Errors: RuntimeError when workers cannot be started, or after `close`."""
+        futures: list[Future[Outcome]] = []
+        with self.lock:
+            if self.is_closed:
+                raise RuntimeError("the verifier is closed")
+            self.num_unfinished += len(comparisons)
+            for comparison in comparisons:
+                futures.append(Future())
+                self.jobs.put((comparison, futures[-1]))
+            # The kernel ends a worker with the thread that started it, so the threads live as long as the pool.
+            while len(self.threads) < min(self.num_workers, self.num_unfinished):
+                index = len(self.threads)
+                thread = threading.Thread(target=self.serve, args=(index,), name=f"verifier-{index}", daemon=True)
+                self.threads.append(thread)
+                thread.start()
+        return [future.result() for future in futures]
+
+    def serve(self, index: int) -> None:
+        """A thread's loop, until it is told to stop by None."""
+        while (job := self.jobs.get()) is not None:
+            comparison, future = job
+            try:
+                future.set_result(self.compare(index, comparison))
+            except Exception as error:  # noqa: BLE001  # it belongs to the caller, who waits for the future
+                future.set_exception(error)
+            finally:
+                with self.lock:
+                    self.num_unfinished -= 1
+        if worker := self.workers.pop(index, None):
+            worker.end()
+
+    def compare(self, index: int, comparison: Comparison) -> Outcome:
+        outcome: Outcome = "crash"
+        for _ in range(NUM_ATTEMPTS):
+            if self.is_closed:
+                raise RuntimeError("the verifier was closed during a comparison")
+            worker = self.running_worker(index)
+            outcome = worker.compare(comparison)
+            # A reply that says "crash" comes from a living process, and would come again.
+            if outcome != "crash" or worker.is_running:
+                break
+        return outcome
+
+    def running_worker(self, index: int) -> WorkerProcess:
+        worker = self.workers.get(index)
+        if worker is not None and worker.is_running and worker.num_jobs < JOBS_PER_PROCESS:
+            return worker
+        if worker is not None:
+            worker.end()
+        self.workers[index] = WorkerProcess(self.cpu_seconds, self.wall_seconds, self.memory_bytes)
+        return self.workers[index]
+
+    def close(self) -> None:
+        """Ends the workers, in the middle of a comparison if need be; returns when their processes are gone."""
+        with self.lock:
+            self.is_closed = True
+        for worker in list(self.workers.values()):
+            worker.process.kill()
+        for _ in self.threads:
+            self.jobs.put(None)
+        for thread in self.threads:
+            thread.join()
+        self.threads.clear()

@@ -1,0 +1,322 @@
+"""Builds and closes everything that the loops in train.py use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megatron_oreal.algorithms.oreal import Oreal
+from megatron_oreal.algorithms.sft import Sft
+from megatron_oreal.checkpoint.families import FAMILIES, Architecture, read_architecture
+from megatron_oreal.checkpoint.hf import save_hf
+from megatron_oreal.checkpoint.train_state import Progress, TrainState
+from megatron_oreal.config import (
+    RolloutConfig,
+    RunConfig,
+    SftConfig,
+    TrainableConfig,
+    TrainConfig,
+    VerifierConfig,
+    check_layout,
+    check_lengths,
+    to_yaml,
+)
+from megatron_oreal.data.examples import encode_examples, read_examples
+from megatron_oreal.data.packing import PackingPlan
+from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
+from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_oreal.models import parallel
+from megatron_oreal.models.build import DTYPES
+from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead
+from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
+from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.rewards import MathVerifier
+from megatron_oreal.rollout.engine import RolloutEngine, SamplingParams
+from megatron_oreal.rollout.local import LocalEngine
+from megatron_oreal.rollout.sampler import Sampler
+from megatron_oreal.rollout.weight_sync import WeightSync
+from megatron_oreal.types import TrainingSequence
+
+Config = TypeVar("Config", TrainConfig, SftConfig)
+Item = TypeVar("Item", EncodedPrompt, TrainingSequence)
+Algorithm = TypeVar("Algorithm", Oreal, Sft)
+
+# Settings that may change between a run and its continuation.
+CHANGEABLE = ("num_steps", "run_dir", "checkpoint.", "verifier.num_workers", "parallel.timeout_seconds")
+
+
+@dataclass(slots=True)
+class Run(Generic[Config, Item, Algorithm]):
+    config: Config
+    layout: ParallelLayout
+    cursor: PromptCursor[Item]
+    policy: TrainableModel
+    algorithm: Algorithm
+    sampler: Sampler
+    sampling: SamplingParams
+    weight_sync: WeightSync
+    eval_prompts: Mapping[str, list[EncodedPrompt]]
+    train_state: TrainState
+    timer: PhaseTimer
+    log: MetricsLog | None  # on the first rank
+    progress: ProgressBar
+    start_step: int = 0
+    metrics: Metrics = field(default_factory=dict)  # of the step under way
+
+    def record(self, metrics: Metrics) -> None:
+        self.metrics |= metrics
+
+    def save(self, step: int) -> None:
+        evaluation = {name: value for name, value in self.metrics.items() if name.startswith("eval/")}
+        self.train_state.save(Progress(step, self.cursor.state(), evaluation))
+
+    def finish_step(self, step: int) -> None:
+        """Writes the step's record."""
+        self.metrics |= self.timer.flush()
+        self.metrics |= rates(self.metrics)
+        if self.log is not None:
+            self.log.log(step, self.metrics)
+        self.metrics = {}
+
+    def export(self) -> None:
+        """The policy as a Hugging Face directory, RUN_DIR/hf."""
+        model = self.config.model
+        save_hf(
+            self.weight_sync.stream, model.path, model.tokenizer_path, self.config.run_dir / "hf", self.layout.is_main
+        )
+
+
+def rates(metrics: Metrics) -> Metrics:
+    """Tokens a second of the phases that have both."""
+    counted = {"rollout": "rollout/num_tokens", "update": "train/num_tokens"}
+    found = {}
+    for phase, name in counted.items():
+        seconds = metrics.get(f"time/{phase}_seconds", 0.0)
+        if name in metrics and seconds > 0:
+            found[f"time/{phase}_tokens_per_second"] = metrics[name] / seconds
+    return found
+
+
+@contextlib.contextmanager
+def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, Oreal]]:
+    """Everything of a reinforcement learning run, resumed where its folder says. Raises ValueError for bad input."""
+    check_lengths(config, check_layout(config, list(FAMILIES)))
+    architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
+    prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
+    encoded, num_skipped = encode_prompts(prompts, tokenizer, config.data)
+    cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
+    check_run_dir(config)
+    with opened_layout(config) as layout:
+        build = partial(build_model, architecture=architecture, config=config, layout=layout)
+        policy_steps = max(1, config.num_steps - config.algorithm.policy_freeze_steps)
+        policy = build("policy", LogprobHead(layout, architecture.vocab_size), config.policy, num_steps=policy_steps)
+        models, algorithm = {"policy": policy}, config.algorithm
+        reference = reward_model = None
+        if algorithm.kl_coef > 0 and algorithm.kl_target == "initial":
+            reference = build("reference", LogprobHead(layout, architecture.vocab_size), None)
+        if config.reward_model.enabled:
+            path = config.reward_model.path or config.model.path
+            reward_model = build("reward_model", ScalarHead(layout), config.reward_model, path=path)
+            models["reward_model"] = reward_model
+        oreal = Oreal(
+            config=algorithm,
+            plan=packing_plan(config, layout),
+            seed=config.seed,
+            policy=policy,
+            reference=reference,
+            reward_model=reward_model,
+            policy_updates=config.policy.updates_per_step,
+            reward_model_updates=config.reward_model.updates_per_step,
+        )
+        with assembled(config, layout, tokenizer, models, oreal, cursor) as run:
+            note_skipped(run.progress, num_skipped, "prompts longer than data.max_prompt_tokens")
+            yield run
+
+
+@contextlib.contextmanager
+def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft]]:
+    """Everything of a supervised run. Raises ValueError for bad input."""
+    check_layout(config, list(FAMILIES))
+    architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
+    sequences, num_skipped = encode_examples(read_examples(config.data.examples), tokenizer, config.data)
+    cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
+    check_run_dir(config)
+    with opened_layout(config) as layout:
+        head = LogprobHead(layout, architecture.vocab_size)
+        policy = build_model("policy", head, config.policy, architecture=architecture, config=config, layout=layout)
+        sft = Sft(packing_plan(config, layout), policy, config.policy.updates_per_step)
+        with assembled(config, layout, tokenizer, {"policy": policy}, sft, cursor) as run:
+            note_skipped(run.progress, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
+            yield run
+
+
+@contextlib.contextmanager
+def opened_layout(config: RunConfig) -> Iterator[ParallelLayout]:
+    layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
+    try:
+        yield layout
+    finally:
+        parallel.finalize()
+
+
+@contextlib.contextmanager
+def assembled(
+    config: Config,
+    layout: ParallelLayout,
+    tokenizer: Tokenizer,
+    models: Mapping[str, TrainableModel],
+    algorithm: Algorithm,
+    cursor: PromptCursor[Item],
+) -> Iterator[Run[Config, Item, Algorithm]]:
+    """What every kind of run has around its models; restores the newest checkpoint."""
+    eval_prompts = read_eval_prompts(config, tokenizer)
+    sampling = sampling_params(config.rollout, tokenizer)
+    with ExitStack() as stack:
+        verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
+        engine = local_engine(config, layout)
+        stack.callback(engine.close)
+        train_state = TrainState(config.run_dir / "checkpoints", models, layout, config.checkpoint)
+        restored = train_state.load_latest()
+        start_step = 0
+        if restored is not None:
+            start_step = restored.step
+            cursor.restore(restored.cursor)
+        if layout.is_main:
+            write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+        log = stack.enter_context(MetricsLog(config.run_dir, start_step)) if layout.is_main else None
+        run = Run(
+            config=config,
+            layout=layout,
+            cursor=cursor,
+            policy=models["policy"],
+            algorithm=algorithm,
+            sampler=Sampler(engine, tokenizer, verifier, config.verifier.require_stop),
+            sampling=sampling,
+            weight_sync=WeightSync(models["policy"].weight_stream(), engine),
+            eval_prompts=eval_prompts,
+            train_state=train_state,
+            timer=PhaseTimer(synchronizer(layout)),
+            log=log,
+            progress=stack.enter_context(open_progress(config, layout, start_step)),
+            start_step=start_step,
+        )
+        if restored is not None:
+            run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
+        run.weight_sync.push(start_step)
+        yield run
+
+
+def build_model(
+    name: str,
+    head: Head,
+    training: TrainableConfig | None,
+    *,
+    architecture: Architecture,
+    config: RunConfig,
+    layout: ParallelLayout,
+    path: Path | None = None,
+    num_steps: int | None = None,
+) -> TrainableModel:
+    num_updates = (num_steps or config.num_steps) * (training.updates_per_step if training else 1)
+    model = TrainableModel(name, architecture, head, config.model, layout, training, num_updates)
+    model.load_hf(path or config.model.path)
+    return model
+
+
+def packing_plan(config: RunConfig, layout: ParallelLayout) -> PackingPlan:
+    interleaved = layout.virtual_size > 1
+    return PackingPlan(
+        data_rank=layout.data_rank,
+        data_size=layout.data_size,
+        microbatch_tokens=config.parallel.microbatch_tokens,
+        device=layout.device,
+        token_multiple=layout.tensor_size if layout.sequence_parallel else 1,
+        count_multiple=layout.pipeline_size if interleaved else 1,
+        equal_lengths=interleaved,
+    )
+
+
+def local_engine(config: TrainConfig | SftConfig, layout: ParallelLayout) -> RolloutEngine:
+    group = dist.group.WORLD if layout.world_size > 1 else None
+    return LocalEngine(config.model.path, layout.device, DTYPES[config.model.dtype], config.rollout.batch_size, group)
+
+
+def open_verifier(config: VerifierConfig) -> MathVerifier:
+    return MathVerifier(num_workers=config.num_workers, cpu_seconds=config.cpu_seconds)
+
+
+def sampling_params(config: RolloutConfig, tokenizer: Tokenizer) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_new_tokens=config.max_new_tokens,
+        stop_token_ids=tuple(tokenizer.stop_token_ids(config.stop_tokens)),
+    )
+
+
+def read_eval_prompts(config: TrainConfig | SftConfig, tokenizer: Tokenizer) -> dict[str, list[EncodedPrompt]]:
+    datasets = {}
+    for name, path in config.eval.prompts.items():
+        prompts = read_prompts(path, f"eval.prompts.{name}")[: config.eval.max_prompts]
+        datasets[name], _ = encode_prompts(prompts, tokenizer, config.data)
+    return datasets
+
+
+def synchronizer(layout: ParallelLayout) -> Callable[[], None] | None:
+    return torch.cuda.synchronize if layout.device.type == "cuda" else None
+
+
+def open_progress(config: RunConfig, layout: ParallelLayout, start_step: int) -> ProgressBar:
+    if not layout.is_main:
+        return ProgressBar.silent()
+    description = config.run_dir.name
+    return ProgressBar(config.num_steps, start_step, description, log_file=config.run_dir / "log.txt")
+
+
+def note_skipped(progress: ProgressBar, count: int, what: str) -> None:
+    if count:
+        progress.note(f"skipped {count} {what}")
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Refuses a folder that another configuration has begun to fill. Raises ValueError with the differences."""
+    file = config.run_dir / "config.yaml"
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise ValueError(f"run_dir: {config.run_dir} is a file; give a folder")
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        return
+    before, now = flatten(yaml.safe_load(file.read_text())), flatten(yaml.safe_load(to_yaml(config)))
+    differences = [
+        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(CHANGEABLE)
+    ]
+    if differences:
+        raise ValueError(
+            f"run_dir: {config.run_dir} belongs to another configuration ({'; '.join(differences)}); "
+            "choose another run_dir, or restore these settings to resume"
+        )
+
+
+def flatten(settings: object, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.")
+    return flat

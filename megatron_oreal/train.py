@@ -1,0 +1,70 @@
+"""The loops: reinforcement learning, and the supervised warm-up before it.
+
+A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, and the last
+one, number num_steps, is an evaluation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_oreal.config import SftConfig, TrainConfig
+from megatron_oreal.evaluation import evaluate
+from megatron_oreal.rollout.sampler import rollout_metrics, write_rollouts
+from megatron_oreal.run import Run, open_sft, open_train
+
+
+def train(config: TrainConfig) -> None:
+    with open_train(config) as run:
+        for step in steps(run):
+            with run.timer("rollout"):
+                prompts = run.cursor.next_batch(config.data.prompts_per_step)
+                groups = run.sampler.sample(prompts, config.rollout.group_size, run.sampling, f"{config.seed}/{step}")
+                if run.layout.is_main:
+                    write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", groups)
+            run.record(rollout_metrics(groups))
+            with run.timer("update"):
+                run.record(run.algorithm.update(groups, step))
+            with run.timer("weight_sync"):
+                run.weight_sync.push(version=step + 1)
+        run.export()
+
+
+def sft(config: SftConfig) -> None:
+    with open_sft(config) as run:
+        for step in steps(run):
+            with run.timer("update"):
+                run.record(run.algorithm.update(run.cursor.next_batch(config.data.sequences_per_step), step))
+            if evaluation_due(run, step + 1):
+                with run.timer("weight_sync"):
+                    run.weight_sync.push(version=step + 1)
+        run.export()
+
+
+def steps(run: Run[Any, Any, Any]) -> Iterator[int]:
+    """Yields each step to train; evaluates and saves between them, and writes each step's record."""
+    config = run.config
+    for step in range(run.start_step, config.num_steps + 1):
+        if evaluation_due(run, step):
+            with run.timer("evaluation"):
+                run.record(evaluate(run, step))
+        if step > run.start_step and (step % config.checkpoint.every == 0 or step == config.num_steps):
+            with run.timer("checkpoint"):
+                run.save(step)
+        if step == config.num_steps:
+            break
+        yield step
+        shown: dict[str, Any] = {name: run.metrics[metric] for name, metric in SHOWN.items() if metric in run.metrics}
+        run.finish_step(step)
+        run.progress.advance(**shown)
+    if run.metrics:
+        run.finish_step(config.num_steps)
+
+
+SHOWN = {"loss": "policy/loss", "reward": "reward/mean", "mixed": "reward/groups_mixed", "skipped": "train/skipped"}
+
+
+def evaluation_due(run: Run[Any, Any, Any], step: int) -> bool:
+    evaluation = run.config.eval
+    return bool(evaluation.prompts) and (step % evaluation.every == 0 or step == run.config.num_steps)

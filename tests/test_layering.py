@@ -1,0 +1,135 @@
+"""The package's layers and what each may import, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "megatron_oreal"
+MAX_LINES = 450
+
+# A part of the package imports from its own layer and those before it.
+LAYERS = (
+    ("types", "config"),
+    ("observability",),
+    ("algorithms", "data", "rewards", "kernels"),
+    ("models", "checkpoint"),
+    ("rollout",),
+    ("run",),
+    ("train", "evaluation", "cli"),
+)
+LAYER_OF = {part: index for index, parts in enumerate(LAYERS) for part in parts}
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+
+def imported_names(source: str) -> set[str]:
+    """Dotted names that the source imports anywhere, `from a import b` as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports are absolute"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            names |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")
+    return names
+
+
+IMPORTS = {module: imported_names(path.read_text()) for module, path in MODULES.items()}
+
+
+def part_of(name: str) -> str | None:
+    """`rollout` for megatron_oreal.rollout.engine, None outside the package."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
+
+
+def modules_of(*parts: str) -> Iterator[str]:
+    return (module for module in MODULES if part_of(module) in parts)
+
+
+def importers_of(*packages: str) -> set[str]:
+    def is_inside(name: str) -> bool:
+        return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+    return {module for module, names in IMPORTS.items() if any(map(is_inside, names))}
+
+
+def test_every_kind_of_import_is_seen() -> None:
+    source = """
+import a.b as c
+def late():
+    from d import e
+if TYPE_CHECKING:
+    from f.g import h as i
+importlib.import_module("j")
+importlib.util.find_spec("k")
+torch.distributed.all_reduce(x)
+"""
+    assert imported_names(source) == {"a.b", "d", "d.e", "f.g", "f.g.h", "j", "torch.distributed"}
+
+
+def test_every_part_has_a_layer() -> None:
+    unknown = {part for part in map(part_of, MODULES) if part is not None} - LAYER_OF.keys()
+    assert not unknown, f"name the layer of {sorted(unknown)} in LAYERS"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != PACKAGE])
+def test_imports_point_to_lower_layers(module: str) -> None:
+    own = part_of(module)
+    assert own is not None
+    imported = {part for part in map(part_of, IMPORTS[module]) if part in LAYER_OF}
+    upwards = {part for part in imported if LAYER_OF[part] > LAYER_OF[own]}
+    assert not upwards, f"{module} ({own}) imports from {sorted(upwards)}"
+
+
+def test_config_imports_no_torch_and_nothing_of_the_package() -> None:
+    for module in modules_of("config"):
+        assert module not in importers_of("torch", "transformers", PACKAGE)
+
+
+def test_config_leaves_torch_unloaded() -> None:
+    code = (
+        f"import sys, {PACKAGE}.config; print([n for n in ('torch', 'transformers', 'megatron') if n in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_algorithms_are_pure() -> None:
+    banned = importers_of(
+        "megatron", "sglang", "triton", "transformer_engine", "torch.distributed", f"{PACKAGE}.observability"
+    )
+    assert not banned & set(modules_of("algorithms"))
+
+
+def test_only_models_checkpoint_and_weight_sync_import_megatron() -> None:
+    allowed = {*modules_of("models", "checkpoint"), f"{PACKAGE}.rollout.weight_sync"}
+    assert importers_of("megatron") <= allowed
+
+
+def test_only_kernels_import_triton_and_transformer_engine() -> None:
+    assert importers_of("triton", "transformer_engine", "transformer_engine_torch") <= set(modules_of("kernels"))
+
+
+def test_no_module_imports_sglang() -> None:
+    assert not importers_of("sglang", "sgl_kernel", "ray")
+
+
+def test_modules_name_what_they_hold() -> None:
+    vague = {"utils", "common", "helpers", "misc"}
+    assert not [module for module in MODULES if vague & set(module.split("."))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_are_short(module: str) -> None:
+    num_lines = len(MODULES[module].read_text().splitlines())
+    assert num_lines <= MAX_LINES, f"{module} has {num_lines} lines: split it by noun"
