@@ -1,6 +1,6 @@
 """The loops: reinforcement learning, and the supervised warm-up before it.
 
-A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, and the last
+A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, the last
 one, number num_steps, is an evaluation alone.
 """
 

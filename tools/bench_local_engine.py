@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/bench_local_engine.py --prompts 64 --group-size 8 --max-new-tokens 36
 
-A random Qwen2 of the quickstart's size. Three rivals take turns, so that a busy machine slows all of them: the engine with
-its lean decoder, the engine's loop over transformers' forward pass, and `model.generate` with its dynamic cache. Each is
-measured with every response at full length, and with one stop token.
+A random Qwen2 of the quickstart's size. Three rivals take turns, so that a busy machine slows all of them: the engine
+with its lean decoder, the engine's loop over transformers' forward pass, and `model.generate` with its dynamic cache.
+Each is measured with every response at full length, and with one stop token.
 """
 
 from __future__ import annotations
@@ -139,9 +139,8 @@ def main(
         print("with one stop token" if stop_token_ids else "without stop tokens")
         for name, values in speeds.items():
             median = statistics.median(values)
-            print(
-                f"  {name:30s} {median:9.0f} tokens/s  [{min(values):.0f}, {max(values):.0f}]  {median / reference:.2f} x"
-            )
+            spread = f"[{min(values):.0f}, {max(values):.0f}]"
+            print(f"  {name:30s} {median:9.0f} tokens/s  {spread}  {median / reference:.2f} x")
 
 
 if __name__ == "__main__":

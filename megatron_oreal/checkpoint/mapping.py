@@ -1,8 +1,8 @@
 """Rows that tie a Megatron parameter to its Hugging Face tensors, and the invertible operations between them.
 
 Pure tensor code: no collectives, no files, no model. An operation works on a tensor-parallel shard exactly as on the
-whole tensor: rank r of R takes the r-th of R equal slices of every Hugging Face tensor along `axis` and merges those, and
-the other way round it splits its shard and the slices of all ranks are concatenated along `axis`.
+whole tensor: rank r of R takes the r-th of R equal slices of every Hugging Face tensor along `axis` and merges those,
+and the other way round it splits its shard and the slices of all ranks are concatenated along `axis`.
 """
 
 from __future__ import annotations

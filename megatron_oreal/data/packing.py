@@ -1,7 +1,7 @@
 """Sequences to packed micro-batches, balanced over data-parallel ranks. Pure: every rank computes the same plan.
 
-Each sequence is trained exactly once, whatever the number of ranks: ranks and micro-batches that are left without one get
-a filler of masked tokens, which contributes nothing.
+Each sequence is trained exactly once, whatever the number of ranks: ranks and micro-batches that are left without one
+get a filler of masked tokens, which contributes nothing.
 """
 
 from __future__ import annotations

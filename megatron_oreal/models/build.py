@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -45,11 +45,8 @@ def uses_transformer_engine(config: ModelConfig, device: torch.device) -> bool:
     if config.implementation == "local":
         return False
     missing = "it runs on CUDA only" if device.type != "cuda" else ""
-    if not missing:
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-        except ImportError as error:
-            missing = f"it cannot be imported: {error}"
+    if not missing and not HAVE_TE:
+        missing = "Megatron cannot import it"
     if missing and config.implementation == "transformer_engine":
         raise ValueError(f"model.implementation=transformer_engine, but {missing}; use auto or local")
     return not missing

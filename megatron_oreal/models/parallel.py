@@ -106,10 +106,18 @@ def single_process_rendezvous() -> dict[str, Any]:
 
 def finalize() -> None:
     if dist.is_initialized():
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
+        destroy_groups()
         dist.destroy_process_group()
+
+
+def destroy_groups() -> None:
+    """Ends all groups but the world; Megatron only forgets its groups, whose threads and sockets would stay."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def quiet_megatron() -> None:

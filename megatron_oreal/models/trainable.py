@@ -110,22 +110,27 @@ class TrainableModel:
 
     def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """One optimizer step. Raises NonFiniteLossError, before the weights change, naming the component."""
-        assert self.training is not None, f"{self.name} has no optimizer"
-        for chunk in self.training.chunks:
-            chunk.zero_grad_buffer()
-        self.training.optimizer.zero_grad()
-        metrics = self._reduce(self._run(batch, loss, forward_only=False))
+        training = self._training
+        metrics = self.accumulate_gradients(batch, loss)
         for component, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(f"{component} is {value}")
-        self.training.schedule.step(1)
-        _, grad_norm, _ = self.training.optimizer.step()
+        training.schedule.step(1)
+        _, grad_norm, _ = training.optimizer.step()
         # Megatron clips and steps in one call: a bad norm is noticed after it, and before any checkpoint.
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise NonFiniteLossError(f"{self.name}/grad_norm is {grad_norm}")
         metrics[f"{self.name}/grad_norm"] = float(grad_norm or 0.0)
-        metrics[f"{self.name}/lr"] = float(self.training.optimizer.param_groups[0]["lr"])
+        metrics[f"{self.name}/lr"] = float(training.optimizer.param_groups[0]["lr"])
         return metrics
+
+    def accumulate_gradients(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """The loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
+        training = self._training
+        for chunk in training.chunks:
+            chunk.zero_grad_buffer()
+        training.optimizer.zero_grad()
+        return self._reduce(self._run(batch, loss, forward_only=False))
 
     def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""

@@ -86,6 +86,7 @@ def nesting_depth(text: str) -> int:
 REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"\s+", " "),  # first: the patterns below may then look for one space at a time
         (r"\\(?:boxed|fbox)\s*(?=\{)", ""),
         (r"[\u2212\u2013]", "-"),
         (r"\u00b0|\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])", " "),
@@ -123,7 +124,7 @@ SINGLE_CHOICE = re.compile(r"\(\s*([A-Za-z])\s*\)")
 WHOLE_TEXT = re.compile(r"\\text\{([^{}\\]*)\}")
 BASED_NUMERAL = re.compile(r"(?P<digits>[0-9A-F]+)(?:_(?:(?P<base>\d)|\{\s*(?P<braced_base>\d{2})\s*\}))?")
 SIDE_BY_SIDE = re.compile(r"\d \d")
-LOOSE_SPACE = re.compile(r"(?<=[^\w\\]) | (?=\W)")
+LOOSE_SPACE = re.compile(r"(?<=[^\w\\]) |(?<=\\\\) | (?=\W)")
 ASSIGNED = re.compile(r"\\?[a-zA-Z]+(?:_\w)?\s*(?:=|\\in(?![a-zA-Z]))\s*(?P<value>[^=<>]+)")
 
 

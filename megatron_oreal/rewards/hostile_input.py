@@ -62,14 +62,18 @@ def has_large_exponent(text: str) -> bool:
 
 def total_exponent(text: str) -> int:
     """The largest product of exponents that apply to one thing: 10^6 in (x^{1000})^{1000}."""
-    largest = 1
+    largest = [1]  # of the text, then of each open group
     for index, character in enumerate(text):
-        if character == "^":
-            exponent = max(1, largest_integer(exponent_after(text, index)))
-            is_group = index > 0 and text[index - 1] in ")]}"
-            inner = total_exponent(group_before(text, index - 1)) if is_group else 1
-            largest = max(largest, exponent * inner)
-    return largest
+        if character in "([{":
+            largest.append(1)
+            continue
+        inside = 1
+        if character in ")]}" and len(largest) > 1:
+            inside = largest.pop()
+        if text[index + 1 : index + 2] == "^":
+            inside *= max(1, largest_integer(exponent_after(text, index + 1)))
+        largest[-1] = min(max(largest[-1], inside), 10**9)
+    return max(largest)
 
 
 def exponent_after(text: str, caret: int) -> str:

@@ -169,9 +169,9 @@ class Responses:
 class LocalEngine:
     """A `RolloutEngine` in this process.
 
-    model_path: Hugging Face directory. batch_size: sequences decoded together. process_group: ranks that share the work;
-    each calls every method with the same arguments. Results are a function of the inputs, `batch_size` and the number of
-    ranks; the random numbers of a request are a function of its seed alone.
+    model_path: Hugging Face directory. batch_size: sequences decoded together. process_group: ranks that share the
+    work; each calls every method with the same arguments. Results are a function of the inputs, `batch_size` and the
+    number of ranks; the random numbers of a request are a function of its seed alone.
     """
 
     def __init__(
@@ -215,8 +215,11 @@ class LocalEngine:
         return self.decoder
 
     def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Generation]:
-        """Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
-        closed, paused or half updated, and FloatingPointError when the model's logits are not finite."""
+        """See `RolloutEngine`.
+
+        Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
+        closed, paused or half updated, and FloatingPointError when the model's logits are not finite.
+        """
         decoder = self._open_decoder()
         if self.is_paused or not self.has_whole_weights:
             raise RuntimeError(

@@ -1,0 +1,263 @@
+"""Run by torchrun: every layout that fits the processes, against transformers and against each other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tiny import random_sequences, write_tiny_model
+from torch import Tensor
+from transformers import Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from megatron_oreal.algorithms.oreal import Oreal, fill_coefficients
+from megatron_oreal.checkpoint.families import read_architecture
+from megatron_oreal.checkpoint.hf import WeightStream
+from megatron_oreal.config import ModelConfig, OptimizerConfig, OrealConfig, ParallelConfig, TrainableConfig
+from megatron_oreal.data.packing import PackingPlan, pack
+from megatron_oreal.models import parallel
+from megatron_oreal.models.heads import LogprobHead, ScalarHead
+from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TrainingSequence
+
+LAYOUTS = {
+    "DP": ParallelConfig(),
+    "TP2 x DP2": ParallelConfig(tensor=2),
+    "TP2+SP x DP2": ParallelConfig(tensor=2, sequence=True),
+    "PP2 x DP2": ParallelConfig(pipeline=2),
+    "PP2 virtual x DP2": ParallelConfig(pipeline=2, virtual_pipeline=2),
+    "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2),
+    "TP2+SP x PP2 virtual": ParallelConfig(tensor=2, pipeline=2, sequence=True, virtual_pipeline=2),
+    "PP4": ParallelConfig(pipeline=4),
+}
+SEQUENCES = random_sequences(7)  # not divisible by any number of replicas
+DENOMINATOR = 100
+CHECKS = 0
+
+
+def main(folder: Path) -> None:
+    transformers_logging.disable_progress_bar()
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        for name in ("tied", "untied"):
+            write_tiny_model(folder / name, tied=name == "tied")
+    dist.barrier()
+    expected = {name: transformers_results(folder / name) for name in ("tied", "untied")}
+    results: dict[str, dict[str, Any]] = {}
+    fitting = {name: c for name, c in LAYOUTS.items() if dist.get_world_size() % (c.tensor * c.pipeline) == 0}
+    for layout_name, config in fitting.items():
+        layout = parallel.initialize(config, seed=0)
+        results[layout_name] = check_layout(folder, expected, layout_name, layout)
+        parallel.destroy_groups()
+        if dist.get_rank() == 0:
+            print(f"{layout_name}: {CHECKS} checks", flush=True)
+    same_gradients({f"{name}, {kind}": g for name, result in results.items() for kind, g in result["oreal"].items()})
+    same_updates({f"{name}, {kind}": u for name, result in results.items() for kind, u in result["updates"].items()})
+    for name, result in results.items():
+        wanted = torch.tensor(results["DP"]["reward_losses"])
+        close(torch.tensor(result["reward_losses"]), wanted, 1e-4, f"{name} reward model losses")
+    print(f"rank {dist.get_rank()} passed {CHECKS} checks", flush=True)
+    dist.destroy_process_group()
+
+
+def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: ParallelLayout) -> dict[str, Any]:
+    """Compares with transformers, and returns what must be the same in every layout."""
+    for model_name, wanted in expected.items():
+        for recompute in ("none", "full"):
+            compare(folder / model_name, recompute, wanted, f"{name} {model_name}", layout)
+    frozen(folder / "untied", layout)
+    return {
+        "oreal": {
+            f"{model_name}, micro-batches of {tokens}": oreal_gradients(folder / model_name, tokens, layout)
+            for model_name in ("untied",)
+            for tokens in (10_000, 30)
+        },
+        "updates": {
+            f"{dtype}, distributed {distributed}": updates(folder / "tied", distributed, dtype, layout)
+            for dtype in ("float32", "bfloat16")
+            for distributed in (False, True)
+        },
+        "reward_losses": reward_losses(folder / "untied", layout),
+    }
+
+
+def build(path: Path, layout: ParallelLayout, head: object = None, **options: object) -> TrainableModel:
+    architecture = read_architecture(path)
+    model_options = {key: options.pop(key) for key in ("recompute", "dtype") if key in options}
+    training = options.pop("training", TrainableConfig(optimizer=OptimizerConfig(lr=1e-2, clip_grad=0.0)))
+    model = TrainableModel(
+        "model",
+        architecture,
+        head or LogprobHead(layout, architecture.vocab_size),  # type: ignore[arg-type]
+        ModelConfig(path=path, **model_options),  # type: ignore[arg-type]
+        layout,
+        training,  # type: ignore[arg-type]
+    )
+    model.load_hf(path)
+    return model
+
+
+def plan_of(layout: ParallelLayout, microbatch_tokens: int = 48) -> PackingPlan:
+    interleaved = layout.virtual_size > 1
+    return PackingPlan(
+        layout.data_rank,
+        layout.data_size,
+        microbatch_tokens,
+        token_multiple=layout.tensor_size if layout.sequence_parallel else 1,
+        count_multiple=layout.pipeline_size if interleaved else 1,
+        equal_lengths=interleaved,
+    )
+
+
+def transformers_results(path: Path) -> tuple[dict[tuple[int, ...], Tensor], dict[str, Tensor]]:
+    """Log-probs of each sequence's response, and the gradients of the advantage-weighted loss."""
+    model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    logprobs, loss = {}, torch.zeros(())
+    for sequence in SEQUENCES:
+        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        log_softmax = model(ids).logits[0, :-1].log_softmax(-1)
+        chosen = log_softmax.gather(-1, ids[0, 1:, None])[len(sequence.prompt_ids) - 1 :, 0]
+        logprobs[tuple(ids[0].tolist())] = chosen.detach()
+        loss = loss - sequence.advantage * chosen.sum() / DENOMINATOR
+    loss.backward()
+    return logprobs, {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def weighted_loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+    loss = -(outputs.values * microbatch.advantages)[microbatch.loss_mask].sum() / DENOMINATOR
+    return LossOutput(loss, {"loss": loss.detach()})
+
+
+def compare(path: Path, recompute: str, expected: Any, name: str, layout: ParallelLayout) -> None:
+    logprobs, gradients = expected
+    model = build(path, layout, recompute=recompute)
+    batch = pack(SEQUENCES, plan_of(layout))
+    model.forward(batch, "old_logprobs")
+    for ids, values in responses(batch):
+        close(values, logprobs[ids], 1e-4, f"{name} log-probs")
+    model.accumulate_gradients(batch, weighted_loss)
+    for hf_name, gradient in gradient_stream(model):
+        close(gradient, gradients[hf_name], 1e-5, f"{name}, recompute {recompute}: gradient of {hf_name}")
+    exported = dict(model.weight_stream())
+    for hf_name, weight in Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict().items():
+        if hf_name != "lm_head.weight" or "lm_head.weight" in exported:
+            close(exported[hf_name], weight, 0.0, f"{name} export of {hf_name}")
+
+
+def responses(batch: Batch) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    for microbatch in batch.microbatches:
+        assert microbatch.old_logprobs is not None
+        for number in range(microbatch.num_sequences):
+            mine = microbatch.sequence_ids == number
+            if (mine & microbatch.loss_mask).any():
+                ids = tuple(microbatch.input_ids[mine].tolist())
+                yield ids, microbatch.old_logprobs[mine & microbatch.loss_mask]
+
+
+def gradient_stream(model: TrainableModel) -> WeightStream:
+    """The gradients under Hugging Face names: they are sharded as the weights are."""
+    gradients = [(name, parameter.main_grad) for name, parameter in model.parameters()]  # type: ignore[attr-defined]
+    return WeightStream(gradients, model.architecture, model.head.kind, model.layout)
+
+
+class Reference:
+    """Log-probs of an initial policy that is not the policy: a function of the tokens."""
+
+    def forward(self, batch: Batch, stream: str) -> None:
+        for microbatch in batch.microbatches:
+            values = -0.5 - (microbatch.labels % 7).float() / 3
+            setattr(microbatch, stream, torch.where(microbatch.loss_mask, values, 0.0))
+
+
+def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) -> dict[str, Tensor]:
+    """The policy's gradients of the full OREAL loss, with token weights from a scripted reward model."""
+    model = build(path, layout)
+    config = OrealConfig(policy_freeze_steps=0, kl_coef=0.1)
+    oreal = Oreal(config, plan_of(layout, microbatch_tokens), 0, model, Reference(), None)  # type: ignore[arg-type]
+    batch = pack(SEQUENCES, oreal.plan)
+    for microbatch in batch.microbatches:
+        microbatch.token_scores = (microbatch.labels % 5).float() - 2.0
+    oreal.reference.forward(batch, "reference_logprobs")  # type: ignore[union-attr]
+    for microbatch in batch.microbatches:
+        fill_coefficients(microbatch, batch, config)
+    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch))
+    return {name: gradient.clone() for name, gradient in gradient_stream(model)}
+
+
+def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
+    """1e-6 of the gradient's norm; in single entries cancellation leaves less."""
+    first_name, first = next(iter(gradients.items()))
+    norm = torch.cat([gradient.flatten() for gradient in first.values()]).norm()
+    for name, other in gradients.items():
+        difference = torch.cat([(other[parameter] - gradient).flatten() for parameter, gradient in first.items()])
+        close(difference.norm() / norm, torch.zeros(()), 1e-6, f"gradient of {name} against {first_name}")
+        for parameter, gradient in first.items():
+            scale = float(gradient.abs().max())
+            close(other[parameter] / scale, gradient / scale, 1e-5, f"{name} against {first_name}: {parameter}")
+
+
+def updates(
+    path: Path, distributed: bool, dtype: str, layout: ParallelLayout
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """The weights after three optimizer steps, and the metrics of each."""
+    optimizer = OptimizerConfig(lr=1e-3, clip_grad=0.5, distributed=distributed, warmup_steps=2, decay="cosine")
+    model = build(path, layout, training=TrainableConfig(optimizer=optimizer), dtype=dtype)
+    batch = pack(SEQUENCES, plan_of(layout))
+    metrics = [model.train_step(batch, weighted_loss) for _ in range(3)]
+    return {name: weight.clone() for name, weight in model.weight_stream()}, metrics
+
+
+def same_updates(results: dict[str, tuple[dict[str, Tensor], list[dict[str, float]]]]) -> None:
+    for dtype, tolerance in (("float32", 5e-6), ("bfloat16", 2e-2)):
+        chosen = {name: result for name, result in results.items() if dtype in name}
+        first, first_metrics = next(iter(chosen.values()))
+        for name, (weights, metrics) in chosen.items():
+            for parameter in first:
+                close(weights[parameter], first[parameter], tolerance, f"{name} after 3 steps: {parameter}")
+            for step, step_metrics in enumerate(metrics):
+                for metric, value in step_metrics.items():
+                    wanted = torch.tensor(first_metrics[step][metric])
+                    scale = max(1.0, float(wanted.abs()))
+                    close(torch.tensor(value) / scale, wanted / scale, 5 * tolerance, f"{name}, step {step}: {metric}")
+
+
+def reward_losses(path: Path, layout: ParallelLayout) -> list[float]:
+    """A scalar head learns."""
+    model = build(path, layout, head=ScalarHead(layout))
+    batch = pack(SEQUENCES, plan_of(layout))
+
+    def loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+        squared = (outputs.values - microbatch.advantages)[microbatch.loss_mask].square().sum() / DENOMINATOR
+        return LossOutput(squared, {"loss": squared.detach()})
+
+    losses = [model.train_step(batch, loss)["model/loss"] for _ in range(4)]
+    assert losses[-1] < losses[0], losses
+    return losses
+
+
+def frozen(path: Path, layout: ParallelLayout) -> None:
+    """A model without an optimizer, on a batch that leaves most ranks with a filler only."""
+    model = build(path, layout, training=None)
+    batch = pack([TrainingSequence([1, 2], [3], 0.0, False)], plan_of(layout))
+    model.forward(batch, "reference_logprobs")
+    assert all(microbatch.reference_logprobs is not None for microbatch in batch.microbatches)
+
+
+def close(actual: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    global CHECKS
+    CHECKS += 1
+    assert actual.shape == wanted.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(wanted.shape)}"
+    error = float((actual.float() - wanted.float()).abs().max()) if actual.numel() else 0.0
+    assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
