@@ -10,7 +10,6 @@ matters.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +57,10 @@ class Oreal:
     policy_updates: int = 1  # optimizer steps on one set of groups
     reward_model_updates: int = 1
 
+    def __post_init__(self) -> None:
+        pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
+        assert self.reference is not None or not pulled, "a KL to the initial policy needs the reference"
+
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
         """All optimizer steps on these groups; without a group of both kinds, only the metric that says so."""
         sequences = select_sequences(groups, self.config, random.Random(f"{self.seed}-{step}"))
@@ -77,7 +80,8 @@ class Oreal:
         for microbatch in batch.microbatches:
             fill_coefficients(microbatch, batch, self.config)
         policy_loss = partial(self.policy_loss, batch=batch)
-        if step < self.config.policy_freeze_steps:
+        # The freeze lets the reward model learn first; without one there is nothing to wait for.
+        if self.reward_model is not None and step < self.config.policy_freeze_steps:
             return metrics | self.policy.measure(batch, policy_loss)
         for _ in range(self.policy_updates):
             metrics |= self.policy.train_step(batch, policy_loss)
@@ -216,7 +220,8 @@ def threshold_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tupl
 
 def mean_one_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
     """Those of eq. 10, scaled to mean one over each sequence; all ones where all are zero."""
-    return tuple(mean_one(weights, mask) for weights in token_weights(scores, mask, config.prefix_mean))  # type: ignore[return-value]
+    positive, negative = token_weights(scores, mask, config.prefix_mean)
+    return mean_one(positive, mask), mean_one(negative, mask)
 
 
 def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
@@ -225,23 +230,26 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_k_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """The `top_k_ratio` tokens that speak most for (against) success, min-max normalised over each sequence."""
-    score = effective_scores(scores, mask, config.prefix_mean)
-    return top_share(torch.sigmoid(score), mask, config.top_k_ratio), top_share(
-        torch.sigmoid(-score), mask, config.top_k_ratio
-    )
+    """The `top_k_ratio` tokens that speak most for (against) success, min-max normalised among themselves."""
+    probability = torch.sigmoid(effective_scores(scores, mask, config.prefix_mean))
+    return top_share(probability, mask, config.top_k_ratio), top_share(1.0 - probability, mask, config.top_k_ratio)
 
 
 def top_share(values: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """[N, T] in [0, 1]: ceil(ratio * length) tokens of each row keep their normalised value; 1 where all are equal."""
-    low = torch.where(mask, values, torch.inf).amin(dim=-1, keepdim=True)
-    high = torch.where(mask, values, -torch.inf).amax(dim=-1, keepdim=True)
-    normalised = torch.where(high > low, (values - low) / (high - low), 1.0)
+    """[N, T] in [0, 1]: floor(ratio * length) tokens of each row, at least one, keep their normalised value.
+
+    The normalisation runs over the kept tokens only, as in the reference code: the last of them gets 0. All are 1 where
+    all are equal.
+    """
     # Stable: of equal values the earlier token is kept, on every device.
     order = torch.where(mask, values, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
-    counts = torch.tensor([[math.ceil(ratio * length)] for length in mask.sum(dim=-1).tolist()], device=values.device)
-    return torch.where(mask & (rank < counts), normalised, 0.0)
+    counts = (mask.sum(dim=-1, keepdim=True).double() * ratio).long().clamp_min(1)
+    kept = mask & (rank < counts)
+    low = torch.where(kept, values, torch.inf).amin(dim=-1, keepdim=True)
+    high = torch.where(kept, values, -torch.inf).amax(dim=-1, keepdim=True)
+    normalised = torch.where(high > low, (values - low) / (high - low), 1.0)
+    return torch.where(kept, normalised, 0.0)
 
 
 TOKEN_WEIGHTS: dict[str, Callable[[Tensor, Tensor, OrealConfig], tuple[Tensor, Tensor]]] = {

@@ -1,8 +1,9 @@
 """Log-probs of target tokens from hidden states and a vocabulary-parallel head, in chunks of tokens.
 
-The logits of one chunk at a time exist, in float32; the backward pass computes them again from the saved hidden states and
-logsumexp. Each tensor-parallel rank reduces its own vocabulary slice to four numbers a token (maximum, sum of exponentials,
-their sum weighted by the logits, the target's logit) and one all-gather combines them, however many chunks there are.
+The logits of one chunk at a time exist, in float32; the backward pass computes them again from the saved hidden states
+and logsumexp. Each tensor-parallel rank reduces its own vocabulary slice to three numbers a token: maximum, sum of
+exponentials, the target's logit; for the entropy also the sum of exponentials weighted by the logits. One all-gather
+combines them, however many chunks there are.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ def linear_logprob(
     All three are differentiable with respect to hidden and weight. Under tensor parallelism every rank passes the same
     hidden states and targets, and the gradient of hidden is the whole one. Columns from `valid_vocab` on (global count)
     are padding and have no probability. `precision="bf16"` multiplies half-precision inputs as they are; float32 inputs
-    are always computed in float32. Raises ValueError for mismatched shapes and targets outside the vocabulary.
+    are always computed in float32. Raises ValueError for mismatched shapes or dtypes, a temperature or valid_vocab out
+    of range, and targets outside the vocabulary.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
     check_inputs(hidden, weight, target, tp_group, valid_vocab)
     if precision == "fp32":
         hidden, weight = hidden.float(), weight.float()
-    outputs: tuple[Tensor, Tensor, Tensor] = _LinearLogprob.apply(
-        hidden, weight, target, tp_group, temperature, valid_vocab
+    outputs: tuple[Tensor, Tensor, Tensor | None] = _LinearLogprob.apply(
+        hidden, weight, target, tp_group, temperature, valid_vocab, entropy
     )
-    logprobs, logsumexp, token_entropy = outputs
-    return logprobs, logsumexp, token_entropy if entropy else None
+    return outputs
 
 
 def check_inputs(
@@ -55,7 +58,10 @@ def check_inputs(
         raise ValueError(f"target must have one token id a row of hidden, {hidden.shape[0]}, got {tuple(target.shape)}")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them")
-    vocabulary = valid_vocab or weight.shape[0] * (group.size() if group else 1)
+    columns = weight.shape[0] * (group.size() if group else 1)
+    vocabulary = columns if valid_vocab is None else valid_vocab
+    if not 1 <= vocabulary <= columns:
+        raise ValueError(f"valid_vocab must be in [1, {columns}], the columns of all ranks, got {vocabulary}")
     # On an accelerator the comparison would stall the queue: there a stray target gives -inf.
     if target.device.type == "cpu" and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocabulary:
         raise ValueError(f"target must hold ids in [0, {vocabulary}), got [{int(target.min())}, {int(target.max())}]")
@@ -71,22 +77,26 @@ class _LinearLogprob(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         temperature: float,
         valid_vocab: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         first = weight.shape[0] * (group.rank() if group else 0)
         columns = local_columns(weight, first, valid_vocab)
-        partial = torch.empty(4, hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        partial = torch.empty(4 if with_entropy else 3, len(target), dtype=torch.float32, device=hidden.device)
         for rows in chunks(hidden.shape[0], weight.shape[0]):
             logits = chunk_logits(hidden[rows], weight, temperature, columns)
-            partial[:, rows] = reduce_chunk(logits, target[rows] - first, columns)
+            partial[:, rows] = reduce_chunk(logits, target[rows] - first, columns, with_entropy)
         logprobs, logsumexp, entropy = combine(partial, group)
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.group, ctx.temperature, ctx.columns, ctx.first = group, temperature, columns, first
+        ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
         return logprobs, logsumexp, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, target, logsumexp, entropy = ctx.saved_tensors
         grad_logprobs, grad_logsumexp, grad_entropy = grads
+        onehot_scale = torch.zeros_like(logsumexp) if grad_logprobs is None else grad_logprobs
+        probs_scale = -onehot_scale if grad_logsumexp is None else grad_logsumexp - onehot_scale
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in chunks(hidden.shape[0], weight.shape[0]):
@@ -94,16 +104,19 @@ class _LinearLogprob(torch.autograd.Function):
             shifted = logits - logsumexp[rows, None]
             probs = shifted.exp()
             # d logprob = onehot - p, d logsumexp = p, d entropy = -p (z - logsumexp + entropy)
-            grad_logits = probs * (grad_logsumexp - grad_logprobs)[rows, None]
-            grad_logits -= probs * (shifted.clamp_min(-1e4) + entropy[rows, None]) * grad_entropy[rows, None]
+            grad_logits = probs * probs_scale[rows, None]
+            if grad_entropy is not None:
+                # Padding: 0 * -inf would be NaN.
+                surprise = shifted.clamp_min(-1e4) + entropy[rows, None]
+                grad_logits -= probs * surprise * grad_entropy[rows, None]
             local, inside = local_target(target[rows] - ctx.first, ctx.columns)
-            grad_logits.scatter_add_(1, local[:, None], (grad_logprobs[rows] * inside)[:, None])
+            grad_logits.scatter_add_(1, local[:, None], (onehot_scale[rows] * inside)[:, None])
             grad_logits = (grad_logits / ctx.temperature).to(weight.dtype)
             grad_hidden[rows] = (grad_logits @ weight).float()
             grad_weight += (grad_logits.T @ hidden[rows]).float()
         if ctx.group is not None:
             dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def chunks(num_tokens: int, num_columns: int) -> Iterator[slice]:
@@ -131,29 +144,31 @@ def local_target(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return torch.where(inside, target, 0), inside
 
 
-def reduce_chunk(logits: Tensor, target: Tensor, columns: int) -> Tensor:
-    """[4, rows]: maximum, sum exp(z - maximum), sum exp(z - maximum) z, the target's logit or 0."""
+def reduce_chunk(logits: Tensor, target: Tensor, columns: int, with_entropy: bool) -> Tensor:
+    """[3, rows]: maximum, sum exp(z - maximum), the target's logit or -inf; a fourth: sum exp(z - maximum) z."""
     if columns == 0:
-        nothing = torch.zeros(4, logits.shape[0], device=logits.device)
-        nothing[0] = -torch.inf
+        nothing = torch.zeros(4 if with_entropy else 3, logits.shape[0], device=logits.device)
+        nothing[[0, 2]] = -torch.inf
         return nothing
     logits = logits[:, :columns]
     maximum = logits.amax(dim=-1)
     exponentials = (logits - maximum[:, None]).exp()
     local, inside = local_target(target, columns)
-    target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
-    return torch.stack([maximum, exponentials.sum(-1), (exponentials * logits).sum(-1), target_logit])
+    target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], -torch.inf)
+    rows = [maximum, exponentials.sum(-1), target_logit]
+    return torch.stack([*rows, (exponentials * logits).sum(-1)] if with_entropy else rows)
 
 
-def combine(partial: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, logsumexp, entropy), each [T], from every rank's [4, T]."""
+def combine(partial: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logprobs, logsumexp, entropy or None), each [T], from every rank's [3 or 4, T]."""
     gathered = [partial]
     if group is not None and group.size() > 1:
         gathered = [torch.empty_like(partial) for _ in range(group.size())]
         dist.all_gather(gathered, partial, group=group)
-    maximum, sums, weighted, target_logit = torch.stack(gathered).unbind(1)  # each [ranks, T]
+    maximum, sums, target_logit, *weighted = torch.stack(gathered).unbind(1)  # each [ranks, T]
     overall = maximum.amax(dim=0)
     scale = (maximum - overall).exp()
     total = (sums * scale).sum(0)
     logsumexp = overall + total.log()
-    return target_logit.sum(0) - logsumexp, logsumexp, logsumexp - (weighted * scale).sum(0) / total
+    entropy = logsumexp - (weighted[0] * scale).sum(0) / total if weighted else None
+    return target_logit.amax(0) - logsumexp, logsumexp, entropy

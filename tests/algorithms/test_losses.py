@@ -1,0 +1,108 @@
+from math import exp, log
+
+import pytest
+import torch
+
+from megatron_oreal.algorithms.losses import (
+    cross_entropy,
+    engine_mismatch,
+    kl_k3,
+    kl_mse,
+    outcome_cross_entropy,
+    sequence_mean,
+)
+from megatron_oreal.data.packing import PackingPlan, pack
+from megatron_oreal.types import Batch, TokenOutputs, TrainingSequence
+
+NAN = float("nan")
+# Trained positions: 1 and 2 of the first, 0 to 2 of the second; then a filler of three tokens.
+FIRST = TrainingSequence([11, 12], [13, 14], 1.0, True, [-0.25, -0.5])
+SECOND = TrainingSequence([21], [22, 23, 24], -1.0, False, [-1.0, -2.0, -3.0])
+
+
+def make_batch() -> Batch:
+    return pack([FIRST, SECOND], PackingPlan(0, 1, microbatch_tokens=100, token_multiple=11))
+
+
+def filler_batch() -> Batch:
+    """That of a rank for which no sequence is left."""
+    return pack([FIRST], PackingPlan(1, 2, microbatch_tokens=100))
+
+
+def spread(values: list[float], outside: float = NAN) -> torch.Tensor:
+    """The five trained tokens' values at their positions, [11]."""
+    tokens = torch.full((11,), outside, dtype=torch.float64)
+    tokens[torch.tensor([1, 2, 4, 5, 6])] = torch.tensor(values, dtype=torch.float64)
+    return tokens
+
+
+def test_divergences_by_hand() -> None:
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([-1.0, -1.0 + log(2), -3.0], dtype=torch.float64)
+    assert kl_k3(logprobs, target).tolist() == pytest.approx([0.0, 1 - log(2), exp(-2) + 1], abs=1e-12)
+    (gradient,) = torch.autograd.grad(kl_k3(logprobs, target).sum(), logprobs)
+    assert gradient.tolist() == pytest.approx([0.0, -1.0, 1 - exp(-2)], abs=1e-12)
+    assert kl_mse(logprobs, target).tolist() == pytest.approx([0.0, log(2) ** 2 / 2, 2.0], abs=1e-12)
+    (gradient,) = torch.autograd.grad(kl_mse(logprobs, target).sum(), logprobs)
+    assert gradient.tolist() == pytest.approx([0.0, -log(2), 2.0], abs=1e-12)
+
+
+def test_k3_is_an_unbiased_estimate_of_the_divergence() -> None:
+    policy, target = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.5, 0.1, 0.4]).double()
+    divergence = (policy * (policy / target).log()).sum()
+    torch.testing.assert_close((policy * kl_k3(policy.log(), target.log())).sum(), divergence)
+
+
+def test_sequence_mean_reads_trained_tokens_only() -> None:
+    (microbatch,) = make_batch().microbatches
+    means = sequence_mean(spread([1.0, 4.0, 1.0, 2.0, -9.0]), microbatch)
+    assert means.tolist() == [2.5, -2.0, 0.0]  # the filler's is 0
+
+
+def test_outcome_cross_entropy_by_hand() -> None:
+    """Means ln 3 with label 1 and ln 7 with label 0: ln(4/3) and ln 8, over four sequences of all ranks."""
+    (microbatch,) = make_batch().microbatches
+    scores = spread([log(3), log(3), 0.0, 3 * log(7), 0.0]).requires_grad_()
+    output = outcome_cross_entropy(scores, microbatch, num_sequences=4)
+    assert output.loss.item() == pytest.approx((log(4 / 3) + log(8)) / 4)
+    assert {name: value.item() for name, value in output.metrics.items()} == {
+        "loss": pytest.approx((log(4 / 3) + log(8)) / 4),
+        "accuracy": 0.25,
+    }
+    (gradient,) = torch.autograd.grad(output.loss, scores)
+    # (sigmoid - label) / length / 4
+    torch.testing.assert_close(gradient, spread([-1 / 32] * 2 + [7 / 96] * 3, outside=0.0))
+
+
+def test_zero_scores_cost_ln_2_whatever_the_filler() -> None:
+    (microbatch,) = make_batch().microbatches
+    output = outcome_cross_entropy(torch.zeros(11), microbatch, num_sequences=2)
+    assert output.loss.item() == pytest.approx(log(2))
+    (filler,) = filler_batch().microbatches
+    assert outcome_cross_entropy(torch.zeros(2), filler, num_sequences=2).loss.item() == 0
+
+
+def test_cross_entropy_by_hand() -> None:
+    batch = make_batch()
+    (microbatch,) = batch.microbatches
+    logprobs = spread([-1.0, -2.0, -0.5, -1.5, -5.0], outside=0.0).requires_grad_()
+    output = cross_entropy(TokenOutputs(logprobs, spread([1.0, 2.0, 3.0, 4.0, 5.0], outside=0.0)), microbatch, batch)
+    assert output.loss.item() == pytest.approx(10 / 5)
+    assert {name: value.item() for name, value in output.metrics.items()} == {"loss": 2.0, "entropy": 3.0}
+    (gradient,) = torch.autograd.grad(output.loss, logprobs)
+    torch.testing.assert_close(gradient, spread([-0.2] * 5, outside=0.0))
+
+
+def test_engine_mismatch_by_hand() -> None:
+    batch = make_batch()
+    (microbatch,) = batch.microbatches
+    outputs = TokenOutputs(spread([-0.25, -1.0, -1.5, -1.0, -3.0]), None)
+    metrics = engine_mismatch(outputs, microbatch, batch)
+    assert {name: value.item() for name, value in metrics.items()} == {"mismatch": 2.0 / 5, "mismatch_max": 1.0}
+
+
+def test_a_rank_with_only_filler_mismatches_nowhere() -> None:
+    batch = filler_batch()
+    (microbatch,) = batch.microbatches
+    metrics = engine_mismatch(TokenOutputs(torch.full((2,), NAN), None), microbatch, batch)
+    assert {name: value.item() for name, value in metrics.items()} == {"mismatch": 0.0, "mismatch_max": 0.0}

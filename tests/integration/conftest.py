@@ -1,0 +1,141 @@
+"""A tiny task of its own for whole runs: the prompt is a digit, the answer is that digit in a box."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+CHARACTERS = [*"0123456789+= ", "\\boxed{", "}"]
+SPECIAL = ["<pad>", "<eos>"]
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, train.jsonl, heldout.jsonl and sft.jsonl."""
+    folder = tmp_path_factory.mktemp("task")
+    write_tokenizer(folder / "model")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        dtype="float32",
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    rng = random.Random(0)
+    prompts = [{"id": f"p{n}", "prompt": f"{n % 10}+{n // 10}=", "answer": str(n % 10)} for n in range(40)]
+    write_lines(folder / "train.jsonl", prompts)
+    write_lines(folder / "heldout.jsonl", prompts[:10])
+    examples = []
+    for _ in range(200):
+        first, second = rng.randrange(10), rng.randrange(4)
+        said = first if rng.random() < 0.5 else rng.randrange(10)
+        examples.append({"prompt": f"{first}+{second}=", "response": f"\\boxed{{{said}}}"})
+    write_lines(folder / "sft.jsonl", examples)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    folder.mkdir()
+    vocabulary = {token: number for number, token in enumerate(SPECIAL + CHARACTERS)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<pad>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False), AddedToken("}", normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def sft_config(task: Path) -> dict[str, Any]:
+    return {
+        "run_dir": "set by the test",
+        "num_steps": 6,
+        "model": {"path": str(task / "model")},
+        "data": {
+            "examples": str(task / "sft.jsonl"),
+            "format": "plain",
+            "sequences_per_step": 16,
+            "max_prompt_tokens": 8,
+            "max_tokens": 32,
+        },
+        "rollout": {"max_new_tokens": 8},
+        "policy": {"optimizer": {"lr": 0.01}},
+        "eval": {"prompts": {"heldout": str(task / "heldout.jsonl")}, "every": 3},
+        "checkpoint": {"every": 2, "keep_last": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def warm_model(task: Path, sft_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that answers right now and then, made by `megatron-oreal sft`."""
+    run_dir = tmp_path_factory.mktemp("warm") / "run"
+    settings = sft_config | {"run_dir": str(run_dir), "num_steps": 60, "checkpoint": {"every": 60}}
+    settings["eval"] = settings["eval"] | {"every": 60}
+    done = megatron_oreal("sft", settings, run_dir.parent / "sft.yaml")
+    assert done.returncode == 0, done.stderr
+    return run_dir / "hf"
+
+
+@pytest.fixture(scope="session")
+def train_config(task: Path, warm_model: Path) -> dict[str, Any]:
+    return {
+        "run_dir": "set by the test",
+        "num_steps": 6,
+        "model": {"path": str(warm_model)},
+        "data": {
+            "prompts": str(task / "train.jsonl"),
+            "format": "plain",
+            "prompts_per_step": 5,
+            "max_prompt_tokens": 8,
+        },
+        "rollout": {"group_size": 4, "max_new_tokens": 8},
+        "algorithm": {"policy_freeze_steps": 1},
+        "policy": {"optimizer": {"lr": 0.001}},
+        "reward_model": {"optimizer": {"lr": 0.01}},
+        "eval": {"prompts": {"heldout": str(task / "heldout.jsonl")}, "every": 3},
+        "checkpoint": {"every": 2, "keep_last": 2, "keep_best": 1, "best_metric": "eval/heldout/greedy"},
+    }
+
+
+def megatron_oreal(
+    command: str, settings: dict[str, Any], file: Path, *overrides: str, timeout: float = 200
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command line on `settings`, written to `file`."""
+    file.write_text(yaml.safe_dump(settings))
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_oreal.cli", command, str(file), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def command_line() -> Callable[..., subprocess.CompletedProcess[str]]:
+    return megatron_oreal

@@ -1,0 +1,166 @@
+"""Whole runs through the command line: records, checkpoints, kill and resume, layouts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Metrics = dict[str, Any]
+Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture command_line
+
+
+def records(run_dir: Path) -> list[Metrics]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run_dir: Path) -> list[Metrics]:
+    return [{name: v for name, v in r.items() if not name.startswith("time/")} for r in records(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(train_config: Metrics, command_line: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = command_line("train", train_config | {"run_dir": str(folder / "run")}, folder / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_run_leaves_its_records(unbroken: Path, train_config: Metrics) -> None:
+    steps = records(unbroken)
+    assert [record["step"] for record in steps] == list(range(7))
+    assert [("eval/heldout/greedy" in record) for record in steps] == [True, False, False, True, False, False, True]
+    for record in steps[:-1]:
+        phases = [v for name, v in record.items() if name.endswith("_seconds") and name != "time/step_seconds"]
+        assert sum(phases) == pytest.approx(record["time/step_seconds"])
+        assert record["policy/mismatch_max"] < 1e-4
+    assert steps[0]["rollout/num_samples"] == 20
+    assert "policy/grad_norm" not in steps[0] and "policy/grad_norm" in steps[1]  # frozen in the first step
+    names = sorted(path.name for path in (unbroken / "rollouts").iterdir())
+    assert names == [f"step_{step:06d}.jsonl" for step in range(6)]
+    rows = [json.loads(line) for line in (unbroken / "rollouts" / names[0]).read_text().splitlines()]
+    assert len(rows) == 20 and {row["policy_version"] for row in rows} == {0}
+    resolved = yaml.safe_load((unbroken / "config.yaml").read_text())
+    assert resolved["algorithm"]["negative_coef"] == 0.5
+    assert any((unbroken / "tensorboard").iterdir())
+    assert len((unbroken / "evaluations" / "step_000000.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(unbroken: Path) -> None:
+    kept = sorted(path.name for path in (unbroken / "checkpoints").iterdir())
+    assert kept[-2:] == ["step_000004", "step_000006"]
+    assert len(kept) <= 3
+
+
+def test_the_exported_policy_is_the_checkpointed_one(unbroken: Path) -> None:
+    AutoTokenizer.from_pretrained(unbroken / "hf")
+    exported = AutoModelForCausalLM.from_pretrained(unbroken / "hf", dtype=torch.float32).state_dict()
+    saved = load_file(unbroken / "checkpoints" / "step_000006" / "policy" / "parameters_t00_p00.safetensors")
+    norm = exported["model.norm.weight"]
+    assert torch.equal(norm, saved["decoder.final_layernorm.weight"])
+    assert torch.equal(exported["model.embed_tokens.weight"], saved["embedding.word_embeddings.weight"])
+
+
+def test_the_same_command_again_changes_nothing(
+    unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
+) -> None:
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    done = command_line("train", train_config | {"run_dir": str(unbroken)}, tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert without_times(unbroken) == [json.loads(line) | {} for line in strip_times(before)]
+
+
+def strip_times(lines: bytes) -> list[str]:
+    kept = []
+    for line in lines.splitlines():
+        record = {name: v for name, v in json.loads(line).items() if not name.startswith("time/")}
+        kept.append(json.dumps(record))
+    return kept
+
+
+def test_another_configuration_is_refused(
+    unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
+) -> None:
+    settings = train_config | {"run_dir": str(unbroken)}
+    done = command_line("train", settings, tmp_path / "config.yaml", "rollout.temperature=0.7")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("Error: run_dir:")
+    assert "rollout.temperature: 1.0 -> 0.7" in done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_killed_runs_resume_bit_for_bit(unbroken: Path, train_config: Metrics, tmp_path: Path) -> None:
+    """SIGKILL at several moments, one after the other on the same run."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(train_config | {"run_dir": str(tmp_path / "run")}))
+    command = [sys.executable, "-m", "megatron_oreal.cli", "train", str(config)]
+    for lines_to_wait_for in (2, 4, 5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", lines_to_wait_for, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stderr
+    assert without_times(tmp_path / "run") == without_times(unbroken)
+
+
+def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.is_file() and len(file.read_bytes().splitlines()) >= count:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the run ended ({process.poll()}) or hung before record {count}")
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_are_started_and_learn_the_same(
+    unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
+) -> None:
+    """Rollouts and first losses of TP 2 and DP 2 are those of one process, up to rounding; 5 pairs do not divide by 2."""
+    alone = records(unbroken)
+    for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}}.items():
+        settings = train_config | {"run_dir": str(tmp_path / name), "parallel": layout, "num_steps": 2}
+        done = command_line("train", settings, tmp_path / f"{name}.yaml")
+        assert done.returncode == 0, done.stderr
+        together = records(tmp_path / name)
+        for metric in ("reward/mean", "rollout/num_tokens", "train/num_tokens", "eval/heldout/greedy"):
+            assert together[0][metric] == alone[0][metric], metric
+        for metric in ("reward_model/loss", "policy/loss", "policy/entropy", "reward_model/grad_norm"):
+            assert together[0][metric] == pytest.approx(alone[0][metric], rel=1e-4, abs=1e-6), metric
+        first = (tmp_path / name / "rollouts" / "step_000000.jsonl").read_text()
+        assert texts(first) == texts((unbroken / "rollouts" / "step_000000.jsonl").read_text())
+
+
+def texts(lines: str) -> list[str]:
+    return [json.loads(line)["response"] for line in lines.splitlines()]
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_supervised_run_resumes_bit_for_bit(sft_config: Metrics, command_line: Run, tmp_path: Path) -> None:
+    settings = sft_config | {"run_dir": str(tmp_path / "unbroken")}
+    assert command_line("sft", settings, tmp_path / "a.yaml").returncode == 0
+    config = tmp_path / "b.yaml"
+    config.write_text(yaml.safe_dump(sft_config | {"run_dir": str(tmp_path / "killed")}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_oreal.cli", "sft", str(config)], stderr=subprocess.DEVNULL
+    )
+    wait_for_lines(tmp_path / "killed" / "metrics.jsonl", 3, process)
+    process.kill()
+    process.wait()
+    done = command_line("sft", sft_config | {"run_dir": str(tmp_path / "killed")}, config)
+    assert done.returncode == 0, done.stderr
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "unbroken")
