@@ -133,10 +133,8 @@ def main() -> None:
         if not is_ours(error):
             raise
         fail(str(error), 2)
-    except RuntimeError as error:
-        if type(error).__name__ not in ("NonFiniteLossError", "CheckpointError"):
-            raise
-        fail(str(error), 1)
+    except (FloatingPointError, OSError) as error:  # the run diverged; a disk is full or a file not ours to write
+        fail(" ".join(str(error).split()), 1)
 
 
 def is_ours(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ one, number num_steps, is an evaluation alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_oreal.config import SftConfig, TrainConfig
@@ -18,13 +19,13 @@ from megatron_oreal.run import Run, open_sft, open_train
 def train(config: TrainConfig) -> None:
     with open_train(config) as run:
         for step in steps(run):
-            with run.timer("rollout"):
+            with run.timer("rollout"), naming_the_step(step):
                 prompts = run.cursor.next_batch(config.data.prompts_per_step)
                 groups = run.sampler.sample(prompts, config.rollout.group_size, run.sampling, f"{config.seed}/{step}")
                 if run.layout.is_main:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", groups)
             run.record(rollout_metrics(groups))
-            with run.timer("update"):
+            with run.timer("update"), naming_the_step(step):
                 run.record(run.algorithm.update(groups, step))
             with run.timer("weight_sync"):
                 run.weight_sync.push(version=step + 1)
@@ -34,7 +35,7 @@ def train(config: TrainConfig) -> None:
 def sft(config: SftConfig) -> None:
     with open_sft(config) as run:
         for step in steps(run):
-            with run.timer("update"):
+            with run.timer("update"), naming_the_step(step):
                 run.record(run.algorithm.update(run.cursor.next_batch(config.data.sequences_per_step), step))
             if evaluation_due(run, step + 1):
                 with run.timer("weight_sync"):
@@ -63,6 +64,14 @@ def steps(run: Run[Any, Any, Any]) -> Iterator[int]:
 
 
 SHOWN = {"loss": "policy/loss", "reward": "reward/mean", "mixed": "reward/groups_mixed", "skipped": "train/skipped"}
+
+
+@contextmanager
+def naming_the_step(step: int) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"stopped at step {step}: {error}; the last checkpoint is untouched") from error
 
 
 def evaluation_due(run: Run[Any, Any, Any], step: int) -> bool:

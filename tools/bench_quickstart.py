@@ -3,11 +3,11 @@
     python tools/bench_quickstart.py --rounds 2 --steps 15 --out result.json
 
 Ours is `megatron-oreal train` with the quickstart's configuration: policy, reference and token-level reward model, in
-tensor parallel over two processes, all three at work in every step. TRL's is one process on the whole step as one batch,
-without gradient checkpointing, logging or checkpoints, with a cheaper verifier than ours; every --trl-threads with every
---trl-beta is measured, and the fastest with a reference model (beta > 0) is the rival. The two take turns, so that a busy
-machine slows both. They do not do the same work after sampling: OREAL trains on one correct and one incorrect sample of
-each mixed group, GRPO on all samples, and the printed numbers of sequences say so.
+tensor parallel over two processes, all three at work in every step. TRL's is one process that takes the whole step as
+one batch, without gradient checkpointing, logging or checkpoints, and with a cheaper verifier than ours; every
+--trl-threads with every --trl-beta is measured, and the fastest with a reference model (beta > 0) is the rival. Ours and
+TRL take turns, so that a busy machine slows both. After sampling they do not do the same work: OREAL trains on one
+correct and one incorrect sample of each mixed group, GRPO on all samples; the numbers of sequences are printed.
 
 TRL may live in an environment of its own: --trl-python. That one needs click, torch, transformers, trl and datasets.
 """
@@ -102,13 +102,12 @@ def load_average() -> float:
     return os.getloadavg()[0]
 
 
-def run_process(command: Sequence[str | Path], environment: Mapping[str, str]) -> str:
-    """Its standard output. Raises ValueError with its last line on stderr when it fails."""
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+def run_process(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Raises ValueError, after the end of its standard error, when it fails."""
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         click.echo(done.stderr[-4000:], err=True)
-        raise ValueError(f"{' '.join(map(str, command[:4]))} ... ended with exit code {done.returncode}")
-    return done.stdout
+        raise ValueError(f"{' '.join(command[:5])} ... ended with exit code {done.returncode}")
 
 
 def own_environment() -> dict[str, str]:
@@ -117,20 +116,24 @@ def own_environment() -> dict[str, str]:
 
 
 def prepare_task(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The configuration with a model and prompts that exist: the quickstart's own, else made anew by its first steps."""
-    if (config.model.path / "config.json").is_file() and config.data.prompts.is_file():
-        return config
-    click.echo(f"{config.model.path} or {config.data.prompts} is missing: preparing and warming up a model first")
+    """The configuration with a model and prompts that exist: the quickstart's, else made anew by its first commands."""
+    path, prompts = ROOT / config.model.path, ROOT / config.data.prompts
+    if not ((path / "config.json").is_file() and prompts.is_file()):
+        click.echo(f"{path} or {prompts} is missing: making them, with the supervised warm-up")
+        path, prompts = warm_up(folder)
+    model = config.model.model_copy(update={"path": path})
+    return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"prompts": prompts})})
+
+
+def warm_up(folder: Path) -> tuple[Path, Path]:
+    """A model that is right about half of the time, and prompts: outcome rewards teach a random model nothing."""
     data, sft = folder / "data", folder / "sft"
-    run_process([sys.executable, QUICKSTART / "prepare.py", "--out", data], own_environment())
+    run_process([sys.executable, str(QUICKSTART / "prepare.py"), "--out", str(data)], own_environment())
     overrides = [f"model.path={data / 'model'}", f"data.examples={data / 'sft.jsonl'}", f"run_dir={sft}"]
     overrides += ["eval.prompts={}", f"checkpoint.every={NEVER}"]
-    run_process(
-        [sys.executable, "-m", "megatron_oreal.cli", "sft", QUICKSTART / "sft.yaml", *overrides], own_environment()
-    )
-    model = config.model.model_copy(update={"path": sft / "hf"})
-    prompts = config.data.model_copy(update={"prompts": data / "train.jsonl"})
-    return config.model_copy(update={"model": model, "data": prompts})
+    command = [sys.executable, "-m", "megatron_oreal.cli", "sft", str(QUICKSTART / "sft.yaml"), *overrides]
+    run_process(command, own_environment())
+    return sft / "hf", data / "train.jsonl"
 
 
 def run_ours(config: TrainConfig, run_dir: Path, steps: int, seed: int) -> list[dict[str, float]]:
@@ -149,7 +152,7 @@ def run_ours(config: TrainConfig, run_dir: Path, steps: int, seed: int) -> list[
         "checkpoint.best_metric=''",
         "checkpoint.export_hf=false",
     ]
-    command = [sys.executable, "-m", "megatron_oreal.cli", "train", QUICKSTART / "config.yaml", *overrides]
+    command = [sys.executable, "-m", "megatron_oreal.cli", "train", str(QUICKSTART / "config.yaml"), *overrides]
     run_process(command, own_environment())
     records = [record for record in read_metrics(run_dir) if "time/rollout_seconds" in record]
     if any(record["train/skipped"] for record in records):
@@ -175,7 +178,7 @@ def run_trl(python: Path, settings: TrlSettings, folder: Path) -> list[dict[str,
     request = folder / "request.json"
     request.write_text(json.dumps(asdict(settings)))
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "TOKENIZERS_PARALLELISM": "false"}
-    run_process([python, Path(__file__).resolve(), "trl-worker", request], environment)
+    run_process([str(python), str(Path(__file__).resolve()), "trl-worker", str(request)], environment)
     steps: list[dict[str, float]] = json.loads(Path(settings.out).read_text())
     return steps
 
@@ -283,6 +286,9 @@ def trl_arguments(settings: TrlSettings) -> dict[str, Any]:
 
 
 def read_trl_versions(python: Path) -> dict[str, str]:
+    """Raises ValueError when `python` cannot import TRL."""
+    if not python.is_file():
+        raise ValueError(f"--trl-python: {python} does not exist; give an interpreter with TRL")
     done = subprocess.run([str(python), "-c", TRL_VERSIONS], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -385,7 +391,7 @@ def bench(
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(min=1), help="Ours, TRL, ours, TRL, ...")
 @click.option("--steps", default=15, show_default=True, type=click.IntRange(min=2), help="Of every run.")
 @click.option("--warmup", default=3, show_default=True, type=click.IntRange(min=1), help="First steps left out.")
-@click.option("--trl-python", default=sys.executable, type=click.Path(path_type=Path), help="Interpreter with TRL.")
+@click.option("--trl-python", default=sys.executable, type=click.Path(path_type=Path), help="Interpreter that has TRL.")
 @click.option("--trl-threads", "threads", multiple=True, default=(2, 1), show_default=True, type=click.IntRange(min=1))
 @click.option("--trl-beta", "betas", multiple=True, type=float, help="Default: the quickstart's kl_coef, and 0.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the JSON line.")
@@ -404,7 +410,7 @@ def main(
     if context.invoked_subcommand is not None:
         return
     try:
-        line = json.dumps(bench(trl_python, rounds, steps, warmup, threads, betas))
+        line = json.dumps(bench(trl_python.absolute(), rounds, steps, warmup, threads, betas))
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)

@@ -64,7 +64,7 @@ class Trainable(Protocol):
     def load_training_state(self, state: dict[str, Any]) -> None: ...
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 

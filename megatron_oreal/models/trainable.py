@@ -33,7 +33,7 @@ from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, To
 Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(FloatingPointError):
     """A loss or gradient norm is NaN or infinite; raised before anything is saved."""
 
 

@@ -130,7 +130,7 @@ def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> 
 def test_two_processes_are_started_and_learn_the_same(
     unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
 ) -> None:
-    """Rollouts and first losses of TP 2 and DP 2 are those of one process, up to rounding; 5 pairs do not divide by 2."""
+    """Rollouts and first losses of TP 2 and DP 2 are those of one process; 5 pairs do not divide by 2."""
     alone = records(unbroken)
     for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}}.items():
         settings = train_config | {"run_dir": str(tmp_path / name), "parallel": layout, "num_steps": 2}
