@@ -92,7 +92,8 @@ class OrealConfig(Section):
     preset: Literal["reference", "paper"] = "reference"
     rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"
     advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"
-    selection: Literal["one_pair", "all"] = "one_pair"  # samples trained on, of each group with both kinds
+    # Samples trained on: one correct and one incorrect of each group with both kinds, all of those groups, or all.
+    selection: Literal["one_pair", "mixed", "all"] = "one_pair"
     positive_weight: Literal["advantage", "one"] = "advantage"
     negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] = "advantage"
     prefix_mean: bool = True  # token weights from the mean of the scores so far, not from the token's own score

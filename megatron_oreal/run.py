@@ -73,14 +73,22 @@ class Run(Generic[Config, Item, Algorithm]):
     log: MetricsLog | None  # on the first rank
     progress: ProgressBar
     start_step: int = 0
+    num_skipped_steps: int = 0
     metrics: Metrics = field(default_factory=dict)  # of the step under way
 
     def record(self, metrics: Metrics) -> None:
         self.metrics |= metrics
 
+    def count_skipped(self, step: int) -> None:
+        """A step without a group that has both correct and incorrect samples."""
+        if self.metrics["train/skipped"]:
+            self.num_skipped_steps += 1
+            self.progress.note(f"step {step} skipped: no group has both correct and incorrect samples")
+        self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
+
     def save(self, step: int) -> None:
         evaluation = {name: value for name, value in self.metrics.items() if name.startswith("eval/")}
-        self.train_state.save(Progress(step, self.cursor.state(), evaluation))
+        self.train_state.save(Progress(step, self.cursor.state(), self.num_skipped_steps, evaluation))
 
     def finish_step(self, step: int) -> None:
         """Writes the step's record."""
@@ -120,7 +128,8 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     check_run_dir(config)
     with opened_layout(config) as layout:
         build = partial(build_model, architecture=architecture, config=config, layout=layout)
-        policy_steps = max(1, config.num_steps - config.algorithm.policy_freeze_steps)
+        frozen_steps = config.algorithm.policy_freeze_steps if config.reward_model.enabled else 0
+        policy_steps = max(1, config.num_steps - frozen_steps)
         policy = build("policy", LogprobHead(layout, architecture.vocab_size), config.policy, num_steps=policy_steps)
         models, algorithm = {"policy": policy}, config.algorithm
         reference = reward_model = None
@@ -189,9 +198,9 @@ def assembled(
         stack.callback(engine.close)
         train_state = TrainState(config.run_dir / "checkpoints", models, layout, config.checkpoint)
         restored = train_state.load_latest()
-        start_step = 0
+        start_step = num_skipped_steps = 0
         if restored is not None:
-            start_step = restored.step
+            start_step, num_skipped_steps = restored.step, restored.num_skipped_steps
             cursor.restore(restored.cursor)
         if layout.is_main:
             write_atomically(config.run_dir / "config.yaml", to_yaml(config))
@@ -211,6 +220,7 @@ def assembled(
             log=log,
             progress=stack.enter_context(open_progress(config, layout, start_step)),
             start_step=start_step,
+            num_skipped_steps=num_skipped_steps,
         )
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")

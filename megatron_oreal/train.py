@@ -27,6 +27,7 @@ def train(config: TrainConfig) -> None:
             run.record(rollout_metrics(groups))
             with run.timer("update"), naming_the_step(step):
                 run.record(run.algorithm.update(groups, step))
+            run.count_skipped(step)
             with run.timer("weight_sync"):
                 run.weight_sync.push(version=step + 1)
         run.export()

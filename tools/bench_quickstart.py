@@ -5,8 +5,8 @@
 Ours is `megatron-oreal train` with the quickstart's configuration: policy, reference and token-level reward model, in
 tensor parallel over two processes, all three at work in every step. TRL's is one process that takes the whole step as
 one batch, without gradient checkpointing, logging or checkpoints, and with a cheaper verifier than ours; every
---trl-threads with every --trl-beta is measured, and the fastest with a reference model (beta > 0) is the rival. Ours and
-TRL take turns, so that a busy machine slows both. After sampling they do not do the same work: OREAL trains on one
+--trl-threads with every --trl-beta is measured, and the fastest with a reference model (beta > 0) is the rival. The
+rivals take turns, so that a busy machine slows all. After sampling they do not do the same work: OREAL trains on one
 correct and one incorrect sample of each mixed group, GRPO on all samples; the numbers of sequences are printed.
 
 TRL may live in an environment of its own: --trl-python. That one needs click, torch, transformers, trl and datasets.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -118,7 +119,10 @@ def own_environment() -> dict[str, str]:
 def prepare_task(config: TrainConfig, folder: Path) -> TrainConfig:
     """The configuration with a model and prompts that exist: the quickstart's, else made anew by its first commands."""
     path, prompts = ROOT / config.model.path, ROOT / config.data.prompts
-    if not ((path / "config.json").is_file() and prompts.is_file()):
+    if (path / "config.json").is_file() and prompts.is_file():
+        # A copy, so that every run starts from the same files whatever becomes of the quickstart's folder.
+        path, prompts = Path(shutil.copytree(path, folder / "model")), Path(shutil.copy(prompts, folder))
+    else:
         click.echo(f"{path} or {prompts} is missing: making them, with the supervised warm-up")
         path, prompts = warm_up(folder)
     model = config.model.model_copy(update={"path": path})

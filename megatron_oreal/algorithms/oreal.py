@@ -129,14 +129,16 @@ class Oreal:
 
 
 def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.Random) -> list[TrainingSequence]:
-    """What is trained on: of each group with correct and incorrect samples, one of each kind or all.
+    """What is trained on; nothing when no group has both correct and incorrect samples.
 
     Advantages and pass rates are those of the full group. Samples without a verdict count nowhere.
     """
-    sequences = []
+    sequences: list[TrainingSequence] = []
+    if not any(is_mixed(group) for group in groups):
+        return sequences
     for group in groups:
         samples = group.judged_samples
-        if not 0.0 < group.pass_rate < 1.0:
+        if len(samples) < 2 or not (is_mixed(group) or config.selection == "all"):
             continue
         advantages = group_advantages(samples, config)
         chosen = list(range(len(samples)))
@@ -148,6 +150,10 @@ def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.R
             weight = sequence_weight(samples[index], advantages[index], group.pass_rate, config)
             sequences.append(training_sequence(samples[index], weight))
     return sequences
+
+
+def is_mixed(group: Group) -> bool:
+    return 0.0 < group.pass_rate < 1.0
 
 
 def group_advantages(samples: Sequence[Sample], config: OrealConfig) -> list[float]:

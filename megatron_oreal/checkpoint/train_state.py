@@ -74,6 +74,7 @@ class Progress:
 
     step: int
     cursor: dict[str, int]
+    num_skipped_steps: int = 0  # without any group to train on
     evaluation: dict[str, float] = field(default_factory=dict)  # of this step's policy, where it was measured
 
 
