@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -28,6 +28,7 @@ from megatron_oreal.config import (
 
 SUPPORTED_MODEL_TYPES = ("qwen2",)  # checkpoint.families.FAMILIES, which needs torch; a test holds them equal
 PR_SET_PDEATHSIG = 1
+RESUME = "the same command continues from the last checkpoint"
 
 
 @click.group()
@@ -68,9 +69,7 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     config = load_config(kind, path, overrides)
-    shape = check_layout(config, SUPPORTED_MODEL_TYPES)
-    if isinstance(config, TrainConfig):
-        check_lengths(config, shape)
+    check_lengths(config, check_layout(config, SUPPORTED_MODEL_TYPES))
     if dry_run:
         click.echo(to_yaml(config))
         click.echo(describe_layout(config))
@@ -79,7 +78,7 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
     else:
         set_threads(1 if "RANK" not in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_parent()
+            end_with_launcher()
         run(config)
 
 
@@ -87,6 +86,7 @@ def launch(config: RunConfig) -> None:
     """Starts this command again in every process of the layout, with torch's elastic launcher."""
     count = num_processes(config.parallel)
     set_threads(count)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -106,7 +106,11 @@ def launch(config: RunConfig) -> None:
         elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
     except ChildFailedError as error:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
+        if all(code < 0 for code in exit_codes):  # nobody was left to say why
+            fail(f"a process of the run was ended by {signal.Signals(-exit_codes[0]).name}; {RESUME}", 1)
         sys.exit(2 if 2 in exit_codes else 1)
+    except SignalException as error:
+        interrupted(error.sigval)
 
 
 def set_threads(num_local_processes: int) -> None:
@@ -115,8 +119,9 @@ def set_threads(num_local_processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_local_processes)))
 
 
-def end_with_parent() -> None:
-    """Has Linux end this process when its launcher dies, however that happens."""
+def end_with_launcher() -> None:
+    """Ends this process with its launcher: on Linux however that one dies, and silently when it passes on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -124,17 +129,23 @@ def end_with_parent() -> None:
 def main() -> None:
     try:
         cli(standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        fail(error.format_message(), error.exit_code)
     except click.Abort:
-        sys.exit(130)
+        interrupted(signal.SIGINT)
     except ValueError as error:
         if not is_ours(error):
             raise
         fail(str(error), 2)
     except (FloatingPointError, OSError) as error:  # the run diverged; a disk is full or a file not ours to write
-        fail(" ".join(str(error).split()), 1)
+        fail(str(error), 1)
+    except RuntimeError:
+        # A process that fails takes the connections of the others with it: let it speak first.
+        time.sleep(10 if "RANK" in os.environ else 0)
+        raise
 
 
 def is_ours(error: BaseException) -> bool:
@@ -147,12 +158,18 @@ def is_ours(error: BaseException) -> bool:
     )
 
 
-def fail(message: str, exit_code: int) -> None:
+def fail(message: str, exit_code: int) -> NoReturn:
     """One line from one process: the others wait, and the launcher ends them when the first one stops."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(exit_code)
+
+
+def interrupted(signal_number: signal.Signals) -> NoReturn:
+    """Exits as shells expect of a command that a signal ended."""
+    click.echo(f"Interrupted by {signal_number.name}: {RESUME}", err=True)
+    sys.exit(128 + signal_number)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -22,6 +22,21 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=False, validate_default=False, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_empty_sections(cls, settings: Any) -> Any:
+        """`eval:` with nothing below it is YAML's null; it means the defaults."""
+        if not isinstance(settings, dict):
+            return settings
+        empty = {name for name, value in settings.items() if value is None and name in cls.model_fields}
+        return settings | {name: {} for name in empty if is_section(cls.model_fields[name].annotation)}
+
+
+def is_section(annotation: Any) -> bool:
+    """A nested section, or a mapping such as eval.prompts."""
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, (Section, dict))
 
 
 class ModelConfig(Section):
@@ -270,7 +285,7 @@ def read_model_shape(path: Path) -> ModelShape:
     if not file.is_file():
         raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json")
     try:
-        return ModelShape.model_validate_json(file.read_text())
+        return ModelShape.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise ValueError(f"model.path: {file}: {describe(error)}") from None
 
@@ -281,6 +296,8 @@ def data_parallel_size(parallel: ParallelConfig) -> int:
     world_size = os.environ.get("WORLD_SIZE")  # torchrun's and Slurm scripts' contract
     if world_size is None:
         return parallel.data or 1
+    if not world_size.isdecimal() or int(world_size) == 0:
+        raise ValueError(f"WORLD_SIZE must be the launcher's number of processes, got {world_size!r}: unset it")
     if int(world_size) % model_size:
         raise ValueError(
             f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} must divide the "
@@ -318,13 +335,13 @@ def check_layout(config: RunConfig, known_model_types: Sequence[str]) -> ModelSh
     return shape
 
 
-def check_lengths(config: TrainConfig, shape: ModelShape) -> None:
+def check_lengths(config: TrainConfig | SftConfig, shape: ModelShape) -> None:
+    limit = f"exceeds the model's max_position_embeddings={shape.max_position_embeddings}: lower"
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > shape.max_position_embeddings:
-        raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} exceeds the model's "
-            f"max_position_embeddings={shape.max_position_embeddings}: lower one of the two"
-        )
+    if longest > shape.max_position_embeddings and (isinstance(config, TrainConfig) or config.eval.prompts):
+        raise ValueError(f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} {limit} one of the two")
+    if isinstance(config, SftConfig) and config.data.max_tokens > shape.max_position_embeddings:
+        raise ValueError(f"data.max_tokens={config.data.max_tokens} {limit} it")
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)
@@ -338,7 +355,9 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a YAML configuration file")
     try:
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -357,7 +376,9 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r} must read section.key=value")
     *sections, last = key.split(".")
     for section in sections:
-        settings = settings.setdefault(section, {})
+        if settings.get(section) is None:
+            settings[section] = {}
+        settings = settings[section]
         if not isinstance(settings, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
     try:

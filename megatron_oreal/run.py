@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +14,13 @@ from typing import Generic, TypeVar
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 
 from megatron_oreal.algorithms.oreal import Oreal
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.families import FAMILIES, Architecture, read_architecture
 from megatron_oreal.checkpoint.hf import save_hf
-from megatron_oreal.checkpoint.train_state import Progress, TrainState
+from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
 from megatron_oreal.config import (
     RolloutConfig,
     RunConfig,
@@ -55,6 +57,17 @@ Algorithm = TypeVar("Algorithm", Oreal, Sft)
 
 # Settings that may change between a run and its continuation.
 CHANGEABLE = ("num_steps", "run_dir", "checkpoint.", "verifier.num_workers", "parallel.timeout_seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What every kind of run reads and checks before it builds anything."""
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    sampling: SamplingParams
+    eval_prompts: Mapping[str, list[EncodedPrompt]]
+    notes: list[str]  # what was left out, for the log
 
 
 @dataclass(slots=True)
@@ -100,10 +113,11 @@ class Run(Generic[Config, Item, Algorithm]):
 
     def export(self) -> None:
         """The policy as a Hugging Face directory, RUN_DIR/hf."""
-        model = self.config.model
-        save_hf(
-            self.weight_sync.stream, model.path, model.tokenizer_path, self.config.run_dir / "hf", self.layout.is_main
-        )
+        model, out = self.config.model, self.config.run_dir / "hf"
+        try:
+            save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise CheckpointError(f"{out} could not be written ({error}); the checkpoints stay") from None
 
 
 def rates(metrics: Metrics) -> Metrics:
@@ -120,10 +134,12 @@ def rates(metrics: Metrics) -> Metrics:
 @contextlib.contextmanager
 def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, Oreal]]:
     """Everything of a reinforcement learning run, resumed where its folder says. Raises ValueError for bad input."""
-    check_lengths(config, check_layout(config, list(FAMILIES)))
-    architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
+    inputs = read_inputs(config)
+    architecture = inputs.architecture
     prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
-    encoded, num_skipped = encode_prompts(prompts, tokenizer, config.data)
+    encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
+    check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
+    note_skipped(inputs.notes, num_skipped, "prompts longer than data.max_prompt_tokens")
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_run_dir(config)
     with opened_layout(config) as layout:
@@ -149,26 +165,49 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
             policy_updates=config.policy.updates_per_step,
             reward_model_updates=config.reward_model.updates_per_step,
         )
-        with assembled(config, layout, tokenizer, models, oreal, cursor) as run:
-            note_skipped(run.progress, num_skipped, "prompts longer than data.max_prompt_tokens")
+        with assembled(config, layout, inputs, models, oreal, cursor) as run:
             yield run
 
 
 @contextlib.contextmanager
 def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft]]:
     """Everything of a supervised run. Raises ValueError for bad input."""
-    check_layout(config, list(FAMILIES))
-    architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
-    sequences, num_skipped = encode_examples(read_examples(config.data.examples), tokenizer, config.data)
+    inputs = read_inputs(config)
+    architecture = inputs.architecture
+    sequences, num_skipped = encode_examples(read_examples(config.data.examples), inputs.tokenizer, config.data)
+    check_vocabulary((sequence.prompt_ids + sequence.response_ids for sequence in sequences), architecture)
+    note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
     cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
     check_run_dir(config)
     with opened_layout(config) as layout:
         head = LogprobHead(layout, architecture.vocab_size)
         policy = build_model("policy", head, config.policy, architecture=architecture, config=config, layout=layout)
         sft = Sft(packing_plan(config, layout), policy, config.policy.updates_per_step)
-        with assembled(config, layout, tokenizer, {"policy": policy}, sft, cursor) as run:
-            note_skipped(run.progress, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
+        with assembled(config, layout, inputs, {"policy": policy}, sft, cursor) as run:
             yield run
+
+
+def read_inputs(config: TrainConfig | SftConfig) -> Inputs:
+    check_lengths(config, check_layout(config, list(FAMILIES)))
+    architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
+    datasets: dict[str, list[EncodedPrompt]] = {}
+    notes: list[str] = []
+    for name, path in config.eval.prompts.items():
+        setting = f"eval.prompts.{name}"
+        prompts = read_prompts(path, setting)[: config.eval.max_prompts]
+        datasets[name], num_skipped = encode_prompts(prompts, tokenizer, config.data, setting)
+        check_vocabulary((prompt.token_ids for prompt in datasets[name]), architecture)
+        note_skipped(notes, num_skipped, f"prompts of {setting} longer than data.max_prompt_tokens")
+    return Inputs(architecture, tokenizer, sampling_params(config.rollout, tokenizer), datasets, notes)
+
+
+def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture) -> None:
+    largest = max(map(max, sequences))
+    if largest >= architecture.vocab_size:
+        raise ValueError(
+            f"model.tokenizer: its token {largest} is beyond the model's vocab_size={architecture.vocab_size}; "
+            "give the tokenizer that belongs to model.path"
+        )
 
 
 @contextlib.contextmanager
@@ -184,14 +223,12 @@ def opened_layout(config: RunConfig) -> Iterator[ParallelLayout]:
 def assembled(
     config: Config,
     layout: ParallelLayout,
-    tokenizer: Tokenizer,
+    inputs: Inputs,
     models: Mapping[str, TrainableModel],
     algorithm: Algorithm,
     cursor: PromptCursor[Item],
 ) -> Iterator[Run[Config, Item, Algorithm]]:
     """What every kind of run has around its models; restores the newest checkpoint."""
-    eval_prompts = read_eval_prompts(config, tokenizer)
-    sampling = sampling_params(config.rollout, tokenizer)
     with ExitStack() as stack:
         verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
         engine = local_engine(config, layout)
@@ -211,10 +248,10 @@ def assembled(
             cursor=cursor,
             policy=models["policy"],
             algorithm=algorithm,
-            sampler=Sampler(engine, tokenizer, verifier, config.verifier.require_stop),
-            sampling=sampling,
+            sampler=Sampler(engine, inputs.tokenizer, verifier, config.verifier.require_stop),
+            sampling=inputs.sampling,
             weight_sync=WeightSync(models["policy"].weight_stream(), engine),
-            eval_prompts=eval_prompts,
+            eval_prompts=inputs.eval_prompts,
             train_state=train_state,
             timer=PhaseTimer(synchronizer(layout)),
             log=log,
@@ -224,6 +261,8 @@ def assembled(
         )
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
+        for note in inputs.notes:
+            run.progress.note(note)
         run.weight_sync.push(start_step)
         yield run
 
@@ -277,14 +316,6 @@ def sampling_params(config: RolloutConfig, tokenizer: Tokenizer) -> SamplingPara
     )
 
 
-def read_eval_prompts(config: TrainConfig | SftConfig, tokenizer: Tokenizer) -> dict[str, list[EncodedPrompt]]:
-    datasets = {}
-    for name, path in config.eval.prompts.items():
-        prompts = read_prompts(path, f"eval.prompts.{name}")[: config.eval.max_prompts]
-        datasets[name], _ = encode_prompts(prompts, tokenizer, config.data)
-    return datasets
-
-
 def synchronizer(layout: ParallelLayout) -> Callable[[], None] | None:
     return torch.cuda.synchronize if layout.device.type == "cuda" else None
 
@@ -296,9 +327,9 @@ def open_progress(config: RunConfig, layout: ParallelLayout, start_step: int) ->
     return ProgressBar(config.num_steps, start_step, description, log_file=config.run_dir / "log.txt")
 
 
-def note_skipped(progress: ProgressBar, count: int, what: str) -> None:
+def note_skipped(notes: list[str], count: int, what: str) -> None:
     if count:
-        progress.note(f"skipped {count} {what}")
+        notes.append(f"skipped {count} {what}")
 
 
 def check_run_dir(config: RunConfig) -> None:
@@ -306,7 +337,12 @@ def check_run_dir(config: RunConfig) -> None:
     file = config.run_dir / "config.yaml"
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"run_dir: {config.run_dir} is a file; give a folder")
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run_dir: {config.run_dir} cannot be made ({error.strerror}); give another folder") from None
+    if not os.access(config.run_dir, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"run_dir: {config.run_dir} is not yours to write; change its permissions or give another")
     if not file.is_file():
         return
     before, now = flatten(yaml.safe_load(file.read_text())), flatten(yaml.safe_load(to_yaml(config)))

@@ -49,7 +49,7 @@ def steps(run: Run[Any, Any, Any]) -> Iterator[int]:
     config = run.config
     for step in range(run.start_step, config.num_steps + 1):
         if evaluation_due(run, step):
-            with run.timer("evaluation"):
+            with run.timer("evaluation"), naming_the_step(step):
                 run.record(evaluate(run, step))
         if step > run.start_step and (step % config.checkpoint.every == 0 or step == config.num_steps):
             with run.timer("checkpoint"):
@@ -72,7 +72,10 @@ def naming_the_step(step: int) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"stopped at step {step}: {error}; the last checkpoint is untouched") from error
+        raise FloatingPointError(
+            f"stopped at step {step}: {error}; the checkpoints are untouched. Lower the learning rate in a new "
+            "run_dir, or, where the newest checkpoint is broken too, remove it to resume from the one before"
+        ) from error
 
 
 def evaluation_due(run: Run[Any, Any, Any], step: int) -> bool:

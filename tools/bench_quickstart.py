@@ -14,6 +14,7 @@ TRL may live in an environment of its own: --trl-python. That one needs click, t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # TRL's environment need not have this package
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "examples" / "quickstart"
 NEVER = 1_000_000  # steps
+Step = dict[str, float]  # step_seconds, num_generated_tokens, num_trained_sequences, mean_reward, phases/...
 BOXED = re.compile(r"\\boxed\{(-?\d+)\}")
 # What importing TRL needs is only known by importing it.
 TRL_VERSIONS = """
@@ -46,25 +48,29 @@ json.dump({module.__name__: module.__version__ for module in (torch, transformer
 """
 
 
+@dataclass(slots=True, frozen=True)
+class Variant:
+    """How TRL is run."""
+
+    threads: int
+    beta: float
+    attention: str  # transformers' attn_implementation
+
+    @property
+    def name(self) -> str:
+        return f"TRL GRPO, {self.threads} thread(s), beta {self.beta:g}, {self.attention}"
+
+
 @dataclass(slots=True)
-class TrlSettings:
+class TrlRequest:
     """One run of TRL, given to its process as JSON."""
 
     model: str
     prompts: str
     out: str
-    steps: int
-    seed: int
     threads: int
-    beta: float
-    num_prompts: int  # a step
-    group_size: int
-    max_new_tokens: int
-    temperature: float
-    lr: float
-    beta2: float
-    weight_decay: float
-    clip_grad: float
+    attention: str
+    grpo: dict[str, Any]  # arguments of GRPOConfig
 
 
 @dataclass(slots=True)
@@ -84,8 +90,7 @@ class Measured:
     def median(self) -> float:
         return statistics.median(self.step_seconds)
 
-    def add(self, steps: Sequence[Mapping[str, float]], load: float) -> None:
-        """`steps` have step_seconds, num_generated_tokens, num_trained_sequences, mean_reward and phases/..."""
+    def add(self, steps: Sequence[Step], load: float) -> None:
         for step in steps:
             self.step_seconds.append(step["step_seconds"])
             self.num_generated_tokens.append(step["num_generated_tokens"])
@@ -96,7 +101,7 @@ class Measured:
                     self.phase_seconds.setdefault(name.removeprefix("phases/"), []).append(seconds)
         self.round_medians.append(statistics.median(step["step_seconds"] for step in steps))
         self.loads.append(load)
-        click.echo(f"  {self.name:34s} {self.round_medians[-1]:7.3f} s/step, load before {load:.1f}")
+        click.echo(f"  {self.name:41s} {self.round_medians[-1]:7.3f} s/step, load before {load:.1f}")
 
 
 def load_average() -> float:
@@ -140,7 +145,7 @@ def warm_up(folder: Path) -> tuple[Path, Path]:
     return sft / "hf", data / "train.jsonl"
 
 
-def run_ours(config: TrainConfig, run_dir: Path, steps: int, seed: int) -> list[dict[str, float]]:
+def run_ours(config: TrainConfig, run_dir: Path, steps: int, seed: int) -> list[Step]:
     """Every step trains everything; nothing is evaluated, and saved only after the last step."""
     from megatron_oreal.observability.metrics import read_metrics
 
@@ -164,7 +169,7 @@ def run_ours(config: TrainConfig, run_dir: Path, steps: int, seed: int) -> list[
     return [our_step(record) for record in records]
 
 
-def our_step(record: Mapping[str, float]) -> dict[str, float]:
+def our_step(record: Mapping[str, float]) -> Step:
     step = {
         "step_seconds": record["time/step_seconds"],
         "num_generated_tokens": record["rollout/num_tokens"],
@@ -178,34 +183,15 @@ def our_step(record: Mapping[str, float]) -> dict[str, float]:
     return step
 
 
-def run_trl(python: Path, settings: TrlSettings, folder: Path) -> list[dict[str, float]]:
-    request = folder / "request.json"
-    request.write_text(json.dumps(asdict(settings)))
-    environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "TOKENIZERS_PARALLELISM": "false"}
-    run_process([str(python), str(Path(__file__).resolve()), "trl-worker", str(request)], environment)
-    steps: list[dict[str, float]] = json.loads(Path(settings.out).read_text())
-    return steps
-
-
-def trl_settings(config: TrainConfig, folder: Path, steps: int, seed: int, threads: int, beta: float) -> TrlSettings:
-    optimizer = config.policy.optimizer
-    return TrlSettings(
-        model=str(config.model.path),
-        prompts=str(config.data.prompts),
-        out=str(folder / "trl.json"),
-        steps=steps,
-        seed=seed,
-        threads=threads,
-        beta=beta,
-        num_prompts=config.data.prompts_per_step,
-        group_size=config.rollout.group_size,
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        lr=optimizer.lr,
-        beta2=optimizer.beta2,
-        weight_decay=optimizer.weight_decay,
-        clip_grad=optimizer.clip_grad,
-    )
+def run_trl(config: TrainConfig, python: Path, folder: Path, steps: int, seed: int, how: Variant) -> list[Step]:
+    file, out = folder / "request.json", folder / "trl.json"
+    grpo = grpo_arguments(config, how.beta) | {"max_steps": steps, "seed": seed}
+    model, prompts = str(config.model.path), str(config.data.prompts)
+    file.write_text(json.dumps(asdict(TrlRequest(model, prompts, str(out), how.threads, how.attention, grpo))))
+    environment = os.environ | {"OMP_NUM_THREADS": str(how.threads), "TOKENIZERS_PARALLELISM": "false"}
+    run_process([str(python), str(Path(__file__).resolve()), "trl-worker", str(file)], environment)
+    measured: list[Step] = json.loads(out.read_text())
+    return measured
 
 
 def exact_answer(completion: str, answer: str) -> float:
@@ -213,16 +199,16 @@ def exact_answer(completion: str, answer: str) -> float:
     return float(bool(found) and found[-1] == answer)
 
 
-def train_with_trl(settings: TrlSettings) -> list[dict[str, float]]:
+def train_with_trl(request: TrlRequest) -> list[Step]:
     """In TRL's process."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(request.threads)
     seconds: list[float] = []
-    batches: list[dict[str, float]] = []
+    batches: list[Step] = []
 
     def reward(completions: list[str], answer: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         rewards = [exact_answer(*pair) for pair in zip(completions, answer, strict=True)]
@@ -241,42 +227,43 @@ def train_with_trl(settings: TrlSettings) -> list[dict[str, float]]:
             seconds.append(now - self.last)
             self.last = now
 
-    rows = [json.loads(line) for line in Path(settings.prompts).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(request.prompts).read_text().splitlines()]
     dataset = Dataset.from_list([{"prompt": row["prompt"][-1]["content"], "answer": row["answer"]} for row in rows])
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32),
-            processing_class=AutoTokenizer.from_pretrained(settings.model),
+            model=AutoModelForCausalLM.from_pretrained(
+                request.model, dtype=torch.float32, attn_implementation=request.attention
+            ),
+            processing_class=AutoTokenizer.from_pretrained(request.model),
             reward_funcs=reward,
             train_dataset=dataset,
-            args=GRPOConfig(output_dir=folder, **trl_arguments(settings)),
+            args=GRPOConfig(output_dir=folder, **request.grpo),
             callbacks=[Clock()],
         )
         trainer.train()
-    num_sequences = settings.num_prompts * settings.group_size
-    assert len(seconds) == len(batches) == settings.steps, "TRL generates once a step"
+    assert len(seconds) == len(batches), "TRL generates once a step"
+    size = request.grpo["per_device_train_batch_size"]
     return [
-        {"step_seconds": step, "num_trained_sequences": num_sequences} | batch
+        batch | {"step_seconds": step, "num_trained_sequences": size}
         for step, batch in zip(seconds, batches, strict=True)
     ]
 
 
-def trl_arguments(settings: TrlSettings) -> dict[str, Any]:
+def grpo_arguments(config: TrainConfig, beta: float) -> dict[str, Any]:
     """One generation, one batch and one optimizer step a step, and nothing besides."""
+    optimizer, rollout = config.policy.optimizer, config.rollout
     return {
-        "max_steps": settings.steps,
-        "seed": settings.seed,
-        "per_device_train_batch_size": settings.num_prompts * settings.group_size,
+        "per_device_train_batch_size": config.data.prompts_per_step * rollout.group_size,
         "steps_per_generation": 1,
-        "num_generations": settings.group_size,
-        "max_completion_length": settings.max_new_tokens,
-        "temperature": settings.temperature,
-        "beta": settings.beta,
-        "learning_rate": settings.lr,
+        "num_generations": rollout.group_size,
+        "max_completion_length": rollout.max_new_tokens,
+        "temperature": rollout.temperature,
+        "beta": beta,
+        "learning_rate": optimizer.lr,
         "lr_scheduler_type": "constant",
-        "adam_beta2": settings.beta2,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.clip_grad,
+        "adam_beta2": optimizer.beta2,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.clip_grad,
         "disable_dropout": True,
         "gradient_checkpointing": False,
         "bf16": False,
@@ -325,15 +312,10 @@ def print_result(ours: Measured, rivals: Sequence[Measured], best: Measured) -> 
 
 
 def measure(
-    config: TrainConfig,
-    python: Path,
-    rivals: Mapping[tuple[int, float], Measured],
-    rounds: int,
-    steps: int,
-    warmup: int,
-) -> Measured:
-    """Takes turns, fills `rivals` (by threads and beta) and returns ours."""
-    ours = Measured(f"OREAL, {config.parallel.tensor} processes")
+    config: TrainConfig, python: Path, variants: Sequence[Variant], rounds: int, steps: int, warmup: int
+) -> tuple[Measured, list[Measured]]:
+    """Takes turns; returns ours and TRL's variants."""
+    ours, rivals = Measured(f"OREAL, {config.parallel.tensor} processes"), [Measured(how.name) for how in variants]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = prepare_task(config, folder)
@@ -341,42 +323,32 @@ def measure(
             click.echo(f"round {number + 1} of {rounds}")
             load = load_average()
             ours.add(run_ours(config, folder / f"ours-{number}", steps, number)[warmup:], load)
-            for (threads, beta), rival in rivals.items():
+            for how, rival in zip(variants, rivals, strict=True):
                 load = load_average()
-                settings = trl_settings(config, folder, steps, number, threads, beta)
-                rival.add(run_trl(python, settings, folder)[warmup:], load)
-    return ours
+                rival.add(run_trl(config, python, folder, steps, number, how)[warmup:], load)
+    return ours, rivals
 
 
 def bench(
-    python: Path, rounds: int, steps: int, warmup: int, threads: Sequence[int], betas: Sequence[float]
+    config: TrainConfig, python: Path, variants: Sequence[Variant], rounds: int, steps: int, warmup: int
 ) -> dict[str, Any]:
     """Measures, prints, and returns everything for the JSON line."""
-    from megatron_oreal.config import TrainConfig, load_config
-
     if steps <= warmup:
         raise ValueError(f"--steps must be > --warmup={warmup}, got {steps}")
-    config = load_config(TrainConfig, QUICKSTART / "config.yaml")
-    betas = list(betas) or [config.algorithm.kl_coef, 0.0]
-    if max(betas) <= 0:
+    if all(how.beta <= 0 for how in variants):
         raise ValueError("--trl-beta needs a value > 0: ours has a reference model too")
-    versions, trl_versions = {name: version(name) for name in ("torch", "megatron-core")}, read_trl_versions(python)
+    versions = {name: version(name) for name in ("torch", "megatron-core")}
+    trl_versions = read_trl_versions(python)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    names = {
-        package: ", ".join(f"{name} {text}" for name, text in found.items())
-        for package, found in (("ours", versions), ("TRL", trl_versions))
-    }
-    click.echo(f"CPU, {cores} cores, float32; ours: {names['ours']}; TRL's: {names['TRL']}; load {load_average():.1f}")
+    click.echo(f"CPU, {cores} cores, float32, load {load_average():.1f}; ours {versions}; TRL's {trl_versions}")
     click.echo(
         f"{config.data.prompts_per_step} prompts x {config.rollout.group_size} samples of at most "
         f"{config.rollout.max_new_tokens} tokens; {rounds} rounds of {steps} steps each, the first {warmup} left out"
     )
-    rivals = {
-        (count, beta): Measured(f"TRL GRPO, {count} thread(s), beta {beta:g}") for beta in betas for count in threads
-    }
-    ours = measure(config, python, rivals, rounds, steps, warmup)
-    best = min((rival for (_, beta), rival in rivals.items() if beta > 0), key=lambda rival: rival.median)
-    print_result(ours, list(rivals.values()), best)
+    ours, rivals = measure(config, python, variants, rounds, steps, warmup)
+    with_reference = [rival for how, rival in zip(variants, rivals, strict=True) if how.beta > 0]
+    best = min(with_reference, key=lambda rival: rival.median)
+    print_result(ours, rivals, best)
     return {
         "cores": cores,
         "versions": versions,
@@ -385,7 +357,7 @@ def bench(
         "steps": steps,
         "warmup": warmup,
         "ours": asdict(ours),
-        "trl": [asdict(rival) for rival in rivals.values()],
+        "trl": [asdict(rival) for rival in rivals],
         "best_trl": best.name,
         "ratio": ours.median / best.median,
     }
@@ -398,6 +370,7 @@ def bench(
 @click.option("--trl-python", default=sys.executable, type=click.Path(path_type=Path), help="Interpreter that has TRL.")
 @click.option("--trl-threads", "threads", multiple=True, default=(2, 1), show_default=True, type=click.IntRange(min=1))
 @click.option("--trl-beta", "betas", multiple=True, type=float, help="Default: the quickstart's kl_coef, and 0.")
+@click.option("--trl-attention", "attentions", multiple=True, default=("sdpa",), show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the JSON line.")
 @click.pass_context
 def main(
@@ -408,13 +381,19 @@ def main(
     trl_python: Path,
     threads: tuple[int, ...],
     betas: tuple[float, ...],
+    attentions: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Prints the median seconds a step of ours, phase by phase, of TRL's GRPOTrainer, and the ratio."""
     if context.invoked_subcommand is not None:
         return
+    from megatron_oreal.config import TrainConfig, load_config
+
     try:
-        line = json.dumps(bench(trl_python.absolute(), rounds, steps, warmup, threads, betas))
+        config = load_config(TrainConfig, QUICKSTART / "config.yaml")
+        choices = itertools.product(threads, betas or (config.algorithm.kl_coef, 0.0), attentions)
+        variants = [Variant(*choice) for choice in choices]
+        line = json.dumps(bench(config, trl_python.absolute(), variants, rounds, steps, warmup))
     except ValueError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
@@ -427,7 +406,7 @@ def main(
 @click.argument("request", type=click.Path(exists=True, path_type=Path))
 def trl_worker(request: Path) -> None:
     """TRL's part, in TRL's interpreter."""
-    settings = TrlSettings(**json.loads(request.read_text()))
+    settings = TrlRequest(**json.loads(request.read_text()))
     Path(settings.out).write_text(json.dumps(train_with_trl(settings)))
 
 

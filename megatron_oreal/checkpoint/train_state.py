@@ -14,6 +14,7 @@ name is complete. It is read with the layout that wrote it.
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +33,8 @@ from megatron_oreal.config import CheckpointConfig
 from megatron_oreal.observability.files import sync_file, sync_folder
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk becomes in Python, torch and safetensors
+READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)  # of a damaged file
 
 
 class Layout(Protocol):
@@ -97,9 +101,12 @@ class TrainState:
         error = ""
         try:
             self._write(temporary, progress)
-        except (OSError, RuntimeError) as caught:  # safetensors and torch report a full disk as their own errors
-            error = f"{type(caught).__name__}: {caught}"
-        self._agree(error, temporary)
+        except WRITE_ERRORS as caught:
+            error = describe(caught)
+        if error := first_error(error):
+            if self.layout.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {final} could not be written ({error}); the ones before it stay")
         if self.layout.is_main:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -109,7 +116,10 @@ class TrainState:
         return final
 
     def load_latest(self) -> Progress | None:
-        """Restores the newest checkpoint; None without any. Raises ValueError where the layout differs."""
+        """Restores the newest checkpoint; None without any.
+
+        Raises ValueError, on all ranks, where the layout differs or any rank's files are damaged.
+        """
         if self.layout.is_main:
             for stale in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(stale)
@@ -117,17 +127,30 @@ class TrainState:
         if not steps:
             return None
         folder = self.folder / f"step_{steps[-1]:06d}"
-        saved = json.loads((folder / "run.json").read_text())
-        if saved["layout"] != self._layout_sizes():
+        error, layout, progress = "", self._layout_sizes(), None
+        try:
+            saved = json.loads((folder / "run.json").read_text())
+            layout = saved["layout"]
+            if layout == self._layout_sizes():
+                progress = Progress(**saved["progress"])
+                self._read(folder)
+        except READ_ERRORS as caught:
+            error = describe(caught)
+        if error := first_error(error):
+            before = f"resume from {folder.with_name(f'step_{steps[-2]:06d}')}" if steps[:-1] else "start again"
+            raise ValueError(f"run_dir: checkpoint {folder} is damaged ({error}); remove it to {before}")
+        if progress is None:
             raise ValueError(
-                f"parallel: {folder} was written with {saved['layout']}, this run has {self._layout_sizes()}; "
+                f"parallel: {folder} was written with {layout}, this run has {self._layout_sizes()}; "
                 "resume with the same layout, or start a new run_dir from the exported weights"
             )
+        return progress
+
+    def _read(self, folder: Path) -> None:
         for name, model in self.models.items():
             load_parameters_in_place(model, folder / name / f"parameters_{self._shard}.safetensors")
             model.load_training_state(torch.load(folder / name / self._optimizer_file(model), weights_only=True))
         restore_random_state(torch.load(folder / f"random_{self._shard}.pt", weights_only=True))
-        return Progress(**saved["progress"])
 
     def _write(self, folder: Path, progress: Progress) -> None:
         for name, model in self.models.items():
@@ -143,17 +166,6 @@ class TrainState:
             record = {"layout": self._layout_sizes(), "progress": asdict(progress)}
             (folder / "run.json").write_text(json.dumps(record, indent=2))
             sync_file(folder / "run.json")
-
-    def _agree(self, error: str, temporary: Path) -> None:
-        errors = [""] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        if any(errors):
-            if self.layout.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            first = next(error for error in errors if error)
-            raise CheckpointError(
-                f"checkpoint {temporary.name[1:-4]} could not be written ({first}); the last one stays"
-            )
 
     def _prune(self) -> None:
         steps = saved_steps(self.folder)
@@ -196,6 +208,18 @@ def saved_steps(folder: Path) -> list[int]:
     """The complete checkpoints of a run, oldest first."""
     matches = [STEP_FOLDER.fullmatch(path.name) for path in folder.glob("step_*")]
     return sorted(int(match[1]) for match in matches if match)
+
+
+def first_error(error: str) -> str:
+    """The first rank's error, known to every rank; empty when all went well. Collective."""
+    errors = [""] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    return next(filter(None, errors), "")
+
+
+def describe(error: Exception) -> str:
+    """Its type and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def write_and_sync(file: Path, content: Any, write: Any) -> None:

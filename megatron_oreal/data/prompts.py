@@ -106,13 +106,16 @@ def is_number(value: object) -> bool:
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, config: PromptConfig
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, config: PromptConfig, setting: str = "data.prompts"
 ) -> tuple[list[EncodedPrompt], int]:
     """The prompts with their token ids, and how many were skipped as longer than `config.max_prompt_tokens`.
 
-    Raises ValueError when all are skipped, and where the tokenizer refuses the format.
+    Raises ValueError when all are skipped or one has no token, and where the tokenizer refuses the format. `setting`
+    is where the prompts come from.
     """
     token_ids = tokenizer.encode_many([tokenizer.render_prompt(prompt.messages, config) for prompt in prompts])
+    if [] in token_ids:
+        raise ValueError(f"{setting}: prompt {prompts[token_ids.index([])].id!r} gives no token; remove or correct it")
     encoded = [
         EncodedPrompt(prompt, ids)
         for prompt, ids in zip(prompts, token_ids, strict=True)
@@ -121,7 +124,7 @@ def encode_prompts(
     if not encoded:
         raise ValueError(
             f"data.max_prompt_tokens={config.max_prompt_tokens}: each of the {len(prompts)} prompts is longer; "
-            f"raise it to {min(map(len, token_ids), default=1)} or more"
+            f"raise it to {min(map(len, token_ids), default=1)} or more for {setting}"
         )
     return encoded, len(prompts) - len(encoded)
 

@@ -44,11 +44,15 @@ def uses_transformer_engine(config: ModelConfig, device: torch.device) -> bool:
     """Raises ValueError when it is asked for and not to be had."""
     if config.implementation == "local":
         return False
-    missing = "it runs on CUDA only" if device.type != "cuda" else ""
-    if not missing and not HAVE_TE:
+    missing = ""
+    if device.type != "cuda":
+        missing = "it runs on CUDA only"
+    elif config.dtype != "bfloat16":
+        missing = "its attention over packed sequences needs model.dtype=bfloat16"
+    elif not HAVE_TE:
         missing = "Megatron cannot import it"
     if missing and config.implementation == "transformer_engine":
-        raise ValueError(f"model.implementation=transformer_engine, but {missing}; use auto or local")
+        raise ValueError(f"model.implementation=transformer_engine, but {missing}; use auto")
     return not missing
 
 

@@ -21,7 +21,7 @@ from megatron_oreal.checkpoint.hf import WeightStream
 from megatron_oreal.config import ModelConfig, OptimizerConfig, OrealConfig, ParallelConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.models import parallel
-from megatron_oreal.models.heads import LogprobHead, ScalarHead
+from megatron_oreal.models.heads import LogprobHead, ScalarHead, whole_sequence
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TrainingSequence
@@ -43,11 +43,12 @@ CHECKS = 0
 
 def main(folder: Path) -> None:
     transformers_logging.disable_progress_bar()
-    dist.init_process_group("gloo")
-    if dist.get_rank() == 0:
+    layout = parallel.initialize(ParallelConfig(), seed=0)
+    if layout.is_main:
         for name in ("tied", "untied"):
             write_tiny_model(folder / name, tied=name == "tied")
     dist.barrier()
+    parallel.destroy_groups()
     expected = {name: transformers_results(folder / name) for name in ("tied", "untied")}
     results: dict[str, dict[str, Any]] = {}
     fitting = {name: c for name, c in LAYOUTS.items() if dist.get_world_size() % (c.tensor * c.pipeline) == 0}
@@ -69,14 +70,14 @@ def main(folder: Path) -> None:
 def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: ParallelLayout) -> dict[str, Any]:
     """Compares with transformers, and returns what must be the same in every layout."""
     for model_name, wanted in expected.items():
-        for recompute in ("none", "full"):
-            compare(folder / model_name, recompute, wanted, f"{name} {model_name}", layout)
+        compare(folder / model_name, "none", 48, wanted, f"{name} {model_name} packed", layout)
+        compare(folder / model_name, "full", 1, wanted, f"{name} {model_name} alone, recomputed", layout)
     frozen(folder / "untied", layout)
     return {
         "oreal": {
             f"{model_name}, micro-batches of {tokens}": oreal_gradients(folder / model_name, tokens, layout)
             for model_name in ("untied",)
-            for tokens in (10_000, 30)
+            for tokens in (10_000, 1)
         },
         "updates": {
             f"{dtype}, distributed {distributed}": updates(folder / "tied", distributed, dtype, layout)
@@ -112,23 +113,22 @@ def plan_of(layout: ParallelLayout, microbatch_tokens: int = 48) -> PackingPlan:
         token_multiple=layout.tensor_size if layout.sequence_parallel else 1,
         count_multiple=layout.pipeline_size if interleaved else 1,
         equal_lengths=interleaved,
+        device=layout.device,
     )
 
 
 def transformers_results(path: Path) -> tuple[dict[tuple[int, ...], Tensor], dict[str, Tensor]]:
-    """Log-probs of each sequence's response, and the gradients of the advantage-weighted loss."""
+    """Logits of each sequence's response, and the gradients of the advantage-weighted loss."""
     model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
-    logprobs, loss = {}, torch.zeros(())
+    logits, loss = {}, torch.zeros(())
     for sequence in SEQUENCES:
         ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
-        log_softmax = model(ids).logits[0, :-1].log_softmax(-1)
-        chosen = log_softmax.gather(-1, ids[0, 1:, None])[len(sequence.prompt_ids) - 1 :, 0]
-        logprobs[tuple(ids[0].tolist())] = chosen.detach()
+        response = model(ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
+        logits[tuple(ids[0].tolist())] = response.detach()
+        chosen = response.log_softmax(-1).gather(-1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
         loss = loss - sequence.advantage * chosen.sum() / DENOMINATOR
     loss.backward()
-    return logprobs, {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    return logits, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def weighted_loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
@@ -136,13 +136,36 @@ def weighted_loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
     return LossOutput(loss, {"loss": loss.detach()})
 
 
-def compare(path: Path, recompute: str, expected: Any, name: str, layout: ParallelLayout) -> None:
-    logprobs, gradients = expected
+class LogitsHead(LogprobHead):
+    """Whole logits of the trained tokens, in place of log-probs."""
+
+    def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
+        shared = model.share_embeddings_and_output_weights
+        weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
+        local = (whole_sequence(hidden, self.layout)[microbatch.loss_mask] @ weight.T).contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.layout.tensor_size)]
+        dist.all_gather(parts, local, group=self.layout.tensor_group)
+        return TokenOutputs(torch.cat(parts, dim=-1)[:, : self.vocab_size], entropy=None)
+
+
+def compare(
+    path: Path, recompute: str, microbatch_tokens: int, expected: Any, name: str, layout: ParallelLayout
+) -> None:
+    logits, gradients = expected
     model = build(path, layout, recompute=recompute)
-    batch = pack(SEQUENCES, plan_of(layout))
+    batch = pack(SEQUENCES, plan_of(layout, microbatch_tokens))
+    logprob_head, model.head = model.head, LogitsHead(layout, model.architecture.vocab_size)
+    with torch.no_grad():
+        whole = model._run(batch, lambda outputs, _: outputs.values, forward_only=True)
+    for microbatch, values in zip(batch.microbatches, whole, strict=False):  # `whole` is empty but on the last stage
+        sequences = list(sequences_of(microbatch))
+        for ids, rows in zip(sequences, values.split([len(logits[ids]) for ids in sequences]), strict=True):
+            close(rows, logits[ids], 1e-4, f"{name} logits")
+    model.head = logprob_head
     model.forward(batch, "old_logprobs")
     for ids, values in responses(batch):
-        close(values, logprobs[ids], 1e-4, f"{name} log-probs")
+        chosen = torch.tensor(ids[-len(values) :])[:, None]
+        close(values, logits[ids].log_softmax(-1).gather(-1, chosen)[:, 0], 1e-4, f"{name} log-probs")
     model.accumulate_gradients(batch, weighted_loss)
     for hf_name, gradient in gradient_stream(model):
         close(gradient, gradients[hf_name], 1e-5, f"{name}, recompute {recompute}: gradient of {hf_name}")
@@ -152,14 +175,19 @@ def compare(path: Path, recompute: str, expected: Any, name: str, layout: Parall
             close(exported[hf_name], weight, 0.0, f"{name} export of {hf_name}")
 
 
+def sequences_of(microbatch: Microbatch) -> Iterator[tuple[int, ...]]:
+    """The token ids of each sequence, without the filler."""
+    for number in range(microbatch.num_sequences):
+        mine = microbatch.sequence_ids == number
+        if (mine & microbatch.loss_mask).any():
+            yield tuple(microbatch.input_ids[mine].tolist())
+
+
 def responses(batch: Batch) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     for microbatch in batch.microbatches:
         assert microbatch.old_logprobs is not None
-        for number in range(microbatch.num_sequences):
-            mine = microbatch.sequence_ids == number
-            if (mine & microbatch.loss_mask).any():
-                ids = tuple(microbatch.input_ids[mine].tolist())
-                yield ids, microbatch.old_logprobs[mine & microbatch.loss_mask]
+        for number, ids in enumerate(sequences_of(microbatch)):
+            yield ids, microbatch.old_logprobs[(microbatch.sequence_ids == number) & microbatch.loss_mask]
 
 
 def gradient_stream(model: TrainableModel) -> WeightStream:
@@ -255,7 +283,7 @@ def close(actual: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
     global CHECKS
     CHECKS += 1
     assert actual.shape == wanted.shape, f"{what}: shape {tuple(actual.shape)} != {tuple(wanted.shape)}"
-    error = float((actual.float() - wanted.float()).abs().max()) if actual.numel() else 0.0
+    error = float((actual.cpu().float() - wanted.cpu().float()).abs().max()) if actual.numel() else 0.0
     assert error <= tolerance, f"{what}: off by {error:.2e}, more than {tolerance:.0e}"
 
 

@@ -1,0 +1,223 @@
+"""What the command line says before torch is needed: dry runs, help, and the user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_oreal import cli
+from megatron_oreal.checkpoint.families import FAMILIES
+
+SHAPE = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 20,
+    "max_position_embeddings": 128,
+}
+TRAIN = {
+    "run_dir": "run",
+    "num_steps": 3,
+    "model": {"path": "model"},
+    "data": {"prompts": "train.jsonl", "max_prompt_tokens": 28},
+    "rollout": {"max_new_tokens": 100},
+}
+SFT = TRAIN | {"data": {"examples": "sft.jsonl", "max_prompt_tokens": 28, "max_tokens": 128}}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def message(self) -> str:
+        """The one line that a refusal is."""
+        assert self.exit_code == 2, self
+        assert self.stdout == ""
+        assert self.stderr.startswith("Error: ") and self.stderr.count("\n") == 1, self.stderr
+        return self.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+CommandLine = Callable[..., Outcome]
+
+
+@pytest.fixture
+def command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Runs `megatron-oreal ARGUMENTS` in a folder with model/config.json, train.yaml and sft.yaml."""
+    for name in ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(TRAIN))
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(SFT))
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["megatron-oreal", *arguments])
+        exit_code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert isinstance(end.code, int)
+            exit_code = end.code
+        captured = capfd.readouterr()
+        assert not (tmp_path / "run").exists()
+        return Outcome(exit_code, captured.out, captured.err)
+
+    return run
+
+
+def write_model(folder: Path, **changes: Any) -> None:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(SHAPE | changes))
+
+
+def test_the_architectures_known_without_torch_are_those_of_the_checkpoints() -> None:
+    assert list(cli.SUPPORTED_MODEL_TYPES) == list(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "train.yaml"], "No such command 'trian'."),
+        (["train"], "Missing argument 'CONFIG'."),
+        (["train", "train.yaml", "--dryrun"], "No such option '--dryrun'. Did you mean '--dry-run'?"),
+        (["train", "none.yaml"], "none.yaml does not exist; give a YAML configuration file"),
+        (["train", "model"], "model does not exist; give a YAML configuration file"),
+        (["train", "train.yaml", "rolout.group_size=8"], "unknown key 'rolout'; did you mean 'rollout'?"),
+        (["train", "train.yaml", "rollout.groupsize=8"], "unknown key 'rollout.groupsize'; did you mean 'group_size'?"),
+        (["train", "sft.yaml"], "data.prompts is required: set it in the file or as data.prompts=... (and 2 more)"),
+        (["train", "train.yaml", "num_steps=many"], "num_steps: Input should be a valid integer"),
+        (["train", "train.yaml", "rollout.top_p=1.5"], "rollout.top_p: Input should be less than or equal to 1, got 1.5"),
+        (["train", "train.yaml", "rollout.group_size=1"], "rollout.group_size must be >= 2"),
+        (["train", "train.yaml", "num_steps"], "override 'num_steps' must read section.key=value"),
+        (["train", "train.yaml", "seed=[1"], "override 'seed=[1': '[1' is not a YAML value; quote it"),
+        (["train", "train.yaml", "model="], "model.path is required: set it in the file or as model.path=..."),
+        (["train", "train.yaml", "model.path=none"], "model.path: none/config.json does not exist; give a Hugging Face"),
+        (["train", "train.yaml", "parallel.tensor=3"], "parallel.tensor=3 must divide the model's num_attention_heads=8"),
+        (["train", "train.yaml", "parallel.tensor=4"], "parallel.tensor=4 must divide the model's num_key_value_heads"),
+        (["train", "train.yaml", "parallel.pipeline=3"], "parallel.pipeline=3 x parallel.virtual_pipeline=1 must divide"),
+        (
+            ["train", "train.yaml", "rollout.max_new_tokens=101"],
+            "data.max_prompt_tokens + rollout.max_new_tokens = 129 exceeds the model's max_position_embeddings=128: lower",
+        ),
+        (["sft", "sft.yaml", "data.max_tokens=129"], "data.max_tokens=129 exceeds the model's max_position_embeddings"),
+        (
+            ["sft", "sft.yaml", "rollout.max_new_tokens=101", "eval.prompts.a=a.jsonl"],
+            "data.max_prompt_tokens + rollout.max_new_tokens = 129 exceeds the model's max_position_embeddings=128: lower",
+        ),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(command_line: CommandLine, arguments: list[str], message: str) -> None:
+    assert command_line(*arguments).message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "config.yaml: run_dir is required"),
+        (b"- a\n- b\n", "config.yaml must hold sections and keys, not a list"),
+        (b"a: [1,\nb: {", "config.yaml is not YAML: "),
+        (b"a: \x00", "config.yaml is not YAML: "),
+        (b"a: !!python/object:os.system {}", "config.yaml is not YAML: "),
+        ("run_dir: Ergebnisse für Zürich".encode("latin-1"), "config.yaml is not UTF-8 (byte 20); save it as UTF-8"),
+        (b"1: 2\n", "run_dir is required"),
+    ],
+)
+def test_a_file_that_is_no_configuration(
+    command_line: CommandLine, tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert message.removeprefix("config.yaml: ") in command_line("train", "config.yaml").message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "model.path: model/config.json: "),
+        (b"[]", "model.path: model/config.json: "),
+        (b"\xff\xfe", "model.path: model/config.json: "),
+        (b'{"model_type": "qwen2"}', "model.path: model/config.json: num_hidden_layers is required"),
+        (
+            json.dumps(SHAPE | {"model_type": "mamba"}).encode(),
+            "model.path: model_type 'mamba' is not supported; known: qwen2",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_used(command_line: CommandLine, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model" / "config.json").write_bytes(content)
+    assert command_line("train", "train.yaml").message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        ("3", "parallel.tensor=2 x parallel.pipeline=2 must divide the 3 processes started: change the layout or"),
+        ("8", "parallel.data=1 but the 8 processes started make it 2: drop it"),
+    ],
+)
+def test_a_launcher_that_does_not_fit(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, world_size: str, message: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("RANK", "0")
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "parallel.data=1"]
+    assert command_line("train", "train.yaml", *layout).message.startswith(message)
+
+
+def test_empty_sections_are_the_defaults_and_can_be_overridden(command_line: CommandLine, tmp_path: Path) -> None:
+    text = yaml.safe_dump(TRAIN) + "eval:\npolicy:\n  optimizer:\nalgorithm:\ncheckpoint:\n"
+    (tmp_path / "train.yaml").write_text(text)
+    outcome = command_line("train", "train.yaml", "--dry-run", "checkpoint.every=7", "eval.prompts=")
+    assert outcome.exit_code == 0, outcome.stderr
+    resolved = yaml.safe_load(outcome.stdout.partition("parallel layout:")[0])
+    assert resolved["eval"]["prompts"] == {}
+    assert resolved["eval"]["every"] == 10
+    assert resolved["policy"]["optimizer"]["lr"] == 1e-6
+    assert (resolved["checkpoint"]["every"], resolved["checkpoint"]["keep_last"]) == (7, 2)
+
+
+@pytest.mark.parametrize(("command", "settings"), [("train", TRAIN), ("sft", SFT)])
+def test_a_dry_run_resolves_and_imports_no_torch(tmp_path: Path, command: str, settings: dict[str, Any]) -> None:
+    write_model(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    program = (
+        "import sys; from megatron_oreal import cli; cli.main(); "
+        "print(sorted({'torch', 'transformers', 'megatron', 'numpy'} & set(sys.modules)))"
+    )
+    arguments = [command, "config.yaml", "parallel.tensor=2", "parallel.pipeline=2", "--dry-run"]
+    folder = Path(cli.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    resolved, layout = done.stdout.split("parallel layout: ")
+    assert yaml.safe_load(resolved)["parallel"]["tensor"] == 2
+    assert layout.startswith("4 processes = tensor 2 x pipeline 2 x data 1")
+    assert layout.splitlines()[-1] == "[]"
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_names_the_commands(command_line: CommandLine) -> None:
+    outcome = command_line("--help")
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert "train" in outcome.stdout and "sft" in outcome.stdout
+    assert "--dry-run" in command_line("train", "--help").stdout
+    assert "Commands:" in command_line().stderr
