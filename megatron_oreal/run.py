@@ -141,6 +141,7 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
     note_skipped(inputs.notes, num_skipped, "prompts longer than data.max_prompt_tokens")
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
+    check_reward_model(config, architecture)
     check_run_dir(config)
     with opened_layout(config) as layout:
         build = partial(build_model, architecture=architecture, config=config, layout=layout)
@@ -207,6 +208,17 @@ def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture)
         raise ValueError(
             f"model.tokenizer: its token {largest} is beyond the model's vocab_size={architecture.vocab_size}; "
             "give the tokenizer that belongs to model.path"
+        )
+
+
+def check_reward_model(config: TrainConfig, architecture: Architecture) -> None:
+    path = config.reward_model.path
+    if path is None or not config.reward_model.enabled:
+        return
+    if not (path / "config.json").is_file() or read_architecture(path) != architecture:
+        raise ValueError(
+            f"reward_model.path: {path} is not a Hugging Face directory of the policy's architecture; "
+            "give one or drop it"
         )
 
 

@@ -51,8 +51,10 @@ class HfReader:
 
     def _index(self) -> dict[str, str]:
         if (self.path / INDEX).is_file():
-            weight_map: dict[str, str] = json.loads((self.path / INDEX).read_text())["weight_map"]
-            return weight_map
+            try:
+                return dict(json.loads((self.path / INDEX).read_bytes())["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"model.path: {self.path / INDEX} is not an index; save the model again") from None
         if not (self.path / WEIGHTS).is_file():
             raise ValueError(f"model.path: {self.path} holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
@@ -65,22 +67,29 @@ class HfReader:
                 raise ValueError(f"model.path: {self.path / name} cannot be read: {error}") from None
         return self.files[name]
 
+    def _stored(self, name: str) -> Any:
+        try:
+            return self._open(self.file_of[name]).get_slice(name)
+        except (KeyError, SafetensorError):
+            raise ValueError(f"model.path: {self.path} has no tensor {name}") from None
+
     def read(self, name: str, axis: int | None, rank: int, size: int) -> Tensor:
         """The rank-th of `size` equal slices along `axis`."""
-        if name not in self.file_of:
-            raise ValueError(f"model.path: {self.path} has no tensor {name}")
-        stored = self._open(self.file_of[name]).get_slice(name)
+        stored = self._stored(name)
         if axis is None or size == 1:
             return stored[:]
         length = stored.get_shape()[axis] // size
         part = slice(rank * length, (rank + 1) * length)
         return stored[part] if axis == 0 else stored[:, part]
 
+    def check_rows(self, names: Sequence[str], num_rows: int) -> None:
+        for name in names:
+            if (rows := self._stored(name).get_shape()[0]) != num_rows:
+                raise ValueError(f"model.path: {name} has {rows} rows where config.json asks for vocab_size={num_rows}")
+
     def read_padded_rows(self, name: str, num_rows: int, rank: int, size: int) -> Tensor:
         """As `read` along axis 0 of the tensor with zeros appended up to `num_rows` rows."""
-        if name not in self.file_of:
-            raise ValueError(f"model.path: {self.path} has no tensor {name}")
-        stored = self._open(self.file_of[name]).get_slice(name)
+        stored = self._stored(name)
         length = num_rows // size
         return pad_rows(stored[rank * length : min((rank + 1) * length, stored.get_shape()[0])], length)
 
@@ -105,14 +114,18 @@ def load_parameters(
         row, layer = find_row(rows, canonical_name(name))
         rank, size = layout.tensor_rank, layout.tensor_size
         if row.pads_vocabulary:
+            reader.check_rows(row.hf_names(layer), architecture.vocab_size)
             pieces = [reader.read_padded_rows(hf, vocabulary, rank, size) for hf in row.hf_names(layer)]
         else:
             pieces = [reader.read(hf, row.op.axis, rank, size) for hf in row.hf_names(layer)]
-        merged = row.op.merge(pieces)
-        if merged.shape != parameter.shape:
+        try:
+            merged = row.op.merge(pieces)
+        except RuntimeError:  # they do not even fit together
+            merged = None
+        if merged is None or merged.shape != parameter.shape:
             raise ValueError(
-                f"model.path: {row.hf_names(layer)} give shape {tuple(merged.shape)} where config.json asks for "
-                f"{tuple(parameter.shape)}"
+                f"model.path: {', '.join(row.hf_names(layer))} of shape {[tuple(piece.shape) for piece in pieces]} do "
+                f"not give the {tuple(parameter.shape)} that config.json asks for; give the weights that belong to it"
             )
         with torch.no_grad():
             parameter.copy_(merged)

@@ -102,7 +102,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
         backend = loader.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  # the tokenizers library raises nothing more precise for a bad file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model.tokenizer: {path} cannot be loaded ({reason}); save the tokenizer again") from None
     if backend.eos_token_id is None:
