@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import click
 
 from megatron_oreal.config import (
-    RunConfig,
+    EvalRunConfig,
+    ModelRunConfig,
     SftConfig,
     TrainConfig,
     check_layout,
@@ -26,7 +27,8 @@ from megatron_oreal.config import (
     to_yaml,
 )
 
-SUPPORTED_MODEL_TYPES = ("qwen2",)  # checkpoint.families.FAMILIES, which needs torch; a test holds them equal
+# checkpoint.families.FAMILIES, which needs torch; a test holds them equal
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "internlm2", "internlm3")
 PR_SET_PDEATHSIG = 1
 RESUME = "the same command continues from the last checkpoint"
 
@@ -66,6 +68,34 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     start(SftConfig, config, overrides, dry_run, run)
 
 
+@cli.command("eval")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Measures a model on datasets. The same command again continues after the last finished dataset."""
+
+    def run(resolved: EvalRunConfig) -> None:
+        from megatron_oreal.evaluation import evaluate_datasets
+
+        table = evaluate_datasets(resolved)
+        if table is not None:
+            click.echo(table)
+
+    start(EvalRunConfig, config, overrides, dry_run, run)
+
+
+@cli.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95)
+def compare(run_a: Path, run_b: Path, confidence: float) -> None:
+    """Compares two evaluations question by question: exact McNemar test (greedy), paired bootstrap (mean@n)."""
+    from megatron_oreal.observability.comparison import compare_runs, format_comparison
+
+    click.echo(format_comparison(compare_runs(run_a, run_b, confidence), confidence))
+
+
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     config = load_config(kind, path, overrides)
@@ -82,7 +112,7 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         run(config)
 
 
-def launch(config: RunConfig) -> None:
+def launch(config: ModelRunConfig) -> None:
     """Starts this command again in every process of the layout, with torch's elastic launcher."""
     count = num_processes(config.parallel)
     set_threads(count)
@@ -142,9 +172,9 @@ def main() -> None:
         fail(str(error), 2)
     except (FloatingPointError, OSError) as error:  # the run diverged; a disk is full or a file not ours to write
         fail(str(error), 1)
-    except RuntimeError:
-        # A process that fails takes the connections of the others with it: let it speak first.
-        time.sleep(10 if "RANK" in os.environ else 0)
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            time.sleep(60)  # a process that fails takes the connections of the others with it: let it speak first
         raise
 
 
@@ -158,10 +188,14 @@ def is_ours(error: BaseException) -> bool:
     )
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    return "RANK" in os.environ and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
 def fail(message: str, exit_code: int) -> NoReturn:
     """One line from one process: the others wait, and the launcher ends them when the first one stops."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(30)
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(exit_code)
 

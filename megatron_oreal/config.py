@@ -11,32 +11,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from typing_extensions import Self
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=False, validate_default=False, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def read_empty_sections(cls, settings: Any) -> Any:
-        """`eval:` with nothing below it is YAML's null; it means the defaults."""
-        if not isinstance(settings, dict):
-            return settings
-        empty = {name for name, value in settings.items() if value is None and name in cls.model_fields}
-        return settings | {name: {} for name in empty if is_section(cls.model_fields[name].annotation)}
-
-
-def is_section(annotation: Any) -> bool:
-    """A nested section, or a mapping such as eval.prompts."""
-    kind = get_origin(annotation) or annotation
-    return isinstance(kind, type) and issubclass(kind, (Section, dict))
+from megatron_oreal.config_algorithms import OrealConfig, PpoConfig, Section
+from megatron_oreal.config_evaluation import BenchmarkConfig
 
 
 class ModelConfig(Section):
@@ -95,56 +77,17 @@ class TrainableConfig(Section):
     updates_per_step: PositiveInt = 1  # optimizer steps on one set of groups
 
 
+HeadInit = Literal["zero", "normal", "uniform"]
+
+
+class CriticConfig(TrainableConfig):
+    path: Path | None = None  # initial weights; None: model.path
+    head_init: HeadInit = "zero"  # normal: N(0, 1 / (hidden + 1)); uniform: U(-sqrt 5, sqrt 5)
+
+
 class RewardModelConfig(TrainableConfig):
     enabled: bool = True  # False: every token weight is 1
     path: Path | None = None  # initial weights; None: model.path
-
-
-class OrealConfig(Section):
-    """What the paper and its reference code do differently: the defaults are the code's, `preset` sets the rest."""
-
-    name: Literal["oreal"] = "oreal"
-    preset: Literal["reference", "paper"] = "reference"
-    rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"
-    advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"
-    # Samples trained on: one correct and one incorrect of each group with both kinds, all of those groups, or all.
-    selection: Literal["one_pair", "mixed", "all"] = "one_pair"
-    positive_weight: Literal["advantage", "one"] = "advantage"
-    negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] = "advantage"
-    prefix_mean: bool = True  # token weights from the mean of the scores so far, not from the token's own score
-    score_position: Literal["before", "at"] = "before"  # the score beside the token that predicts, or at the token
-    token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"
-    top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # of a sequence's tokens, for token_weights=top_k
-    negative_coef: float = Field(default=0.5, ge=0)  # eta
-    kl_kind: Literal["k3", "mse"] = "k3"
-    kl_target: Literal["initial", "old"] = "initial"  # the frozen initial policy, or the policy at the step's start
-    kl_coef: float = Field(default=0.01, ge=0)
-    policy_freeze_steps: int = Field(default=10, ge=0)  # the first steps train the reward model only
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_from_preset(cls, settings: Any) -> Any:
-        if not isinstance(settings, dict):
-            return settings
-        return OREAL_PRESETS.get(str(settings.get("preset")), {}) | settings
-
-
-OREAL_PRESETS: dict[str, dict[str, Any]] = {
-    "reference": {},  # the defaults
-    "paper": {
-        "rewards": "zero_one",
-        "advantage": "leave_one_out",
-        "selection": "one_pair",
-        "positive_weight": "one",
-        "negative_weight": "one_minus_pass_rate",
-        "prefix_mean": False,
-        "score_position": "at",
-        "token_weights": "threshold",
-        "kl_kind": "k3",
-        "kl_target": "old",
-        "policy_freeze_steps": 0,
-    },
-}
 
 
 class PromptConfig(Section):
@@ -207,15 +150,20 @@ class CheckpointConfig(Section):
     export_hf: bool = True  # write the final policy to RUN_DIR/hf
 
 
-class RunConfig(Section):
-    """What every kind of run has."""
+class ModelRunConfig(Section):
+    """What every command that runs a model has."""
 
     run_dir: Path
     seed: int = 0
-    num_steps: PositiveInt
     deterministic: bool = True  # deterministic torch algorithms where the device has them
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+
+
+class RunConfig(ModelRunConfig):
+    """What every kind of training has."""
+
+    num_steps: PositiveInt
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
@@ -223,17 +171,24 @@ class TrainConfig(RunConfig):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
-    algorithm: OrealConfig = OrealConfig()
+    algorithm: Annotated[OrealConfig | PpoConfig, Field(discriminator="name")] = OrealConfig()
     policy: TrainableConfig = TrainableConfig()
-    reward_model: RewardModelConfig = RewardModelConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()  # of oreal
+    critic: CriticConfig = CriticConfig()  # of ppo
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_algorithm(cls, settings: Any) -> Any:
+        """Without a name it is oreal."""
+        algorithm = settings.get("algorithm") or {} if isinstance(settings, dict) else None
+        return settings | {"algorithm": {"name": "oreal"} | algorithm} if isinstance(algorithm, dict) else settings
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if self.rollout.group_size < 2:
+        if self.rollout.group_size < 2 and self.algorithm.name != "ppo":
             raise ValueError(
-                f"rollout.group_size must be >= 2 for {self.algorithm.advantage} advantages, "
-                f"got {self.rollout.group_size}"
+                f"rollout.group_size must be >= 2 for advantages within a group, got {self.rollout.group_size}"
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
@@ -258,6 +213,19 @@ class SftConfig(RunConfig):
     @model_validator(mode="after")
     def check(self) -> Self:
         check_best_metric(self.checkpoint, self.eval)
+        return self
+
+
+class EvalRunConfig(ModelRunConfig):
+    data: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()  # group_size is not used: eval.num_samples is
+    verifier: VerifierConfig = VerifierConfig()
+    eval: BenchmarkConfig
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.rollout.temperature == 0 and self.eval.num_samples:
+            raise ValueError("rollout.temperature=0 makes all samples alike: set eval.num_samples=0, or raise it")
         return self
 
 
@@ -315,7 +283,7 @@ def num_processes(parallel: ParallelConfig) -> int:
     return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
 
 
-def check_layout(config: RunConfig, known_model_types: Sequence[str]) -> ModelShape:
+def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:
     """Refuses a layout that the model cannot have. Reads config.json only."""
     shape, parallel = read_model_shape(config.model.path), config.parallel
     if shape.model_type not in known_model_types:
@@ -335,7 +303,7 @@ def check_layout(config: RunConfig, known_model_types: Sequence[str]) -> ModelSh
     return shape
 
 
-def check_lengths(config: TrainConfig | SftConfig, shape: ModelShape) -> None:
+def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelShape) -> None:
     limit = f"exceeds the model's max_position_embeddings={shape.max_position_embeddings}: lower"
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings and (isinstance(config, TrainConfig) or config.eval.prompts):
@@ -344,7 +312,8 @@ def check_lengths(config: TrainConfig | SftConfig, shape: ModelShape) -> None:
         raise ValueError(f"data.max_tokens={config.data.max_tokens} {limit} it")
 
 
-ConfigType = TypeVar("ConfigType", bound=RunConfig)
+ALGORITHMS: dict[str, type[Section]] = {"oreal": OrealConfig, "ppo": PpoConfig}
+ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
 
 
 def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:
@@ -402,7 +371,8 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
     """The first thing that is wrong, in one line, and how many more there are."""
     errors = error.errors()
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"])
+    location = without_tag(first["loc"])
+    where = ".".join(str(part) for part in location)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
@@ -416,7 +386,14 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
     return " ".join(message.split()) + more
 
 
+def without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """pydantic puts an algorithm's name behind "algorithm" in the paths of its fields."""
+    return location[:1] + location[2:] if location[:1] == ("algorithm",) and len(location) > 1 else location
+
+
 def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
+    if location[0] == "algorithm" and len(location) > 1:
+        kind, location = ALGORITHMS[str(location[1])], location[2:]
     for part in location[:-1]:
         field = kind.model_fields.get(str(part)) if kind else None
         kind = field.annotation if field and isinstance(field.annotation, type) else None
@@ -427,11 +404,11 @@ def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) ->
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: ModelRunConfig) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
-def describe_layout(config: RunConfig) -> str:
+def describe_layout(config: ModelRunConfig) -> str:
     """The parallel layout as a table: Megatron's rank order is tensor, data, pipeline."""
     parallel, data = config.parallel, data_parallel_size(config.parallel)
     lines = [

@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -16,16 +14,16 @@ import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 
-from megatron_oreal.algorithms.oreal import Oreal
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.families import FAMILIES, Architecture, read_architecture
 from megatron_oreal.checkpoint.hf import save_hf
 from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
 from megatron_oreal.config import (
+    EvalRunConfig,
+    ModelRunConfig,
     RolloutConfig,
     RunConfig,
     SftConfig,
-    TrainableConfig,
     TrainConfig,
     VerifierConfig,
     check_layout,
@@ -33,17 +31,16 @@ from megatron_oreal.config import (
     to_yaml,
 )
 from megatron_oreal.data.examples import encode_examples, read_examples
-from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.models import parallel
 from megatron_oreal.models.build import DTYPES
-from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.recipes import GroupAlgorithm, build_algorithm, build_sft
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rollout.engine import RolloutEngine, SamplingParams
 from megatron_oreal.rollout.local import LocalEngine
@@ -53,10 +50,19 @@ from megatron_oreal.types import TrainingSequence
 
 Config = TypeVar("Config", TrainConfig, SftConfig)
 Item = TypeVar("Item", EncodedPrompt, TrainingSequence)
-Algorithm = TypeVar("Algorithm", Oreal, Sft)
+Algorithm = TypeVar("Algorithm", GroupAlgorithm, Sft)
 
 # Settings that may change between a run and its continuation.
 CHANGEABLE = ("num_steps", "run_dir", "checkpoint.", "verifier.num_workers", "parallel.timeout_seconds")
+# An evaluation may be given more datasets, and be summed up in another way.
+CHANGEABLE_IN_EVAL = (
+    *CHANGEABLE,
+    "eval.prompts",
+    "eval.pass_at",
+    "eval.majority_at",
+    "eval.confidence",
+    "eval.num_res",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +138,7 @@ def rates(metrics: Metrics) -> Metrics:
 
 
 @contextlib.contextmanager
-def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, Oreal]]:
+def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, GroupAlgorithm]]:
     """Everything of a reinforcement learning run, resumed where its folder says. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
@@ -141,32 +147,11 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
     note_skipped(inputs.notes, num_skipped, "prompts longer than data.max_prompt_tokens")
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
-    check_reward_model(config, architecture)
+    check_initial_weights(config, architecture)
     check_run_dir(config)
     with opened_layout(config) as layout:
-        build = partial(build_model, architecture=architecture, config=config, layout=layout)
-        frozen_steps = config.algorithm.policy_freeze_steps if config.reward_model.enabled else 0
-        policy_steps = max(1, config.num_steps - frozen_steps)
-        policy = build("policy", LogprobHead(layout, architecture.vocab_size), config.policy, num_steps=policy_steps)
-        models, algorithm = {"policy": policy}, config.algorithm
-        reference = reward_model = None
-        if algorithm.kl_coef > 0 and algorithm.kl_target == "initial":
-            reference = build("reference", LogprobHead(layout, architecture.vocab_size), None)
-        if config.reward_model.enabled:
-            path = config.reward_model.path or config.model.path
-            reward_model = build("reward_model", ScalarHead(layout), config.reward_model, path=path)
-            models["reward_model"] = reward_model
-        oreal = Oreal(
-            config=algorithm,
-            plan=packing_plan(config, layout),
-            seed=config.seed,
-            policy=policy,
-            reference=reference,
-            reward_model=reward_model,
-            policy_updates=config.policy.updates_per_step,
-            reward_model_updates=config.reward_model.updates_per_step,
-        )
-        with assembled(config, layout, inputs, models, oreal, cursor) as run:
+        algorithm, models = build_algorithm(config, layout)
+        with assembled(config, layout, inputs, models, algorithm, cursor) as run:
             yield run
 
 
@@ -181,14 +166,51 @@ def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft
     cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
     check_run_dir(config)
     with opened_layout(config) as layout:
-        head = LogprobHead(layout, architecture.vocab_size)
-        policy = build_model("policy", head, config.policy, architecture=architecture, config=config, layout=layout)
-        sft = Sft(packing_plan(config, layout), policy, config.policy.updates_per_step)
-        with assembled(config, layout, inputs, {"policy": policy}, sft, cursor) as run:
+        algorithm, models = build_sft(config, layout)
+        with assembled(config, layout, inputs, models, algorithm, cursor) as run:
             yield run
 
 
-def read_inputs(config: TrainConfig | SftConfig) -> Inputs:
+@dataclass(slots=True)
+class EvalRun:
+    config: EvalRunConfig
+    layout: ParallelLayout
+    sampler: Sampler
+    sampling: SamplingParams
+    datasets: Mapping[str, list[EncodedPrompt]]
+    notes: list[str]  # what was left out
+    progress: ProgressBar
+
+
+@contextlib.contextmanager
+def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
+    """Everything of an evaluation: no trainer, the engine's own copy of the model answers. Raises ValueError."""
+    inputs = read_inputs(config)
+    check_run_dir(config, CHANGEABLE_IN_EVAL)
+    with opened_layout(config) as layout, ExitStack() as stack:
+        verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
+        engine = local_engine(config, layout)
+        stack.callback(engine.close)
+        progress = ProgressBar.silent()
+        if layout.is_main:
+            write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+            answers = sum(map(len, inputs.eval_prompts.values())) * (config.eval.greedy + config.eval.num_samples)
+            log_file = config.run_dir / "log.txt"
+            progress = ProgressBar(answers, 0, config.run_dir.name, log_file, unit="answer")
+        for note in inputs.notes:
+            progress.note(note)
+        yield EvalRun(
+            config=config,
+            layout=layout,
+            sampler=Sampler(engine, inputs.tokenizer, verifier, config.verifier.require_stop),
+            sampling=inputs.sampling,
+            datasets=inputs.eval_prompts,
+            notes=inputs.notes,
+            progress=stack.enter_context(progress),
+        )
+
+
+def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
     check_lengths(config, check_layout(config, list(FAMILIES)))
     architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
     datasets: dict[str, list[EncodedPrompt]] = {}
@@ -211,19 +233,16 @@ def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture)
         )
 
 
-def check_reward_model(config: TrainConfig, architecture: Architecture) -> None:
-    path = config.reward_model.path
-    if path is None or not config.reward_model.enabled:
-        return
-    if not (path / "config.json").is_file() or read_architecture(path) != architecture:
-        raise ValueError(
-            f"reward_model.path: {path} is not a Hugging Face directory of the policy's architecture; "
-            "give one or drop it"
-        )
+def check_initial_weights(config: TrainConfig, architecture: Architecture) -> None:
+    for name, path in (("reward_model", config.reward_model.path), ("critic", config.critic.path)):
+        if path is not None and (not (path / "config.json").is_file() or read_architecture(path) != architecture):
+            raise ValueError(
+                f"{name}.path: {path} is not a Hugging Face directory of the policy's architecture; give one or drop it"
+            )
 
 
 @contextlib.contextmanager
-def opened_layout(config: RunConfig) -> Iterator[ParallelLayout]:
+def opened_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
     layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
     try:
         yield layout
@@ -279,37 +298,7 @@ def assembled(
         yield run
 
 
-def build_model(
-    name: str,
-    head: Head,
-    training: TrainableConfig | None,
-    *,
-    architecture: Architecture,
-    config: RunConfig,
-    layout: ParallelLayout,
-    path: Path | None = None,
-    num_steps: int | None = None,
-) -> TrainableModel:
-    num_updates = (num_steps or config.num_steps) * (training.updates_per_step if training else 1)
-    model = TrainableModel(name, architecture, head, config.model, layout, training, num_updates)
-    model.load_hf(path or config.model.path)
-    return model
-
-
-def packing_plan(config: RunConfig, layout: ParallelLayout) -> PackingPlan:
-    interleaved = layout.virtual_size > 1
-    return PackingPlan(
-        data_rank=layout.data_rank,
-        data_size=layout.data_size,
-        microbatch_tokens=config.parallel.microbatch_tokens,
-        device=layout.device,
-        token_multiple=layout.tensor_size if layout.sequence_parallel else 1,
-        count_multiple=layout.pipeline_size if interleaved else 1,
-        equal_lengths=interleaved,
-    )
-
-
-def local_engine(config: TrainConfig | SftConfig, layout: ParallelLayout) -> RolloutEngine:
+def local_engine(config: TrainConfig | SftConfig | EvalRunConfig, layout: ParallelLayout) -> RolloutEngine:
     group = dist.group.WORLD if layout.world_size > 1 else None
     return LocalEngine(config.model.path, layout.device, DTYPES[config.model.dtype], config.rollout.batch_size, group)
 
@@ -344,7 +333,7 @@ def note_skipped(notes: list[str], count: int, what: str) -> None:
         notes.append(f"skipped {count} {what}")
 
 
-def check_run_dir(config: RunConfig) -> None:
+def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEABLE) -> None:
     """Refuses a folder that another configuration has begun to fill. Raises ValueError with the differences."""
     file = config.run_dir / "config.yaml"
     if config.run_dir.exists() and not config.run_dir.is_dir():
@@ -361,7 +350,7 @@ def check_run_dir(config: RunConfig) -> None:
     differences = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(CHANGEABLE)
+        if before.get(name) != now.get(name) and not name.startswith(changeable)
     ]
     if differences:
         raise ValueError(

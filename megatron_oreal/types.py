@@ -144,7 +144,7 @@ class TokenOutputs:
     """What a head gives for a micro-batch."""
 
     values: Tensor  # [T] log-probs of the labels (0 outside the loss mask), or scores
-    entropy: Tensor | None  # [T], detached
+    entropy: Tensor | None  # [T] of the policy, in nats
 
 
 @dataclass(slots=True)

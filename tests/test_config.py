@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 
 from megatron_oreal.config import (
-    OREAL_PRESETS,
-    OrealConfig,
     ParallelConfig,
     SftConfig,
     TrainConfig,
@@ -19,6 +17,7 @@ from megatron_oreal.config import (
     read_model_shape,
     to_yaml,
 )
+from megatron_oreal.config_algorithms import OREAL_PRESETS, OrealConfig
 
 TRAIN = """
 run_dir: runs/a
@@ -195,7 +194,7 @@ def test_a_single_choice_overrides_the_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.group_size=1"], "rollout.group_size must be >= 2 for leave_one_out advantages, got 1"),
+        (["rollout.group_size=1"], "rollout.group_size must be >= 2 for advantages within a group, got 1"),
         (["rollout.temperature=0"], "rollout.temperature must be > 0 in training"),
         (["parallel.sequence=true"], "parallel.sequence needs parallel.tensor > 1"),
         (["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline needs parallel.pipeline > 1"),

@@ -14,11 +14,12 @@ MAX_LINES = 450
 
 # A part of the package imports from its own layer and those before it.
 LAYERS = (
-    ("types", "config"),
+    ("types", "config", "config_algorithms", "config_evaluation"),
     ("observability",),
     ("algorithms", "data", "rewards", "kernels"),
     ("models", "checkpoint"),
     ("rollout",),
+    ("recipes",),
     ("run",),
     ("train", "evaluation", "cli"),
 )
@@ -92,8 +93,9 @@ def test_imports_point_to_lower_layers(module: str) -> None:
 
 
 def test_config_imports_no_torch_and_nothing_of_the_package() -> None:
-    for module in modules_of("config"):
-        assert module not in importers_of("torch", "transformers", PACKAGE)
+    for module in modules_of("config", "config_algorithms", "config_evaluation"):
+        assert module not in importers_of("torch", "transformers")
+        assert {part_of(name) for name in IMPORTS[module]} <= {None, "config_algorithms", "config_evaluation"}
 
 
 def test_config_leaves_torch_unloaded() -> None:

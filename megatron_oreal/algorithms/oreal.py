@@ -14,14 +14,15 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import ADVANTAGES
 from megatron_oreal.algorithms.losses import KL_KINDS, engine_mismatch, mean_entropy, outcome_cross_entropy
-from megatron_oreal.config import OrealConfig
+from megatron_oreal.algorithms.model import Metrics, Model
+from megatron_oreal.algorithms.selection import is_mixed, training_sequence
+from megatron_oreal.config_algorithms import OrealConfig
 from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
 from megatron_oreal.types import (
     Batch,
@@ -30,20 +31,8 @@ from megatron_oreal.types import (
     Microbatch,
     Sample,
     TokenOutputs,
-    TokenStream,
     TrainingSequence,
 )
-
-Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
-Metrics = dict[str, float]
-
-
-class Model(Protocol):
-    """The part of models.trainable.TrainableModel that an algorithm drives."""
-
-    def forward(self, batch: Batch, stream: TokenStream) -> None: ...
-    def measure(self, batch: Batch, loss: Loss) -> Metrics: ...
-    def train_step(self, batch: Batch, loss: Loss) -> Metrics: ...
 
 
 @dataclass(slots=True)
@@ -152,10 +141,6 @@ def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.R
     return sequences
 
 
-def is_mixed(group: Group) -> bool:
-    return 0.0 < group.pass_rate < 1.0
-
-
 def group_advantages(samples: Sequence[Sample], config: OrealConfig) -> list[float]:
     low = -1.0 if config.rewards == "plus_minus_one" else 0.0
     rewards = torch.tensor([[1.0 if sample.is_correct else low for sample in samples]], dtype=torch.float64)
@@ -169,16 +154,6 @@ def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: 
         return {"advantage": advantage, "one": 1.0}[config.positive_weight]
     reshaped = {"advantage": abs(advantage), "one_minus_pass_rate": 1.0 - pass_rate, "one": 1.0}
     return -reshaped[config.negative_weight]
-
-
-def training_sequence(sample: Sample, weight: float) -> TrainingSequence:
-    return TrainingSequence(
-        prompt_ids=sample.prompt_ids,
-        response_ids=sample.response_ids,
-        advantage=weight,
-        is_correct=sample.is_correct,
-        model_logprobs=sample.model_logprobs,
-    )
 
 
 def align(scores: Tensor, config: OrealConfig) -> Tensor:

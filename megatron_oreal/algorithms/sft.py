@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_oreal.algorithms.losses import cross_entropy
-from megatron_oreal.algorithms.oreal import Metrics, Model
+from megatron_oreal.algorithms.model import Metrics, Model
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import TrainingSequence
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import Architecture, Head, canonical_name, parameter_rows
-from megatron_oreal.checkpoint.mapping import Row, find_row, pad_rows, padded_vocabulary
+from megatron_oreal.checkpoint.mapping import Place, Row, find_row, pad_rows, padded_vocabulary
 from megatron_oreal.observability.files import temporary_directory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,20 +111,20 @@ def load_parameters(
     for name, parameter in parameters:
         if name in skip:
             continue
-        row, layer = find_row(rows, canonical_name(name))
+        row, place = find_row(rows, canonical_name(name))
         rank, size = layout.tensor_rank, layout.tensor_size
         if row.pads_vocabulary:
-            reader.check_rows(row.hf_names(layer), architecture.vocab_size)
-            pieces = [reader.read_padded_rows(hf, vocabulary, rank, size) for hf in row.hf_names(layer)]
+            reader.check_rows(row.hf_names(place), architecture.vocab_size)
+            pieces = [reader.read_padded_rows(hf, vocabulary, rank, size) for hf in row.hf_names(place)]
         else:
-            pieces = [reader.read(hf, row.op.axis, rank, size) for hf in row.hf_names(layer)]
+            pieces = [reader.read(hf, row.op.axis, rank, size) for hf in row.hf_names(place)]
         try:
             merged = row.op.merge(pieces)
         except RuntimeError:  # they do not even fit together
             merged = None
         if merged is None or merged.shape != parameter.shape:
             raise ValueError(
-                f"model.path: {', '.join(row.hf_names(layer))} of shape {[tuple(piece.shape) for piece in pieces]} do "
+                f"model.path: {', '.join(row.hf_names(place))} of shape {[tuple(piece.shape) for piece in pieces]} do "
                 f"not give the {tuple(parameter.shape)} that config.json asks for; give the weights that belong to it"
             )
         with torch.no_grad():
@@ -137,7 +137,7 @@ class PlannedParameter:
     shape: tuple[int, ...]  # of the shard
     dtype: torch.dtype
     row: Row
-    layer: int | None
+    place: Place
 
 
 class WeightStream:
@@ -160,9 +160,9 @@ class WeightStream:
         rows = parameter_rows(architecture, head)
         local = []
         for name, parameter in parameters:
-            row, layer = find_row(rows, canonical_name(name))
+            row, place = find_row(rows, canonical_name(name))
             if row.exported:
-                local.append(PlannedParameter(name, tuple(parameter.shape), parameter.dtype, row, layer))
+                local.append(PlannedParameter(name, tuple(parameter.shape), parameter.dtype, row, place))
         self.plan: list[list[PlannedParameter]] = [[] for _ in range(layout.pipeline_size)]
         dist.all_gather_object(self.plan, local, group=layout.pipeline_group)
 
@@ -195,7 +195,7 @@ class WeightStream:
             size = torch.Size(item.shape).numel()
             pieces = [item.row.op.split(shard[offset : offset + size].view(item.shape)) for shard in shards]
             offset += size
-            for number, hf_name in enumerate(item.row.hf_names(item.layer)):
+            for number, hf_name in enumerate(item.row.hf_names(item.place)):
                 axis = item.row.op.axis
                 whole = pieces[0][number] if axis is None else torch.cat([piece[number] for piece in pieces], dim=axis)
                 yield hf_name, (whole[: self.vocab_size] if item.row.pads_vocabulary else whole).contiguous()

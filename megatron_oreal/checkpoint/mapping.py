@@ -7,7 +7,8 @@ and the other way round it splits its shard and the slices of all ranks are conc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,17 +83,39 @@ class GateUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which of a row's parameters: layer and expert, counted from 0 over the whole model; None where there is none."""
+
+    layer: int | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """`{layer}` in a name stands for the layer's number, counted from 0 over the whole model."""
+    """`{layer}` and `{expert}` in a name stand for their numbers."""
 
     megatron: str
     hf: tuple[str, ...]
     op: Op
+    shape: tuple[int, ...]  # of Megatron's whole parameter, without padding
     pads_vocabulary: bool = False  # Megatron's has rows of zeros behind the vocabulary, to divide by tensor parallelism
     exported: bool = True  # False: a second place of a tensor that another row exports
 
-    def hf_names(self, layer: int | None) -> list[str]:
-        return [name if layer is None else name.format(layer=layer) for name in self.hf]
+    def hf_names(self, place: Place) -> list[str]:
+        return [name.format(layer=place.layer, expert=place.expert) for name in self.hf]
+
+    def megatron_name(self, place: Place) -> str:
+        return self.megatron.format(layer=place.layer, expert=place.expert)
+
+    def hf_shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(part.shape) for part in self.op.split(torch.empty(self.shape, device="meta"))]
+
+
+def places(row: Row, num_layers: int, num_experts: int) -> Iterator[Place]:
+    """Every parameter of a row, in order."""
+    for layer in range(num_layers) if "{layer}" in row.megatron else [None]:
+        for expert in range(num_experts) if "{expert}" in row.megatron else [None]:
+            yield Place(layer, expert)
 
 
 def slice_along(tensor: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
@@ -108,15 +131,17 @@ def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
     return torch.cat([tensor, padding]) if len(padding) else tensor
 
 
-def find_row(rows: Sequence[Row], megatron_name: str) -> tuple[Row, int | None]:
-    """The row of a parameter such as decoder.layers.3.mlp.linear_fc2.weight, and its layer.
+LAYER_NUMBER, EXPERT_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+"), re.compile(r"(?<=\.local_experts\.)\d+")
+
+
+def find_row(rows: Sequence[Row], megatron_name: str) -> tuple[Row, Place]:
+    """The row of a parameter such as decoder.layers.3.mlp.linear_fc2.weight, and which of the row's it is.
 
     Raises ValueError for a parameter that no row knows.
     """
-    parts = megatron_name.split(".")
-    layer = int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
-    pattern = ".".join([*parts[:2], "{layer}", *parts[3:]]) if layer is not None else megatron_name
+    layer, expert = LAYER_NUMBER.search(megatron_name), EXPERT_NUMBER.search(megatron_name)
+    pattern = EXPERT_NUMBER.sub("{expert}", LAYER_NUMBER.sub("{layer}", megatron_name))
     for row in rows:
         if row.megatron == pattern:
-            return row, layer
+            return row, Place(int(layer[0]) if layer else None, int(expert[0]) if expert else None)
     raise ValueError(f"model.path: no mapping for Megatron's parameter {megatron_name}")

@@ -30,13 +30,41 @@ class PackingPlan:
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
     """This data-parallel rank's micro-batches of all ranks' sequences, with the global counts."""
-    assignment = assign(
-        [sequence.num_tokens for sequence in sequences], plan.data_size, plan.microbatch_tokens, plan.count_multiple
+    return pack_parts([sequences], plan)[0]
+
+
+def pack_parts(parts: Sequence[Sequence[TrainingSequence]], plan: PackingPlan) -> list[Batch]:
+    """A batch for each part; `merge` makes one of several."""
+    packed = [own_bins(sequences, plan) for sequences in parts]
+    longest = max(padded_length(bin_, plan) for bins in packed for bin_ in bins) if plan.equal_lengths else None
+    return [build_batch(sequences, bins, longest, plan) for sequences, bins in zip(parts, packed, strict=True)]
+
+
+def merge(batches: Sequence[Batch]) -> Batch:
+    """The micro-batches of all, and the sums of their counts."""
+    return Batch(
+        microbatches=[microbatch for batch in batches for microbatch in batch.microbatches],
+        num_sequences=sum(batch.num_sequences for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        num_correct_tokens=sum(batch.num_correct_tokens for batch in batches),
+        num_incorrect_tokens=sum(batch.num_incorrect_tokens for batch in batches),
+        num_correct_sequences=sum(batch.num_correct_sequences for batch in batches),
+        num_padding_tokens=sum(batch.num_padding_tokens for batch in batches),
     )
-    bins = [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
-    lengths = [padded_length(bin_, plan) for bin_ in bins]
-    if plan.equal_lengths:
-        lengths = [max(lengths)] * len(bins)
+
+
+def own_bins(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> list[list[TrainingSequence]]:
+    """The sequences of each of this rank's micro-batches."""
+    token_counts = [sequence.num_tokens for sequence in sequences]
+    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple)
+    return [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
+
+
+def build_batch(
+    sequences: Sequence[TrainingSequence], bins: list[list[TrainingSequence]], length: int | None, plan: PackingPlan
+) -> Batch:
+    """`length`: of every micro-batch; None: as long as each needs."""
+    lengths = [length or padded_length(bin_, plan) for bin_ in bins]
     microbatches = [build_microbatch(bin_, length, plan.device) for bin_, length in zip(bins, lengths, strict=True)]
     trained = [(len(sequence.response_ids), sequence.is_correct) for sequence in sequences]
     return Batch(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_oreal.checkpoint.families import Architecture, canonical_name, parameter_rows
 from megatron_oreal.checkpoint.mapping import Row, find_row, padded_vocabulary
+from megatron_oreal.checkpoint.rotary import rotary_frequencies
 from megatron_oreal.config import ModelConfig
 from megatron_oreal.models.attention import PackedAttention, SequenceParallelRMSNorm
 from megatron_oreal.models.heads import Head
@@ -77,6 +78,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         bf16=dtype is torch.bfloat16,
@@ -100,8 +102,28 @@ def transformer_config(
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=False,
         apply_rope_fusion=transformer_engine,
+        **expert_settings(architecture, layout),
         **recompute,
     )
+
+
+def expert_settings(architecture: Architecture, layout: ParallelLayout) -> dict[str, Any]:
+    """Of a mixture of experts; outcome-reward training runs without a load-balancing loss."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    if layout.tensor_size > 1 and not layout.sequence_parallel:
+        raise ValueError("parallel.sequence must be true for a mixture of experts under parallel.tensor > 1")
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.intermediate_size,
+        "moe_router_topk": experts.num_per_token,
+        # A softmax over the chosen experts only is the one over all of them, scaled to sum to one.
+        "moe_router_pre_softmax": not experts.weights_sum_to_one,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
 
 
 def layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -115,7 +137,10 @@ def layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: in
         assert isinstance(layer, ModuleSpec)
         layer.submodules.input_layernorm = SequenceParallelRMSNorm
         layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
     return spec
 
 
@@ -141,6 +166,11 @@ def build_chunks(
             parallel_output=True,
             vp_stage=vp_stage,
         )
+        if architecture.rope_scaling:
+            # Megatron's own scaling knows one setting of three of its four numbers.
+            chunk.rotary_pos_emb.inv_freq = rotary_frequencies(
+                architecture.rope_theta, architecture.head_dim, architecture.rope_scaling, layout.device
+            )
         if is_last:
             head.attach(chunk, config)
         chunks.append(chunk.to(layout.device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import Head as HeadKind
+from megatron_oreal.config import HeadInit
 from megatron_oreal.kernels import linear_logprob
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
@@ -61,16 +64,16 @@ class LogprobHead:
         assert entropy is not None
         empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=hidden.device)
         return TokenOutputs(
-            values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy.detach())
+            values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy)
         )
 
 
 class ScalarProjection(torch.nn.Module):
-    """Linear(hidden, 1) without bias, replicated over tensor parallelism, zero at first."""
+    """Linear(hidden, 1) without bias, replicated over tensor parallelism."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(weight)  # [1, H]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -78,15 +81,27 @@ class ScalarProjection(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(self.state_dict(), prefix, {}, sharded_offsets)  # type: ignore[no-any-return]
 
 
+# Of Open-Reasoner-Zero: its paper draws from U(-sqrt 5, sqrt 5), its code from N(0, 1 / (hidden + 1)).
+HEAD_INITS: dict[HeadInit, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "zero": lambda weight, _generator: weight,
+    "uniform": lambda weight, generator: weight.uniform_(-math.sqrt(5), math.sqrt(5), generator=generator),
+    "normal": lambda weight, generator: weight.normal_(std=1 / (weight.shape[1] + 1), generator=generator),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ScalarHead:
     """One score a token, for reward model and critic, in float32."""
 
     layout: ParallelLayout
+    init: HeadInit = "zero"
+    seed: int = 0
     kind: HeadKind = "scalar"
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
-        model.output_layer = ScalarProjection(config)
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same weights on every rank
+        weight = HEAD_INITS[self.init](torch.zeros(1, config.hidden_size), generator)
+        model.output_layer = ScalarProjection(weight.to(config.params_dtype))
 
     def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
         scores = whole_sequence(hidden, self.layout).float() @ model.output_layer.weight.float().T

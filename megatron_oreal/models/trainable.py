@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_oreal.algorithms.model import Loss
 from megatron_oreal.checkpoint.families import Architecture
 from megatron_oreal.checkpoint.hf import WeightStream, load_parameters
 from megatron_oreal.config import ModelConfig, TrainableConfig
@@ -29,8 +30,6 @@ from megatron_oreal.models.heads import Head
 from megatron_oreal.models.optimizer import Training, prepare_training
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
-
-Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -131,6 +130,11 @@ class TrainableModel:
             chunk.zero_grad_buffer()
         training.optimizer.zero_grad()
         return self._reduce(self._run(batch, loss, forward_only=False))
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        if self.layout.data_size > 1:
+            dist.all_reduce(values, group=self.layout.data_group)
+        return values
 
     def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""

@@ -12,6 +12,7 @@ Conventions, where graders differ:
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -128,6 +129,7 @@ LOOSE_SPACE = re.compile(r"(?<=[^\w\\]) |(?<=\\\\) | (?=\W)")
 ASSIGNED = re.compile(r"\\?[a-zA-Z]+(?:_\w)?\s*(?:=|\\in(?![a-zA-Z]))\s*(?P<value>[^=<>]+)")
 
 
+@functools.lru_cache(maxsize=2**16)  # the samples of a group repeat each other
 def normalize(text: str) -> str:
     """One spelling of a LaTeX answer, its meaning kept; spaces still tell 1,234 from the list 1, 234."""
     for pattern, replacement in REWRITES:
@@ -190,6 +192,7 @@ NUMBER = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=2**16)  # the samples of a group repeat each other
 def parse_number(normalized: str) -> Fraction | None:
     r"""The exact value of an integer, decimal, power, fraction or mixed number, `\%` and `million` included.
 
@@ -228,6 +231,17 @@ def power(text: str) -> Fraction:
         raise OverflowError
     sign, base = (-1, base[1:]) if base.startswith("-") else (1, base.lstrip("+"))
     return sign * Fraction(base if not base.endswith(".") else base[:-1]) ** exponent
+
+
+def answer_key(text: str) -> str:
+    """The same for answers that are spelled alike or are the same number: what a majority vote counts."""
+    if nesting_depth(text) > MAX_NESTING:
+        return text
+    normalized = normalize(text)
+    value = parse_number(normalized)
+    if value is not None:
+        return f"{value.numerator:x}/{value.denominator:x}"  # in hex, which has no limit on its length
+    return without_spaces(unwrap_text(normalized))
 
 
 def compare(prediction: str, answer: str) -> bool | None:

@@ -18,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 from megatron_oreal.algorithms.oreal import Oreal, fill_coefficients
 from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.checkpoint.hf import WeightStream
-from megatron_oreal.config import ModelConfig, OptimizerConfig, OrealConfig, ParallelConfig, TrainableConfig
+from megatron_oreal.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
+from megatron_oreal.config_algorithms import OrealConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead, ScalarHead, whole_sequence

@@ -1,0 +1,144 @@
+"""Outcome objectives: any h(p) of the pass rate p over one weighted log-prob loss.
+
+Davis & Recht 2025, arXiv:2510.13651: the weights Z of the samples say what is optimised (objectives.py). On top: the
+clipped surrogate of PPO with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024),
+DAPO (Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), a KL to the initial
+policy, DAPO's filter of groups of one kind.
+
+The loss is -sum_i sum_t c_it min(ratio_it Z_i, clip(ratio_it) Z_i), where c_it is 1/(N |y_i|), 1/(number of tokens) or
+1/(N constant): N samples, over all ranks and all groups that are used, the samples of weight 0 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_oreal.algorithms.losses import KL_KINDS, engine_mismatch, mean_entropy, sequence_mean, trained_tokens
+from megatron_oreal.algorithms.model import Metrics, Model
+from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
+from megatron_oreal.algorithms.selection import first_correct, is_mixed, training_sequence
+from megatron_oreal.config_algorithms import OutcomeConfig
+from megatron_oreal.data.packing import PackingPlan, pack
+from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
+
+
+@dataclass(slots=True)
+class Outcome:
+    config: OutcomeConfig
+    plan: PackingPlan
+    group_size: int  # of a group whose samples all have a verdict
+    policy: Model
+    reference: Model | None = None  # None where no KL asks for it
+    policy_updates: int = 1  # optimizer steps on one set of groups
+    tables: dict[int, Table] = field(default_factory=dict)  # the weights for each number of judged samples met so far
+
+    def __post_init__(self) -> None:
+        assert self.reference is not None or self.config.kl_coef == 0, "a KL to the initial policy needs the reference"
+        check_objective(self.config, self.group_size)
+
+    def update(self, groups: Sequence[Group], _step: int) -> Metrics:
+        """All optimizer steps on these groups; where no sample has a weight, only the metric that says so."""
+        used = [group for group in groups if is_mixed(group) or not self.config.dynamic_sampling]
+        sequences = [sequence for group in used for sequence in self.weigh(group)]
+        weighted = [sequence for sequence in sequences if sequence.advantage != 0]
+        if not weighted:
+            return {"train/skipped": 1.0}
+        # A sample of weight 0 counts in the denominators; only a KL has something to say about its tokens.
+        batch = pack(sequences if self.config.kl_coef > 0 else weighted, self.plan)
+        num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
+        for microbatch in batch.microbatches:
+            fill_coefficients(microbatch, len(sequences), num_tokens, self.config)
+        metrics = {
+            "train/skipped": 0.0,
+            "train/num_groups": len(used),
+            "train/num_sequences": batch.num_sequences,
+            "train/num_tokens": batch.num_tokens,
+        }
+        if self.reference is not None:
+            self.reference.forward(batch, "reference_logprobs")
+        for _ in range(self.policy_updates):
+            metrics |= self.policy.train_step(batch, partial(self.policy_loss, batch=batch))
+        return metrics
+
+    def weigh(self, group: Group) -> list[TrainingSequence]:
+        """The samples that count, each with its weight Z; samples without a verdict count nowhere."""
+        samples = group.judged_samples
+        if self.config.objective == "pure_rejection_sampling":
+            return [training_sequence(sample, 1.0) for sample in first_correct(samples, self.config.num_correct)]
+        if len(samples) < min(2, self.group_size):  # too few are left for what was configured
+            return []
+        return [training_sequence(sample, weight) for sample, weight in zip(samples, self.z(samples), strict=True)]
+
+    def z(self, samples: Sequence[Sample]) -> list[float]:
+        size, num_correct = len(samples), sum(sample.is_correct for sample in samples)
+        if size not in self.tables:
+            self.tables[size] = objective_table(self.config, size)
+        a, b = self.tables[size]
+        return [float(b[num_correct - 1] if sample.is_correct else a[num_correct]) for sample in samples]
+
+    def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
+        """The clipped, weighted log-prob loss, and the KL to the initial policy where asked for."""
+        logprobs, mask, coefficients = outputs.values, microbatch.loss_mask, microbatch.coefficients
+        if microbatch.old_logprobs is None:
+            microbatch.old_logprobs = logprobs.detach()
+        assert coefficients is not None
+        ratio = self.ratio(logprobs - microbatch.old_logprobs, microbatch)
+        clipped = ratio.clamp(*self.clip_bounds)
+        loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[mask].sum()
+        metrics = {
+            "loss_surrogate": surrogate,
+            "entropy": mean_entropy(outputs, batch),
+            "ratio_max": ratio.max(),
+            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
+        }
+        if microbatch.reference_logprobs is not None:
+            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            loss = loss + self.config.kl_coef * kl
+            metrics["kl"] = kl
+        metrics |= {"loss": loss} | engine_mismatch(outputs, microbatch, batch)
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
+        """[T], each token's ratio to the old policy, or the geometric mean of those of its sequence."""
+        if self.config.ratio == "sequence":
+            return sequence_mean(difference, microbatch).exp()[microbatch.sequence_ids]
+        return difference.exp()
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        low, high = self.config.clip_low, self.config.clip_high
+        return 0.0 if low is None else 1.0 - low, float("inf") if high is None else 1.0 + high
+
+
+def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: int, config: OutcomeConfig) -> None:
+    """Z times the share of the token in the loss. The counts are those of all ranks, samples of weight 0 included."""
+    if config.normalisation == "token":
+        share: Tensor | float = 1.0 / num_tokens
+    elif config.normalisation == "constant":
+        share = 1.0 / (num_sequences * config.constant_tokens)
+    else:
+        lengths = trained_tokens(microbatch).clamp_min(1)[microbatch.sequence_ids]
+        share = 1.0 / (num_sequences * lengths)
+    microbatch.coefficients = microbatch.advantages * share
+
+
+def check_objective(config: OutcomeConfig, group_size: int) -> None:
+    """Raises ValueError, one line, where the objective has no weights for groups of this size. Warns of a falling h."""
+    if config.objective == "pass_at_n" and config.n is not None and config.n > group_size:
+        raise ValueError(f"algorithm.n={config.n} must be <= rollout.group_size={group_size}: lower it")
+    if config.objective != "pure_rejection_sampling":
+        objective_table(config, group_size)
+
+
+def objective_table(config: OutcomeConfig, group_size: int) -> Table:
+    """(a, b) of the configured objective for `group_size` judged samples."""
+    names = option_names(OBJECTIVES[config.objective])
+    options = config.model_dump(include=set(names))
+    if "n" in options and config.n is not None:
+        options["n"] = min(config.n, group_size)  # fewer than n samples have a verdict: the nearest that they can say
+    return weights(config.objective, group_size, **options)
