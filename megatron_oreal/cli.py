@@ -96,6 +96,35 @@ def compare(run_a: Path, run_b: Path, confidence: float) -> None:
     click.echo(format_comparison(compare_runs(run_a, run_b, confidence), confidence))
 
 
+@cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--group-size", type=int, required=True, help="Samples of a prompt.")
+@click.option("--h", help='For expression: h(t), t the pass rate, e.g. "log(t / (1 - t))".')
+@click.option("--smoothing", type=float, help="For expression: keeps h finite at 0 and 1.")
+@click.option("--n", type=int, help="For pass_at_n.")
+@click.option("--std", help="For grpo: population, bessel or none.")
+@click.option("--epsilon", type=float, help="For grpo: added to the standard deviation.")
+@click.option("--baseline", help="For pass_at_n, logit and expression: leave_one_out or none.")
+@click.option("--negative-coef", type=float, help="For OREAL's variants: eta.")
+@click.option("--out", type=click.Path(path_type=Path), help="Plot h and h' to this PNG.")
+def objective(names: tuple[str, ...], group_size: int, out: Path | None, **options: Any) -> None:
+    """Prints what an algorithm optimises: its weights, and the function h of the pass rate that they induce.
+
+    NAME: reinforce, rloo, rejection_sampling, grpo, pass_at_n, logit, expression, oreal_reference,
+    oreal_reference_all, oreal_paper.
+    """
+    from megatron_oreal.objective_report import describe_objective, plot_objectives, read_objectives
+
+    given = {name: value for name, value in options.items() if value is not None}
+    objectives = read_objectives(names, group_size, given)
+    if out is not None:
+        plot_objectives(objectives, out)
+    click.echo("\n\n".join(map(describe_objective, objectives)))
+    for found in objectives:
+        for warning in found.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+
+
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     config = load_config(kind, path, overrides)
@@ -121,7 +150,7 @@ def launch(config: ModelRunConfig) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # The failing process says what is wrong; the launcher's own report would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

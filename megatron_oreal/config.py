@@ -93,10 +93,20 @@ class RewardModelConfig(TrainableConfig):
 class PromptConfig(Section):
     """How a prompt becomes tokens; training and evaluation share it."""
 
-    format: Literal["chat", "plain"] = "chat"  # the tokenizer's chat template, or the contents joined as they are
+    # The tokenizer's chat template, the contents joined as they are, or `template` around the last user message.
+    format: Literal["chat", "plain", "template"] = "chat"
+    template: str | None = None  # with {prompt} where the message goes
     system_prompt: str | None = None  # put before prompts without one of their own
     suffix: str = ""  # appended to the last user message, e.g. "Put the final answer in \\boxed{}."
     max_prompt_tokens: PositiveInt = 2048  # longer prompts are counted, logged and skipped
+
+    @model_validator(mode="after")
+    def check_template(self) -> Self:
+        if (self.format == "template") != (self.template is not None):
+            raise ValueError("data.template and data.format=template belong together: set both or none")
+        if self.template is not None and self.template.count("{prompt}") != 1:
+            raise ValueError("data.template must hold {prompt} exactly once")
+        return self
 
 
 class DataConfig(PromptConfig):
@@ -125,12 +135,18 @@ class RolloutConfig(SamplingConfig):
     engine: Literal["local"] = "local"  # in the trainer's own processes
     group_size: int = Field(default=16, ge=1)
     stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
+    stop_strings: list[str] = []  # end a response too, and stay in it
     batch_size: PositiveInt = 512  # sequences decoded together in a process
+
+
+AnswerRule = Literal["last_box", "answer_tags", "conclusion"]
 
 
 class VerifierConfig(Section):
     num_workers: PositiveInt = 1
     cpu_seconds: float = Field(default=3.0, gt=0)  # of one comparison, then the worker is ended
+    # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
+    answer_rule: AnswerRule = "last_box"
     require_stop: bool = True  # a response cut at the length limit is wrong, whatever it says
 
 

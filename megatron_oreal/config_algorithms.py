@@ -108,7 +108,7 @@ class PpoConfig(Section):
 
 
 class OutcomeConfig(Section):
-    """Any objective h(p) of the pass rate p over one weighted log-prob loss: GRPO, Dr. GRPO, DAPO, GSPO, RLOO and more."""
+    """Any objective h(p) of the pass rate p over one weighted log-prob loss: GRPO, Dr. GRPO, DAPO, GSPO, RLOO ..."""
 
     name: Literal["outcome"]
     objective: Literal[
@@ -129,8 +129,8 @@ class OutcomeConfig(Section):
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"  # for pass_at_n, logit, expression: less variance
     num_correct: PositiveInt = 1  # for pure_rejection_sampling: B
     dynamic_sampling: bool = False  # leave out groups that are all correct or all incorrect
-    # Each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each sequence's sum over its tokens
-    # divided by constant_tokens (Dr. GRPO; with 1, exactly the gradient of h); over all samples of the groups used.
+    # Each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each sequence's sum divided by
+    # constant_tokens (Dr. GRPO; with 1, exactly the gradient of h). All count the samples of weight 0 too.
     normalisation: Literal["sequence", "token", "constant"] = "token"
     constant_tokens: PositiveInt = 1  # for normalisation=constant, e.g. rollout.max_new_tokens
     ratio: Literal["token", "sequence"] = "token"  # to the policy at the step's start; sequence: its mean (GSPO)
@@ -143,12 +143,11 @@ class OutcomeConfig(Section):
     def check(self) -> Self:
         if self.objective == "expression" and not self.h.strip():
             raise ValueError("algorithm.h is required for algorithm.objective=expression: set h, e.g. log(t + 0.1)")
-        for name, objectives in OBJECTIVE_OPTIONS.items():
-            is_set = name in self.model_fields_set and self.__dict__[name] != type(self).model_fields[name].default
-            if is_set and self.objective not in objectives:
+        for name in self.model_dump(include=set(OBJECTIVE_OPTIONS), exclude_defaults=True):
+            if self.objective not in OBJECTIVE_OPTIONS[name]:
                 raise ValueError(
                     f"algorithm.{name} has no meaning for algorithm.objective={self.objective}: drop it, or set "
-                    f"algorithm.objective to {' or '.join(objectives)}"
+                    f"algorithm.objective to {' or '.join(OBJECTIVE_OPTIONS[name])}"
                 )
         if self.constant_tokens != 1 and self.normalisation != "constant":
             raise ValueError(

@@ -57,11 +57,7 @@ CHANGEABLE = ("num_steps", "run_dir", "checkpoint.", "verifier.num_workers", "pa
 # An evaluation may be given more datasets, and be summed up in another way.
 CHANGEABLE_IN_EVAL = (
     *CHANGEABLE,
-    "eval.prompts",
-    "eval.pass_at",
-    "eval.majority_at",
-    "eval.confidence",
-    "eval.num_res",
+    *(f"eval.{name}" for name in ("prompts.", "pass_at", "majority_at", "confidence", "num_resamples")),
 )
 
 
@@ -202,7 +198,7 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
         yield EvalRun(
             config=config,
             layout=layout,
-            sampler=Sampler(engine, inputs.tokenizer, verifier, config.verifier.require_stop),
+            sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
             sampling=inputs.sampling,
             datasets=inputs.eval_prompts,
             notes=inputs.notes,
@@ -279,7 +275,7 @@ def assembled(
             cursor=cursor,
             policy=models["policy"],
             algorithm=algorithm,
-            sampler=Sampler(engine, inputs.tokenizer, verifier, config.verifier.require_stop),
+            sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
             sampling=inputs.sampling,
             weight_sync=WeightSync(models["policy"].weight_stream(), engine),
             eval_prompts=inputs.eval_prompts,
@@ -301,6 +297,16 @@ def assembled(
 def local_engine(config: TrainConfig | SftConfig | EvalRunConfig, layout: ParallelLayout) -> RolloutEngine:
     group = dist.group.WORLD if layout.world_size > 1 else None
     return LocalEngine(config.model.path, layout.device, DTYPES[config.model.dtype], config.rollout.batch_size, group)
+
+
+def build_sampler(
+    config: TrainConfig | SftConfig | EvalRunConfig,
+    engine: RolloutEngine,
+    tokenizer: Tokenizer,
+    verifier: MathVerifier | None,
+) -> Sampler:
+    stop_strings = tuple(config.rollout.stop_strings)
+    return Sampler(engine, tokenizer, verifier, config.verifier.require_stop, stop_strings, config.verifier.answer_rule)
 
 
 def open_verifier(config: VerifierConfig) -> MathVerifier:

@@ -18,7 +18,7 @@ from megatron_oreal.data.prompts import write_prompts
 
 @click.command()
 @click.argument("format_name", metavar="FORMAT", type=click.Choice(list(FORMATS)))
-@click.option("--input", "source", required=True, help="A .json or .jsonl file, or the name of a hub data set.")
+@click.option("--input", "source", required=True, help="A .json, .jsonl or .csv file, or a hub data set.")
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The JSONL file to write.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first rows only.")
 @click.option("--split", default="train", show_default=True, help="Of a hub data set.")

@@ -53,7 +53,7 @@ def outcome_cross_entropy(scores: Tensor, microbatch: Microbatch, num_sequences:
 def cross_entropy(outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
     """Mean negative log-prob of the trained tokens."""
     loss = -outputs.values[microbatch.loss_mask].sum() / batch.num_tokens
-    return LossOutput(loss, {"loss": loss.detach(), "entropy": mean_entropy(outputs, batch)})
+    return LossOutput(loss, {"loss": loss.detach(), "entropy": mean_entropy(outputs, batch).detach()})
 
 
 def mean_entropy(outputs: TokenOutputs, batch: Batch) -> Tensor:

@@ -222,7 +222,7 @@ def split(d: Tensor, baseline: str) -> Table:
         return torch.zeros_like(d), d
     check_others(len(d))
     share = num_others(len(d)) / (len(d) - 1)
-    return d * (0 - share), d * (1 - share)  # 0 - 0 is 0, not -0
+    return 0.0 - d * share, d * (1 - share) + 0.0  # 0, not -0
 
 
 def check_others(group_size: int) -> None:

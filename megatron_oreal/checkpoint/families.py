@@ -258,7 +258,10 @@ def internlm2_rows(architecture: Architecture, head: Head) -> list[Row]:
             LAYER + "self_attention.linear_qkv.weight", (attention + "wqkv.weight",), Direct(axis=0), (qkv_size, hidden)
         ),
         Row(
-            LAYER + "self_attention.linear_proj.weight", (attention + "wo.weight",), Direct(axis=1), (hidden, query_size)
+            LAYER + "self_attention.linear_proj.weight",
+            (attention + "wo.weight",),
+            Direct(axis=1),
+            (hidden, query_size),
         ),
         Row(LAYER + "pre_mlp_layernorm.weight", (HF_LAYER + "ffn_norm.weight",), Direct(), (hidden,)),
         *mlp_rows(

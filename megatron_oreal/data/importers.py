@@ -4,10 +4,13 @@ gsm8k: openai/grade-school-math, rows {"question", "answer"}; the answer has <<c
 orz: Open-Reasoner-Zero, evaluation rows {"prompt": [{"from", "value"}], "final_answer"} and training rows
 [{"from", "value"}, {"ground_truth": {"value"}}].
 oreal: OREAL-RL-Prompts, rows {"question", "gold_answer", "pass_rate"}.
+Benchmarks, in their own formats (data/benchmarks.py) and in that of Open-Reasoner-Zero's evaluation rows: math500,
+aime24, aime25, olympiadbench, livemathbench, gpqa, mmlu_pro.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -15,6 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_oreal.data.benchmarks import (
+    aime_row,
+    gpqa_row,
+    livemathbench_row,
+    math_row,
+    mmlu_pro_row,
+    olympiadbench_row,
+)
 from megatron_oreal.data.examples import Example
 from megatron_oreal.data.files import Row, read_jsonl
 from megatron_oreal.data.prompts import parse_prompt, parse_text
@@ -86,6 +97,16 @@ def oreal_row(row: Any) -> Row:
     }
 
 
+def benchmark(parse: Callable[[Row], Row]) -> Callable[[Any], Row]:
+    """Takes rows of the benchmark itself, and Open-Reasoner-Zero's evaluation rows."""
+
+    def to_row(row: Any) -> Row:
+        foreign = require_object(row)
+        return orz_row(foreign) if isinstance(foreign.get("prompt"), list) else parse(foreign)
+
+    return to_row
+
+
 def require_object(value: Any) -> Row:
     if not isinstance(value, dict):
         raise ValueError("the row is not of this format; choose the FORMAT that fits the file")
@@ -96,11 +117,18 @@ FORMATS: dict[str, DataFormat] = {
     "gsm8k": DataFormat(gsm8k_row, gsm8k_example, hub_config="main"),
     "orz": DataFormat(orz_row),
     "oreal": DataFormat(oreal_row),
+    "math500": DataFormat(benchmark(math_row)),
+    "aime24": DataFormat(benchmark(aime_row)),
+    "aime25": DataFormat(benchmark(aime_row)),
+    "olympiadbench": DataFormat(benchmark(olympiadbench_row), hub_config="OE_TO_maths_en_COMP"),
+    "livemathbench": DataFormat(benchmark(livemathbench_row), hub_config="v202412_AMC_en"),
+    "gpqa": DataFormat(benchmark(gpqa_row), hub_config="gpqa_diamond"),
+    "mmlu_pro": DataFormat(benchmark(mmlu_pro_row)),
 }
 
 
 def import_prompts(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Prompt]:
-    """Reads a file (.json: a list; else JSONL) or a hub data set; `limit` keeps the first rows.
+    """Reads a file (.json: a list; .csv; else JSONL) or a hub data set; `limit` keeps the first rows.
 
     Raises ValueError for an unknown format, an unreadable source and a row that does not fit, with its index.
     """
@@ -139,9 +167,11 @@ def get_format(name: str) -> DataFormat:
 def read_source(source: str, data_format: DataFormat, split: str) -> RawData:
     path = Path(source)
     if not path.is_file():
-        if path.suffix in (".json", ".jsonl") or path.exists():
+        if path.suffix in (".json", ".jsonl", ".csv") or path.exists():
             raise ValueError(f"--input: {source} is not a file; give a file or the name of a hub data set")
         return read_hub(source, data_format, split)
+    if path.suffix == ".csv":
+        return RawData(path.stem, read_csv(path))
     if path.suffix != ".json":
         return RawData(path.stem, [row for _, row in read_jsonl(path, "--input")])
     try:
@@ -151,6 +181,18 @@ def read_source(source: str, data_format: DataFormat, split: str) -> RawData:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"--input: {source} must hold a non-empty list of rows")
     return RawData(path.stem, rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows under a header line, as strings."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows: list[Row] = list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"--input: {path} is not CSV in UTF-8 ({error}); fix the file") from None
+    if not rows:
+        raise ValueError(f"--input: {path} has no row under its header")
+    return rows
 
 
 def read_hub(name: str, data_format: DataFormat, split: str) -> RawData:

@@ -42,6 +42,9 @@ class Tokenizer:
             if last is None:
                 raise ValueError("data.suffix needs a user message to follow: leave it empty, or give each prompt one")
             turns[last] = ("user", turns[last][1] + config.suffix)
+        if config.template is not None:
+            last_user = next((content for role, content in reversed(turns) if role == "user"), "")
+            return config.template.replace("{prompt}", last_user)
         if config.format == "plain":
             return "".join(content for _, content in turns)
         if self.backend.chat_template is None:

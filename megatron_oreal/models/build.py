@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -90,7 +91,8 @@ def transformer_config(
         sequence_parallel=layout.sequence_parallel,
         # Interleaved over two stages, Megatron would mix up the shapes that go forth and back: there lengths are equal.
         variable_seq_lengths=pipelined and layout.virtual_size == 1,
-        moe_token_dispatcher_type="alltoall",  # asked for by variable lengths, also of dense models
+        # Variable lengths ask for alltoall, also of dense models; it runs on CUDA only.
+        moe_token_dispatcher_type="alltoall" if pipelined or layout.device.type == "cuda" else "allgather",
         batch_p2p_comm=pipelined and layout.device.type == "cuda",
         perform_initialization=False,  # every parameter comes from a checkpoint or from its head
         use_cpu_initialization=layout.device.type == "cpu",
@@ -120,7 +122,6 @@ def expert_settings(architecture: Architecture, layout: ParallelLayout) -> dict[
         "moe_router_topk": experts.num_per_token,
         # A softmax over the chosen experts only is the one over all of them, scaled to sum to one.
         "moe_router_pre_softmax": not experts.weights_sum_to_one,
-        "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
     }
@@ -144,10 +145,21 @@ def layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: in
     return spec
 
 
+def prepare_megatron_experts(device: torch.device) -> None:
+    """Lets Megatron's expert layers run without Transformer Engine, and on a CPU."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # Megatron 0.16's router asks whether it is None, without defining it so
+    if device.type == "cpu":
+        # The layers fuse a few functions with torch.compile, which needs a compiler and an unpatched torch.cuda.
+        torch.compiler.set_stance("force_eager")
+
+
 def build_chunks(
     architecture: Architecture, head: Head, config: TransformerConfig, layout: ParallelLayout, transformer_engine: bool
 ) -> list[PackedGPTModel]:
     """This rank's chunks, uninitialised but for the head, on the layout's device."""
+    if architecture.experts:
+        prepare_megatron_experts(layout.device)
     tied = architecture.tied_embeddings and head.kind == "lm"
     chunks = []
     for number in range(layout.virtual_size):

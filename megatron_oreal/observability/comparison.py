@@ -5,7 +5,7 @@ Greedy answers: McNemar's exact test. Means of sampled answers: a paired bootstr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,55 +82,81 @@ def compare_dataset(
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> list[Comparison]:
+    """What both runs measured; both hold the same questions in the same order."""
     comparisons = []
-    solved = [
-        [question.greedy.is_correct for question in questions if question.greedy] for questions in (first, second)
-    ]
-    if solved[0] and solved[1]:
-        test = mcnemar_exact(solved[0], solved[1])
-        paired = paired_bootstrap(solved[0], solved[1], confidence, num_resamples)
-        comparisons.append(
-            Comparison(
-                dataset=name,
-                metric="greedy",
-                num_questions=len(first),
-                first=sum(solved[0]) / len(first),
-                second=sum(solved[1]) / len(first),
-                difference=paired.difference,
-                only_first=test.only_first,
-                only_second=test.only_second,
-                p_value=test.p_value,
-                test="McNemar",
-            )
-        )
-    num_samples = [len(questions[0].samples) for questions in (first, second)]
-    if all(num_samples):
-        rates = [
-            [q.num_correct / n for q in questions] for questions, n in zip((first, second), num_samples, strict=True)
-        ]
-        paired = paired_bootstrap(rates[0], rates[1], confidence, num_resamples)
-        comparisons.append(
-            Comparison(
-                dataset=name,
-                metric=" - ".join(dict.fromkeys(f"mean@{n}" for n in reversed(num_samples))),
-                num_questions=len(first),
-                first=sum(rates[0]) / len(first),
-                second=sum(rates[1]) / len(first),
-                difference=paired.difference,
-                only_first=None,
-                only_second=None,
-                p_value=paired.p_value,
-                test="bootstrap",
-            )
-        )
+    if first[0].greedy is not None and second[0].greedy is not None:
+        comparisons.append(compare_greedy(name, first, second, confidence, num_resamples))
+    if first[0].samples and second[0].samples:
+        comparisons.append(compare_means(name, first, second, confidence, num_resamples))
     return comparisons
 
 
+def compare_greedy(
+    name: str,
+    first: Sequence[QuestionRecord],
+    second: Sequence[QuestionRecord],
+    confidence: float,
+    num_resamples: int,
+) -> Comparison:
+    solved_by_first, solved_by_second = solved(first), solved(second)
+    test = mcnemar_exact(solved_by_first, solved_by_second)
+    return Comparison(
+        dataset=name,
+        metric="greedy",
+        num_questions=len(first),
+        first=sum(solved_by_first) / len(first),
+        second=sum(solved_by_second) / len(second),
+        difference=paired_bootstrap(solved_by_first, solved_by_second, confidence, num_resamples).difference,
+        only_first=test.only_first,
+        only_second=test.only_second,
+        p_value=test.p_value,
+        test="McNemar",
+    )
+
+
+def solved(questions: Sequence[QuestionRecord]) -> list[bool]:
+    return [question.greedy is not None and question.greedy.is_correct for question in questions]
+
+
+def compare_means(
+    name: str,
+    first: Sequence[QuestionRecord],
+    second: Sequence[QuestionRecord],
+    confidence: float,
+    num_resamples: int,
+) -> Comparison:
+    """The runs may have drawn different numbers of samples."""
+    rates = [[question.num_correct / len(question.samples) for question in run] for run in (first, second)]
+    paired = paired_bootstrap(rates[0], rates[1], confidence, num_resamples)
+    metrics = dict.fromkeys(f"mean@{len(questions[0].samples)}" for questions in (first, second))
+    return Comparison(
+        dataset=name,
+        metric=", ".join(metrics),
+        num_questions=len(first),
+        first=sum(rates[0]) / len(first),
+        second=sum(rates[1]) / len(second),
+        difference=paired.difference,
+        only_first=None,
+        only_second=None,
+        p_value=paired.p_value,
+        test="bootstrap",
+    )
+
+
 def format_comparison(comparisons: Sequence[Comparison], confidence: float = CONFIDENCE) -> str:
-    header = ["dataset", "questions", "metric", "A", "B", "B - A", f"{100 * confidence:g}% low", "high"]
-    rows = [
-        [c.dataset, c.num_questions, c.metric, c.first, c.second, c.difference.value, c.difference.low]
-        + [c.difference.high, c.only_first, c.only_second, c.p_value, c.test]
-        for c in comparisons
-    ]
-    return format_table(rows, [*header, "only A", "only B", "p", "test"])
+    columns: dict[str, Callable[[Comparison], object]] = {
+        "dataset": lambda row: row.dataset,
+        "questions": lambda row: row.num_questions,
+        "metric": lambda row: row.metric,
+        "A": lambda row: row.first,
+        "B": lambda row: row.second,
+        "B - A": lambda row: row.difference.value,
+        f"{100 * confidence:g}% low": lambda row: row.difference.low,
+        "high": lambda row: row.difference.high,
+        "only A": lambda row: row.only_first,
+        "only B": lambda row: row.only_second,
+        "p": lambda row: row.p_value,
+        "test": lambda row: row.test,
+    }
+    rows = [[cell(comparison) for cell in columns.values()] for comparison in comparisons]
+    return format_table(rows, list(columns))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_oreal.config import BenchmarkConfig
+from megatron_oreal.config_evaluation import BenchmarkConfig
 from megatron_oreal.observability.evaluation_statistics import Estimate, bootstrap_mean, majority_at_k, pass_at_k
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.report import format_table

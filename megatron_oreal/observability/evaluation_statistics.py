@@ -1,7 +1,7 @@
 r"""Estimates from n sampled answers to each of Q questions, their uncertainty, and paired tests of two policies.
 
-Confidence intervals resample the questions: what they cover is another draw of questions of the same kind, each answered
-anew. Where every question has the same value (0 of 30 solved), the interval is a point; that says nothing about certainty.
+Confidence intervals resample the questions: they speak about another draw of questions of the same kind, each answered
+anew. Where all questions have the same value (0 of 30 solved) the interval is a point, which is no sign of certainty.
 
 pass@k: Chen et al. 2021, arXiv:2107.03374, equation 1. maj@k: Wang et al. 2022, arXiv:2203.11171, as an expectation.
 """
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-BLOCK = 1 << 22  # resampled values held at once
+BLOCK = 1 << 22  # resampled counts held at once
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,7 +53,7 @@ def majority_at_k(votes: Sequence[Hashable | None], is_correct: Sequence[bool], 
     """The chance that the most frequent answer among k of the samples, drawn without replacement, is correct.
 
     votes: the samples' answers; None abstains. Of equally frequent answers each wins with the same chance, so nothing
-    depends on the samples' order. Without any vote the majority is wrong. An answer is correct when one of its samples is.
+    depends on the samples' order. Without a vote the majority is wrong. An answer is correct if one of its samples is.
     Exact: sums over how often the winner is drawn, and counts the draws of the others by their size and their ties.
     """
     check_draws(k, len(votes))
@@ -106,15 +106,19 @@ def bootstrap_mean(
 
 
 def resampled_means(values: NDArray[np.float64], num_resamples: int, seed: int) -> NDArray[np.float64]:
-    """Means [num_resamples] of as many questions as there are, drawn with replacement."""
+    """Means [num_resamples] of as many questions as there are, drawn with replacement.
+
+    Questions with the same value are drawn together: how often each value comes up is multinomial.
+    """
     assert values.ndim == 1 and values.size, "one value a question"
+    distinct, counts = np.unique(values, return_counts=True)
     generator = np.random.default_rng(seed)
-    rows = max(1, BLOCK // values.size)
+    rows = max(1, BLOCK // distinct.size)
     blocks = [
-        values[generator.integers(values.size, size=(min(rows, num_resamples - start), values.size))].mean(axis=1)
+        generator.multinomial(values.size, counts / values.size, size=min(rows, num_resamples - start)) @ distinct
         for start in range(0, num_resamples, rows)
     ]
-    return np.concatenate(blocks)
+    return np.concatenate(blocks) / values.size
 
 
 def paired_bootstrap(
@@ -124,7 +128,7 @@ def paired_bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> PairedDifference:
-    """The difference of two means over the same questions, its interval, and the chance of one as large if there is none.
+    """The difference of two means over the same questions, its interval, and whether it may be none.
 
     The p-value resamples the differences shifted to mean 0; it is never below 1 / (num_resamples + 1).
     """
@@ -137,7 +141,7 @@ def paired_bootstrap(
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Whether two policies solve the same share of the same questions: a sign test of the questions where they differ."""
+    """Whether two policies solve the same share of the same questions: a sign test of those where they differ."""
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = (sum(pair == which for pair in pairs) for which in ((True, False), (False, True)))
     num_different = only_first + only_second

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
+
+from megatron_oreal.config import AnswerRule
 
 MAX_ANSWER_CHARACTERS = 1000
 MAX_NESTING = 50
@@ -25,6 +28,30 @@ MAX_EXPONENT = 1000  # of the exact arithmetic here
 THINKING_END_MARKS = ("</think>", "</thinking>")
 
 BRACE_TOKEN = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s{0,8}\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+
+
+CONCLUSION_MARKS = ("<conclude>", "**Final Answer**", "</think>")
+
+
+def within_answer_tags(response: str) -> str:
+    """The content of the last <answer>...</answer>; empty without one (Open-Reasoner-Zero's rule)."""
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, end) if end >= 0 else -1
+    return response[start + len("<answer>") : end] if start >= 0 else ""
+
+
+def after_conclusion_mark(response: str) -> str:
+    """What follows the last of CONCLUSION_MARKS; everything without one (OREAL's rule)."""
+    return response[
+        max((response.rfind(mark) + len(mark) for mark in CONCLUSION_MARKS if mark in response), default=0) :
+    ]
+
+
+ANSWER_REGIONS: dict[AnswerRule, Callable[[str], str]] = {
+    "last_box": str,
+    "answer_tags": within_answer_tags,
+    "conclusion": after_conclusion_mark,
+}
 
 
 @dataclass(slots=True, frozen=True)

@@ -58,6 +58,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            start_new_session=True,  # Ctrl-C is the trainer's to handle, also while this process starts
             env={name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
             | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_oreal.config import AnswerRule
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.rewards import MathVerifier
+from megatron_oreal.rewards.answer import ANSWER_REGIONS
 from megatron_oreal.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
 from megatron_oreal.types import Group, Sample, Verdict
 
@@ -25,7 +28,9 @@ class Sampler:
     engine: RolloutEngine
     tokenizer: Tokenizer
     verifier: MathVerifier | None  # None on the other ranks
-    require_stop: bool  # a response without a stop token is wrong
+    require_stop: bool  # a response without a stop is wrong
+    stop_strings: tuple[str, ...] = ()  # end a response too, and stay in it
+    answer_rule: AnswerRule = "last_box"
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], num_samples: int, params: SamplingParams, seed: str
@@ -47,17 +52,18 @@ class Sampler:
         return groups
 
     def _sample(self, prompt: EncodedPrompt, generation: Generation, params: SamplingParams) -> Sample:
-        response_ids = generation.response_ids
-        stopped = generation.finish_reason == "stop"
-        text = self.tokenizer.decode(response_ids[:-1] if stopped else response_ids) if self.verifier else ""
+        num_tokens = tokens_to_stop_string(generation.response_ids, self.stop_strings, self.tokenizer)
+        stopped_by_token = num_tokens is None and generation.finish_reason == "stop"
+        response_ids = generation.response_ids[:num_tokens]
+        shown_ids = response_ids[:-1] if stopped_by_token else response_ids
         return Sample(
             prompt_id=prompt.prompt.id,
             prompt_ids=prompt.token_ids,
             response_ids=response_ids,
-            response_text=text,
-            rollout_logprobs=generation.rollout_logprobs,
-            model_logprobs=generation.model_logprobs,
-            finish_reason=generation.finish_reason,
+            response_text=self.tokenizer.decode(shown_ids) if self.verifier else "",
+            rollout_logprobs=generation.rollout_logprobs[:num_tokens],
+            model_logprobs=generation.model_logprobs[:num_tokens],
+            finish_reason=generation.finish_reason if num_tokens is None else "stop",
             policy_version=self.engine.version,
         )
 
@@ -74,11 +80,27 @@ class Sampler:
     def _verify(self, verifier: MathVerifier, samples: Sequence[tuple[Sample, str]]) -> list[Verdict]:
         """A response that was cut is not sent to the verifier when it needs its stop token."""
         is_cut = [self.require_stop and sample.finish_reason != "stop" for sample, _ in samples]
+        region = ANSWER_REGIONS[self.answer_rule]
         pairs = [
-            (sample.response_text, answer) for (sample, answer), cut in zip(samples, is_cut, strict=True) if not cut
+            (region(sample.response_text), answer)
+            for (sample, answer), cut in zip(samples, is_cut, strict=True)
+            if not cut
         ]
         judged = iter(verifier.verify_many(pairs))
         return [Verdict(0.0, "too_long", None) if cut else next(judged) for cut in is_cut]
+
+
+def tokens_to_stop_string(response_ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> int | None:
+    """The fewest tokens whose text holds a stop string; None when there is none. What follows was never asked for."""
+
+    def holds_stop(count: int) -> bool:
+        text = tokenizer.decode(response_ids[:count])
+        return any(stop in text for stop in stop_strings)
+
+    if not stop_strings or not holds_stop(len(response_ids)):
+        return None
+    # A longer text holds what a shorter one holds.
+    return bisect.bisect_left(range(len(response_ids)), True, key=holds_stop)
 
 
 def sample_seed(key: str) -> int:

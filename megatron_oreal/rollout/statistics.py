@@ -1,7 +1,7 @@
 """What Open-Reasoner-Zero (arXiv:2503.24290) logs of its samples: repetition, reflection words, lengths, pass@n.
 
-Its repeat score is the share of a text's substrings that occurred before, which takes a suffix array for each text. Here
-it is the share of token n-grams of one length, linear in the text: 0 without repetition, near 1 for an endless loop.
+Its repeat score is the share of a text's substrings that occurred before, which takes a suffix array for each text.
+Here it is the share of token n-grams of one length: 0 without repetition, near 1 for an endless loop.
 """
 
 from __future__ import annotations

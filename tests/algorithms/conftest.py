@@ -50,6 +50,9 @@ class TableModel:
             self.table -= self.lr * gradient
         return self.summed(outputs)
 
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        return values
+
     def summed(self, outputs: list[LossOutput]) -> dict[str, float]:
         metrics = {}
         for name in outputs[0].metrics:

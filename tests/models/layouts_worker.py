@@ -16,11 +16,12 @@ from transformers import Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from megatron_oreal.algorithms.oreal import Oreal, fill_coefficients
+from megatron_oreal.algorithms.ppo import Ppo, fill_advantages
 from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.checkpoint.hf import WeightStream
 from megatron_oreal.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
-from megatron_oreal.config_algorithms import OrealConfig
-from megatron_oreal.data.packing import PackingPlan, pack
+from megatron_oreal.config_algorithms import OrealConfig, PpoConfig
+from megatron_oreal.data.packing import PackingPlan, merge, pack, pack_parts
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead, ScalarHead, whole_sequence
 from megatron_oreal.models.parallel import ParallelLayout
@@ -59,7 +60,10 @@ def main(folder: Path) -> None:
         parallel.destroy_groups()
         if dist.get_rank() == 0:
             print(f"{layout_name}: {CHECKS} checks", flush=True)
-    same_gradients({f"{name}, {kind}": g for name, result in results.items() for kind, g in result["oreal"].items()})
+    for algorithm in ("oreal", "ppo"):
+        same_gradients(
+            {f"{name}, {kind}": g for name, result in results.items() for kind, g in result[algorithm].items()}
+        )
     same_updates({f"{name}, {kind}": u for name, result in results.items() for kind, u in result["updates"].items()})
     for name, result in results.items():
         wanted = torch.tensor(results["DP"]["reward_losses"])
@@ -80,6 +84,7 @@ def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: Para
             for model_name in ("untied",)
             for tokens in (10_000, 1)
         },
+        "ppo": {f"micro-batches of {n}": ppo_gradients(folder / "untied", n, layout) for n in (10_000, 1)},
         "updates": {
             f"{dtype}, distributed {distributed}": updates(folder / "tied", distributed, dtype, layout)
             for dtype in ("float32", "bfloat16")
@@ -219,6 +224,24 @@ def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) 
         fill_coefficients(microbatch, batch, config)
     model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch))
     return {name: gradient.clone() for name, gradient in gradient_stream(model)}
+
+
+def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) -> dict[str, Tensor]:
+    """Those of policy and critic, with scripted values before the update; advantages are whitened over all ranks."""
+    policy, critic = build(path, layout), build(path, layout, head=ScalarHead(layout, "normal", seed=1))
+    config = PpoConfig(name="ppo", gae_lambda=0.9, discount=0.95, kl_coef=0.1, entropy_coef=0.01)
+    ppo = Ppo(config, plan_of(layout, microbatch_tokens), 0, policy, critic, Reference())  # type: ignore[arg-type]
+    batch = merge(pack_parts([SEQUENCES[:3], SEQUENCES[3:]], ppo.plan))
+    ppo.reference.forward(batch, "reference_logprobs")  # type: ignore[union-attr]
+    for microbatch in batch.microbatches:
+        microbatch.values = (microbatch.labels % 3).float() / 4
+        fill_advantages(microbatch, config)
+    ppo.whiten(batch)
+    gradients = {}
+    for model, loss in ((policy, ppo.policy_loss), (critic, ppo.value_loss)):
+        model.accumulate_gradients(batch, partial(loss, batch=batch))
+        gradients |= {f"{model.head.kind} {name}": gradient.clone() for name, gradient in gradient_stream(model)}
+    return gradients
 
 
 def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
