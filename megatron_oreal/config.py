@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from typing_extensions import Self
 
-from megatron_oreal.config_algorithms import OrealConfig, PpoConfig, Section
+from megatron_oreal.config_algorithms import OrealConfig, OutcomeConfig, PpoConfig, Section
 from megatron_oreal.config_evaluation import BenchmarkConfig
 
 
@@ -187,7 +187,7 @@ class TrainConfig(RunConfig):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
-    algorithm: Annotated[OrealConfig | PpoConfig, Field(discriminator="name")] = OrealConfig()
+    algorithm: Annotated[OrealConfig | OutcomeConfig | PpoConfig, Field(discriminator="name")] = OrealConfig()
     policy: TrainableConfig = TrainableConfig()
     reward_model: RewardModelConfig = RewardModelConfig()  # of oreal
     critic: CriticConfig = CriticConfig()  # of ppo
@@ -202,7 +202,7 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if self.rollout.group_size < 2 and self.algorithm.name != "ppo":
+        if self.rollout.group_size < 2 and self.algorithm.name == "oreal":
             raise ValueError(
                 f"rollout.group_size must be >= 2 for advantages within a group, got {self.rollout.group_size}"
             )
@@ -328,7 +328,7 @@ def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelS
         raise ValueError(f"data.max_tokens={config.data.max_tokens} {limit} it")
 
 
-ALGORITHMS: dict[str, type[Section]] = {"oreal": OrealConfig, "ppo": PpoConfig}
+ALGORITHMS: dict[str, type[Section]] = {"oreal": OrealConfig, "outcome": OutcomeConfig, "ppo": PpoConfig}
 ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
 
 

@@ -9,11 +9,12 @@ from typing import Protocol
 
 from megatron_oreal.algorithms.model import Metrics
 from megatron_oreal.algorithms.oreal import Oreal
+from megatron_oreal.algorithms.outcome import Outcome
 from megatron_oreal.algorithms.ppo import Ppo
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.families import Architecture, read_architecture
 from megatron_oreal.config import RunConfig, SftConfig, TrainableConfig, TrainConfig
-from megatron_oreal.config_algorithms import OrealConfig, PpoConfig
+from megatron_oreal.config_algorithms import OrealConfig, OutcomeConfig, PpoConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead
 from megatron_oreal.models.parallel import ParallelLayout
@@ -121,7 +122,24 @@ def ppo(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, dic
     return Ppo(algorithm, builder.plan, config.seed, policy, critic, reference), {"policy": policy, "critic": critic}
 
 
+def outcome(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, dict[str, TrainableModel]]:
+    algorithm = config.algorithm
+    assert isinstance(algorithm, OutcomeConfig)
+    policy = builder.policy(config.policy, config.num_steps * config.policy.updates_per_step)
+    reference = builder.reference() if algorithm.kl_coef > 0 else None
+    outcome = Outcome(
+        config=algorithm,
+        plan=builder.plan,
+        group_size=config.rollout.group_size,
+        policy=policy,
+        reference=reference,
+        policy_updates=config.policy.updates_per_step,
+    )
+    return outcome, {"policy": policy}
+
+
 RECIPES: dict[str, Callable[[TrainConfig, ModelBuilder], tuple[GroupAlgorithm, dict[str, TrainableModel]]]] = {
     "oreal": oreal,
+    "outcome": outcome,
     "ppo": ppo,
 }

@@ -98,7 +98,7 @@ class Run(Generic[Config, Item, Algorithm]):
         """A step without a group that has both correct and incorrect samples."""
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
-            self.progress.note(f"step {step} skipped: no group has both correct and incorrect samples")
+            self.progress.note(f"step {step} skipped: no group has both correct and incorrect samples to learn from")
         self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
 
     def save(self, step: int) -> None:
@@ -114,7 +114,9 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics = {}
 
     def export(self) -> None:
-        """The policy as a Hugging Face directory, RUN_DIR/hf."""
+        """The policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
+        if not self.config.checkpoint.export_hf:
+            return
         model, out = self.config.model, self.config.run_dir / "hf"
         try:
             save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)

@@ -21,7 +21,7 @@ LAYERS = (
     ("rollout",),
     ("recipes",),
     ("run",),
-    ("train", "evaluation", "cli"),
+    ("train", "evaluation", "objective_report", "cli"),
 )
 LAYER_OF = {part: index for index, parts in enumerate(LAYERS) for part in parts}
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -7,7 +7,7 @@ of h(p), p the pass rate, with
     h'(t) = sum_s (b_s - a_s) C(M-1, s) t^s (1-t)^(M-1-s)
 
 Only d = b - a matters for it. Where an objective says no more than d, the leave-one-out split b_s = d_s (1 - s/(M-1)),
-a_s = -d_s s/(M-1) has less variance than b = d, a = 0.
+a_s = -d_s s/(M-1) has the same expectation as b = d, a = 0, and less variance where answers are many and t > 1/M.
 """
 
 from __future__ import annotations

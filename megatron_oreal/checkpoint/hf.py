@@ -23,6 +23,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUCKET_BYTES = 512 * 2**20  # of a rank's parameters gathered in one collective
 SHARD_BYTES = 4 * 2**30  # of one file of an exported checkpoint
 
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 
 class Layout(Protocol):
     """The part of models.parallel.ParallelLayout that is needed here."""
@@ -61,6 +63,8 @@ class HfReader:
 
     def _open(self, name: str) -> Any:
         if name not in self.files:
+            if Path(name).name != name:
+                raise ValueError(f"model.path: the index of {self.path} names {name!r}, outside of it: it is refused")
             try:
                 self.files[name] = safe_open(self.path / name, framework="pt")
             except (OSError, SafetensorError) as error:
@@ -72,6 +76,25 @@ class HfReader:
             return self._open(self.file_of[name]).get_slice(name)
         except (KeyError, SafetensorError):
             raise ValueError(f"model.path: {self.path} has no tensor {name}") from None
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype."""
+        stored = self._stored(name)
+        shape = tuple(stored.get_shape())
+        kept = stored.get_dtype()
+        if kept not in SAFETENSORS_DTYPES:
+            raise ValueError(f"model.path: {name} of {self.path} is {kept}; known: {', '.join(SAFETENSORS_DTYPES)}")
+        return shape, SAFETENSORS_DTYPES[kept]
+
+    def check_index(self) -> None:
+        """Raises ValueError where the index and the files disagree."""
+        for file in sorted(set(self.file_of.values())):
+            held = set(self._open(file).keys())
+            listed = {name for name, at in self.file_of.items() if at == file}
+            if held != listed:
+                name = min(held ^ listed)
+                reason = "is not in the index" if name in held else "is in the index, but not in the file"
+                raise ValueError(f"model.path: {self.path / file}: {name} {reason}; save the model again")
 
     def read(self, name: str, axis: int | None, rank: int, size: int) -> Tensor:
         """The rank-th of `size` equal slices along `axis`."""

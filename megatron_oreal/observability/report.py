@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_oreal.observability.files import write_atomically
@@ -70,3 +71,33 @@ def format_cell(cell: object) -> str:
     if cell is None:
         return "-"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+@dataclass(slots=True, frozen=True)
+class Band:
+    """A curve and how far its interval reaches to either side."""
+
+    name: str
+    steps: Sequence[float]
+    means: Sequence[float]
+    half_widths: Sequence[float]
+
+
+def plot_bands(bands: Sequence[Band], title: str, path: Path) -> None:
+    """Draws a PNG with one curve and its band for each of `bands`, over the step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel="step")
+    axes.grid(alpha=0.3)
+    for band in bands:
+        (line,) = axes.plot(band.steps, band.means, label=band.name, linewidth=1.5)
+        low = [mean - half for mean, half in zip(band.means, band.half_widths, strict=True)]
+        high = [mean + half for mean, half in zip(band.means, band.half_widths, strict=True)]
+        axes.fill_between(band.steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.legend(fontsize="small")
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_atomically(path, image.getvalue())

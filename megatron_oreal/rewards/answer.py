@@ -267,7 +267,7 @@ def answer_key(text: str) -> str:
     normalized = normalize(text)
     value = parse_number(normalized)
     if value is not None:
-        return f"{value.numerator:x}/{value.denominator:x}"  # in hex, which has no limit on its length
+        return f"number {value.numerator:x}/{value.denominator:x}"  # hexadecimal has no limit on its length
     return without_spaces(unwrap_text(normalized))
 
 

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,117 @@ def test_the_command_ends_with_one_line_and_no_file(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: --input: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "p.jsonl").exists()
+
+
+MCQ_REQUEST = "\n\nAnswer with the letter of the correct option."
+GPQA_ROW = {
+    "Question": "Which one? ",
+    "Correct Answer": "right\n",
+    "Incorrect Answer 1": "wrong, 1",
+    "Incorrect Answer 2": "wrong 2",
+    "Incorrect Answer 3": "wrong 3",
+    "Record ID": "rec0",
+}
+MMLU_PRO_ROW = {
+    "question_id": 7,
+    "question": "Which?",
+    "options": ["x", "y", "z", "N/A"],
+    "answer": "C",
+    "answer_index": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("format_name", "row", "prompt", "answer"),
+    [
+        ("math500", {"problem": "Find $x$.", "solution": "...", "answer": "\\frac{1}{2}"}, "Find $x$.", "\\frac{1}{2}"),
+        ("math500", {"prompt": [{"from": "user", "value": "1?"}], "final_answer": "1"}, "1?", "1"),
+        ("aime24", {"ID": "2024-I-1", "Problem": "How many?", "Answer": 73}, "How many?", "73"),
+        ("aime24", {"id": 60, "problem": "How many?", "answer": "073", "year": "2024"}, "How many?", "073"),
+        ("aime24", {"prompt": [{"from": "user", "value": "1?"}], "final_answer": "1"}, "1?", "1"),
+        ("aime25", {"question": "How many?", "answer": "70"}, "How many?", "70"),
+        (
+            "olympiadbench",
+            {"question": "Find $x$.", "context": None, "final_answer": ["$\\frac{1}{2}$"], "image_1": None},
+            "Find $x$.",
+            "$\\frac{1}{2}$",
+        ),
+        (
+            "olympiadbench",
+            {"question": "Find $a, b$.", "context": "Let $a<b$.", "final_answer": ["1", "2"]},
+            "Let $a<b$.\n\nFind $a, b$.",
+            "1, 2",
+        ),
+        ("livemathbench", {"question": "1+1?", "answer": "$2$", "question_type": "problem-solving"}, "1+1?", "$2$"),
+        (
+            "livemathbench",
+            {"question": "Which?", "answer": "B", "question_type": "single-choice", "options": ["A. 1", "B. 2"]},
+            "Which?\nA. 1\nB. 2",
+            "B",
+        ),
+        ("mmlu_pro", MMLU_PRO_ROW, "Which?\n\nA. x\nB. y\nC. z" + MCQ_REQUEST, "C"),
+    ],
+)
+def test_benchmark_rows(tmp_path: Path, format_name: str, row: dict[str, Any], prompt: str, answer: str) -> None:
+    (imported,) = import_prompts(format_name, write_rows(tmp_path, [row]))
+    assert (imported.messages, imported.answer) == ((Message("user", prompt),), answer)
+
+
+def test_gpqa_options_are_shuffled_alike_each_time(tmp_path: Path) -> None:
+    rows = [GPQA_ROW | {"Record ID": f"rec{number}"} for number in range(80)]
+    prompts = import_prompts("gpqa", write_rows(tmp_path, rows))
+    assert prompts == import_prompts("gpqa", write_rows(tmp_path, rows))
+    assert (
+        prompts[5:]
+        == [  # whatever rows come before
+            Prompt(f"rows-{number + 5}", prompt.messages, prompt.answer, None, "rows")
+            for number, prompt in enumerate(import_prompts("gpqa", write_rows(tmp_path, rows[5:])))
+        ]
+    )
+    counts = {letter: sum(prompt.answer == letter for prompt in prompts) for letter in "ABCD"}
+    assert min(counts.values()) >= 10, counts
+    for prompt in prompts:
+        head, *options = prompt.messages[0].content.removesuffix(MCQ_REQUEST).split("\n")
+        assert head == "Which one?" and f"{prompt.answer}. right" in options
+        assert sorted(option[3:] for option in options[1:]) == ["right", "wrong 2", "wrong 3", "wrong, 1"]
+
+
+def test_gpqa_as_csv(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, GPQA_ROW)
+        writer.writeheader()
+        writer.writerow(GPQA_ROW)
+    assert import_prompts("gpqa", str(path)) == import_prompts("gpqa", write_rows(tmp_path, [GPQA_ROW]))
+    path.write_text("Question,Correct Answer\n")
+    with pytest.raises(ValueError, match=r"^--input: .*rows\.csv has no row under its header"):
+        import_prompts("gpqa", str(path))
+
+
+@pytest.mark.parametrize(
+    ("format_name", "row", "message"),
+    [
+        ("math500", {"problem": "?"}, "answer is missing"),
+        ("aime25", {"answer": "1"}, "problem is missing"),
+        ("aime25", {"problem": "?", "answer": None}, "answer is missing"),
+        (
+            "olympiadbench",
+            {"question": "?", "final_answer": None},
+            "final_answer must be a list of strings; import the",
+        ),
+        (
+            "olympiadbench",
+            {"question": "<img_1>", "final_answer": ["1"]},
+            "question has an image; import the text-only",
+        ),
+        ("livemathbench", {"question": "?"}, "answer is missing"),
+        ("gpqa", {"Question": "?", "Correct Answer": "1"}, "Incorrect Answer 1 is missing"),
+        ("mmlu_pro", MMLU_PRO_ROW | {"answer": "D"}, "answer 'D' must be the letter of one of the 3 options"),
+        ("mmlu_pro", MMLU_PRO_ROW | {"answer_index": 1}, "answer 'C' must be the letter of one of the 3 options, at"),
+        ("mmlu_pro", MMLU_PRO_ROW | {"answer": ""}, "answer is missing"),
+        ("mmlu_pro", MMLU_PRO_ROW | {"options": "x"}, "options must be a list of 2 to 26 strings"),
+    ],
+)
+def test_benchmark_rows_without_an_answer(tmp_path: Path, format_name: str, row: object, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--input: .* row 0 is not {format_name}: {message}"):
+        import_prompts(format_name, write_list(tmp_path, [row]))

@@ -119,5 +119,5 @@ def test_a_comparison_of_other_questions_is_refused(tmp_path: Path) -> None:
         compare_runs(first, run_of(tmp_path / "d", [*QUESTIONS, question(4, "c", "cccc")]))
     other = question(9, "c", "cccc")
     changed = [*QUESTIONS[:3], QuestionRecord("q3", "other?", "1", other.greedy, other.samples)]
-    with pytest.raises(ValueError, match="question 'q3' of .* differs in"):
+    with pytest.raises(ValueError, match=r"question 'q3' of .* differs in"):
         compare_runs(first, run_of(tmp_path / "e", changed))

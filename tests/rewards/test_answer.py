@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_oreal.rewards.answer import compare, extract_answer, nesting_depth, normalize, parse_number
+from megatron_oreal.rewards.answer import answer_key, compare, extract_answer, nesting_depth, normalize, parse_number
 
 
 @pytest.mark.parametrize(
@@ -221,3 +221,21 @@ def test_equalities_that_take_no_algebra(prediction: str, answer: str) -> None:
 )
 def test_the_rest_is_left_to_algebra(prediction: str, answer: str) -> None:
     assert compare(normalize(prediction), normalize(answer)) is None
+
+
+def test_answers_of_one_spelling_or_one_number_share_a_key() -> None:
+    groups = [
+        [r"\frac{1}{2}", "0.5", r"\dfrac12", "1/2", r"50\%", "$0.50$"],
+        ["1,000", "1000", r"1000\text{ meters}", "10^3"],
+        ["(A)", "A", r"\text{A}", "A."],
+        ["x + 1", "x+1"],
+        ["(1, 2)", "(1,2)", r"\left(1,2\right)"],
+        ["1+x"],  # only algebra finds it equal to x+1
+        ["a"],
+        ["10^{1000}"],
+        ["{" * 60 + "1" + "}" * 60],
+        [""],
+    ]
+    keys = [{answer_key(text) for text in group} for group in groups]
+    assert [len(group) for group in keys] == [1] * len(groups)
+    assert len(set.union(*keys)) == len(groups)

@@ -1,0 +1,69 @@
+"""Data selection between rounds: correct answers to imitate, and prompts that share the skills of the failed ones.
+
+OREAL's first stage (Lyu et al. 2025): sample, keep verified answers, fine-tune on them; questions whose skill
+tags are often failed are asked more often.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, frozen=True)
+class AnsweredPrompt:
+    id: str
+    responses: tuple[tuple[str, bool], ...]  # (text, is correct) of every judged sample
+
+    @property
+    def pass_rate(self) -> float:
+        return sum(correct for _, correct in self.responses) / len(self.responses) if self.responses else 0.0
+
+
+def select_responses(
+    answered: Sequence[AnsweredPrompt], per_prompt: int, max_pass_rate: float, seed: int
+) -> list[tuple[str, str]]:
+    """(prompt id, correct response) pairs: distinct texts, at most `per_prompt` of each prompt, chosen at random.
+
+    Prompts that are solved more often than `max_pass_rate` teach little and are left out.
+    """
+    selected = []
+    for prompt in answered:
+        if prompt.pass_rate > max_pass_rate:
+            continue
+        distinct = list(dict.fromkeys(text for text, correct in prompt.responses if correct))
+        rng = random.Random(f"{seed}/{prompt.id}")
+        chosen = rng.sample(distinct, min(per_prompt, len(distinct)))
+        selected += [(prompt.id, text) for text in chosen]
+    return selected
+
+
+def tag_failure_rates(answered: Sequence[AnsweredPrompt], tags: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Mean of 1 - pass rate over the answered prompts of each tag."""
+    failures: dict[str, list[float]] = {}
+    for prompt in answered:
+        for tag in tags.get(prompt.id, ()):
+            failures.setdefault(tag, []).append(1.0 - prompt.pass_rate)
+    return {tag: sum(rates) / len(rates) for tag, rates in failures.items()}
+
+
+def resample_by_tags(
+    failure_rates: Mapping[str, float], tags: Mapping[str, Sequence[str]], count: int, seed: int
+) -> list[str]:
+    """`count` prompt ids, without repeats, drawn in proportion to the mean failure rate of their tags.
+
+    Prompts without a tag that was failed are not drawn. Raises ValueError when too few are left.
+    """
+    weights = {
+        id_: sum(failure_rates.get(tag, 0.0) for tag in prompt_tags) / len(prompt_tags)
+        for id_, prompt_tags in tags.items()
+        if prompt_tags
+    }
+    weights = {id_: weight for id_, weight in weights.items() if weight > 0}
+    if len(weights) < count:
+        raise ValueError(f"--count must be <= {len(weights)}, the prompts that share a failed tag, got {count}")
+    rng = random.Random(f"{seed}/tags")
+    # Weighted draws without replacement (Efraimidis and Spirakis 2006): the largest u^(1 / weight).
+    keys = {id_: rng.random() ** (1.0 / weight) for id_, weight in weights.items()}
+    return sorted(keys, key=lambda id_: (-keys[id_], id_))[:count]
