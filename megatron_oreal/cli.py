@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ def launch(config: ModelRunConfig) -> None:
     """Starts this command again in every process of the layout, with torch's elastic launcher."""
     count = num_processes(config.parallel)
     set_threads(count)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -162,7 +163,9 @@ def launch(config: ModelRunConfig) -> None:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
+        with tempfile.TemporaryDirectory(prefix="megatron-oreal-") as folder:  # the launcher's own bookkeeping
+            settings.logs_specs = DefaultLogsSpecs(log_dir=folder)
+            elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
     except ChildFailedError as error:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
         if all(code < 0 for code in exit_codes):  # nobody was left to say why

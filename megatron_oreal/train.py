@@ -13,6 +13,7 @@ from typing import Any
 from megatron_oreal.config import SftConfig, TrainConfig
 from megatron_oreal.evaluation import evaluate
 from megatron_oreal.rollout.sampler import rollout_metrics, write_rollouts
+from megatron_oreal.rollout.statistics import text_metrics
 from megatron_oreal.run import Run, open_sft, open_train
 
 
@@ -24,7 +25,7 @@ def train(config: TrainConfig) -> None:
                 groups = run.sampler.sample(prompts, config.rollout.group_size, run.sampling, f"{config.seed}/{step}")
                 if run.layout.is_main:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", groups)
-            run.record(rollout_metrics(groups))
+            run.record(rollout_metrics(groups) | text_metrics(groups))
             with run.timer("update"), naming_the_step(step):
                 run.record(run.algorithm.update(groups, step))
             run.count_skipped(step)
