@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -32,6 +34,7 @@ from megatron_oreal.config import (
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "internlm2", "internlm3")
 PR_SET_PDEATHSIG = 1
 RESUME = "the same command continues from the last checkpoint"
+INTERRUPTED = "Interrupted by {}: " + RESUME
 
 
 @click.group()
@@ -189,6 +192,7 @@ def end_with_launcher() -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         cli(standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -232,9 +236,22 @@ def fail(message: str, exit_code: int) -> NoReturn:
     sys.exit(exit_code)
 
 
+def on_interrupt(_signal_number: int, _frame: FrameType | None) -> None:
+    """Python drops a KeyboardInterrupt that falls into a destructor: ten seconds later the process ends all the same."""
+
+    def end() -> None:
+        click.echo(INTERRUPTED.format(signal.SIGINT.name), err=True)
+        os._exit(128 + signal.SIGINT)
+
+    timer = threading.Timer(10.0, end)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
 def interrupted(signal_number: signal.Signals) -> NoReturn:
     """Exits as shells expect of a command that a signal ended."""
-    click.echo(f"Interrupted by {signal_number.name}: {RESUME}", err=True)
+    click.echo(INTERRUPTED.format(signal_number.name), err=True)
     sys.exit(128 + signal_number)
 
 

@@ -335,7 +335,7 @@ def test_ctrl_c_ends_a_run_quickly_and_quietly(base_config: Settings, tmp_path: 
     with running(base_config, tmp_path, **layout) as process:
         started = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-        _, stderr = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert stderr.splitlines()[-1].startswith("Interrupted by SIGINT: the same command continues")
         assert errors(stderr) == []
