@@ -237,7 +237,7 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 def on_interrupt(_signal_number: int, _frame: FrameType | None) -> None:
-    """Python drops a KeyboardInterrupt that falls into a destructor: ten seconds later the process ends all the same."""
+    """Python drops a KeyboardInterrupt that falls into a destructor: the process ends ten seconds later anyhow."""
 
     def end() -> None:
         click.echo(INTERRUPTED.format(signal.SIGINT.name), err=True)

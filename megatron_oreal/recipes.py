@@ -72,7 +72,7 @@ class ModelBuilder:
 
 
 def build_algorithm(config: TrainConfig, layout: ParallelLayout) -> tuple[GroupAlgorithm, dict[str, TrainableModel]]:
-    """The algorithm and the models that are trained, by name; "policy" is one of them."""
+    """The algorithm and all its models by name, also the frozen ones; "policy" is one of them."""
     builder = ModelBuilder(config, layout, read_architecture(config.model.path))
     return RECIPES[config.algorithm.name](config, builder)
 
@@ -95,13 +95,14 @@ def oreal(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, d
         models["reward_model"] = builder.scalar(
             "reward_model", ScalarHead(builder.layout), reward.path, reward, num_updates
         )
-    pulled = algorithm.kl_coef > 0 and algorithm.kl_target == "initial"
+    if algorithm.kl_coef > 0 and algorithm.kl_target == "initial":
+        models["reference"] = builder.reference()
     oreal = Oreal(
         config=algorithm,
         plan=builder.plan,
         seed=config.seed,
         policy=policy,
-        reference=builder.reference() if pulled else None,
+        reference=models.get("reference"),
         reward_model=models.get("reward_model"),
         policy_updates=config.policy.updates_per_step,
         reward_model_updates=reward.updates_per_step,
@@ -117,25 +118,28 @@ def ppo(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, dic
     critic_updates = config.num_steps * algorithm.critic_epochs * algorithm.critic_minibatches
     head = ScalarHead(builder.layout, critic_config.head_init, config.seed)
     critic = builder.scalar("critic", head, critic_config.path, critic_config, critic_updates)
-    pulled = algorithm.kl_coef > 0 or algorithm.kl_reward_coef > 0
-    reference = builder.reference() if pulled else None
-    return Ppo(algorithm, builder.plan, config.seed, policy, critic, reference), {"policy": policy, "critic": critic}
+    models = {"policy": policy, "critic": critic}
+    if algorithm.kl_coef > 0 or algorithm.kl_reward_coef > 0:
+        models["reference"] = builder.reference()
+    return Ppo(algorithm, builder.plan, config.seed, policy, critic, models.get("reference")), models
 
 
 def outcome(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, dict[str, TrainableModel]]:
     algorithm = config.algorithm
     assert isinstance(algorithm, OutcomeConfig)
     policy = builder.policy(config.policy, config.num_steps * config.policy.updates_per_step)
-    reference = builder.reference() if algorithm.kl_coef > 0 else None
+    models = {"policy": policy}
+    if algorithm.kl_coef > 0:
+        models["reference"] = builder.reference()
     outcome = Outcome(
         config=algorithm,
         plan=builder.plan,
         group_size=config.rollout.group_size,
         policy=policy,
-        reference=reference,
+        reference=models.get("reference"),
         policy_updates=config.policy.updates_per_step,
     )
-    return outcome, {"policy": policy}
+    return outcome, models
 
 
 RECIPES: dict[str, Callable[[TrainConfig, ModelBuilder], tuple[GroupAlgorithm, dict[str, TrainableModel]]]] = {

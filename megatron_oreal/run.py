@@ -77,7 +77,7 @@ class Run(Generic[Config, Item, Algorithm]):
     config: Config
     layout: ParallelLayout
     cursor: PromptCursor[Item]
-    policy: TrainableModel
+    models: Mapping[str, TrainableModel]
     algorithm: Algorithm
     sampler: Sampler
     sampling: SamplingParams
@@ -109,6 +109,8 @@ class Run(Generic[Config, Item, Algorithm]):
         """Writes the step's record."""
         self.metrics |= self.timer.flush()
         self.metrics |= rates(self.metrics)
+        for model in self.models.values():
+            self.metrics |= model.flush_seconds()
         if self.log is not None:
             self.log.log(step, self.metrics)
         self.metrics = {}
@@ -262,7 +264,8 @@ def assembled(
         verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
         engine = local_engine(config, layout)
         stack.callback(engine.close)
-        train_state = TrainState(config.run_dir / "checkpoints", models, layout, config.checkpoint)
+        trained = {name: model for name, model in models.items() if model.training is not None}
+        train_state = TrainState(config.run_dir / "checkpoints", trained, layout, config.checkpoint)
         restored = train_state.load_latest()
         start_step = num_skipped_steps = 0
         if restored is not None:
@@ -275,7 +278,7 @@ def assembled(
             config=config,
             layout=layout,
             cursor=cursor,
-            policy=models["policy"],
+            models=models,
             algorithm=algorithm,
             sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
             sampling=inputs.sampling,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ class TrainableModel:
         self.chunks: list[PackedGPTModel] = build_chunks(
             architecture, head, self.megatron_config, layout, self.transformer_engine
         )
+        self.seconds: dict[str, float] = {}  # of forward passes and train steps since the last flush
         self.training: Training | None = None
         if training is not None:
             self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates)
@@ -90,6 +93,17 @@ class TrainableModel:
     def weight_stream(self) -> WeightStream:
         return WeightStream(self.parameters(), self.architecture, self.head.kind, self.layout)
 
+    def flush_seconds(self) -> dict[str, float]:
+        """`time/in_update/<name>_<forward or train>`: where the update's seconds went."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"time/in_update/{self.name}_{kind}": value for kind, value in seconds.items()}
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
+
     @torch.no_grad()
     def forward(self, batch: Batch, stream: TokenStream) -> None:
         """Fills `stream` of every micro-batch, on every pipeline stage, with the head's values."""
@@ -97,18 +111,24 @@ class TrainableModel:
         def collect(outputs: TokenOutputs, _microbatch: Microbatch) -> Tensor:
             return outputs.values
 
-        values = self._run(batch, collect, forward_only=True)
+        with self._timed("forward"):
+            values = self._run(batch, collect, forward_only=True)
         for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
             setattr(microbatch, stream, tensor)
 
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """The loss's metrics without an update."""
-        outputs: list[LossOutput] = self._run(batch, loss, forward_only=True)
+        with self._timed("forward"):
+            outputs: list[LossOutput] = self._run(batch, loss, forward_only=True)
         return self._reduce([output.metrics for output in outputs])
 
     def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """One optimizer step. Raises NonFiniteLossError, before the weights change, naming the component."""
+        with self._timed("train"):
+            return self._train_step(batch, loss)
+
+    def _train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         training = self._training
         metrics = self.accumulate_gradients(batch, loss)
         for component, value in metrics.items():
