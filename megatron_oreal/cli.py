@@ -30,8 +30,8 @@ from megatron_oreal.config import (
     to_yaml,
 )
 
-# checkpoint.families.FAMILIES, which needs torch; a test holds them equal
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "internlm2", "internlm3")
+# rollout.local.GENERATED_FAMILIES, which needs torch; a test holds them equal
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
 PR_SET_PDEATHSIG = 1
 RESUME = "the same command continues from the last checkpoint"
 INTERRUPTED = "Interrupted by {}: " + RESUME
@@ -131,6 +131,7 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
 
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
     """Checks what can be checked without torch, then runs here or in processes of its own."""
+    adopt_slurm_task()
     config = load_config(kind, path, overrides)
     check_lengths(config, check_layout(config, SUPPORTED_MODEL_TYPES))
     if dry_run:
@@ -145,10 +146,29 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         run(config)
 
 
+def adopt_slurm_task() -> None:
+    """srun numbers its tasks under names of its own; torch's are needed."""
+    count = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or count == "1":
+        return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError("srun: export MASTER_ADDR (the first node) and MASTER_PORT (a free port) before it")
+    per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]  # "8(x16)"
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": count}
+    os.environ |= {"LOCAL_RANK": os.environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": per_node}
+
+
 def launch(config: ModelRunConfig) -> None:
     """Starts this command again in every process of the layout, with torch's elastic launcher."""
     count = num_processes(config.parallel)
     set_threads(count)
+    import torch
+
+    if 0 < torch.cuda.device_count() < count:
+        raise ValueError(
+            f"parallel: {count} processes on {torch.cuda.device_count()} GPUs; lower parallel.data, or start with "
+            "torchrun or srun on more nodes"
+        )
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -233,7 +253,16 @@ def fail(message: str, exit_code: int) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(30)
     click.echo(f"Error: {' '.join(message.split())}", err=True)
+    if is_distributed():
+        sys.stdout.flush()
+        os._exit(exit_code)  # tearing NCCL down would wait for ranks that wait for this one
     sys.exit(exit_code)
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks, without importing torch for the question."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def on_interrupt(_signal_number: int, _frame: FrameType | None) -> None:

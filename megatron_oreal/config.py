@@ -36,7 +36,7 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt | None = None  # model chunks a pipeline rank, interleaved schedule
+    virtual_pipeline: int | None = Field(default=None, ge=2)  # model chunks a pipeline rank, interleaved schedule
     data: PositiveInt | None = None  # None: what the launcher started, else 1
     sequence: bool = False  # sequence parallelism, needs tensor > 1
     microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch at most; a longer sequence is alone in its own
@@ -73,7 +73,6 @@ class OptimizerConfig(Section):
 
 class TrainableConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
-    microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch; a longer sequence is alone
     updates_per_step: PositiveInt = 1  # optimizer steps on one set of groups
 
 
@@ -143,7 +142,7 @@ AnswerRule = Literal["last_box", "answer_tags", "conclusion"]
 
 
 class VerifierConfig(Section):
-    num_workers: PositiveInt = 1
+    num_workers: PositiveInt = 4  # processes for comparisons that take algebra; started when there is one
     cpu_seconds: float = Field(default=3.0, gt=0)  # of one comparison, then the worker is ended
     # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
     answer_rule: AnswerRule = "last_box"
@@ -189,8 +188,8 @@ class TrainConfig(RunConfig):
     verifier: VerifierConfig = VerifierConfig()
     algorithm: Annotated[OrealConfig | OutcomeConfig | PpoConfig, Field(discriminator="name")] = OrealConfig()
     policy: TrainableConfig = TrainableConfig()
-    reward_model: RewardModelConfig = RewardModelConfig()  # of oreal
-    critic: CriticConfig = CriticConfig()  # of ppo
+    reward_model: RewardModelConfig = RewardModelConfig()  # of oreal; the others leave it alone
+    critic: CriticConfig = CriticConfig()  # of ppo; its minibatches and epochs take the place of updates_per_step
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="before")

@@ -15,7 +15,7 @@ import yaml
 from safetensors import SafetensorError
 
 from megatron_oreal.algorithms.sft import Sft
-from megatron_oreal.checkpoint.families import FAMILIES, Architecture, read_architecture
+from megatron_oreal.checkpoint.families import Architecture, read_architecture
 from megatron_oreal.checkpoint.hf import save_hf
 from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
 from megatron_oreal.config import (
@@ -43,7 +43,7 @@ from megatron_oreal.observability.progress import ProgressBar
 from megatron_oreal.recipes import GroupAlgorithm, build_algorithm, build_sft
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rollout.engine import RolloutEngine, SamplingParams
-from megatron_oreal.rollout.local import LocalEngine
+from megatron_oreal.rollout.local import GENERATED_FAMILIES, LocalEngine
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.rollout.weight_sync import WeightSync
 from megatron_oreal.types import TrainingSequence
@@ -211,7 +211,7 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
 
 
 def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
-    check_lengths(config, check_layout(config, list(FAMILIES)))
+    check_lengths(config, check_layout(config, GENERATED_FAMILIES))
     architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
     datasets: dict[str, list[EncodedPrompt]] = {}
     notes: list[str] = []
@@ -246,8 +246,11 @@ def opened_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
     layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
     try:
         yield layout
-    finally:
-        parallel.finalize()
+    except BaseException:
+        if layout.world_size == 1:  # finalizing would wait for ranks that are inside a collective
+            parallel.finalize()
+        raise
+    parallel.finalize()
 
 
 @contextlib.contextmanager
@@ -358,6 +361,8 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
     if not file.is_file():
         return
     before, now = flatten(yaml.safe_load(file.read_text())), flatten(yaml.safe_load(to_yaml(config)))
+    if "num_steps" in changeable and moves_with_num_steps(now):
+        changeable = tuple(name for name in changeable if name != "num_steps")
     differences = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -368,6 +373,12 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
             f"run_dir: {config.run_dir} belongs to another configuration ({'; '.join(differences)}); "
             "choose another run_dir, or restore these settings to resume"
         )
+
+
+def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
+    """Whether a learning rate's cosine ends with the run: then more steps are another schedule."""
+    cosines = [name.removesuffix(".decay") for name, value in settings.items() if value == "cosine"]
+    return any(settings[f"{name}.decay_steps"] is None for name in cosines)
 
 
 def flatten(settings: object, prefix: str = "") -> dict[str, object]:

@@ -25,7 +25,9 @@ def train(config: TrainConfig) -> None:
                 groups = run.sampler.sample(prompts, config.rollout.group_size, run.sampling, f"{config.seed}/{step}")
                 if run.layout.is_main:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", groups)
-            run.record(rollout_metrics(groups) | text_metrics(groups))
+            run.record(rollout_metrics(groups))
+            if run.log is not None:
+                run.record(text_metrics(groups))
             with run.timer("update"), naming_the_step(step):
                 run.record(run.algorithm.update(groups, step))
             run.count_skipped(step)

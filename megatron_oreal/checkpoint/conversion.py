@@ -21,7 +21,7 @@ from megatron_oreal.checkpoint import torch_dist
 from megatron_oreal.checkpoint.families import Architecture, Head, parameters, read_architecture, read_settings
 from megatron_oreal.checkpoint.hf import INDEX, SHARD_BYTES, HfReader
 from megatron_oreal.checkpoint.mapping import Place, Row, padded_vocabulary
-from megatron_oreal.checkpoint.processes import CountBytes, run_in_processes
+from megatron_oreal.checkpoint.processes import CountBytes, map_pages, run_in_processes
 from megatron_oreal.checkpoint.safetensors_files import Slot, create_files, fill
 from megatron_oreal.checkpoint.torch_dist import StoredChunk, TorchDistReader
 from megatron_oreal.checkpoint.trainer_shards import HEAD_OF_ROLE, TrainerReader, is_trainer_model, model_path_of_run
@@ -115,6 +115,8 @@ class WriteMegatron:
         with (self.directory / f"__{number}_0.distcp").open("wb") as file:
             for row, place in rows:
                 tensors = [reader.read(name, None, 0, 1) for name in row.hf_names(place)]
+                for tensor in tensors:
+                    map_pages(tensor)
                 num_bytes = sum(tensor.nbytes for tensor in tensors)
                 if self.dtype is not None:
                     tensors = [tensor.to(self.dtype) for tensor in tensors]
@@ -186,6 +188,7 @@ class WriteHf:
         reader = open_megatron(self.mcore, self.architecture)
         for row, place in rows:
             for name, tensor in zip(row.hf_names(place), reader.hf_tensors(row, place), strict=True):
+                map_pages(tensor)
                 slot = self.slots[name]
                 fill(self.directory, slot, tensor.to(slot.dtype))
                 count_bytes(tensor.nbytes)
@@ -254,7 +257,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def exported(architecture: Architecture, head: Head) -> list[Parameter]:
-    return [(row, place) for row, place in parameters(architecture, head) if row.exported]
+    """Layer by layer, as files have them: what is outside of the layers comes first."""
+    found = [(row, place) for row, place in parameters(architecture, head) if row.exported]
+    return sorted(found, key=lambda parameter: -1 if parameter[1].layer is None else parameter[1].layer)
 
 
 def size_of(row: Row, dtype: torch.dtype) -> int:

@@ -249,9 +249,14 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path,
             pass
         return
     with temporary_directory(out) as directory:
-        writer = ShardWriter(directory)
-        for name, tensor in stream:
-            writer.add(name, tensor)
+        writer, tensors = ShardWriter(directory), iter(stream)
+        try:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+        except (OSError, SafetensorError):
+            for _ in tensors:  # the other ranks are in its collectives
+                pass
+            raise
         writer.close()
         copy_companions(source, directory, ("config.json", "generation_config.json"))
         copy_companions(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import multiprocessing
 import os
 import signal
@@ -21,6 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 CountBytes = Callable[[int], None]
 PR_SET_PDEATHSIG = 1
+MADV_POPULATE_READ = 22
 MEBIBYTE = 2**20
 
 _work: Callable[[Any, CountBytes], Any]
@@ -37,7 +37,6 @@ def run_in_processes(
     # A fork has torch imported and the plan in memory already; elsewhere than on Linux it is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     done = context.Value(ctypes.c_int64, 0)
-    gc.collect()
     total = -(-total_bytes // MEBIBYTE)
     with ProgressBar(total, description=name, unit="MiB") as bar:
         if num_workers == 1 or len(items) == 1:
@@ -86,3 +85,14 @@ def _run(item: Any) -> Any:
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_pages(tensor: torch.Tensor) -> None:
+    """Enters all of a mapped tensor's pages at once: met one by one in a write, they take most of its time."""
+    if sys.platform != "linux" or tensor.nbytes < MEBIBYTE:
+        return
+    page = os.sysconf("SC_PAGESIZE")
+    begin = tensor.data_ptr() // page * page
+    length = tensor.data_ptr() + tensor.nbytes - begin
+    # Best effort: kernels before 5.14 refuse it.
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_POPULATE_READ)

@@ -201,10 +201,11 @@ def write_companions(directory: Path, architecture: Architecture, head: Head, pa
 class MetadataUnpickler(pickle.Unpickler):
     """Makes nothing but the descriptions that a .metadata file consists of."""
 
-    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
     CLASSES = (
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING", "_StorageInfo",
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType",
     )  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:

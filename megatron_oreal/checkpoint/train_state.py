@@ -107,12 +107,16 @@ class TrainState:
             if self.layout.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"checkpoint {final} could not be written ({error}); the ones before it stay")
-        if self.layout.is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            sync_folder(self.folder)
-            self._prune()
-        dist.barrier()
+        try:
+            if self.layout.is_main:
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                sync_folder(self.folder)
+                self._prune()
+        except OSError as caught:
+            error = describe(caught)
+        if error := first_error(error):
+            raise CheckpointError(f"checkpoint {final} could not be put in its place ({error})")
         return final
 
     def load_latest(self) -> Progress | None:
@@ -123,7 +127,10 @@ class TrainState:
         if self.layout.is_main:
             for stale in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(stale)
-        steps = saved_steps(self.folder)
+        found = [saved_steps(self.folder)]
+        if dist.get_world_size() > 1:  # one rank looks: a shared folder may show the others an older state
+            dist.broadcast_object_list(found, src=0)
+        steps = found[0]
         if not steps:
             return None
         folder = self.folder / f"step_{steps[-1]:06d}"
@@ -134,6 +141,8 @@ class TrainState:
             if layout == self._layout_sizes():
                 progress = Progress(**saved["progress"])
                 self._read(folder)
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, but no damage
         except READ_ERRORS as caught:
             error = describe(caught)
         if error := first_error(error):
@@ -149,8 +158,8 @@ class TrainState:
     def _read(self, folder: Path) -> None:
         for name, model in self.models.items():
             load_parameters_in_place(model, folder / name / f"parameters_{self._shard}.safetensors")
-            model.load_training_state(torch.load(folder / name / self._optimizer_file(model), weights_only=True))
-        restore_random_state(torch.load(folder / f"random_{self._shard}.pt", weights_only=True))
+            model.load_training_state(load_on_cpu(folder / name / self._optimizer_file(model)))
+        restore_random_state(load_on_cpu(folder / f"random_{self._shard}.pt"))
 
     def _write(self, folder: Path, progress: Progress) -> None:
         for name, model in self.models.items():
@@ -208,6 +217,11 @@ def saved_steps(folder: Path) -> list[int]:
     """The complete checkpoints of a run, oldest first."""
     matches = [STEP_FOLDER.fullmatch(path.name) for path in folder.glob("step_*")]
     return sorted(int(match[1]) for match in matches if match)
+
+
+def load_on_cpu(file: Path) -> Any:
+    """Mapped into memory: replicas that read the same file share its pages, and no GPU holds a second copy."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
 def first_error(error: str) -> str:

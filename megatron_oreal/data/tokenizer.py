@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from megatron_oreal.config import PromptConfig
+    from megatron_oreal.data.sentencepiece_tokenizer import SentencePieceBackend
     from megatron_oreal.types import Message
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -24,9 +25,10 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 class Tokenizer:
     """Never adds special tokens by itself: the chat template writes those that a prompt needs."""
 
-    def __init__(self, backend: PreTrainedTokenizerBase) -> None:
-        self.backend = backend
-        self.eos_id: int = backend.eos_token_id
+    def __init__(self, backend: PreTrainedTokenizerBase | SentencePieceBackend) -> None:
+        self.backend: Any = backend
+        eos_id: Any = backend.eos_token_id
+        self.eos_id: int = eos_id
         self.vocab_size: int = len(backend)  # the added tokens included
 
     def render_prompt(self, messages: Sequence[Message], config: PromptConfig) -> str:
@@ -100,14 +102,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a tokenizer directory; never reaches out to a hub. Raises ValueError naming model.tokenizer."""
     if not any((path / name).is_file() for name in VOCABULARY_FILES):
         raise ValueError(f"model.tokenizer: {path} holds no tokenizer; give a directory with tokenizer.json")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    loader = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        backend = loader.from_pretrained(path, local_files_only=True)
+        backend = load_backend(path)
     except Exception as error:  # noqa: BLE001  # the tokenizers library raises nothing more precise for a bad file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model.tokenizer: {path} cannot be loaded ({reason}); save the tokenizer again") from None
     if backend.eos_token_id is None:
         raise ValueError(f"model.tokenizer: {path} names no eos_token; set it in tokenizer_config.json")
     return Tokenizer(backend)
+
+
+def load_backend(path: Path) -> PreTrainedTokenizerBase | SentencePieceBackend:
+    if (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if (path / "tokenizer.model").is_file():
+        from megatron_oreal.data.sentencepiece_tokenizer import SentencePieceBackend
+
+        return SentencePieceBackend(path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk
+CUDA_CHUNK_BYTES = 1 * 2**30  # there each chunk also reads and writes the whole gradient of the weight
 Precision = Literal["fp32", "bf16"]
 
 
@@ -82,7 +83,7 @@ class _LinearLogprob(torch.autograd.Function):
         first = weight.shape[0] * (group.rank() if group else 0)
         columns = local_columns(weight, first, valid_vocab)
         partial = torch.empty(4 if with_entropy else 3, len(target), dtype=torch.float32, device=hidden.device)
-        for rows in chunks(hidden.shape[0], weight.shape[0]):
+        for rows in chunks(hidden, weight.shape[0]):
             logits = chunk_logits(hidden[rows], weight, temperature, columns)
             partial[:, rows] = reduce_chunk(logits, target[rows] - first, columns, with_entropy)
         logprobs, logsumexp, entropy = combine(partial, group)
@@ -99,7 +100,7 @@ class _LinearLogprob(torch.autograd.Function):
         probs_scale = -onehot_scale if grad_logsumexp is None else grad_logsumexp - onehot_scale
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in chunks(hidden.shape[0], weight.shape[0]):
+        for rows in chunks(hidden, weight.shape[0]):
             logits = chunk_logits(hidden[rows], weight, ctx.temperature, ctx.columns)
             shifted = logits - logsumexp[rows, None]
             probs = shifted.exp()
@@ -119,9 +120,9 @@ class _LinearLogprob(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-def chunks(num_tokens: int, num_columns: int) -> Iterator[slice]:
-    size = max(1, CHUNK_BYTES // (4 * num_columns))
-    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+def chunks(hidden: Tensor, num_columns: int) -> Iterator[slice]:
+    size = max(1, (CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES) // (4 * num_columns))
+    return (slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size))
 
 
 def local_columns(weight: Tensor, first: int, valid_vocab: int | None) -> int:

@@ -8,7 +8,10 @@ variable-length attention takes the packed tokens as they are.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +74,17 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+@functools.cache
+def variable_length_attention() -> Callable[..., Any] | None:
+    """torch's own, where it is new enough for causal grouped-query attention; None elsewhere."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters.keys()
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known else None
+
+
 class PackedAttention(MegatronModule):
     """A core attention for Megatron's local layers: causal, packed [T, 1, heads, head_dim] or batched [S, B, ...]."""
 
@@ -104,7 +118,7 @@ class PackedAttention(MegatronModule):
             out = self.causal(*(x.transpose(0, 1) for x in (query, key, value)))
             return out.transpose(0, 1).reshape(tokens, batch, heads * head_dim)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and variable_length_attention():
             out = self.variable_length(query, key, value, packed_seq_params)
         else:
             padded = [
@@ -118,15 +132,19 @@ class PackedAttention(MegatronModule):
     def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, S, heads, head_dim] in and out."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        grouped = query.size(1) != key.size(1)
+        if grouped and query.is_cuda:  # the fused kernels take equal numbers of heads; without them scores are O(S^2)
+            key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
+            grouped = False
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.size(1) != key.size(1)
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
 
     def variable_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
-
-        out = varlen_attn(
+        attend = variable_length_attention()
+        assert attend is not None
+        out = attend(
             query,
             key,
             value,

@@ -37,7 +37,7 @@ class Training:
         inner = self.inner_optimizers
         return {
             "optimizers": [optimizer.state_dict() for optimizer in inner],
-            "masters": [[param.detach() for param in parameters(optimizer)] for optimizer in inner],
+            "masters": [[copy_of(param) for param in parameters(optimizer)] for optimizer in inner],
             "num_updates": self.schedule.num_steps,
         }
 
@@ -87,6 +87,11 @@ def prepare_training(
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_gradients
     return Training(wrapped, optimizer, build_schedule(optimizer, settings, num_updates), settings.distributed)
+
+
+def copy_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Of its own storage: a shard is a view of a larger buffer, which would be saved with it."""
+    return parameter.detach().cpu().clone()
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

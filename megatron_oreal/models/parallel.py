@@ -59,7 +59,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) 
     on_cpu = megatron_on_cpu.enable()
     from megatron.core import parallel_state, tensor_parallel
 
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cpu") if on_cpu else local_cuda_device()
     if not on_cpu:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=parallel.timeout_seconds)
@@ -70,7 +70,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) 
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
-        create_gloo_process_groups=not on_cpu,
+        create_gloo_process_groups=False,
     )
     layout = ParallelLayout(
         rank=dist.get_rank(),
@@ -94,7 +94,13 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) 
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # what is allocated is written before it is read
     return layout
+
+
+def local_cuda_device() -> torch.device:
+    """The local rank's GPU; a task that is shown one GPU alone has number 0."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def single_process_rendezvous() -> dict[str, Any]:
@@ -121,7 +127,7 @@ def destroy_groups() -> None:
 
 
 def quiet_megatron() -> None:
-    """Megatron warns once per missing optional package and per process; `megatron-oreal doctor` says it once."""
+    """Megatron warns once per missing optional package and per process."""
     warnings.filterwarnings("ignore", module="megatron.*")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)

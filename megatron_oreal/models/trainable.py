@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.model import Loss
 from megatron_oreal.checkpoint.families import Architecture
-from megatron_oreal.checkpoint.hf import WeightStream, load_parameters
+from megatron_oreal.checkpoint.hf import HfReader, WeightStream, load_parameters
 from megatron_oreal.config import ModelConfig, TrainableConfig
 from megatron_oreal.models.attention import pack_segments
 from megatron_oreal.models.build import (
@@ -66,8 +66,9 @@ class TrainableModel:
                 chunk.requires_grad_(False)
 
     def load_hf(self, path: Path) -> None:
-        """Reads this rank's shards from a Hugging Face directory; a scalar head keeps its own initial weights."""
-        skip = ["output_layer.weight"] if self.head.kind == "scalar" else []
+        """Reads this rank's shards from a Hugging Face directory; a scalar head keeps its own where none is there."""
+        has_no_score = self.head.kind == "scalar" and "score.weight" not in HfReader(path).file_of
+        skip = ["output_layer.weight"] if has_no_score else []
         load_parameters(self.parameters(), path, self.architecture, self.head.kind, self.layout, skip)
         if self.training is not None:
             self.training.optimizer.reload_model_params()

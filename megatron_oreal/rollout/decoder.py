@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import Architecture
+from megatron_oreal.checkpoint.rotary import rotary_frequencies
 
 LLAMA_LIKE = ("qwen2", "llama")  # families whose layers are exactly these
 PREFILL_TOKENS = 16384  # padding included, of prompts that go through the layers together
@@ -90,10 +91,10 @@ class LlamaDecoder:
         """Rotary tables of at least `num_positions` rows: cos and (-sin, sin), [positions, D]."""
         if num_positions <= len(self.cos):
             return
-        head_dim = self.architecture.head_dim
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=self.device) / head_dim
+        shape = self.architecture
+        frequencies = rotary_frequencies(shape.rope_theta, shape.head_dim, shape.rope_scaling, self.device)
         positions = torch.arange(2 * num_positions, dtype=torch.float32, device=self.device)
-        angles = positions[:, None] / self.architecture.rope_theta**exponents  # [positions, D / 2]
+        angles = positions[:, None] * frequencies  # [positions, D / 2]
         self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1).to(self.dtype)
         self.signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(self.dtype)
 

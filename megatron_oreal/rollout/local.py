@@ -24,6 +24,8 @@ from megatron_oreal.rollout.sampling import draw, seed_tensor
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
+# Families that the decoder or transformers runs with the weight stream's names; the others are only converted.
+GENERATED_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 # Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
 DROP_BELOW = 0.9
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import canonical_name, parameter_rows, read_architecture
@@ -61,6 +62,8 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
     sharded = chunk.sharded_state_dict(metadata=metadata)
     loaded = dist_checkpointing.load({"model": sharded}, str(mcore))  # of default strictness: nothing may be missing
     chunk.load_state_dict(loaded["model"], strict=False)
+    if (layout.tensor_size, layout.pipeline_size) == (2, 2):
+        save(folder / f"{name}-saved", chunk)
     rows, reader = parameter_rows(architecture, head.kind), HfReader(hf)
     for megatron_name, parameter in global_parameters([chunk]):
         row, place = find_row(rows, canonical_name(megatron_name))
@@ -69,9 +72,18 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
             place = replace(place, expert=place.expert + local * parallel_state.get_expert_model_parallel_rank())
         tensors = [reader.read(hf_name, None, 0, 1) for hf_name in row.hf_names(place)]
         expected = row.op.merge([shard(tensor, row, layout, len(parameter)) for tensor in tensors])
-        assert torch.equal(parameter, expected), (
-            f"{name}, {layout.tensor_size} x {layout.pipeline_size}: {megatron_name}"
-        )
+        assert torch.equal(parameter, expected), f"{name}: {megatron_name}, {layout}"
+
+
+def save(path: Path, chunk: Any) -> None:
+    """As Megatron-LM does, at its 5th iteration."""
+    if dist.get_rank() == 0:
+        (path / "iter_0000005").mkdir(parents=True)
+        (path / "latest_checkpointed_iteration.txt").write_text("5")
+    dist.barrier()
+    filesystem_async._process_memory = lambda: 0  # Megatron logs it, and asks psutil for it
+    state = {"model": chunk.sharded_state_dict(), "iteration": 5, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, str(path / "iter_0000005"))
 
 
 def shard(tensor: Tensor, row: Any, layout: parallel.ParallelLayout, local_rows: int) -> Tensor:

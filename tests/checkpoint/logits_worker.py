@@ -31,8 +31,9 @@ def main(folder: Path, names: list[str]) -> None:
     ids = torch.randint(0, COMMON["vocab_size"], (2, NUM_TOKENS), generator=torch.Generator().manual_seed(1))
     for name in names:
         path = write_checkpoint(folder / name, name)
-        expected = reference_model(path, name)(ids).logits
-        logits = megatron_logits(path, layout, ids)
+        with torch.no_grad():
+            expected = reference_model(path, name)(ids).logits
+            logits = megatron_logits(path, layout, ids)
         difference = float((logits - expected).abs().max())
         print(f"{name}: {difference:.1e} of {float(expected.abs().max()):.2f}", flush=True)
         assert expected.abs().max() > 0.5 and difference < 1e-4, name

@@ -1,0 +1,119 @@
+"""A bare sentencepiece `tokenizer.model` (InternLM2, Llama 2) behind the few calls that Tokenizer makes.
+
+tokenizer_config.json beside it may name special tokens (`added_tokens_decoder`, `eos_token`) and a chat template. As in
+the tokenizers that come with such models, text between special tokens is encoded piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sentencepiece import SentencePieceProcessor
+
+MODEL_FILE = "tokenizer.model"
+
+
+class SentencePieceBackend:
+    """Raises ValueError, OSError or RuntimeError for files that are not what they should be."""
+
+    def __init__(self, path: Path) -> None:
+        self.pieces = SentencePieceProcessor(model_file=str(path / MODEL_FILE))
+        file = path / "tokenizer_config.json"
+        settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+        self.special = {
+            content_of(token): int(number) for number, token in settings.get("added_tokens_decoder", {}).items()
+        }
+        for number in (self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.unk_id()):
+            if number >= 0:
+                self.special.setdefault(self.pieces.id_to_piece(number), number)
+        self.bos_token, self.eos_token, self.unk_token = (
+            self._named(settings, name, number)
+            for name, number in (
+                ("bos_token", self.pieces.bos_id()),
+                ("eos_token", self.pieces.eos_id()),
+                ("unk_token", self.pieces.unk_id()),
+            )
+        )
+        self.eos_token_id, self.unk_token_id = self._id(self.eos_token), self._id(self.unk_token)
+        template = path / "chat_template.jinja"
+        self.chat_template: str | None = (
+            template.read_text() if template.is_file() else settings.get("chat_template") or None
+        )
+        # The longest first: one special token may begin like another.
+        ordered = sorted(self.special, key=len, reverse=True)
+        self.splitter = re.compile("(" + "|".join(map(re.escape, ordered)) + ")")
+
+    def _named(self, settings: Mapping[str, Any], name: str, number: int) -> str | None:
+        if settings.get(name):
+            return content_of(settings[name])
+        return self.pieces.id_to_piece(number) if number >= 0 else None
+
+    def _id(self, token: str | None) -> int | None:
+        if token is None or token in self.special:
+            return self.special.get(token or "")
+        number = int(self.pieces.piece_to_id(token))
+        return None if number == self.pieces.unk_id() else number
+
+    def __len__(self) -> int:
+        return max([self.pieces.vocab_size(), *(number + 1 for number in self.special.values())])
+
+    def __call__(self, texts: Sequence[str], **_options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self._encode(text) for text in texts]}
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in filter(None, self.splitter.split(text)):
+            ids += [self.special[part]] if part in self.special else self.pieces.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, **_options: Any) -> str:
+        names = {number: name for name, number in self.special.items()}
+        texts = []
+        for run in runs(ids, names):
+            if isinstance(run, int):
+                texts.append("" if skip_special_tokens else names[run])
+            else:
+                texts.append(str(self.pieces.decode(run)))
+        return "".join(texts)
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, str]], tokenize: bool = False, add_generation_prompt: bool = True
+    ) -> str:
+        assert self.chat_template is not None and not tokenize
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        return environment.from_string(self.chat_template).render(
+            messages=conversation,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self.bos_token or "",
+            eos_token=self.eos_token or "",
+        )
+
+
+def content_of(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def runs(ids: Sequence[int], special: Mapping[int, str]) -> Iterator[int | list[int]]:
+    """Special tokens alone, the others in runs between them."""
+    run: list[int] = []
+    for number in ids:
+        if number not in special:
+            run.append(number)
+            continue
+        if run:
+            yield run
+        yield number
+        run = []
+    if run:
+        yield run
