@@ -133,6 +133,8 @@ class SamplingConfig(Section):
 class RolloutConfig(SamplingConfig):
     engine: Literal["local"] = "local"  # in the trainer's own processes
     group_size: int = Field(default=16, ge=1)
+    draw_rounds: PositiveInt = 1  # times that a prompt is sampled, until pure_rejection_sampling has its num_correct
+    prompt_rounds: PositiveInt = 1  # batches of prompts a step, until prompts_per_step groups are mixed (DAPO)
     stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
     stop_strings: list[str] = []  # end a response too, and stay in it
     batch_size: PositiveInt = 512  # sequences decoded together in a process

@@ -30,6 +30,7 @@ from megatron_oreal.config import (
     check_lengths,
     to_yaml,
 )
+from megatron_oreal.config_algorithms import OutcomeConfig
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,6 +43,7 @@ from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
 from megatron_oreal.recipes import GroupAlgorithm, build_algorithm, build_sft
 from megatron_oreal.rewards import MathVerifier
+from megatron_oreal.rollout.collection import GroupCollector
 from megatron_oreal.rollout.engine import RolloutEngine, SamplingParams
 from megatron_oreal.rollout.local import GENERATED_FAMILIES, LocalEngine
 from megatron_oreal.rollout.sampler import Sampler
@@ -315,6 +317,22 @@ def build_sampler(
 ) -> Sampler:
     stop_strings = tuple(config.rollout.stop_strings)
     return Sampler(engine, tokenizer, verifier, config.verifier.require_stop, stop_strings, config.verifier.answer_rule)
+
+
+def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> GroupCollector:
+    config, algorithm = run.config, run.config.algorithm
+    num_correct = 0
+    if isinstance(algorithm, OutcomeConfig) and algorithm.objective == "pure_rejection_sampling":
+        num_correct = algorithm.num_correct
+    return GroupCollector(
+        sampler=run.sampler,
+        cursor=run.cursor,
+        sampling=run.sampling,
+        config=config.rollout,
+        prompts_per_step=config.data.prompts_per_step,
+        num_correct=num_correct,
+        seed=config.seed,
+    )
 
 
 def open_verifier(config: VerifierConfig) -> MathVerifier:

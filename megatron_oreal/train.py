@@ -14,22 +14,22 @@ from megatron_oreal.config import SftConfig, TrainConfig
 from megatron_oreal.evaluation import evaluate
 from megatron_oreal.rollout.sampler import rollout_metrics, write_rollouts
 from megatron_oreal.rollout.statistics import text_metrics
-from megatron_oreal.run import Run, open_sft, open_train
+from megatron_oreal.run import Run, build_collector, open_sft, open_train
 
 
 def train(config: TrainConfig) -> None:
     with open_train(config) as run:
+        collector = build_collector(run)
         for step in steps(run):
             with run.timer("rollout"), naming_the_step(step):
-                prompts = run.cursor.next_batch(config.data.prompts_per_step)
-                groups = run.sampler.sample(prompts, config.rollout.group_size, run.sampling, f"{config.seed}/{step}")
+                collected = collector.collect(step)
                 if run.layout.is_main:
-                    write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", groups)
-            run.record(rollout_metrics(groups))
+                    write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", collected.sampled)
+            run.record(rollout_metrics(collected.sampled))
             if run.log is not None:
-                run.record(text_metrics(groups))
+                run.record(text_metrics(collected.sampled))
             with run.timer("update"), naming_the_step(step):
-                run.record(run.algorithm.update(groups, step))
+                run.record(run.algorithm.update(collected.groups, step))
             run.count_skipped(step)
             with run.timer("weight_sync"):
                 run.weight_sync.push(version=step + 1)

@@ -50,6 +50,9 @@ class _Stream:
 
     def wait_stream(self, _other: Any) -> None: ...
 
+    def record_event(self, _event: Any = None) -> _Stream:
+        return self
+
     def synchronize(self) -> None: ...
 
 

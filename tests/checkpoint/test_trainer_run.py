@@ -20,7 +20,7 @@ from tests.integration.conftest import CHARACTERS, SPECIAL, write_lines, write_t
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["qwen2-tied", "qwen3"])
 def test_a_runs_checkpoint_is_what_the_run_exports(tmp_path: Path, model: str) -> None:
-    vocab_size = len(SPECIAL) + len(CHARACTERS)  # odd or not, as the characters are
+    vocab_size = len(SPECIAL) + len(CHARACTERS)
     hf = write_checkpoint(tmp_path / "model", model, vocab_size=vocab_size, num_files=1)
     write_tokenizer(tmp_path / "tokenizer")
     write_lines(tmp_path / "sft.jsonl", [{"prompt": f"{n}+1=", "response": f"\\boxed{{{n}}}"} for n in range(10)])

@@ -164,3 +164,24 @@ def test_a_killed_supervised_run_resumes_bit_for_bit(sft_config: Metrics, comman
     done = command_line("sft", sft_config | {"run_dir": str(tmp_path / "killed")}, config)
     assert done.returncode == 0, done.stderr
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "unbroken")
+
+
+@pytest.mark.timeout(600)
+def test_prompts_and_samples_are_drawn_in_rounds(train_config: Metrics, command_line: Run, tmp_path: Path) -> None:
+    """Pure rejection sampling draws again where correct samples are missing; unusable groups make room for others."""
+    algorithm = {"name": "outcome", "objective": "pure_rejection_sampling", "num_correct": 2}
+    settings = train_config | {"run_dir": str(tmp_path / "run"), "algorithm": algorithm, "num_steps": 2}
+    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2}
+    done = command_line("train", settings, tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").read_text().splitlines()]
+    by_prompt: dict[str, list[Metrics]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt_id"], []).append(row)
+    assert len(by_prompt) in (5, 10)
+    for samples in by_prompt.values():
+        assert len(samples) in (4, 8, 12)
+        before_the_last_round = samples[:-4]
+        assert sum(row["status"] == "correct" for row in before_the_last_round) < 2
+        if sum(row["status"] == "correct" for row in samples) < 2:
+            assert len(samples) == 12
