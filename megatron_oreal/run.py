@@ -97,10 +97,10 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics |= metrics
 
     def count_skipped(self, step: int) -> None:
-        """A step without a group that has both correct and incorrect samples."""
+        """A step whose groups gave the algorithm nothing to learn from."""
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
-            self.progress.note(f"step {step} skipped: no group has both correct and incorrect samples to learn from")
+            self.progress.note(f"step {step} skipped: its groups hold nothing that the algorithm learns from")
         self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
 
     def save(self, step: int) -> None:
