@@ -24,6 +24,7 @@ setup(
         "typing_extensions",
         "pyyaml",
         "click",
+        "aiohttp",
         "tqdm",
         "tensorboard",
         "matplotlib",

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from megatron_oreal.config_algorithms import OrealConfig, OutcomeConfig, PpoConfig, Section
 from megatron_oreal.config_evaluation import BenchmarkConfig
+from megatron_oreal.config_rollout import RolloutConfig
 
 
 class ModelConfig(Section):
@@ -121,23 +122,6 @@ class DataConfig(PromptConfig):
         if bounds != sorted(bounds) or any(repeats < 0 for _, repeats in self.repeats_by_pass_rate):
             raise ValueError("data.repeats_by_pass_rate needs rising bounds and repeats >= 0")
         return self
-
-
-class SamplingConfig(Section):
-    temperature: float = Field(default=1.0, ge=0)  # 0: greedy
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)  # 0: all
-    max_new_tokens: PositiveInt = 1024
-
-
-class RolloutConfig(SamplingConfig):
-    engine: Literal["local"] = "local"  # in the trainer's own processes
-    group_size: int = Field(default=16, ge=1)
-    draw_rounds: PositiveInt = 1  # times that a prompt is sampled, until pure_rejection_sampling has its num_correct
-    prompt_rounds: PositiveInt = 1  # batches of prompts a step, until prompts_per_step groups are mixed (DAPO)
-    stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
-    stop_strings: list[str] = []  # end a response too, and stay in it
-    batch_size: PositiveInt = 512  # sequences decoded together in a process
 
 
 AnswerRule = Literal["last_box", "answer_tags", "conclusion"]

@@ -21,7 +21,6 @@ from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, Tra
 from megatron_oreal.config import (
     EvalRunConfig,
     ModelRunConfig,
-    RolloutConfig,
     RunConfig,
     SftConfig,
     TrainConfig,
@@ -31,6 +30,7 @@ from megatron_oreal.config import (
     to_yaml,
 )
 from megatron_oreal.config_algorithms import OutcomeConfig
+from megatron_oreal.config_rollout import RolloutConfig
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer

@@ -14,7 +14,7 @@ MAX_LINES = 450
 
 # A part of the package imports from its own layer and those before it.
 LAYERS = (
-    ("types", "config", "config_algorithms", "config_evaluation"),
+    ("types", "config", "config_algorithms", "config_evaluation", "config_rollout"),
     ("observability",),
     ("algorithms", "data", "rewards", "kernels"),
     ("models", "checkpoint"),
@@ -93,9 +93,10 @@ def test_imports_point_to_lower_layers(module: str) -> None:
 
 
 def test_config_imports_no_torch_and_nothing_of_the_package() -> None:
-    for module in modules_of("config", "config_algorithms", "config_evaluation"):
+    sections = ("config_algorithms", "config_evaluation", "config_rollout")
+    for module in modules_of("config", *sections):
         assert module not in importers_of("torch", "transformers")
-        assert {part_of(name) for name in IMPORTS[module]} <= {None, "config_algorithms", "config_evaluation"}
+        assert {part_of(name) for name in IMPORTS[module]} <= {None, *sections}
 
 
 def test_config_leaves_torch_unloaded() -> None:
@@ -122,8 +123,12 @@ def test_only_kernels_import_triton_and_transformer_engine() -> None:
     assert importers_of("triton", "transformer_engine", "transformer_engine_torch") <= set(modules_of("kernels"))
 
 
-def test_no_module_imports_sglang() -> None:
-    assert not importers_of("sglang", "sgl_kernel", "ray")
+def test_only_the_launcher_imports_sglang() -> None:
+    """It runs in the servers' own environment, as a script: it may import nothing of the package."""
+    launcher = f"{PACKAGE}.rollout.sglang_launcher"
+    assert importers_of("sglang", "sgl_kernel", "ray") <= {launcher}
+    assert not importers_of(launcher)
+    assert launcher not in importers_of(PACKAGE)
 
 
 def test_modules_name_what_they_hold() -> None:

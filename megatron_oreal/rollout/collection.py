@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_oreal.config import RolloutConfig
+from megatron_oreal.config_rollout import RolloutConfig
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.rollout.engine import SamplingParams
 from megatron_oreal.rollout.sampler import Sampler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -36,27 +36,38 @@ class SamplingParams:
 
 
 @dataclass(slots=True, frozen=True)
-class GenerationRequest:
-    prompt_ids: list[int]
-    seed: int  # of this response alone; the samples of a group need different ones
+class Generation:
+    response_ids: list[int]  # the stop token included when one was produced
+    # Of the distribution that was sampled from: tempered, truncated; 0 when greedy. Empty where the engine cannot tell.
+    rollout_logprobs: list[float]
+    model_logprobs: list[float]  # of the untempered, untruncated model
+    finish_reason: FinishReason  # abort: given up, or cut by a change of weights; what is there may be continued
+    policy_versions: list[int] = field(default_factory=list)  # of the weights that made each token
 
 
 @dataclass(slots=True, frozen=True)
-class Generation:
-    response_ids: list[int]  # the stop token included when one was produced
-    rollout_logprobs: list[float]  # of the distribution that was sampled from: tempered, truncated; 0 when greedy
-    model_logprobs: list[float]  # of the untempered, untruncated model
-    finish_reason: FinishReason
+class GenerationRequest:
+    prompt_ids: list[int]
+    seed: int  # of this response alone; the samples of a group need different ones
+    begun: Generation | None = None  # an aborted response to continue; the answer holds its tokens too
+
+
+class Watch(Protocol):
+    def __call__(self, index: int, generation: Generation) -> bool:
+        """Told of request `index`'s response as soon as it ends; True: the rest may be given up."""
 
 
 class RolloutEngine(Protocol):
     version: int  # of the weights, as the last `update_weights` named it; 0 before
+    is_collective: bool  # every rank calls `generate` alike; else the first rank alone
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Generation]:
-        """One response a request, in the requests' order."""
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
+    ) -> list[Generation]:
+        """One response a request, in the requests' order; those given up have finish_reason "abort"."""
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces all weights by (Hugging Face name, whole tensor) pairs; the stream is consumed to its end."""
+        """Replaces all weights by (Hugging Face name, whole tensor) pairs; every rank consumes the stream."""
 
     def pause(self) -> None:
         """No generation until `resume`."""

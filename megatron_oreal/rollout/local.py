@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.checkpoint.hf import HfReader
 from megatron_oreal.rollout.decoder import LLAMA_LIKE, LlamaDecoder
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.sampling import draw, seed_tensor
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Responses:
 
 
 class LocalEngine:
-    """A `RolloutEngine` in this process.
+    """A `RolloutEngine` in this process. It begins every response anew: `begun` is for servers.
 
     model_path: Hugging Face directory. batch_size: sequences decoded together. process_group: ranks that share the
     work; each calls every method with the same arguments. Results are a function of the inputs, `batch_size` and the
@@ -184,6 +184,7 @@ class LocalEngine:
         batch_size: int,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        self.is_collective = True
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size must be >= 1, got {batch_size}")
         self.device, self.batch_size, self.process_group = device, batch_size, process_group
@@ -216,8 +217,10 @@ class LocalEngine:
             raise RuntimeError("the local engine is closed")
         return self.decoder
 
-    def generate(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> list[Generation]:
-        """See `RolloutEngine`.
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
+    ) -> list[Generation]:
+        """See `RolloutEngine`. All end together here: `watch` is told of each, and nothing is given up.
 
         Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
         closed, paused or half updated, and FloatingPointError when the model's logits are not finite.
@@ -243,6 +246,9 @@ class LocalEngine:
         generations: dict[int, Generation] = {}
         for share, part in zip(shares, every_response, strict=True):
             generations |= zip(share, to_generations(part, params), strict=False)
+        if watch is not None:
+            for index in range(len(requests)):
+                watch(index, generations[index])
         return [generations[index] for index in range(len(requests))]
 
     @torch.inference_mode()

@@ -1,0 +1,48 @@
+"""Where servers listen and the keys that they ask for, as a file that only its owner can read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(slots=True, frozen=True)
+class Endpoint:
+    url: str  # e.g. http://127.0.0.1:31000
+    api_key: str  # to generate
+    admin_key: str  # to change weights, to pause
+    tensor: int = 1  # GPUs, each a receiver of weights
+
+    def __str__(self) -> str:
+        return self.url  # keys never reach a log
+
+
+def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
+    """The file appears whole, with mode 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump([asdict(endpoint) for endpoint in endpoints], file, indent=2)
+    os.replace(temporary, path)
+
+
+def read_endpoints(path: Path) -> list[Endpoint]:
+    """Raises ValueError for a missing or malformed file."""
+    try:
+        endpoints = [Endpoint(**entry) for entry in json.loads(path.read_bytes())]
+    except OSError as error:
+        raise ValueError(
+            f"rollout.sglang.endpoints_file: {path} cannot be read ({error.strerror}); start megatron-oreal serve first"
+        ) from None
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"rollout.sglang.endpoints_file: {path} is not a list of servers; let megatron-oreal serve write it"
+        ) from None
+    if not endpoints:
+        raise ValueError(f"rollout.sglang.endpoints_file: {path} names no server; start megatron-oreal serve again")
+    return endpoints
