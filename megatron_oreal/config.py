@@ -21,6 +21,9 @@ from megatron_oreal.config_algorithms import OrealConfig, OutcomeConfig, PpoConf
 from megatron_oreal.config_evaluation import BenchmarkConfig
 from megatron_oreal.config_rollout import RolloutConfig
 
+Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
+HeadPrecision = Literal["fp32", "bf16", "fp8_grad", "fp8"]
+
 
 class ModelConfig(Section):
     path: Path  # Hugging Face directory: config.json and safetensors
@@ -28,6 +31,10 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TE on CUDA when importable
     recompute: Literal["none", "full"] = "none"  # activations of whole layers computed again in the backward pass
+    fp8: Fp8Recipe | None = None  # of the transformer's linear layers, through Transformer Engine; null: model.dtype
+    # Of the log-probs' products, float32 sums always: fp8_grad, FP8 for gradients alone; fp8, for values too, as long
+    # as they stay near those of bf16 on the run's own batches.
+    head_precision: HeadPrecision = "bf16"
 
     @property
     def tokenizer_path(self) -> Path:

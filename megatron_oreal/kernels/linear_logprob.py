@@ -1,23 +1,34 @@
-"""Log-probs of target tokens from hidden states and a vocabulary-parallel head, in chunks of tokens.
+"""Log-probs of target tokens from hidden states and a vocabulary-parallel head, in tiles of tokens x vocabulary.
 
-The logits of one chunk at a time exist, in float32; the backward pass computes them again from the saved hidden states
-and logsumexp. Each tensor-parallel rank reduces its own vocabulary slice to three numbers a token: maximum, sum of
-exponentials, the target's logit; for the entropy also the sum of exponentials weighted by the logits. One all-gather
-combines them, however many chunks there are.
+The float32 logits of one tile at a time exist. A pass over them leaves each token's maximum, sum of exponentials and
+target logit, for the entropy also a weighted sum; these are merged over tiles, and over the tensor-parallel ranks with
+one all-gather. The gradients come in one of two modes:
+
+recompute  hidden states and logsumexp are saved; the backward pass computes the logits again. 4 matrix products.
+eager      the forward pass computes them, for d loss / d logprobs known up to a common factor. 3 matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from math import ceil
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk
-CUDA_CHUNK_BYTES = 1 * 2**30  # there each chunk also reads and writes the whole gradient of the weight
-Precision = Literal["fp32", "bf16"]
+from megatron_oreal.kernels import torch_rows
+from megatron_oreal.kernels.gemms import Gemms, Precision, make_gemms
+
+# Of the tiles, of what the products copy and of the sums; beyond them are the libraries' own workspaces.
+CPU_BYTES = 128 * 2**20
+CUDA_BYTES = 1280 * 2**20
+ALIGNMENT = 16  # of tiles, for the products
+Mode = Literal["recompute", "eager"]
 
 
 def linear_logprob(
@@ -29,24 +40,53 @@ def linear_logprob(
     temperature: float = 1.0,
     valid_vocab: int | None = None,
     entropy: bool = False,
-    precision: Precision = "bf16",
+    precision: Precision | Gemms = "bf16",
+    mode: Mode = "recompute",
+    token_scale: Tensor | None = None,  # [T]
+    accumulate_main_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logprobs[T], logsumexp[T], entropy[T] or None) in float32 of softmax(hidden @ weight.T / temperature), in nats.
 
     All three are differentiable with respect to hidden and weight. Under tensor parallelism every rank passes the same
     hidden states and targets, and the gradient of hidden is the whole one. Columns from `valid_vocab` on (global count)
-    are padding and have no probability. `precision="bf16"` multiplies half-precision inputs as they are; float32 inputs
-    are always computed in float32. Raises ValueError for mismatched shapes or dtypes, a temperature or valid_vocab out
-    of range, and targets outside the vocabulary.
+    are padding and have no probability. A token whose hidden state is not finite has NaN.
+
+    `precision="bf16"` multiplies half-precision inputs as they are, into float32 logits; float32 inputs, and all inputs
+    on a CPU, are multiplied in float32. "fp8_grad" has FP8 products for the gradients, "fp8" for the logits too;
+    products with options of their own are passed as an object.
+
+    `mode="eager"` is for a loss of sum_t token_scale[t] * logprobs[t] times any one number: supervised fine-tuning,
+    REINFORCE, a policy gradient at ratio 1. Only logprobs is differentiable then, and once. A gradient that is not a
+    multiple of `token_scale` raises ValueError on a CPU, and makes the gradients NaN elsewhere.
+
+    `accumulate_main_grad` adds the weight's gradient to its `main_grad`, if it has one, as Megatron's gradient
+    accumulation fusion does: `grad_added_to_main_grad` is set, and autograd sees zeros.
+
+    Raises ValueError for mismatched shapes or dtypes, a temperature or valid_vocab out of range, targets outside the
+    vocabulary, and a precision that this device does not have.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     check_inputs(hidden, weight, target, tp_group, valid_vocab)
-    if precision == "fp32":
-        hidden, weight = hidden.float(), weight.float()
-    outputs: tuple[Tensor, Tensor, Tensor | None] = _LinearLogprob.apply(
-        hidden, weight, target, tp_group, temperature, valid_vocab, entropy
+    check_mode(mode, target, token_scale)
+    first = weight.shape[0] * (tp_group.rank() if tp_group else 0)
+    call = _Call(
+        gemms=make_gemms(precision, hidden.device, hidden.dtype) if isinstance(precision, str) else precision,
+        rows=row_kernels(hidden.device.type),
+        group=tp_group if tp_group is not None and tp_group.size() > 1 else None,
+        first=first,
+        num_valid=weight.shape[0] if valid_vocab is None else max(0, min(weight.shape[0], valid_vocab - first)),
+        temperature=temperature,
+        with_entropy=entropy,
+        copies_inputs=hidden.dtype is not torch.float32 and not (hidden.is_cuda and precision == "bf16"),
+        fused_weight=weight if accumulate_main_grad and hasattr(weight, "main_grad") else None,
     )
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    outputs: tuple[Tensor, Tensor, Tensor | None]
+    if mode == "eager" and wants_gradient:
+        outputs = _Eager.apply(hidden, weight, target, call, token_scale)
+    else:
+        outputs = _Recompute.apply(hidden, weight, target, call)
     return outputs
 
 
@@ -68,108 +108,300 @@ def check_inputs(
         raise ValueError(f"target must hold ids in [0, {vocabulary}), got [{int(target.min())}, {int(target.max())}]")
 
 
-class _LinearLogprob(torch.autograd.Function):
+def check_mode(mode: Mode, target: Tensor, token_scale: Tensor | None) -> None:
+    if mode not in ("recompute", "eager"):
+        raise ValueError(f"mode must be recompute or eager, got {mode}")
+    if mode == "recompute" and token_scale is not None:
+        raise ValueError("token_scale belongs to mode=eager: set that, or leave it out")
+    if mode == "eager" and (token_scale is None or token_scale.shape != target.shape):
+        found = None if token_scale is None else tuple(token_scale.shape)
+        raise ValueError(f"mode=eager needs token_scale, one number a target, {len(target)}, got {found}")
+
+
+class RowKernels(Protocol):
+    """torch_rows, which documents them, or triton_rows."""
+
+    def reduce_rows(
+        self, logits: Tensor, target: Tensor, num_valid: int, temperature: float, with_entropy: bool
+    ) -> Tensor: ...
+
+    def gradient_rows(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        num_valid: int,
+        temperature: float,
+        logsumexp: Tensor,
+        entropy: Tensor | None,
+        scales: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+@cache
+def row_kernels(device_type: str) -> RowKernels:
+    if device_type == "cuda" and find_spec("triton"):
+        from megatron_oreal.kernels import triton_rows
+
+        return triton_rows
+    return torch_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a call is besides its tensors."""
+
+    gemms: Gemms
+    rows: RowKernels
+    group: dist.ProcessGroup | None  # None: this rank has the whole vocabulary
+    first: int  # token id of this rank's first column
+    num_valid: int  # of this rank's columns: the others are padding
+    temperature: float
+    with_entropy: bool
+    copies_inputs: bool  # the products work on copies of their inputs, of at most 4 bytes a number
+    fused_weight: Tensor | None  # has a main_grad, which takes its gradient
+
+    @property
+    def num_numbers(self) -> int:
+        return 4 if self.with_entropy else 3
+
+    def place(self, target: Tensor, columns: slice) -> tuple[Tensor, int]:
+        """Of a tile: the targets as its columns, and how many columns are not padding."""
+        return target - (self.first + columns.start), min(columns.stop, self.num_valid) - columns.start
+
+    def reduce(self, tiles: Iterable[tuple[slice, Tensor]], target: Tensor) -> Tensor:
+        """[3 or 4, t] (see torch_rows) of this rank's columns, from the (columns, logits) of its tiles."""
+        nothing = torch.zeros(self.num_numbers, len(target), dtype=torch.float32, device=target.device)
+        nothing[[0, 2]] = -torch.inf
+        parts = []
+        for columns, logits in tiles:
+            parts.append(
+                self.rows.reduce_rows(logits, *self.place(target, columns), self.temperature, self.with_entropy)
+            )
+            del logits  # before the next tile is made
+        return merge(parts or [nothing])
+
+    def outputs(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logprobs, logsumexp, entropy or None), each [t], from this rank's [3 or 4, t] and the others'."""
+        if self.group is not None:
+            gathered = [torch.empty_like(numbers) for _ in range(self.group.size())]
+            dist.all_gather(gathered, numbers, group=self.group)
+            numbers = merge(gathered)
+        maximum, total, target_logit, *weighted = numbers.unbind()
+        log_total = total.log()
+        logsumexp = maximum + log_total
+        return target_logit - logsumexp, logsumexp, log_total - weighted[0] / total if weighted else None
+
+
+def merge(parts: list[Tensor]) -> Tensor:
+    """[3 or 4, t] of the columns of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    maximum, sums, target_logit, *weighted = torch.stack(parts).unbind(1)  # each [parts, t]
+    overall = maximum.amax(dim=0)
+    lower = maximum - overall
+    scale = lower.exp()
+    merged = [overall, (sums * scale).sum(0), target_logit.amax(0)]
+    if weighted:
+        # Finite: a part without columns adds 0, and not 0 * -inf.
+        merged.append(((weighted[0] + sums * lower.clamp_min(-1e30)) * scale).sum(0))
+    return torch.stack(merged)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiling:
+    tokens: list[slice]  # the same on every rank: each meets the others
+    columns: list[slice]  # none where there is only padding
+
+    @staticmethod
+    def square(call: _Call, hidden: Tensor, weight: Tensor) -> _Tiling:
+        """As square as tokens and columns allow: then the gradients' sums are read and written least often."""
+        rows, columns = len(hidden), len(weight)
+        limit, element_bytes, token_bytes, column_bytes = byte_sizes(call, hidden)
+        while element_bytes * rows * columns + token_bytes * rows + column_bytes * columns > limit:
+            if max(rows, columns) <= ALIGNMENT:
+                break
+            rows, columns = (aligned(rows / 2), columns) if rows >= columns else (rows, aligned(columns / 2))
+        return _Tiling(slices(len(hidden), rows), slices(used_columns(call, weight), columns))
+
+    @staticmethod
+    def eager(call: _Call, hidden: Tensor, weight: Tensor) -> _Tiling:
+        """All logits of the tokens are held, and one tile of them is worked on."""
+        limit, element_bytes, token_bytes, column_bytes = byte_sizes(call, hidden)
+        columns = aligned(len(weight) / 8)
+        while column_bytes * columns > limit / 4 and columns > ALIGNMENT:
+            columns = aligned(columns / 2)
+        one_token = 4 * len(weight) + (element_bytes - 4) * columns + token_bytes
+        rows = max(1, (limit - column_bytes * columns) // one_token // ALIGNMENT) * ALIGNMENT
+        return _Tiling(slices(len(hidden), rows), slices(used_columns(call, weight), columns))
+
+    def logits(self, call: _Call, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their logits) of some of the tokens."""
+        return ((columns, call.gemms.logits(hidden, weight[columns])) for columns in self.columns)
+
+
+def byte_sizes(call: _Call, hidden: Tensor) -> tuple[int, int, int, int]:
+    """The bound, and what counts: a logit and its gradient, the gradient's sum and the copy of a token, of a column."""
+    copy_bytes = 4 * hidden.shape[1] if call.copies_inputs else 0
+    gradient_bytes = 0 if call.gemms.grad_dtype is torch.float32 else call.gemms.grad_dtype.itemsize
+    limit = CUDA_BYTES if hidden.is_cuda else CPU_BYTES
+    return limit, 4 + gradient_bytes, 4 * hidden.shape[1] + copy_bytes, copy_bytes
+
+
+def used_columns(call: _Call, weight: Tensor) -> int:
+    """Those with vocabulary, and padding up to a width that the products like."""
+    return min(len(weight), ceil(call.num_valid / ALIGNMENT) * ALIGNMENT)
+
+
+def aligned(size: float) -> int:
+    return max(1, ceil(size / ALIGNMENT)) * ALIGNMENT
+
+
+def slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)] if total else []
+
+
+class _Gradients:
+    """Those of hidden and weight, summed over tiles; None where they are not needed."""
+
+    def __init__(self, call: _Call, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], fused: bool) -> None:
+        """`fused`: that of a weight with a main_grad is added to it right away."""
+        self.call = call
+        self.inputs = hidden, weight
+        self.of_hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.of_weight: Tensor | None = None
+        self.is_fused = fused and call.fused_weight is not None
+        if needed[1] and call.fused_weight is not None:
+            main_grad: Tensor = call.fused_weight.main_grad  # type: ignore[attr-defined]
+            self.of_weight = main_grad if fused else torch.empty_like(main_grad)
+        elif needed[1]:
+            self.of_weight = torch.empty_like(weight)
+        if self.of_weight is not None and not self.is_fused:
+            self.of_weight[used_columns(call, weight) if len(hidden) else 0 :] = 0.0  # the rest is overwritten
+
+    def add(
+        self,
+        rows: slice,
+        tiles: Iterable[tuple[slice, Tensor]],  # (columns, logits) of `rows`; the logits are used up
+        target: Tensor,  # these are of `rows`: [t]
+        logsumexp: Tensor,
+        entropy: Tensor | None,
+        scales: Tensor,  # [3, t]
+    ) -> None:
+        """All tiles of these tokens, which must come in order."""
+        hidden, weight = self.inputs[0][rows], self.inputs[1]
+        call = self.call
+        of_rows = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for columns, logits in tiles:
+            place = call.place(target, columns)
+            grad_logits = call.rows.gradient_rows(
+                logits, *place, call.temperature, logsumexp, entropy, scales, call.gemms.grad_dtype
+            )
+            if self.of_hidden is not None:
+                call.gemms.grad_hidden(grad_logits, weight[columns], of_rows, accumulate=columns.start > 0)
+            if self.of_weight is not None:
+                accumulate = self.is_fused or rows.start > 0
+                call.gemms.grad_weight(grad_logits, hidden, self.of_weight[columns], accumulate=accumulate)
+            del logits, grad_logits  # before the next tile is made
+        if self.of_hidden is not None:
+            if call.group is not None:
+                dist.all_reduce(of_rows, group=call.group)
+            self.of_hidden[rows] = of_rows
+
+
+def autograd_weight_gradient(call: _Call, of_weight: Tensor | None) -> Tensor | None:
+    """What is handed on, once the gradient of a weight with main_grad is there."""
+    if of_weight is None or call.fused_weight is None:
+        return of_weight
+    # Megatron's hook leaves main_grad alone then. Zeros, because autograd adds the gradient of a tied embedding to it.
+    call.fused_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros_like(call.fused_weight)
+
+
+class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        group: dist.ProcessGroup | None,
-        temperature: float,
-        valid_vocab: int | None,
-        with_entropy: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        first = weight.shape[0] * (group.rank() if group else 0)
-        columns = local_columns(weight, first, valid_vocab)
-        partial = torch.empty(4 if with_entropy else 3, len(target), dtype=torch.float32, device=hidden.device)
-        for rows in chunks(hidden, weight.shape[0]):
-            logits = chunk_logits(hidden[rows], weight, temperature, columns)
-            partial[:, rows] = reduce_chunk(logits, target[rows] - first, columns, with_entropy)
-        logprobs, logsumexp, entropy = combine(partial, group)
+        numbers = torch.empty(call.num_numbers, len(target), dtype=torch.float32, device=hidden.device)
+        tiling = _Tiling.square(call, hidden, weight)
+        for rows in tiling.tokens:
+            numbers[:, rows] = call.reduce(tiling.logits(call, hidden[rows], weight), target[rows])
+        logprobs, logsumexp, entropy = call.outputs(numbers)
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
-        ctx.group, ctx.temperature, ctx.columns, ctx.first = group, temperature, columns, first
+        ctx.call = call
         ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
         return logprobs, logsumexp, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, target, logsumexp, entropy = ctx.saved_tensors
-        grad_logprobs, grad_logsumexp, grad_entropy = grads
-        onehot_scale = torch.zeros_like(logsumexp) if grad_logprobs is None else grad_logprobs
-        probs_scale = -onehot_scale if grad_logsumexp is None else grad_logsumexp - onehot_scale
-        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in chunks(hidden, weight.shape[0]):
-            logits = chunk_logits(hidden[rows], weight, ctx.temperature, ctx.columns)
-            shifted = logits - logsumexp[rows, None]
-            probs = shifted.exp()
-            # d logprob = onehot - p, d logsumexp = p, d entropy = -p (z - logsumexp + entropy)
-            grad_logits = probs * probs_scale[rows, None]
-            if grad_entropy is not None:
-                # Padding: 0 * -inf would be NaN.
-                surprise = shifted.clamp_min(-1e4) + entropy[rows, None]
-                grad_logits -= probs * surprise * grad_entropy[rows, None]
-            local, inside = local_target(target[rows] - ctx.first, ctx.columns)
-            grad_logits.scatter_add_(1, local[:, None], (onehot_scale[rows] * inside)[:, None])
-            grad_logits = (grad_logits / ctx.temperature).to(weight.dtype)
-            grad_hidden[rows] = (grad_logits @ weight).float()
-            grad_weight += (grad_logits.T @ hidden[rows]).float()
-        if ctx.group is not None:
-            dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None
+        call: _Call = ctx.call
+        zeros = torch.zeros_like(logsumexp)
+        of_logprobs, of_logsumexp, of_entropy = (zeros if grad is None else grad for grad in grads)
+        # d logprob = onehot - p, d logsumexp = p, d entropy = -p (z - logsumexp + entropy)
+        scales = torch.stack([of_logprobs, of_logsumexp - of_logprobs, of_entropy]) / call.temperature
+        used_entropy = None if grads[2] is None else entropy
+        gradients = _Gradients(call, hidden, weight, ctx.needs_input_grad[:2], fused=True)
+        tiling = _Tiling.square(call, hidden, weight)
+        for rows in tiling.tokens:
+            gradients.add(
+                rows,
+                tiling.logits(call, hidden[rows], weight),
+                target[rows],
+                logsumexp[rows],
+                None if used_entropy is None else used_entropy[rows],
+                scales[:, rows],
+            )
+        return gradients.of_hidden, autograd_weight_gradient(call, gradients.of_weight), None, None
 
 
-def chunks(hidden: Tensor, num_columns: int) -> Iterator[slice]:
-    size = max(1, (CUDA_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES) // (4 * num_columns))
-    return (slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size))
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, call: _Call, token_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        token_scale = token_scale.detach().float()
+        scales = torch.stack([token_scale, -token_scale, torch.zeros_like(token_scale)]) / call.temperature
+        gradients = _Gradients(call, hidden, weight, ctx.needs_input_grad[:2], fused=False)
+        results = torch.empty(3, len(target), dtype=torch.float32, device=hidden.device)
+        tiling = _Tiling.eager(call, hidden, weight)
+        for rows in tiling.tokens:
+            tiles = list(tiling.logits(call, hidden[rows], weight))
+            logprobs, logsumexp, entropy = call.outputs(call.reduce(tiles, target[rows]))
+            results[0, rows], results[1, rows] = logprobs, logsumexp
+            if entropy is not None:
+                results[2, rows] = entropy
+            gradients.add(rows, tiles, target[rows], logsumexp, None, scales[:, rows])
+            del tiles  # before the next ones are made
+        ctx.call, ctx.gradients, ctx.token_scale = call, (gradients.of_hidden, gradients.of_weight), token_scale
+        logprobs, logsumexp, entropy = results.clone().unbind()
+        ctx.mark_non_differentiable(logsumexp, entropy)
+        return logprobs, logsumexp, entropy if call.with_entropy else None
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        if ctx.gradients is None:
+            raise RuntimeError("mode=eager has one backward pass: its gradients are gone")
+        of_hidden, of_weight = ctx.gradients
+        ctx.gradients = None
+        factor = common_factor(grad_logprobs, ctx.token_scale)
+        if of_hidden is not None:
+            of_hidden.mul_(factor)
+        if of_weight is not None and call.fused_weight is not None:
+            call.fused_weight.main_grad.addcmul_(of_weight, factor.to(of_weight.dtype))  # type: ignore[attr-defined]
+        elif of_weight is not None:
+            of_weight.mul_(factor)
+        return of_hidden, autograd_weight_gradient(call, of_weight), None, None, None
 
 
-def local_columns(weight: Tensor, first: int, valid_vocab: int | None) -> int:
-    """How many of this rank's columns are vocabulary and not padding."""
-    return weight.shape[0] if valid_vocab is None else max(0, min(weight.shape[0], valid_vocab - first))
-
-
-def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, columns: int) -> Tensor:
-    """[rows, V] float32; padding columns are -inf."""
-    logits = (hidden @ weight.T).float()
-    if temperature != 1.0:
-        logits /= temperature
-    logits[:, columns:] = -torch.inf
-    return logits
-
-
-def local_target(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each target on this rank (0 where it is another rank's), and whether it is here."""
-    inside = (target >= 0) & (target < columns)
-    return torch.where(inside, target, 0), inside
-
-
-def reduce_chunk(logits: Tensor, target: Tensor, columns: int, with_entropy: bool) -> Tensor:
-    """[3, rows]: maximum, sum exp(z - maximum), the target's logit or -inf; a fourth: sum exp(z - maximum) z."""
-    if columns == 0:
-        nothing = torch.zeros(4 if with_entropy else 3, logits.shape[0], device=logits.device)
-        nothing[[0, 2]] = -torch.inf
-        return nothing
-    logits = logits[:, :columns]
-    maximum = logits.amax(dim=-1)
-    exponentials = (logits - maximum[:, None]).exp()
-    local, inside = local_target(target, columns)
-    target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], -torch.inf)
-    rows = [maximum, exponentials.sum(-1), target_logit]
-    return torch.stack([*rows, (exponentials * logits).sum(-1)] if with_entropy else rows)
-
-
-def combine(partial: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logprobs, logsumexp, entropy or None), each [T], from every rank's [3 or 4, T]."""
-    gathered = [partial]
-    if group is not None and group.size() > 1:
-        gathered = [torch.empty_like(partial) for _ in range(group.size())]
-        dist.all_gather(gathered, partial, group=group)
-    maximum, sums, target_logit, *weighted = torch.stack(gathered).unbind(1)  # each [ranks, T]
-    overall = maximum.amax(dim=0)
-    scale = (maximum - overall).exp()
-    total = (sums * scale).sum(0)
-    logsumexp = overall + total.log()
-    entropy = logsumexp - (weighted[0] * scale).sum(0) / total if weighted else None
-    return target_logit.amax(0) - logsumexp, logsumexp, entropy
+def common_factor(grad_logprobs: Tensor, token_scale: Tensor) -> Tensor:
+    """The number c in grad_logprobs = c token_scale; ValueError or, on an accelerator, NaN where there is none."""
+    squares = token_scale.square().sum()
+    factor = torch.where(squares > 0, (grad_logprobs * token_scale).sum() / squares, 0.0)
+    scaled = factor * token_scale
+    differs = (grad_logprobs - scaled).abs().amax() > 1e-4 * scaled.abs().amax() if len(scaled) else squares > 0
+    if not differs.is_cuda and differs:
+        raise ValueError("mode=eager: the gradient of logprobs is not a multiple of token_scale; use mode=recompute")
+    return torch.where(differs, torch.nan, factor)

@@ -21,6 +21,7 @@ from megatron_oreal.checkpoint.mapping import Row, find_row, padded_vocabulary
 from megatron_oreal.checkpoint.rotary import rotary_frequencies
 from megatron_oreal.config import ModelConfig
 from megatron_oreal.models.attention import PackedAttention, SequenceParallelRMSNorm
+from megatron_oreal.models.fp8_layers import fp8_layer_settings
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.parallel import ParallelLayout
 
@@ -66,6 +67,10 @@ def transformer_config(
     recompute: dict[str, Any] = {}
     if config.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    fp8: dict[str, Any] = {}
+    if config.fp8 is not None:
+        has_experts = architecture.experts is not None
+        fp8 = fp8_layer_settings(config.fp8, layout, transformer_engine, has_experts=has_experts)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -106,6 +111,7 @@ def transformer_config(
         apply_rope_fusion=transformer_engine,
         **expert_settings(architecture, layout),
         **recompute,
+        **fp8,
     )
 
 

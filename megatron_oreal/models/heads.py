@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_oreal.checkpoint.families import Head as HeadKind
 from megatron_oreal.config import HeadInit
 from megatron_oreal.kernels import linear_logprob
+from megatron_oreal.kernels.gemms import Precision
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
 
@@ -44,6 +45,7 @@ class LogprobHead:
     layout: ParallelLayout
     vocab_size: int  # without padding
     kind: HeadKind = "lm"
+    precision: Precision = "bf16"  # of the products, see linear_logprob
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
         """GPTModel's own output layer is the head's weight."""
@@ -60,6 +62,8 @@ class LogprobHead:
             tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
             valid_vocab=self.vocab_size,
             entropy=True,
+            precision=self.precision,
+            accumulate_main_grad=model.config.gradient_accumulation_fusion,
         )
         assert entropy is not None
         empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=hidden.device)

@@ -1,7 +1,8 @@
-"""linear_logprob against its definition: values, gradients, padding, chunks, and a vocabulary in two processes."""
+"""linear_logprob against its definition: values, gradients, tiles, modes, and a vocabulary in two processes."""
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_oreal.kernels import linear_logprob as exported
-from megatron_oreal.kernels.linear_logprob import linear_logprob, reduce_chunk
+from megatron_oreal.kernels import torch_rows
+from megatron_oreal.kernels.linear_logprob import linear_logprob
 from megatron_oreal.kernels.reference import linear_logprob_reference
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 20
@@ -28,16 +30,26 @@ def make_inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
     return hidden, weight, torch.randint(0, 16, (TOKENS,), generator=generator)
 
 
-def upstream(index: int) -> Tensor:
+def wide_inputs(
+    dtype: torch.dtype = torch.float32, num_tokens: int = 61, num_columns: int = 199, width: int = 24
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Several tiles under a small bound, of odd sizes; logits of a standard deviation of 3."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(num_tokens, width, generator=generator).to(dtype)
+    weight = (3 / width**0.5 * torch.randn(num_columns, width, generator=generator)).to(dtype)
+    return hidden, weight, torch.randint(0, 131, (num_tokens,), generator=generator)
+
+
+def upstream(index: int, num_tokens: int) -> Tensor:
     """A different gradient for each output."""
-    return torch.randn(TOKENS, generator=torch.Generator().manual_seed(100 + index))
+    return torch.randn(num_tokens, generator=torch.Generator().manual_seed(100 + index))
 
 
 def run(kernel: Kernel, hidden: Tensor, weight: Tensor, target: Tensor, used: str, **options: Any) -> list[Tensor]:
     """The three outputs, and the gradients of hidden and weight through those in `used` (digits of output numbers)."""
     hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     outputs = kernel(hidden, weight, target, **options)
-    total = sum(((outputs[int(i)] * upstream(int(i))).sum() for i in used), torch.zeros(()))
+    total = sum(((outputs[int(i)] * upstream(int(i), len(target))).sum() for i in used), torch.zeros(()))
     return [*(output.detach() for output in outputs), *torch.autograd.grad(total, [hidden, weight])]
 
 
@@ -91,35 +103,176 @@ def test_without_the_entropy(used: str) -> None:
     assert linear_logprob(hidden, weight, target)[2] is None
 
 
-@pytest.mark.parametrize("tokens_a_chunk", [1, 4, 5, 13, 100])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, tokens_a_chunk: int) -> None:
-    monkeypatch.setattr(MODULE, "CHUNK_BYTES", 4 * VOCABULARY * tokens_a_chunk)
-    found = run(linear_logprob, *make_inputs(), "012", entropy=True, valid_vocab=18)
-    assert_close(found, expected_from_definition("012", valid_vocab=18), 1e-5)
+@pytest.mark.parametrize("limit", [1, 10_000, 30_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"valid_vocab": 131, "temperature": 0.7}])
+def test_tiles_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, limit: int, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """From tiles of 16 x 16, the smallest, to a few; a block of rows within them has one row, or all."""
+    monkeypatch.setattr(MODULE, "CPU_BYTES", limit)
+    monkeypatch.setattr(torch_rows, "BLOCK_BYTES", limit)
+    inputs = wide_inputs(dtype)
+    found = run(linear_logprob, *inputs, "012", entropy=True, **options)
+    expected = run(linear_logprob_reference, *(part.double() for part in inputs[:2]), inputs[2], "012", **options)
+    assert_close(found[:3], expected[:3], 1e-5)
+    assert_close(found[3:], expected[3:], 1e-5 if dtype is torch.float32 else 2e-2)
+    assert found[-1][options.get("valid_vocab", 199) :].eq(0).all()
 
 
-def test_a_row_larger_than_a_chunk_is_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "CHUNK_BYTES", 1)
-    assert_close(run(linear_logprob, *make_inputs(), "012", entropy=True), expected_from_definition("012"), 1e-5)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "value_error", "gradient_error"),
+    [
+        (torch.float32, "bf16", 1e-5, 1e-5),
+        (torch.float32, "fp32", 1e-5, 1e-5),
+        (torch.bfloat16, "bf16", 1e-3, 5e-3),
+        (torch.bfloat16, "fp32", 1e-3, 5e-3),
+        (torch.float16, "bf16", 1e-3, 5e-3),
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [1, 61, 257])
+def test_accuracy(
+    dtype: torch.dtype, precision: str, value_error: float, gradient_error: float, num_tokens: int
+) -> None:
+    """Against float64: absolute for outputs, relative in norm for gradients, which have the dtype of the inputs."""
+    hidden, weight, target = wide_inputs(dtype, num_tokens=num_tokens, num_columns=1009, width=96)
+    options = {"temperature": 0.8, "valid_vocab": 1003}
+    found = run(linear_logprob, hidden, weight, target, "0", entropy=True, precision=precision, **options)
+    expected = run(linear_logprob_reference, hidden.double(), weight.double(), target, "0", **options)
+    for value, wanted in zip(found[:3], expected[:3], strict=True):
+        assert value.dtype is torch.float32 and float((value - wanted).abs().max()) <= value_error
+    for gradient, wanted in zip(found[3:], expected[3:], strict=True):
+        assert gradient.dtype is dtype and float((gradient - wanted).norm() / wanted.norm()) <= gradient_error
 
 
-def test_half_precision_inputs() -> None:
-    """bf16 logits are rounded; `precision="fp32"` computes with the same inputs without that rounding."""
-    inputs, expected = make_inputs(torch.bfloat16), expected_from_definition("012", torch.bfloat16)
-    exact = run(linear_logprob, *inputs, "012", entropy=True, precision="fp32")
-    assert_close(exact[:3], expected[:3], 1e-5)
-    assert_close(exact[3:], expected[3:], 2**-8)  # the gradients are stored as bf16
-    rounded = run(linear_logprob, *inputs, "012", entropy=True)
-    assert_close(rounded, expected, 0.05)
-    assert [value.dtype for value in rounded] == [torch.float32] * 3 + [torch.bfloat16] * 2
+def test_half_precision_sums_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bf16 gradient of the weight is rounded once a tile of tokens: 16 of them stay within the bound."""
+    monkeypatch.setattr(MODULE, "CPU_BYTES", 1)
+    hidden, weight, target = wide_inputs(torch.bfloat16, num_tokens=256)
+    found = run(linear_logprob, hidden, weight, target, "0", entropy=True)
+    expected = run(linear_logprob_reference, hidden.double(), weight.double(), target, "0")
+    assert float((found[4] - expected[4]).norm() / expected[4].norm()) <= 5e-3
 
 
-def test_large_logits_neither_overflow_nor_lose_the_target() -> None:
-    hidden, weight, target = make_inputs()
-    found = run(linear_logprob, hidden * 1000, weight, target, "012", entropy=True)
-    expected = run(linear_logprob_reference, hidden.double() * 1000, weight.double(), target, "012")
+def test_the_same_call_gives_the_same_bits() -> None:
+    inputs = wide_inputs(torch.bfloat16)
+    first, second = (run(linear_logprob, *inputs, "012", entropy=True, temperature=0.7) for _ in range(2))
+    assert all(torch.equal(mine, other) for mine, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("limit", [1, 10_000, 10**9])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "valid_vocab": 131}])
+def test_eager_gradients_are_those_of_the_recomputation(
+    monkeypatch: pytest.MonkeyPatch, limit: int, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(MODULE, "CPU_BYTES", limit)
+    hidden, weight, target = wide_inputs()
+    scale = torch.randn(len(target), generator=torch.Generator().manual_seed(3))
+    results = []
+    for mode, token_scale in (("recompute", None), ("eager", scale)):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        outputs = linear_logprob(*leaves, target, entropy=True, mode=mode, token_scale=token_scale, **options)  # type: ignore[arg-type]
+        loss = -2.5 * (scale * outputs[0]).sum()
+        results.append([*(output.detach() for output in outputs), *torch.autograd.grad(loss, leaves)])  # type: ignore[union-attr]
+        assert [output.requires_grad for output in outputs] == [True, mode == "recompute", mode == "recompute"]  # type: ignore[union-attr]
+    assert_close(results[1], results[0], 1e-5)
+
+
+def test_eager_refuses_another_loss_and_a_second_pass() -> None:
+    hidden, weight, target = wide_inputs()
+    hidden.requires_grad_()
+    scale = torch.linspace(-1, 1, len(target))
+    eager = partial(linear_logprob, hidden, weight, target, mode="eager", token_scale=scale)
+    with pytest.raises(ValueError, match="not a multiple of token_scale; use mode=recompute"):
+        eager()[0].square().sum().backward()
+    logprobs = eager()[0]
+    (logprobs * scale).sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        (logprobs * scale).sum().backward()
+    (linear_logprob(hidden, weight, target, mode="eager", token_scale=0 * scale)[0] * 0).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(eager()[0], linear_logprob(hidden, weight, target)[0])
+
+
+@pytest.mark.parametrize("mode", ["recompute", "eager"])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(mode: str, frozen: int) -> None:
+    *inputs, target = wide_inputs()
+    options: dict[str, Any] = {"token_scale": torch.ones(len(target))} if mode == "eager" else {}
+    inputs[1 - frozen].requires_grad_()
+    linear_logprob(*inputs, target, mode=mode, **options)[0].sum().backward()
+    learning = [part.detach().double().requires_grad_() for part in inputs]
+    linear_logprob_reference(*learning, target)[0].sum().backward()
+    assert inputs[frozen].grad is None
+    wanted, found = learning[1 - frozen].grad, inputs[1 - frozen].grad
+    assert wanted is not None and found is not None
+    assert_close([found], [wanted], 1e-5)
+
+
+class MainGrad(torch.nn.Parameter):
+    """A weight as Megatron's DistributedDataParallel leaves it."""
+
+    main_grad: Tensor
+    grad_added_to_main_grad: bool
+
+
+@pytest.mark.parametrize("mode", ["recompute", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulation_in_main_grad(mode: str, dtype: torch.dtype) -> None:
+    """Two micro-batches, and an embedding that is tied to the head: autograd's sum has the embedding's part only."""
+    hidden, weight, target = wide_inputs(dtype)
+    scale = torch.linspace(-1, 1, len(target))
+    options: dict[str, Any] = {"mode": mode, "token_scale": scale} if mode == "eager" else {}
+    tied = MainGrad(weight)
+    tied.main_grad, tied.grad_added_to_main_grad = torch.full_like(weight, 0.25, dtype=torch.float32), False
+    for _ in range(2):
+        logprobs = linear_logprob(hidden, tied, target, accumulate_main_grad=True, **options)[0]
+        (3 * (scale * logprobs).sum() + tied[7].sum()).backward()
+    exact = weight.double().requires_grad_()
+    (3 * (scale * linear_logprob_reference(hidden.double(), exact, target)[0]).sum()).backward()
+    assert tied.grad_added_to_main_grad and exact.grad is not None and tied.grad is not None
+    # float32 all along: bf16 inputs do not round the sum.
+    assert_close([tied.main_grad], [0.25 + 2 * exact.grad], 1e-5)
+    embedding = torch.zeros_like(weight)
+    embedding[7] = 2.0
+    assert torch.equal(tied.grad, embedding)
+
+
+def test_a_weight_without_main_grad_gets_its_gradient() -> None:
+    hidden, weight, target = wide_inputs()
+    fused, plain = (
+        run(partial(linear_logprob, accumulate_main_grad=flag), hidden, weight, target, "0", entropy=True)
+        for flag in (True, False)
+    )
+    assert torch.equal(fused[4], plain[4]) and plain[4].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}])
+def test_a_hidden_state_that_is_not_finite_is_reported(value: float, options: dict[str, Any]) -> None:
+    """In the values and the gradient of its token, and in no other token."""
+    hidden, weight, target = wide_inputs()
+    clean = run(linear_logprob, hidden, weight, target, "0", entropy=True, **options)
+    hidden[5, 3] = value
+    found = run(linear_logprob, hidden, weight, target, "0", entropy=True, **options)
+    others = torch.arange(len(target)) != 5
+    for output, wanted in zip(found[:4], clean[:4], strict=True):
+        assert output[5].isnan().any()
+        assert torch.equal(output[others], wanted[others])
+    assert found[4].isnan().any()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}])
+def test_extreme_logits_neither_overflow_nor_lose_the_target(options: dict[str, Any]) -> None:
+    """Up to 1e4 and more, where float32 is exact to 1e-3 only; the entropy is a difference that stays exact."""
+    hidden, weight, target = wide_inputs()
+    hidden = hidden * 1000
+    assert 1e4 < float((hidden @ weight.T).abs().max()) < 3e4
+    found = run(linear_logprob, hidden, weight, target, "012", entropy=True, **options)
+    expected = run(linear_logprob_reference, hidden.double(), weight.double(), target, "012", **options)
     assert all(value.isfinite().all() for value in found)
-    assert_close(found[:2], expected[:2], 1e-5)
+    assert_close(found[:2], expected[:2], 1e-6)
+    assert_close(found[2:3], expected[2:3], 1e-2)
 
 
 def test_no_tokens() -> None:
@@ -143,6 +296,11 @@ def test_no_tokens() -> None:
         ({"target": torch.full((TOKENS,), 18), "valid_vocab": 18}, r"ids in \[0, 18\)"),
         ({"valid_vocab": VOCABULARY + 1}, r"valid_vocab must be in \[1, 20\]"),
         ({"valid_vocab": 0}, r"valid_vocab must be in \[1, 20\]"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp8_grad, fp8, got int8"),
+        ({"mode": "lazy"}, "mode must be recompute or eager, got lazy"),
+        ({"mode": "eager"}, "needs token_scale, one number a target, 13, got None"),
+        ({"mode": "eager", "token_scale": torch.ones(1)}, r"one number a target, 13, got \(1,\)"),
+        ({"token_scale": torch.ones(TOKENS)}, "token_scale belongs to mode=eager"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"temperature": -1.0}, "temperature must be > 0"),
     ],
@@ -156,7 +314,7 @@ def test_bad_inputs_are_refused_in_one_line(change: dict[str, Any], message: str
 
 def test_a_target_that_no_column_has_is_impossible() -> None:
     """What an accelerator sees, where ids are not compared: minus infinity, which no loss survives unnoticed."""
-    reduced = reduce_chunk(torch.zeros(2, 4), torch.tensor([1, 7]), columns=4, with_entropy=False)
+    reduced = torch_rows.reduce_rows(torch.zeros(2, 4), torch.tensor([1, 7]), 4, 1.0, with_entropy=False)
     assert reduced[2].tolist() == [0.0, -torch.inf]
 
 
@@ -180,6 +338,22 @@ def targets_below(options: dict[str, Any]) -> Tensor:
     return make_inputs()[2] % options.get("valid_vocab", VOCABULARY)
 
 
+TILED = {"valid_vocab": 131, "temperature": 0.7}  # a third of the second process's columns
+
+
+def tiled(mode: str, rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """In several tiles of tokens: each meets the other process, which has other tiles of columns."""
+    hidden, weight, target = wide_inputs(num_columns=198)
+    scale = upstream(0, len(target))
+    options: dict[str, Any] = {"mode": mode, "token_scale": scale} if mode == "eager" else {}
+    inputs = hidden.requires_grad_(), weight.chunk(2)[rank].clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MODULE, "CPU_BYTES", 20_000)
+        outputs = linear_logprob(*inputs, target, tp_group=group, entropy=True, **TILED, **options)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad((scale * outputs[0]).sum(), inputs)
+    return [*(output.detach() for output in outputs if output is not None), *gradients]
+
+
 def vocabulary_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -191,6 +365,7 @@ def vocabulary_rank(rank: int, folder: str) -> None:
         for options, used in COMBINATIONS
     ]
     assert linear_logprob(hidden[:0], part, target[:0], tp_group=group)[0].shape == (0,)
+    results += [tiled(mode, rank, group) for mode in ("recompute", "eager")]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -199,9 +374,13 @@ def test_a_vocabulary_in_two_processes(tmp_path: Path) -> None:
     mp.spawn(vocabulary_rank, args=(str(tmp_path),), nprocs=2)
     first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
     hidden, weight, _ = make_inputs()
-    for (options, used), mine, other in zip(COMBINATIONS, first, second, strict=True):
-        target = targets_below(options)
-        expected = run(linear_logprob_reference, hidden.double(), weight.double(), target, used, **options)
+    wide_hidden, wide_weight, wide_target = wide_inputs(num_columns=198)
+    wanted = [
+        run(linear_logprob_reference, hidden.double(), weight.double(), targets_below(options), used, **options)
+        for options, used in COMBINATIONS
+    ]
+    wide = run(linear_logprob_reference, wide_hidden.double(), wide_weight.double(), wide_target, "0", **TILED)
+    for expected, mine, other in zip([*wanted, wide, wide], first, second, strict=True):
         for index in range(4):  # outputs and the gradient of hidden are whole on both
             torch.testing.assert_close(mine[index], other[index], rtol=0, atol=0)
         assert_close([*mine[:4], torch.cat([mine[4], other[4]])], expected, 1e-5)
