@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.model import Loss
 from megatron_oreal.checkpoint.families import Architecture
-from megatron_oreal.checkpoint.hf import HfReader, WeightStream, load_parameters
+from megatron_oreal.checkpoint.hf import WeightStream
+from megatron_oreal.checkpoint.initial_weights import load_parameters
 from megatron_oreal.config import ModelConfig, TrainableConfig
 from megatron_oreal.models.attention import pack_segments
 from megatron_oreal.models.build import (
@@ -29,6 +30,7 @@ from megatron_oreal.models.build import (
     uses_transformer_engine,
 )
 from megatron_oreal.models.heads import Head
+from megatron_oreal.models.offload import DeviceMemory, dropped_tensors, kept_tensors
 from megatron_oreal.models.optimizer import Training, prepare_training
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
@@ -58,6 +60,7 @@ class TrainableModel:
             architecture, head, self.megatron_config, layout, self.transformer_engine
         )
         self.seconds: dict[str, float] = {}  # of forward passes and train steps since the last flush
+        self.memory = DeviceMemory()
         self.training: Training | None = None
         if training is not None:
             self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates)
@@ -65,11 +68,9 @@ class TrainableModel:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
 
-    def load_hf(self, path: Path) -> None:
-        """Reads this rank's shards from a Hugging Face directory; a scalar head keeps its own where none is there."""
-        has_no_score = self.head.kind == "scalar" and "score.weight" not in HfReader(path).file_of
-        skip = ["output_layer.weight"] if has_no_score else []
-        load_parameters(self.parameters(), path, self.architecture, self.head.kind, self.layout, skip)
+    def load_weights(self, path: Path) -> None:
+        """Reads this rank's shards from a Hugging Face or torch_dist directory; a scalar head may be absent there."""
+        load_parameters(self.parameters(), path, self.architecture, self.head.kind, self.layout)
         if self.training is not None:
             self.training.optimizer.reload_model_params()
 
@@ -93,6 +94,13 @@ class TrainableModel:
 
     def weight_stream(self) -> WeightStream:
         return WeightStream(self.parameters(), self.architecture, self.head.kind, self.layout)
+
+    def offload(self) -> int:
+        """Weights and optimizer state to the host, until `restore`; bytes of the device that are free now."""
+        return self.memory.offload(kept_tensors(self), dropped_tensors(self))
+
+    def restore(self) -> None:
+        self.memory.restore()
 
     def flush_seconds(self) -> dict[str, float]:
         """`time/in_update/<name>_<forward or train>`: where the update's seconds went."""

@@ -1,0 +1,100 @@
+"""A model's memory on its device, given up and taken back: for generation servers that share the device.
+
+Storages are emptied in place and filled again, so every tensor, view and buffer that Megatron holds stays the same
+object. Weights, optimizer state and float32 masters go to the host; gradients, which each update begins with zeros, are
+given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_oreal.models.trainable import TrainableModel
+
+
+class DeviceMemory:
+    """The storages of one model. `offload` and `restore` take turns."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # by identity: storage, its bytes on the host
+        self.dropped: list[tuple[torch.UntypedStorage, int]] = []
+        self.is_offloaded = False
+
+    def offload(self, kept: Iterable[Tensor], dropped: Iterable[Tensor]) -> int:
+        """Bytes given up. `kept` come back with their values, `dropped` with zeros."""
+        assert not self.is_offloaded, "the model is on the host already"
+        drops = storages(dropped)
+        keeps = {key: storage for key, storage in storages(kept).items() if key not in drops}
+        # A host copy is pinned once and used again: pinning takes longer than copying.
+        hosts = {key: host for key, (_, host) in self.kept.items() if key in keeps}
+        self.kept = {}
+        for key, storage in keeps.items():
+            host = hosts.get(key)
+            if host is None or host.numel() != storage.nbytes():
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+            host.copy_(as_bytes(storage), non_blocking=True)
+            self.kept[key] = storage, host
+        self.dropped = [(storage, storage.nbytes()) for storage in drops.values()]
+        wait(keeps.values())
+        num_bytes = 0
+        for storage in (*keeps.values(), *drops.values()):
+            num_bytes += storage.nbytes()
+            storage.resize_(0)
+        self.is_offloaded = True
+        return num_bytes
+
+    def restore(self) -> None:
+        assert self.is_offloaded, "the model is on its device already"
+        for storage, host in self.kept.values():
+            storage.resize_(host.numel())
+            as_bytes(storage).copy_(host, non_blocking=True)
+        for storage, num_bytes in self.dropped:
+            storage.resize_(num_bytes)
+            as_bytes(storage).zero_()
+        wait(storage for storage, _ in self.kept.values())
+        self.is_offloaded = False
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The distinct, non-empty storages below the tensors."""
+    found = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found[storage._cdata] = storage
+    return found
+
+
+def as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def wait(moved: Iterable[torch.UntypedStorage]) -> None:
+    for device in {storage.device for storage in moved if storage.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
+def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:
+    """Weights and buffers, and what the optimizer remembers."""
+    for chunk in model.chunks:
+        yield from (parameter.data for parameter in chunk.parameters())
+        yield from (buffer for buffer in chunk.buffers() if buffer.device == model.layout.device)
+    if model.training is None:
+        return
+    for optimizer in model.training.inner_optimizers:
+        for group in optimizer.param_groups:
+            yield from (parameter.data for parameter in group["params"])
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)
+
+
+def dropped_tensors(model: TrainableModel) -> Iterator[Tensor]:
+    """Megatron's gradient buffers."""
+    if model.training is not None:
+        for chunk in model.training.chunks:
+            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
