@@ -90,6 +90,30 @@ def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 
 @cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+def serve(config: Path, overrides: tuple[str, ...]) -> None:
+    """Starts only the SGLang servers of a training run, and stays until Ctrl-C.
+
+    For servers on another node than the trainer: set rollout.sglang.host to an address of this node that the trainer
+    reaches. The servers' addresses and keys go to rollout.sglang.endpoints_file, or else to RUN_DIR/servers.json;
+    the trainer takes them with rollout.sglang.endpoints_file=FILE, from a folder that both nodes see.
+    """
+    resolved = load_config(TrainConfig, config, overrides)
+    check_lengths(resolved, check_layout(resolved, SUPPORTED_MODEL_TYPES))
+    from megatron_oreal.rollout.sglang_server import serve_until_stopped
+
+    serve_until_stopped(
+        resolved.rollout.sglang,
+        resolved.model.path,
+        resolved.model.dtype,
+        resolved.run_dir,
+        context_length=resolved.data.max_prompt_tokens + resolved.rollout.max_new_tokens,
+        notify=click.echo,
+    )
+
+
+@cli.command()
 @click.argument("run_a", type=click.Path(path_type=Path))
 @click.argument("run_b", type=click.Path(path_type=Path))
 @click.option("--confidence", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95)

@@ -1,9 +1,16 @@
-"""Which tests run: slow ones on demand, those for CUDA where it is."""
+"""Which tests run: slow ones on demand, those for CUDA where it is. One SGLang server for all tests that want one."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from megatron_oreal.rollout.sglang_server import ServerFleet
 
 SGLANG_PYTHON = Path(__file__).parent.parent / ".venv-sglang" / "bin" / "python"
 
@@ -29,3 +36,45 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs .venv-sglang: bash tools/setup_sglang.sh"))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
+@pytest.fixture(scope="session")
+def sglang_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 of 64 tokens and 512 positions that ends with token 1; it has no tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    path = tmp_path_factory.mktemp("sglang") / "model"
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        dtype="float32",
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Biases and norms too, and large enough that the distributions are far from uniform.
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sglang_fleet(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
+    """One server of `sglang_model`. Who changes its weights puts them back."""
+    from megatron_oreal.config_rollout import SglangConfig
+    from megatron_oreal.rollout.sglang_server import open_servers
+
+    config = SglangConfig(python=SGLANG_PYTHON, start_timeout_seconds=280)
+    run_dir = tmp_path_factory.mktemp("sglang_fleet")
+    with open_servers(config, sglang_model, "float32", run_dir, "cpu", context_length=512, notify=print) as fleet:
+        yield fleet

@@ -31,7 +31,8 @@ if ! "$python" -c 'import torch' 2>/dev/null; then
 fi
 "$python" -m pip install --quiet numpy transformers==5.19.0 tokenizers==0.23.2
 # Without its requirements: they ask for CUDA packages. Those that the server imports on a CPU follow.
-"$python" -m pip install --quiet --no-deps sglang==0.5.23 compressed-tensors==0.18.0 blobfile torchvision==0.28.0
+"$python" -m pip install --quiet --no-deps sglang==0.5.23 sglang-router==0.3.2 compressed-tensors==0.18.0 \
+    blobfile torchvision==0.28.0
 "$python" -m pip install --quiet aiohttp fastapi 'uvicorn>=0.51' uvloop orjson 'pyzmq>=25.1.2' psutil pybase64 pydantic \
     python-multipart requests setproctitle msgspec ninja partial_json_parser prometheus-client interegular IPython einops \
     pillow regex sentencepiece==0.2.1 tiktoken tqdm watchfiles xxhash zstandard distro openai==2.8.0 openai-harmony==0.0.4 \

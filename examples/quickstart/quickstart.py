@@ -34,12 +34,13 @@ TABLE = (
 
 @click.command()
 @click.option("--seed", default=0, show_default=True, help="Of the data, the model and the runs.")
+@click.option("--engine", type=click.Choice(["local", "sglang"]), default="local", help="What generates the samples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: runs/quickstart, -SEED added.")
-def main(seed: int, out: Path | None) -> None:
+def main(seed: int, engine: str, out: Path | None) -> None:
     """Trains a tiny model to do arithmetic, on a CPU or a GPU, in a few minutes."""
     start = time.monotonic()
     out = out or Path("runs") / ("quickstart" if seed == 0 else f"quickstart-{seed}")
-    data, sft, oreal = out / "data", out / "sft", out / "oreal"
+    data, sft, oreal = out / "data", out / "sft", out / ("oreal" if engine == "local" else f"oreal-{engine}")
     if not (data / "model").is_dir():
         run("1/3 task and tiny model", str(HERE / "prepare.py"), "--out", str(data), "--seed", str(seed))
     run(
@@ -52,6 +53,7 @@ def main(seed: int, out: Path | None) -> None:
         "3/3 OREAL on outcome rewards",
         *[*MEGATRON_OREAL, "train", str(HERE / "config.yaml"), f"run_dir={oreal}", f"seed={seed}"],
         *[f"model.path={sft}/hf", f"data.prompts={data}/train.jsonl", f"eval.prompts.heldout={data}/heldout.jsonl"],
+        *([] if engine == "local" else [f"rollout.engine={engine}"]),
         *layout("tensor"),
     )
     show(oreal, time.monotonic() - start)

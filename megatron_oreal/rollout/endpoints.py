@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
 @dataclass(slots=True, frozen=True)
 class Endpoint:
     url: str  # e.g. http://127.0.0.1:31000
-    api_key: str  # to generate
-    admin_key: str  # to change weights, to pause
+    api_key: str = field(repr=False)  # to generate
+    admin_key: str = field(repr=False)  # to change weights, to pause
     tensor: int = 1  # GPUs, each a receiver of weights
 
     def __str__(self) -> str:
