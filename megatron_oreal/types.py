@@ -52,11 +52,13 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]  # the stop token included when one was produced
     response_text: str  # without the stop token
-    rollout_logprobs: list[float]  # of the distribution that was sampled from: tempered, truncated
+    # Of the distribution that was sampled from: tempered, truncated. Empty where the engine cannot tell.
+    rollout_logprobs: list[float]
     model_logprobs: list[float]  # of the untempered, untruncated model
     finish_reason: FinishReason
-    policy_version: int
+    policy_version: int  # of the weights that made its oldest token
     verdict: Verdict | None = None
+    policy_versions: list[int] = field(default_factory=list)  # a token; empty: all are of policy_version
 
     @property
     def is_correct(self) -> bool:
@@ -91,7 +93,7 @@ class TrainingSequence:
     response_ids: list[int]
     advantage: float
     is_correct: bool
-    model_logprobs: list[float] = field(default_factory=list)  # the engine's, for the mismatch metric
+    model_logprobs: list[float] = field(default_factory=list)  # the engine's
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +113,7 @@ class Microbatch:
     sequence_ids: Tensor  # [T] int64, index into [N]
     advantages: Tensor  # [T] float32
     is_correct: Tensor  # [N] bool
-    rollout_logprobs: Tensor  # [T] float32, the engine's untempered log-probs, 0 where unknown
+    engine_logprobs: Tensor  # [T] float32, untempered: the engine's of the sampled tokens, NaN where unknown
     reference_logprobs: Tensor | None = None  # [T]
     old_logprobs: Tensor | None = None  # [T]
     token_scores: Tensor | None = None  # [T] the reward model's, before its update

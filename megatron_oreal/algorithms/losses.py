@@ -22,6 +22,8 @@ def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
     return 0.5 * (target_logprobs - logprobs).square()
 
 
+# One token that the trainer finds impossible must not make a metric infinite: that would stop the run.
+MAX_LOG_RATIO = 20.0
 KL_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": kl_k3, "mse": kl_mse}
 
 
@@ -62,9 +64,53 @@ def mean_entropy(outputs: TokenOutputs, batch: Batch) -> Tensor:
     return outputs.entropy.sum() / batch.num_tokens
 
 
-def engine_mismatch(outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
-    """How far the trainer's log-probs of the sampled tokens are from those that the generation engine reported."""
-    difference = (outputs.values.detach() - microbatch.rollout_logprobs)[microbatch.loss_mask].abs()
-    if not difference.numel():
-        difference = outputs.values.new_zeros(1)
-    return {"mismatch": difference.sum() / batch.num_tokens, "mismatch_max": difference.max()}
+def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
+    """How far the trainer's log-probs of the sampled tokens, before its update, are from those of the engine.
+
+    With d = trainer - engine a token, in nats: "mismatch" is the mean of |d|, "mismatch_max" its maximum,
+    "mismatch_ratio" the mean of exp|d|. "mismatch_kl_k1" (mean of -d) and "mismatch_kl_k3" (mean of exp(d) - d - 1)
+    estimate KL(engine || trainer) without bias; both are those of the untempered, untruncated distributions.
+    """
+    difference = log_ratio_to_engine(microbatch)
+    magnitude = difference.abs()
+    means = {
+        "mismatch": magnitude,
+        "mismatch_ratio": magnitude.exp(),
+        "mismatch_kl_k1": -difference,
+        "mismatch_kl_k3": difference.exp() - difference - 1.0,
+    }
+    metrics = {name: values.sum() / batch.num_tokens for name, values in means.items()}
+    return metrics | {"mismatch_max": largest(magnitude)}
+
+
+def importance_weights(microbatch: Microbatch, cap: float) -> Tensor:
+    """[T], detached: min(pi_old / pi_engine, cap) of each trained token, 1 elsewhere.
+
+    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"): corrects for samples of other weights, or of other kernels, than those that are trained.
+    """
+    weights = torch.ones_like(microbatch.engine_logprobs)
+    weights[microbatch.loss_mask] = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
+    return weights
+
+
+def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict[str, Tensor]:
+    """The mean of the weights as they are used, the largest before the cap, the share of tokens that it cuts."""
+    ratio = log_ratio_to_engine(microbatch).exp()
+    return {
+        "importance_mean": ratio.clamp_max(cap).sum() / batch.num_tokens,
+        "importance_max": largest(ratio),
+        "importance_capped_share": (ratio > cap).sum() / batch.num_tokens,
+    }
+
+
+def log_ratio_to_engine(microbatch: Microbatch) -> Tensor:
+    """[trained tokens] log(pi_old / pi_engine) in nats; 0 where the engine's log-prob is not known."""
+    assert microbatch.old_logprobs is not None, "the first pass fills them"
+    known = microbatch.engine_logprobs[microbatch.loss_mask]
+    difference = microbatch.old_logprobs[microbatch.loss_mask] - known
+    return torch.where(known.isnan(), 0.0, difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def largest(values: Tensor) -> Tensor:
+    return values.max() if values.numel() else values.new_zeros(())

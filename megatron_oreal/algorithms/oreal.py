@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import ADVANTAGES
-from megatron_oreal.algorithms.losses import KL_KINDS, engine_mismatch, mean_entropy, outcome_cross_entropy
+from megatron_oreal.algorithms.losses import (
+    KL_KINDS,
+    engine_mismatch,
+    importance_metrics,
+    importance_weights,
+    mean_entropy,
+    outcome_cross_entropy,
+)
 from megatron_oreal.algorithms.model import Metrics, Model
 from megatron_oreal.algorithms.selection import is_mixed, training_sequence
 from megatron_oreal.config_algorithms import OrealConfig
@@ -45,6 +52,7 @@ class Oreal:
     reward_model: Model | None  # None: every token weight is 1
     policy_updates: int = 1  # optimizer steps on one set of groups
     reward_model_updates: int = 1
+    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
@@ -97,6 +105,8 @@ class Oreal:
             microbatch.old_logprobs = logprobs.detach()
         coefficients, old_logprobs = microbatch.coefficients, microbatch.old_logprobs
         assert coefficients is not None
+        if self.importance_cap is not None:
+            coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
         correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
         incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
         positive = -(coefficients * logprobs)[correct].sum()
@@ -113,7 +123,9 @@ class Oreal:
             "kl": divergence,
             "entropy": mean_entropy(outputs, batch),
         }
-        metrics |= engine_mismatch(outputs, microbatch, batch) | weight_metrics(microbatch, batch, correct, incorrect)
+        metrics |= engine_mismatch(microbatch, batch) | weight_metrics(microbatch, batch, correct, incorrect)
+        if self.importance_cap is not None:
+            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 

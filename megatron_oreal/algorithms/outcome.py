@@ -18,7 +18,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_oreal.algorithms.losses import KL_KINDS, engine_mismatch, mean_entropy, sequence_mean, trained_tokens
+from megatron_oreal.algorithms.losses import (
+    KL_KINDS,
+    engine_mismatch,
+    importance_metrics,
+    importance_weights,
+    mean_entropy,
+    sequence_mean,
+    trained_tokens,
+)
 from megatron_oreal.algorithms.model import Metrics, Model
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
 from megatron_oreal.algorithms.selection import first_correct, is_mixed, training_sequence
@@ -35,6 +43,7 @@ class Outcome:
     policy: Model
     reference: Model | None = None  # None where no KL asks for it
     policy_updates: int = 1  # optimizer steps on one set of groups
+    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
     tables: dict[int, Table] = field(default_factory=dict)  # the weights for each number of judged samples met so far
 
     def __post_init__(self) -> None:
@@ -87,6 +96,8 @@ class Outcome:
         if microbatch.old_logprobs is None:
             microbatch.old_logprobs = logprobs.detach()
         assert coefficients is not None
+        if self.importance_cap is not None:
+            coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
         ratio = self.ratio(logprobs - microbatch.old_logprobs, microbatch)
         clipped = ratio.clamp(*self.clip_bounds)
         loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[mask].sum()
@@ -100,7 +111,9 @@ class Outcome:
             kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
             loss = loss + self.config.kl_coef * kl
             metrics["kl"] = kl
-        metrics |= {"loss": loss} | engine_mismatch(outputs, microbatch, batch)
+        metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
+        if self.importance_cap is not None:
+            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import gae
-from megatron_oreal.algorithms.losses import KL_KINDS, engine_mismatch, mean_entropy
+from megatron_oreal.algorithms.losses import (
+    KL_KINDS,
+    engine_mismatch,
+    importance_metrics,
+    importance_weights,
+    mean_entropy,
+)
 from megatron_oreal.algorithms.model import Metrics, Model
 from megatron_oreal.config_algorithms import PpoConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
@@ -31,6 +37,7 @@ class Ppo:
     policy: Model
     critic: Model
     reference: Model | None  # None where no KL asks for it
+    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
@@ -92,6 +99,8 @@ class Ppo:
         ratio = (logprobs - microbatch.old_logprobs).exp()
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
         advantages = microbatch.advantages
+        if self.importance_cap is not None:
+            advantages = advantages * importance_weights(microbatch, self.importance_cap)
         surrogate = torch.minimum(ratio * advantages, clipped * advantages)[mask].sum() / batch.num_tokens
         entropy = mean_entropy(outputs, batch)
         loss = -surrogate - self.config.entropy_coef * entropy
@@ -106,7 +115,9 @@ class Ppo:
             kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
             loss = loss + self.config.kl_coef * kl
             metrics["kl"] = kl
-        metrics |= {"loss": loss} | engine_mismatch(outputs, microbatch, batch)
+        metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
+        if self.importance_cap is not None:
+            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:

@@ -6,6 +6,7 @@ get a filler of masked tokens, which contributes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -130,8 +131,8 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
     )
     advantages = torch.tensor([sequence.advantage for sequence in sequences] + [0.0] * bool(padding))
     logprobs = [value for sequence in sequences for value in known_logprobs(sequence)]
-    rollout_logprobs = torch.zeros(total, dtype=torch.float32)
-    rollout_logprobs[loss_mask] = torch.tensor(logprobs, dtype=torch.float32)
+    engine_logprobs = torch.zeros(total, dtype=torch.float32)
+    engine_logprobs[loss_mask] = torch.tensor(logprobs, dtype=torch.float32)
     microbatch = Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
@@ -142,13 +143,13 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
         sequence_ids=sequence_ids,
         advantages=torch.where(loss_mask, advantages[sequence_ids], 0.0),
         is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
-        rollout_logprobs=rollout_logprobs,
+        engine_logprobs=engine_logprobs,
     )
     return to_device(microbatch, device)
 
 
 def known_logprobs(sequence: TrainingSequence) -> list[float]:
-    return sequence.model_logprobs or [0.0] * len(sequence.response_ids)
+    return sequence.model_logprobs or [math.nan] * len(sequence.response_ids)
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

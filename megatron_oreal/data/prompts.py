@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megatron_oreal.config import PromptConfig
 from megatron_oreal.data.files import Row, describe_type, read_jsonl, write_jsonl
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_oreal.data.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+CursorState = dict[str, Any]  # JSON
 
 
 @dataclass(slots=True, frozen=True)
@@ -148,10 +149,19 @@ def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, 
     return repeated
 
 
+@dataclass(slots=True, frozen=True)
+class Turn:
+    """An item's turn to be used."""
+
+    index: int  # of the item
+    origin: str = ""  # of one that was given back: what its samples' seeds hang on; empty: its place in the batch
+
+
 class PromptCursor(Generic[Item]):
     """Hands out the items in batches, epoch after epoch, each item once an epoch; a batch may run across the border.
 
-    The order of an epoch depends on (seed, epoch) alone, so two numbers are enough to continue a run.
+    The order of an epoch depends on (seed, epoch) alone, so two numbers, and the turns that were given back, are enough
+    to continue a run.
     """
 
     def __init__(self, prompts: Sequence[Item], shuffle: bool, seed: int) -> None:
@@ -160,6 +170,7 @@ class PromptCursor(Generic[Item]):
         self.prompts = prompts
         self.shuffle = shuffle
         self.seed = seed
+        self.returned: list[Turn] = []  # given back, in the order in which they come again
         self._start_epoch(0)
 
     @property
@@ -168,34 +179,52 @@ class PromptCursor(Generic[Item]):
         return self._epoch
 
     def next_batch(self, count: int) -> list[Item]:
-        batch: list[Item] = []
-        while len(batch) < count:
-            taken = self._order[self._position : self._position + count - len(batch)]
-            batch += [self.prompts[index] for index in taken]
+        return [self.prompts[turn.index] for turn in self.next_turns(count)]
+
+    def next_turns(self, count: int) -> list[Turn]:
+        """Those that were given back, and then new ones."""
+        turns, self.returned = self.returned[:count], self.returned[count:]
+        while len(turns) < count:
+            taken = self._order[self._position : self._position + count - len(turns)]
+            turns += map(Turn, taken)
             self._position += len(taken)
             if self._position == len(self._order):
                 self._start_epoch(self._epoch + 1)
-        return batch
+        return turns
 
-    def state(self) -> dict[str, int]:
-        """What `restore` needs to continue at this place."""
+    def give_back(self, turns: Sequence[Turn]) -> None:
+        """They come first in the next batch."""
+        self.returned = [*turns, *self.returned]
+
+    def copy(self) -> PromptCursor[Item]:
+        """One that goes on from here by itself."""
+        cursor = PromptCursor(self.prompts, self.shuffle, self.seed)
+        cursor.restore(self.state())
+        return cursor
+
+    def state(self) -> CursorState:
+        """What `restore` needs to continue at this place; it can be written as JSON."""
         return {
             "epoch": self._epoch,
             "position": self._position,
             "seed": self.seed,
             "num_prompts": len(self.prompts),
+            "returned": [[turn.index, turn.origin] for turn in self.returned],
         }
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: CursorState) -> None:
         """Continues where `state` was taken, in its order. Raises ValueError when the number of prompts differs."""
         if state["num_prompts"] != len(self.prompts):
             raise ValueError(
                 f"data.prompts: the run was saved with {state['num_prompts']} prompts an epoch and now has "
                 f"{len(self.prompts)}; keep the file, data.max_prompt_tokens and data.repeats_by_pass_rate"
             )
-        self.seed = state["seed"]
-        self._start_epoch(state["epoch"])
+        if (self.seed, self._epoch) != (state["seed"], state["epoch"]):
+            self.seed = state["seed"]
+            self._start_epoch(state["epoch"])
         self._position = state["position"]
+        # Checkpoints of runs before there was over-sampling have none.
+        self.returned = [Turn(index, origin) for index, origin in state.get("returned", [])]
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch

@@ -29,6 +29,10 @@ class Gemms(Protocol):
         """[t, H], [v, H] -> [t, v] float32, new memory. The same inputs give the same bits."""
         ...
 
+    def exact_logits(self, hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor | None:
+        """[t] float32, of one column [t] a token; None where `logits` are exact by themselves."""
+        ...
+
     def grad_hidden(self, grad_logits: Tensor, weight: Tensor, out: Tensor, accumulate: bool) -> None:
         """out [t, H] float32 = or += grad_logits [t, v] @ weight [v, H]."""
         ...
@@ -48,6 +52,9 @@ class PlainGemms:
         if self.grad_dtype is torch.float32:
             return hidden.float() @ weight.float().T
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    def exact_logits(self, hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor | None:
+        return None
 
     def grad_hidden(self, grad_logits: Tensor, weight: Tensor, out: Tensor, accumulate: bool) -> None:
         self._product(grad_logits, weight, out, accumulate)

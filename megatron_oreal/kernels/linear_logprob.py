@@ -169,7 +169,7 @@ class _Call:
         """Of a tile: the targets as its columns, and how many columns are not padding."""
         return target - (self.first + columns.start), min(columns.stop, self.num_valid) - columns.start
 
-    def reduce(self, tiles: Iterable[tuple[slice, Tensor]], target: Tensor) -> Tensor:
+    def reduce(self, tiles: Iterable[tuple[slice, Tensor]], hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         """[3 or 4, t] (see torch_rows) of this rank's columns, from the (columns, logits) of its tiles."""
         nothing = torch.zeros(self.num_numbers, len(target), dtype=torch.float32, device=target.device)
         nothing[[0, 2]] = -torch.inf
@@ -179,7 +179,13 @@ class _Call:
                 self.rows.reduce_rows(logits, *self.place(target, columns), self.temperature, self.with_entropy)
             )
             del logits  # before the next tile is made
-        return merge(parts or [nothing])
+        numbers = merge(parts or [nothing])
+        column = target - self.first
+        is_here = (column >= 0) & (column < self.num_valid)
+        exact = self.gemms.exact_logits(hidden, weight, torch.where(is_here, column, 0))
+        if exact is not None:
+            numbers[2] = torch.where(is_here, exact / self.temperature, -torch.inf)
+        return numbers
 
     def outputs(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logprobs, logsumexp, entropy or None), each [t], from this rank's [3 or 4, t] and the others'."""
@@ -326,7 +332,9 @@ class _Recompute(torch.autograd.Function):
         numbers = torch.empty(call.num_numbers, len(target), dtype=torch.float32, device=hidden.device)
         tiling = _Tiling.square(call, hidden, weight)
         for rows in tiling.tokens:
-            numbers[:, rows] = call.reduce(tiling.logits(call, hidden[rows], weight), target[rows])
+            numbers[:, rows] = call.reduce(
+                tiling.logits(call, hidden[rows], weight), hidden[rows], weight, target[rows]
+            )
         logprobs, logsumexp, entropy = call.outputs(numbers)
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.call = call
@@ -368,7 +376,7 @@ class _Eager(torch.autograd.Function):
         tiling = _Tiling.eager(call, hidden, weight)
         for rows in tiling.tokens:
             tiles = list(tiling.logits(call, hidden[rows], weight))
-            logprobs, logsumexp, entropy = call.outputs(call.reduce(tiles, target[rows]))
+            logprobs, logsumexp, entropy = call.outputs(call.reduce(tiles, hidden[rows], weight, target[rows]))
             results[0, rows], results[1, rows] = logprobs, logsumexp
             if entropy is not None:
                 results[2, rows] = entropy

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from megatron_oreal.checkpoint.families import Head as HeadKind
 from megatron_oreal.config import HeadInit
 from megatron_oreal.kernels import linear_logprob
+from megatron_oreal.kernels.fp8_gate import GuardedPrecision
 from megatron_oreal.kernels.gemms import Precision
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
@@ -45,7 +48,11 @@ class LogprobHead:
     layout: ParallelLayout
     vocab_size: int  # without padding
     kind: HeadKind = "lm"
-    precision: Precision = "bf16"  # of the products, see linear_logprob
+    precision: InitVar[Precision] = "bf16"  # of the products, see linear_logprob
+    guard: GuardedPrecision = field(init=False)  # FP8 values, as long as they are good enough
+
+    def __post_init__(self, precision: Precision) -> None:
+        object.__setattr__(self, "guard", GuardedPrecision(precision))
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
         """GPTModel's own output layer is the head's weight."""
@@ -55,14 +62,24 @@ class LogprobHead:
         weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
         trained = microbatch.loss_mask.nonzero()[:, 0]
         selected = whole_sequence(hidden, self.layout).index_select(0, trained)
-        logprobs, _, entropy = linear_logprob(
-            selected.to(weight.dtype),
-            weight,
-            microbatch.labels[trained],
+        hidden, labels = selected.to(weight.dtype), microbatch.labels[trained]
+        compute = partial(
+            linear_logprob,
             tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
             valid_vocab=self.vocab_size,
+        )
+
+        def measured(precision: Precision, tokens: slice) -> Tensor:
+            return compute(hidden[tokens], weight, labels[tokens], precision=precision)[0]
+
+        if note := self.guard.check(len(labels), measured):
+            warnings.warn(f"model.head_precision: {note}", stacklevel=1)
+        logprobs, _, entropy = compute(
+            hidden,
+            weight,
+            labels,
             entropy=True,
-            precision=self.precision,
+            precision=self.guard.precision,
             accumulate_main_grad=model.config.gradient_accumulation_fusion,
         )
         assert entropy is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from megatron_oreal.config_rollout import RolloutConfig
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
+from megatron_oreal.observability.metrics import Metrics
 from megatron_oreal.rollout.engine import SamplingParams
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group
@@ -16,11 +17,13 @@ from megatron_oreal.types import Group
 class Collected:
     groups: list[Group]  # to train on
     sampled: list[Group]  # all, also those that were not usable
+    metrics: Metrics = field(default_factory=dict)  # of how they were made, on the first rank
+    notes: list[str] = field(default_factory=list)  # for the log
 
 
 @dataclass(slots=True)
 class GroupCollector:
-    """Every rank calls it alike: verdicts are the same everywhere, and so is the number of rounds."""
+    """For an engine that all ranks call alike: verdicts are the same everywhere, and so is the number of rounds."""
 
     sampler: Sampler
     cursor: PromptCursor[EncodedPrompt]
@@ -48,15 +51,31 @@ class GroupCollector:
         """`group_size` samples a prompt; up to `draw_rounds` times as many where correct ones are missing."""
         size = self.config.group_size
         groups = self.sampler.sample(prompts, size, self.sampling, seed)
-        for draw_round in range(1, self.config.draw_rounds):
-            missing = [index for index, group in enumerate(groups) if count_correct(group) < self.num_correct]
-            if not missing:
-                break
-            asked = [prompts[index] for index in missing]
-            more = self.sampler.sample(asked, size, self.sampling, seed_of(seed, "draws", draw_round))
-            for index, group in zip(missing, more, strict=True):
-                groups[index].samples += group.samples
+
+        def draw(missing: Sequence[int], seed: str) -> list[Group]:
+            return self.sampler.sample([prompts[index] for index in missing], size, self.sampling, seed)
+
+        draw_again(groups, self.num_correct, self.config.draw_rounds, seed, draw)
         return groups
+
+    def close(self) -> None:
+        """Nothing runs between two steps."""
+
+
+def draw_again(
+    groups: Sequence[Group],
+    num_correct: int,
+    draw_rounds: int,
+    seed: str,
+    draw: Callable[[Sequence[int], str], list[Group]],
+) -> None:
+    """Adds samples to the groups with fewer than `num_correct` correct ones; `draw` takes their numbers and a seed."""
+    for draw_round in range(1, draw_rounds):
+        missing = [index for index, group in enumerate(groups) if count_correct(group) < num_correct]
+        if not missing:
+            break
+        for index, group in zip(missing, draw(missing, seed_of(seed, "draws", draw_round)), strict=True):
+            groups[index].samples += group.samples
 
 
 def seed_of(seed: str, kind: str, number: int) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -18,12 +20,18 @@ from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rewards.answer import ANSWER_REGIONS
 from megatron_oreal.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.rollout.harvest import Asked, Harvest
+from megatron_oreal.rollout.sharing import PlacedGroup, in_thread, is_alone, share
 from megatron_oreal.types import Group, Sample, Verdict
+
+Number = TypeVar("Number", int, float)
+
+MAX_FRUITLESS_CALLS = 20  # to an engine that gives responses up by itself, without a token more
 
 
 @dataclass(slots=True)
 class Sampler:
-    """Every rank calls it alike and gets the same groups; the first rank verifies and knows the texts."""
+    """Gives every rank the same groups; the first rank verifies and knows the texts."""
 
     engine: RolloutEngine
     tokenizer: Tokenizer
@@ -35,27 +43,77 @@ class Sampler:
     def sample(
         self, prompts: Sequence[EncodedPrompt], num_samples: int, params: SamplingParams, seed: str
     ) -> list[Group]:
-        """`num_samples` a prompt; a sample's seed depends on `seed`, the prompt's place and its own number."""
-        requests = [
-            GenerationRequest(prompt.token_ids, sample_seed(f"{seed}/{place}/{number}"))
-            for place, prompt in enumerate(prompts)
-            for number in range(num_samples)
-        ]
+        """`num_samples` a prompt; a sample's seed depends on `seed`, the prompt's place and its own number. Collective.
+
+        With servers, the first rank asks them and hands the groups to the others.
+        """
+        asked = [Asked(prompt, f"{seed}/{place}") for place, prompt in enumerate(prompts)]
+        if self.engine.is_collective:
+            return self._sample_together(asked, num_samples, params)
+        future = None if self.verifier is None else in_thread(partial(self.produce, asked, num_samples, params))
+        return [placed.group for placed in share(future, prompts)]
+
+    def produce(self, asked: Sequence[Asked], num_samples: int, params: SamplingParams) -> list[PlacedGroup]:
+        """Every group, in order. The first rank alone, in any thread."""
+        harvest = Harvest(asked, num_samples, self.judge)
+        try:
+            requests = [request for one in asked for request in one.requests(num_samples)]
+            self.gather(harvest, dict(enumerate(requests)), params)
+            groups = harvest.groups()
+        finally:
+            harvest.close()
+        return [PlacedGroup(number, groups[number]) for number in range(len(asked))]
+
+    def gather(
+        self, harvest: Harvest, requests: Mapping[int, GenerationRequest], params: SamplingParams
+    ) -> dict[int, GenerationRequest]:
+        """Generates until every request is answered or the harvest is over; returns those left, with what was begun.
+
+        A response that a change of weights has cut is continued. Raises RuntimeError when nothing comes any more.
+        """
+        left = dict(requests)
+        num_fruitless = 0
+        while left and not harvest.is_over:
+            numbers, version = list(left), self.engine.version
+            watch = Renumbered(harvest, [(number, left[number].begun) for number in numbers], version)
+            num_tokens = sum(map(num_begun_tokens, left.values()))
+            for place, generation in enumerate(self.engine.generate(list(left.values()), params, watch)):
+                watch(place, generation)  # for an engine that tells late
+                left[numbers[place]] = continuation(left[numbers[place]], watch.dated(place, generation))
+            left = {number: request for number, request in left.items() if number not in harvest.finished}
+            has_grown = len(left) < len(numbers) or sum(map(num_begun_tokens, left.values())) > num_tokens
+            num_fruitless = 0 if has_grown else num_fruitless + 1
+            if num_fruitless == MAX_FRUITLESS_CALLS:
+                raise RuntimeError(f"the engine gave up {len(left)} responses {num_fruitless} times without a token")
+        return left
+
+    def judge(self, asked: Asked, generations: Sequence[Generation]) -> Group:
+        """The first rank alone, in any thread."""
+        samples = [self._sample(asked.prompt, generation) for generation in generations]
+        prompt = asked.prompt.prompt
+        for sample, verdict in zip(samples, self._verify([(s, prompt.answer) for s in samples]), strict=True):
+            sample.verdict = verdict
+        return Group(prompt, samples)
+
+    def _sample_together(self, asked: Sequence[Asked], num_samples: int, params: SamplingParams) -> list[Group]:
+        requests = [request for one in asked for request in one.requests(num_samples)]
         generations = iter(self.engine.generate(requests, params))
         groups = [
-            Group(prompt.prompt, [self._sample(prompt, next(generations), params) for _ in range(num_samples)])
-            for prompt in prompts
+            Group(one.prompt.prompt, [self._sample(one.prompt, next(generations)) for _ in range(num_samples)])
+            for one in asked
         ]
         samples = [(sample, group.prompt.answer) for group in groups for sample in group.samples]
         for (sample, _), verdict in zip(samples, self._verdicts(samples), strict=True):
             sample.verdict = verdict
         return groups
 
-    def _sample(self, prompt: EncodedPrompt, generation: Generation, params: SamplingParams) -> Sample:
+    def _sample(self, prompt: EncodedPrompt, generation: Generation) -> Sample:
         num_tokens = tokens_to_stop_string(generation.response_ids, self.stop_strings, self.tokenizer)
         stopped_by_token = num_tokens is None and generation.finish_reason == "stop"
         response_ids = generation.response_ids[:num_tokens]
         shown_ids = response_ids[:-1] if stopped_by_token else response_ids
+        versions = generation.policy_versions[:num_tokens]
+        oldest = min(versions, default=self.engine.version)
         return Sample(
             prompt_id=prompt.prompt.id,
             prompt_ids=prompt.token_ids,
@@ -64,21 +122,23 @@ class Sampler:
             rollout_logprobs=generation.rollout_logprobs[:num_tokens],
             model_logprobs=generation.model_logprobs[:num_tokens],
             finish_reason=generation.finish_reason if num_tokens is None else "stop",
-            policy_version=self.engine.version,
+            policy_version=oldest,
+            policy_versions=versions if max(versions, default=oldest) > oldest else [],
         )
 
     def _verdicts(self, samples: Sequence[tuple[Sample, str]]) -> list[Verdict]:
         verdicts: list[Verdict] = []
         if self.verifier is not None:
-            verdicts = self._verify(self.verifier, samples)
-        if dist.get_world_size() == 1:
+            verdicts = self._verify(samples)
+        if is_alone():
             return verdicts
         shared = [verdicts]
         dist.broadcast_object_list(shared, src=0)
         return shared[0]
 
-    def _verify(self, verifier: MathVerifier, samples: Sequence[tuple[Sample, str]]) -> list[Verdict]:
+    def _verify(self, samples: Sequence[tuple[Sample, str]]) -> list[Verdict]:
         """A response that was cut is not sent to the verifier when it needs its stop token."""
+        assert self.verifier is not None
         is_cut = [self.require_stop and sample.finish_reason != "stop" for sample, _ in samples]
         region = ANSWER_REGIONS[self.answer_rule]
         pairs = [
@@ -86,8 +146,37 @@ class Sampler:
             for (sample, answer), cut in zip(samples, is_cut, strict=True)
             if not cut
         ]
-        judged = iter(verifier.verify_many(pairs))
+        judged = iter(self.verifier.verify_many(pairs))
         return [Verdict(0.0, "too_long", None) if cut else next(judged) for cut in is_cut]
+
+
+@dataclass(slots=True)
+class Renumbered:
+    """A watch on some of a harvest's requests, in the order in which the engine was given them."""
+
+    harvest: Harvest
+    requests: Sequence[tuple[int, Generation | None]]  # the harvest's number, what was begun
+    version: int  # when the engine was called: of tokens for which it names none
+
+    def __call__(self, index: int, generation: Generation) -> bool:
+        return self.harvest(self.requests[index][0], self.dated(index, generation))
+
+    def dated(self, index: int, generation: Generation) -> Generation:
+        """With a policy version for each token."""
+        if generation.policy_versions:
+            return generation
+        begun = self.requests[index][1]
+        before = [] if begun is None else begun.policy_versions
+        num_new = len(generation.response_ids) - len(before)
+        return replace(generation, policy_versions=before + [self.version] * num_new)
+
+
+def continuation(request: GenerationRequest, generation: Generation) -> GenerationRequest:
+    return replace(request, begun=generation) if generation.response_ids else request
+
+
+def num_begun_tokens(request: GenerationRequest) -> int:
+    return len(request.begun.response_ids) if request.begun is not None else 0
 
 
 def tokens_to_stop_string(response_ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> int | None:
@@ -103,19 +192,15 @@ def tokens_to_stop_string(response_ids: Sequence[int], stop_strings: Sequence[st
     return bisect.bisect_left(range(len(response_ids)), True, key=holds_stop)
 
 
-def sample_seed(key: str) -> int:
-    """A 63-bit seed, the same on every machine and Python version."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
-
-
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards, lengths and verdicts of all samples, before any selection."""
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample for sample in samples if sample.is_judged]
     lengths = [len(sample.response_ids) for sample in samples]
+    known = [sample.rollout_logprobs for sample in samples if sample.rollout_logprobs]
     statuses = [sample.verdict.status for sample in samples if sample.verdict is not None]
     pass_rates = [group.pass_rate for group in groups if group.judged_samples]
-    return {
+    metrics = {
         "reward/mean": sum(sample.is_correct for sample in judged) / max(1, len(judged)),
         "reward/groups_mixed": sum(0 < rate < 1 for rate in pass_rates),
         "reward/groups_all_correct": sum(rate == 1 for rate in pass_rates),
@@ -125,14 +210,29 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/num_samples": len(samples),
         "rollout/num_tokens": sum(lengths),
         "rollout/length_mean": sum(lengths) / len(lengths),
+        "rollout/length_median": nearest_rank(lengths, 0.5),
+        "rollout/length_nine_tenths": nearest_rank(lengths, 0.9),
         "rollout/length_max": max(lengths),
         "rollout/length_limit_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "rollout/logprob_mean": sum(sum(sample.rollout_logprobs) for sample in samples) / max(1, sum(lengths)),
         "verifier/no_answer": statuses.count("no_answer"),
         "verifier/rejected": statuses.count("rejected"),
         "verifier/timeout": statuses.count("timeout"),
         "verifier/crash": statuses.count("crash"),
     }
+    if known:  # the engine can tell
+        metrics["rollout/logprob_mean"] = sum(map(sum, known)) / max(1, sum(map(len, known)))
+    return metrics
+
+
+def nearest_rank(values: Sequence[Number], share: float) -> Number:
+    """The smallest value that at least this share of the values does not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """How many steps the samples that `step` trains on are old, each by its oldest token."""
+    ages = [step - sample.policy_version for group in groups for sample in group.samples]
+    return {"rollout/staleness_mean": sum(ages) / max(1, len(ages)), "rollout/staleness_max": max(ages, default=0)}
 
 
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
@@ -154,7 +254,7 @@ def sample_row(group: Group, sample: Sample) -> dict[str, object]:
         "extracted": verdict.extracted if verdict else None,
         "reward": verdict.reward if verdict else None,
         "num_tokens": len(sample.response_ids),
-        "logprob": round(sum(sample.rollout_logprobs), 6),
+        "logprob": round(sum(sample.rollout_logprobs), 6) if sample.rollout_logprobs else None,
         "finish_reason": sample.finish_reason,
         "policy_version": sample.policy_version,
     }

@@ -1,4 +1,5 @@
-from math import exp, log
+from collections.abc import Callable
+from math import exp, isfinite, log
 
 import pytest
 import torch
@@ -6,6 +7,8 @@ import torch
 from megatron_oreal.algorithms.losses import (
     cross_entropy,
     engine_mismatch,
+    importance_metrics,
+    importance_weights,
     kl_k3,
     kl_mse,
     outcome_cross_entropy,
@@ -93,16 +96,60 @@ def test_cross_entropy_by_hand() -> None:
     torch.testing.assert_close(gradient, spread([-0.2] * 5, outside=0.0))
 
 
+def values(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in metrics.items()}
+
+
 def test_engine_mismatch_by_hand() -> None:
+    """d = 0, -ln 2, ln 2, 0, 0."""
     batch = make_batch()
     (microbatch,) = batch.microbatches
-    outputs = TokenOutputs(spread([-0.25, -1.0, -1.5, -1.0, -3.0]), None)
-    metrics = engine_mismatch(outputs, microbatch, batch)
-    assert {name: value.item() for name, value in metrics.items()} == {"mismatch": 2.0 / 5, "mismatch_max": 1.0}
+    microbatch.old_logprobs = spread([-0.25, -0.5 - log(2), -1.0 + log(2), -2.0, -3.0])
+    assert values(engine_mismatch(microbatch, batch)) == pytest.approx(
+        {
+            "mismatch": 2 * log(2) / 5,
+            "mismatch_max": log(2),
+            "mismatch_ratio": (3 + 2 + 2) / 5,
+            "mismatch_kl_k1": 0.0,
+            "mismatch_kl_k3": (0.5 + 2 - 2) / 5,
+        },
+        abs=1e-7,
+    )
 
 
-def test_a_rank_with_only_filler_mismatches_nowhere() -> None:
+def test_a_token_that_the_trainer_finds_impossible_keeps_metrics_finite() -> None:
+    batch = make_batch()
+    (microbatch,) = batch.microbatches
+    microbatch.old_logprobs = spread([-200.0, -0.5, -1.0, -2.0, -3.0])
+    metrics = values(engine_mismatch(microbatch, batch) | importance_metrics(microbatch, batch, 2.0))
+    assert all(map(isfinite, metrics.values()))
+    assert metrics["mismatch_max"] == 20.0
+
+
+@pytest.mark.parametrize("measure", [engine_mismatch, lambda *batch: importance_metrics(*batch, 2.0)])
+def test_a_rank_with_only_filler_mismatches_nowhere(measure: Callable[..., dict[str, torch.Tensor]]) -> None:
     batch = filler_batch()
     (microbatch,) = batch.microbatches
-    metrics = engine_mismatch(TokenOutputs(torch.full((2,), NAN), None), microbatch, batch)
-    assert {name: value.item() for name, value in metrics.items()} == {"mismatch": 0.0, "mismatch_max": 0.0}
+    microbatch.old_logprobs = torch.full((2,), NAN)
+    assert set(values(measure(microbatch, batch)).values()) == {0.0}
+
+
+def test_importance_weights_by_hand() -> None:
+    """Ratios 1/2, 1, 2, 4, 8 to the engine's log-probs, cut at 3."""
+    batch = make_batch()
+    (microbatch,) = batch.microbatches
+    engine = [-0.25, -0.5, -1.0, -2.0, -3.0]
+    microbatch.old_logprobs = spread([engine[i] + (i - 1) * log(2) for i in range(5)])
+    weights = importance_weights(microbatch, 3.0)
+    torch.testing.assert_close(weights.double(), spread([0.5, 1.0, 2.0, 3.0, 3.0], outside=1.0))
+    assert values(importance_metrics(microbatch, batch, 3.0)) == pytest.approx(
+        {"importance_mean": 9.5 / 5, "importance_max": 8.0, "importance_capped_share": 2 / 5}
+    )
+
+
+def test_tokens_of_unknown_log_prob_weigh_one() -> None:
+    batch = pack([TrainingSequence([11, 12], [13, 14], 1.0, True)], PackingPlan(0, 1, microbatch_tokens=100))
+    (microbatch,) = batch.microbatches
+    microbatch.old_logprobs = torch.tensor([0.0, -5.0, -6.0, 0.0])
+    assert importance_weights(microbatch, 2.0).tolist() == [1.0] * 4
+    assert values(engine_mismatch(microbatch, batch))["mismatch"] == 0.0

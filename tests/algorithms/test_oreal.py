@@ -81,6 +81,9 @@ def test_the_reference_preset_by_hand(table_model: Any) -> None:
         "policy/entropy": 0.5,
         "policy/mismatch": (0.5 + 1.5 + 0.5 + 0.5 + 0 + 0 + 2.5 + 0.5 + 1.5) / 9,
         "policy/mismatch_max": 2.5,
+        "policy/mismatch_ratio": (4 * exp(0.5) + 2 * exp(1.5) + 2 + exp(2.5)) / 9,
+        "policy/mismatch_kl_k1": (0.5 + 1.5 + 0.5 + 0.5 + 0 + 0 + 2.5 + 0.5 + 1.5) / 9,
+        "policy/mismatch_kl_k3": (4 * (exp(-0.5) - 0.5) + 2 * (exp(-1.5) + 0.5) + exp(-2.5) + 1.5) / 9,
         "policy/weight_positive": (0.5 + 0.75 + 0.5) / 5,
         "policy/weight_negative": (0.5 + 0.75 + 0.5) / 4,
         "policy/weight_zero_share": 3 / 9,
@@ -119,6 +122,22 @@ def test_the_paper_preset_by_hand(table_model: Any) -> None:
     expected |= {20: 0.5 * 0.75 * 0.5 / 4, 22: 0.5 * 0.75 * 0.75 / 4, 40: 0.5 * 0.25 * 0.5 / 4}
     assert gradient == pytest.approx(expected)
     assert set(reward_model.gradients[0]) == {10, 11, 20, 21, 22, 30, 31, 32, 40}
+
+
+def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
+    """Ratios to the engine's -0.5 are exp(logprob + 0.5), cut at 0.5: nothing but the KL stays as it was."""
+    tables = table_model("reference", REFERENCE), table_model("reward_model", SCORES, scores=True)
+    policy = table_model("policy", LOGPROBS)
+    metrics = Oreal(make_config(), PLAN, 0, policy, *tables, importance_cap=0.5).update(GROUPS, 0)
+    ratio = {token: min(exp(logprob + 0.5), 0.5) for token, logprob in LOGPROBS.items()}
+    (gradient,) = policy.gradients
+    kl = 0.01 / 9
+    expected = {10: -2 * 0.5 / 5 * ratio[10] - kl, 11: -2 * 0.75 / 5 * ratio[11], 31: -2 / 3 * 0.5 / 5 * ratio[31]}
+    expected |= {21: 0.5 * 2 / 3 * 0.5 / 4 * ratio[21] + 0.5 * kl, 22: 0.5 * 2 / 3 * 0.75 / 4 * ratio[22]}
+    assert gradient == pytest.approx(expected | {40: 0.5 * 2 * 0.5 / 4 * ratio[40]}, rel=1e-6)
+    # -1.0 -> exp(-1/2) four times, -0.5 -> 1 twice: these are cut.
+    assert metrics["policy/importance_capped_share"] == pytest.approx(6 / 9)
+    assert metrics["policy/importance_max"] == pytest.approx(1.0)
 
 
 def by_definition(

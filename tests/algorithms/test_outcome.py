@@ -57,7 +57,7 @@ def test_grpo_by_hand(table_model: Any) -> None:
     z = dict.fromkeys((10, 11), ROOT3) | dict.fromkeys((20, 21, 22, 23), -1 / ROOT3)
     z |= dict.fromkeys((30, 31, 32, 33, 34), 1 / ROOT3) | {40: -ROOT3}
     assert policy.gradients == [pytest.approx({token: -value / 16 for token, value in z.items()}, rel=1e-6)]
-    tokens = list(z)
+    d = {token: LOGPROBS[token] + 0.5 for token in z}
     assert metrics == pytest.approx(
         {
             "train/skipped": 0,
@@ -69,11 +69,26 @@ def test_grpo_by_hand(table_model: Any) -> None:
             "policy/entropy": 0.5,
             "policy/ratio_max": 1,
             "policy/clip_share": 0,
-            "policy/mismatch": sum(abs(LOGPROBS[token] + 0.5) for token in tokens) / 12,
+            "policy/mismatch": sum(map(abs, d.values())) / 12,
             "policy/mismatch_max": 3.5,
+            "policy/mismatch_ratio": sum(exp(abs(value)) for value in d.values()) / 12,
+            "policy/mismatch_kl_k1": -sum(d.values()) / 12,
+            "policy/mismatch_kl_k3": sum(exp(value) - value - 1 for value in d.values()) / 12,
         },
         rel=1e-6,
     )
+
+
+def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
+    """Twice as likely as the engine said, cut at 1.5; half as likely."""
+    logprobs = LOGPROBS | {10: -0.5 + log(2), 11: -0.5 - log(2)}
+    _, plain = update(table_model, make_config(), GROUPS, logprobs)
+    metrics, policy = update(table_model, make_config(), GROUPS, logprobs, importance_cap=1.5)
+    (gradient,), (before,) = policy.gradients, plain.gradients
+    assert gradient[10] == pytest.approx(1.5 * before[10], rel=1e-6)
+    assert gradient[11] == pytest.approx(0.5 * before[11], rel=1e-6)
+    assert metrics["policy/importance_capped_share"] == pytest.approx(1 / 12)
+    assert metrics["policy/importance_max"] == pytest.approx(2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,20 @@ def test_policy_gradient_is_the_whitened_advantage_over_the_number_of_tokens(tab
     assert metrics["policy/loss"] == pytest.approx(-sum(whitened(ADVANTAGES).values()) / 8, abs=1e-6)
 
 
+def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
+    """The engine gave every token the log-prob 0: the ratio is the token's probability, cut at 0.7."""
+    ppo, policy, _ = build(table_model)
+    ppo.importance_cap = 0.7
+    metrics = ppo.update(GROUPS, 0)
+    ratio = {token: math.exp(logprob) for token, logprob in LOGPROBS.items()}
+    weights = {token: min(value, 0.7) for token, value in ratio.items()}
+    expected = {token: -weights[token] * advantage / 8 for token, advantage in whitened(ADVANTAGES).items()}
+    assert policy.gradients[0] == pytest.approx(expected, abs=1e-6)
+    assert metrics["policy/importance_mean"] == pytest.approx(sum(weights.values()) / 8)
+    assert metrics["policy/importance_max"] == pytest.approx(math.exp(-0.1))
+    assert metrics["policy/importance_capped_share"] == sum(value > 0.7 for value in ratio.values()) / 8
+
+
 def test_critic_gradient_is_the_error_over_the_number_of_tokens(table_model: Any) -> None:
     ppo, _, critic = build(table_model)
     metrics = ppo.update(GROUPS, 0)

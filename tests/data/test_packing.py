@@ -51,7 +51,8 @@ def test_two_sequences_and_a_filler_by_hand() -> None:
     assert microbatch.labels[microbatch.loss_mask].tolist() == [14, 15, 22, 23, 24]
     assert microbatch.labels[:4].tolist() == [12, 13, 14, 15]
     assert microbatch.advantages.tolist() == [0, 0, 0.5, 0.5, 0, -1, -1, -1, 0, 0, 0, 0]
-    assert microbatch.rollout_logprobs.tolist() == [0, 0, -0.25, -0.5, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert microbatch.engine_logprobs[:5].tolist() == [0, 0, -0.25, -0.5, 0]
+    assert microbatch.engine_logprobs.isnan().tolist() == [F] * 5 + [T] * 3 + [F] * 4  # the second's are not known
     assert microbatch.is_correct.tolist() == [T, F, F]
     assert (microbatch.input_ids.dtype, microbatch.cu_seqlens.dtype) == (torch.int64, torch.int32)
 

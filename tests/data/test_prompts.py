@@ -8,6 +8,7 @@ import pytest
 from megatron_oreal.config import PromptConfig
 from megatron_oreal.data.prompts import (
     PromptCursor,
+    Turn,
     encode_prompts,
     read_prompts,
     repeat_by_pass_rate,
@@ -137,6 +138,22 @@ def test_a_restored_cursor_continues_the_unbroken_order(num_batches_before: int)
     after = [resumed.next_batch(4) for _ in range(12 - num_batches_before)]
     assert before + after == expected
     assert resumed.state() == unbroken.state()
+
+
+def test_what_is_given_back_comes_first_also_after_a_restart() -> None:
+    cursor = PromptCursor("abcdef", shuffle=False, seed=0)
+    first = cursor.next_turns(4)
+    cursor.give_back([Turn(first[1].index, "0/0/1"), Turn(first[3].index)])
+    state = json.loads(json.dumps(cursor.state()))
+    resumed = PromptCursor("abcdef", shuffle=False, seed=0)
+    resumed.restore(state)
+    for continued in (cursor, resumed, resumed.copy()):
+        assert continued.copy().next_turns(1) == [Turn(1, "0/0/1")]
+        assert continued.copy().next_batch(5) == list("bdefa")
+        assert continued.state() == state
+    before = {name: value for name, value in state.items() if name != "returned"}  # of an older checkpoint
+    resumed.restore(before)
+    assert resumed.next_batch(2) == list("ef")
 
 
 def test_a_state_of_other_prompts_is_refused() -> None:

@@ -45,9 +45,10 @@ def test_a_run_leaves_its_records(unbroken: Path, train_config: Metrics) -> None
     for record in steps[:-1]:
         phases = [v for name, v in record.items() if name.endswith("_seconds") and name != "time/step_seconds"]
         assert sum(phases) == pytest.approx(record["time/step_seconds"])
-        assert record["policy/mismatch_max"] < 1e-4
+        assert record["train/skipped"] or record["policy/mismatch_max"] < 1e-4
     assert steps[0]["rollout/num_samples"] == 20
-    assert "policy/grad_norm" not in steps[0] and "policy/grad_norm" in steps[1]  # frozen in the first step
+    assert "policy/grad_norm" not in steps[0]  # frozen in the first step
+    assert all(record["train/skipped"] or "policy/grad_norm" in record for record in steps[1:-1])
     names = sorted(path.name for path in (unbroken / "rollouts").iterdir())
     assert names == [f"step_{step:06d}.jsonl" for step in range(6)]
     rows = [json.loads(line) for line in (unbroken / "rollouts" / names[0]).read_text().splitlines()]
@@ -171,9 +172,12 @@ def test_prompts_and_samples_are_drawn_in_rounds(train_config: Metrics, command_
     """Pure rejection sampling draws again where correct samples are missing; unusable groups make room for others."""
     algorithm = {"name": "outcome", "objective": "pure_rejection_sampling", "num_correct": 2}
     settings = train_config | {"run_dir": str(tmp_path / "run"), "algorithm": algorithm, "num_steps": 2}
-    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2}
+    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2, "mismatch_alarm": 1e-12}
     done = command_line("train", settings, tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
+    steps = [record for record in records(tmp_path / "run") if "policy/mismatch" in record]
+    assert steps and all(record["policy/mismatch_alarm"] == 1 for record in steps)
+    assert done.stderr.count("engine and trainer disagree by") == len(steps)
     rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").read_text().splitlines()]
     by_prompt: dict[str, list[Metrics]] = {}
     for row in rows:

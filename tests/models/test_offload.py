@@ -48,7 +48,8 @@ def build(path: Path, layout: ParallelLayout, dtype: str, sharded: bool) -> Trai
 
 
 def learn(model: TrainableModel, seed: int) -> dict[str, float]:
-    batch = pack(random_sequences(6, seed), PackingPlan(data_rank=0, data_size=1, microbatch_tokens=64, device=model.layout.device))
+    plan = PackingPlan(data_rank=0, data_size=1, microbatch_tokens=64)
+    batch = pack(random_sequences(6, seed), plan)
     return model.train_step(batch, partial(cross_entropy, batch=batch))
 
 

@@ -1,0 +1,308 @@
+"""Responses on disk as soon as they end, so that a killed run generates only those that were missing.
+
+    RUN_DIR/ledger/weights.jsonl      the fingerprint of each policy version
+    RUN_DIR/ledger/step_000007.bin    the responses of step 7, in the order in which they ended
+
+A record is its length, its checksum, a JSON header and the tokens' numbers. It is found again by its prompt, seed and
+sampling parameters, and used when the run has the weights that made its newest token: bit by bit, as fingerprints say.
+A torn record, and what follows it, is ignored. Responses that a step gave up go to the next step's file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from megatron_oreal.observability.files import sync_folder, write_atomically
+from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.types import FinishReason
+
+STEP_FILE = re.compile(r"step_(\d+)\.bin")
+FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, checksum of both
+COLUMNS = 1024  # words in a row of the matrix that a tensor's bits are summed in
+
+
+class Fingerprint:
+    """A weight stream that remembers what passed through it; the same for the same values, whoever held which shard.
+
+    Every tensor counts with its name, dtype, shape, the sum of its bits and their sum weighted by position, as int64
+    that wrap around: one changed bit always shows.
+    """
+
+    def __init__(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        self.stream = stream
+        self.names: list[str] = []
+        self.sums: list[Tensor] = []  # on the weights' device: nothing waits for it before the end
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.names, self.sums = [], []
+        for name, tensor in self.stream:
+            self.names.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+            self.sums.append(bit_sums(tensor))
+            yield name, tensor
+
+    def digest(self) -> str:
+        """Of the last full iteration, as 32 hexadecimal digits."""
+        assert self.names, "nothing has passed yet"
+        sums = torch.stack(self.sums).tolist()
+        lines = sorted(f"{name} {total} {weighted}" for name, (total, weighted) in zip(self.names, sums, strict=True))
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def bit_sums(tensor: Tensor) -> Tensor:
+    """[2] int64: the sum of the tensor's bits as 64-bit words, and that of each word times its position from 1 on."""
+    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    num_words = len(octets) // 8
+    whole = octets[: 8 * num_words]
+    if whole.storage_offset() % 8:  # a slice of a flat buffer
+        whole = whole.clone()
+    words, rest = whole.view(torch.int64), octets[8 * num_words :].long()
+    num_rows = num_words // COLUMNS
+    # Sums of rows and columns give the weighted sum without a product as large as the tensor.
+    matrix, ragged = words[: num_rows * COLUMNS].view(num_rows, COLUMNS), words[num_rows * COLUMNS :]
+    tail = torch.cat([ragged, rest])
+    by_row, by_column = matrix.sum(1), matrix.sum(0)
+    rows = COLUMNS * torch.arange(num_rows, device=tensor.device)
+    places = torch.arange(1, COLUMNS + 8, device=tensor.device)
+    weighted = (by_row * rows).sum() + (by_column * places[:COLUMNS]).sum()
+    weighted = weighted + (tail * (COLUMNS * num_rows + places[: len(tail)])).sum()
+    return torch.stack([by_row.sum() + tail.sum(), weighted])
+
+
+@dataclass(slots=True, frozen=True)
+class Header:
+    key: str  # see response_key
+    weights: str  # the fingerprint of those of its newest token; empty where it was not known yet
+    is_carried: bool  # given up by the step before
+    finish_reason: FinishReason  # abort: it can be continued
+    num_tokens: int
+    has_rollout_logprobs: bool
+    policy_versions: list[tuple[int, int]]  # runs of (version, number of tokens)
+
+
+@dataclass(slots=True, frozen=True)
+class Record:
+    header: Header
+    numbers: bytes  # token ids as int32, then log-probs as float64
+    number: int  # of its step's records
+    is_ours: bool  # made by this process
+
+    @property
+    def generation(self) -> Generation:
+        header = self.header
+        ids = np.frombuffer(self.numbers, "<i4", header.num_tokens).tolist()
+        logprobs = np.frombuffer(self.numbers, "<f8", offset=4 * header.num_tokens).tolist()
+        num_rollout = header.num_tokens if header.has_rollout_logprobs else 0
+        versions = [version for version, count in header.policy_versions for _ in range(count)]
+        return Generation(ids, logprobs[:num_rollout], logprobs[num_rollout:], header.finish_reason, versions)
+
+    @property
+    def newest_version(self) -> int:
+        return max(version for version, _ in self.header.policy_versions)
+
+    @property
+    def oldest_version(self) -> int:
+        return min(version for version, _ in self.header.policy_versions)
+
+    def rank(self, oldest_version: int) -> tuple[bool, bool, int]:
+        """Of several responses to one request, the largest is used."""
+        is_whole = self.header.finish_reason != "abort"
+        return self.oldest_version >= oldest_version, is_whole, self.header.num_tokens
+
+    @property
+    def place(self) -> tuple[bool, int]:
+        """In the order in which a step came to know its responses: those of the step before are there at once."""
+        return not self.header.is_carried, self.number
+
+    def encode(self) -> bytes:
+        head = json.dumps(asdict(self.header)).encode()
+        checksum = zlib.crc32(self.numbers, zlib.crc32(head))
+        return FRAME.pack(len(head), len(self.numbers), checksum) + head + self.numbers
+
+
+class Ledger:
+    """Safe to call from several threads. Without a folder it keeps nothing but what a step hands to the next."""
+
+    def __init__(self, folder: Path | None, start_step: int = 0) -> None:
+        """Reads what an interrupted run left for `start_step` and later steps; what is older is removed."""
+        self.folder = folder
+        self.lock = threading.Lock()
+        self.files: dict[int, IO[bytes]] = {}
+        self.records: dict[int, dict[str, list[Record]]] = {}  # step -> key -> in the order written
+        self.weights: dict[int, str] = {}  # policy version -> fingerprint
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._remove_before(start_step)
+            for step, path in step_files(folder).items():
+                for record in read_records(path):
+                    self._keep(step, record)
+            # Versions from here on are the same as before only if their weights turn out to be.
+            known = read_weights(folder / "weights.jsonl")
+            self.weights = {version: fingerprint for version, fingerprint in known.items() if version < start_step}
+            lines = (weights_line(version, fingerprint) for version, fingerprint in self.weights.items())
+            write_atomically(folder / "weights.jsonl", "".join(lines))
+
+    def set_weights(self, version: int, fingerprint: str) -> None:
+        """Tells which weights `version` is."""
+        with self.lock:
+            self.weights[version] = fingerprint
+            if self.folder is not None:
+                with (self.folder / "weights.jsonl").open("a") as file:
+                    file.write(weights_line(version, fingerprint))
+                    file.flush()
+                    os.fsync(file.fileno())
+
+    def find(self, step: int, key: str, oldest_version: int = 0) -> Record | None:
+        """The most complete response that the run's own weights gave to the request of this key.
+
+        One with a token of weights before `oldest_version` only where there is no other.
+        """
+        with self.lock:
+            return self._find(step, key, oldest_version)
+
+    def add(self, step: int, key: str, generation: Generation) -> None:
+        """Writes a response that has ended. It outlives the process at once, the machine after `sync`."""
+        with self.lock:
+            self._write(step, key, generation, is_carried=False)
+
+    def carry(self, step: int, key: str, generation: Generation) -> None:
+        """Hands a response, whole or begun, to `step`, unless it is there from before a kill."""
+        with self.lock:
+            if self._find(step, key, 0) is None:
+                self._keep(step, self._write(step, key, generation, is_carried=True))
+
+    def sync(self, step: int) -> None:
+        with self.lock:
+            file = self.files.get(step)
+        if file is not None:  # the disk may be slow: others go on writing
+            os.fsync(file.fileno())
+
+    def finish(self, step: int) -> None:
+        """No response of the step will be looked up again by this process."""
+        with self.lock:
+            self.records.pop(step, None)
+
+    def remove_before(self, step: int) -> None:
+        """Removes the files of steps that a checkpoint has made needless."""
+        with self.lock:
+            self._remove_before(step)
+
+    def close(self) -> None:
+        with self.lock:
+            for file in self.files.values():
+                file.close()
+            self.files = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _find(self, step: int, key: str, oldest_version: int) -> Record | None:
+        records = self.records.get(step, {}).get(key, [])
+        return max(filter(self._is_valid, records), key=lambda record: record.rank(oldest_version), default=None)
+
+    def _is_valid(self, record: Record) -> bool:
+        made_by = record.header.weights
+        return record.is_ours or (made_by != "" and made_by == self.weights.get(record.newest_version))
+
+    def _keep(self, step: int, record: Record) -> None:
+        self.records.setdefault(step, {}).setdefault(record.header.key, []).append(record)
+
+    def _write(self, step: int, key: str, generation: Generation, is_carried: bool) -> Record:
+        header = Header(
+            key=key,
+            weights=self.weights.get(max(generation.policy_versions), ""),
+            is_carried=is_carried,
+            finish_reason=generation.finish_reason,
+            num_tokens=len(generation.response_ids),
+            has_rollout_logprobs=bool(generation.rollout_logprobs),
+            policy_versions=[(version, len(list(run))) for version, run in groupby(generation.policy_versions)],
+        )
+        ids = np.array(generation.response_ids, dtype="<i4")
+        logprobs = np.array([*generation.rollout_logprobs, *generation.model_logprobs], dtype="<f8")
+        number = len(self.records.get(step, {}))
+        record = Record(header, ids.tobytes() + logprobs.tobytes(), number, is_ours=True)
+        if self.folder is not None:
+            if step not in self.files:
+                self.files[step] = (self.folder / f"step_{step:06d}.bin").open("ab")
+                sync_folder(self.folder)
+            self.files[step].write(record.encode())
+            self.files[step].flush()
+        return record
+
+    def _remove_before(self, step: int) -> None:
+        if self.folder is None:
+            return
+        for old, path in step_files(self.folder).items():
+            if old < step:
+                if old in self.files:
+                    self.files.pop(old).close()
+                path.unlink()
+
+
+def response_key(request: GenerationRequest, params: SamplingParams) -> str:
+    """What a response depends on besides the weights."""
+    parts = json.dumps([request.prompt_ids, request.seed, asdict(params)], sort_keys=True)
+    return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+def read_records(path: Path) -> list[Record]:
+    """The whole records at the file's beginning; what comes after is cut off, so that more can follow."""
+    content = path.read_bytes()
+    records: list[Record] = []
+    start = 0
+    while start + FRAME.size <= len(content):
+        head_size, numbers_size, checksum = FRAME.unpack_from(content, start)
+        middle = start + FRAME.size + head_size
+        head, numbers = content[start + FRAME.size : middle], content[middle : middle + numbers_size]
+        if len(numbers) < numbers_size or zlib.crc32(numbers, zlib.crc32(head)) != checksum:
+            break
+        records.append(Record(Header(**json.loads(head)), numbers, number=len(records), is_ours=False))
+        start = middle + numbers_size
+    if start < len(content):
+        with path.open("r+b") as file:
+            file.truncate(start)
+            os.fsync(file.fileno())
+    return records
+
+
+def step_files(folder: Path) -> dict[int, Path]:
+    """By step, rising."""
+    matches = ((STEP_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def weights_line(version: int, fingerprint: str) -> str:
+    return json.dumps({"version": version, "fingerprint": fingerprint}) + "\n"
+
+
+def read_weights(path: Path) -> dict[int, str]:
+    """The last fingerprint of each version; a torn last line is left out."""
+    weights = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        weights[entry["version"]] = entry["fingerprint"]
+    return weights
