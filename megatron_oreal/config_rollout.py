@@ -80,4 +80,6 @@ class RolloutConfig(SamplingConfig):
         }
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):
             raise ValueError(f"rollout.{name} needs servers: set rollout.engine=sglang, or drop it")
+        if self.staleness > 0 and self.sglang.placement == "colocated":
+            raise ValueError("rollout.staleness > 0 needs rollout.sglang.placement=disaggregated: both work at once")
         return self

@@ -16,6 +16,7 @@ from megatron_oreal.checkpoint.families import Architecture, read_architecture
 from megatron_oreal.config import RunConfig, SftConfig, TrainableConfig, TrainConfig
 from megatron_oreal.config_algorithms import OrealConfig, OutcomeConfig, PpoConfig
 from megatron_oreal.data.packing import PackingPlan
+from megatron_oreal.models.fp8_layers import fp8_token_multiple
 from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
@@ -47,17 +48,26 @@ class ModelBuilder:
         return self._build(name, head, path or self.config.model.path, training, num_updates)
 
     @property
+    def importance_cap(self) -> float | None:
+        """Where samples may be older than the policy."""
+        assert isinstance(self.config, TrainConfig)
+        rollout = self.config.rollout
+        return rollout.importance_cap if rollout.staleness > 0 or rollout.unfinished == "resume" else None
+
+    @property
     def logprob_head(self) -> LogprobHead:
-        return LogprobHead(self.layout, self.architecture.vocab_size)
+        precision = self.config.model.head_precision
+        return LogprobHead(self.layout, self.architecture.vocab_size, precision=precision)
 
     @property
     def plan(self) -> PackingPlan:
-        interleaved = self.layout.virtual_size > 1
+        interleaved, recipe = self.layout.virtual_size > 1, self.config.model.fp8
+        token_multiple = self.layout.tensor_size if self.layout.sequence_parallel else 1
         return PackingPlan(
             data_rank=self.layout.data_rank,
             data_size=self.layout.data_size,
             microbatch_tokens=self.config.parallel.microbatch_tokens,
-            token_multiple=self.layout.tensor_size if self.layout.sequence_parallel else 1,
+            token_multiple=token_multiple if recipe is None else fp8_token_multiple(recipe, self.layout),
             count_multiple=self.layout.pipeline_size if interleaved else 1,
             equal_lengths=interleaved,
             device=self.layout.device,
@@ -67,7 +77,7 @@ class ModelBuilder:
         self, name: str, head: Head, path: Path, training: TrainableConfig | None = None, num_updates: int = 1
     ) -> TrainableModel:
         model = TrainableModel(name, self.architecture, head, self.config.model, self.layout, training, num_updates)
-        model.load_hf(path)
+        model.load_weights(path)
         return model
 
 
@@ -106,6 +116,7 @@ def oreal(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, d
         reward_model=models.get("reward_model"),
         policy_updates=config.policy.updates_per_step,
         reward_model_updates=reward.updates_per_step,
+        importance_cap=builder.importance_cap,
     )
     return oreal, models
 
@@ -121,7 +132,16 @@ def ppo(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, dic
     models = {"policy": policy, "critic": critic}
     if algorithm.kl_coef > 0 or algorithm.kl_reward_coef > 0:
         models["reference"] = builder.reference()
-    return Ppo(algorithm, builder.plan, config.seed, policy, critic, models.get("reference")), models
+    ppo = Ppo(
+        config=algorithm,
+        plan=builder.plan,
+        seed=config.seed,
+        policy=policy,
+        critic=critic,
+        reference=models.get("reference"),
+        importance_cap=builder.importance_cap,
+    )
+    return ppo, models
 
 
 def outcome(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm, dict[str, TrainableModel]]:
@@ -138,6 +158,7 @@ def outcome(config: TrainConfig, builder: ModelBuilder) -> tuple[GroupAlgorithm,
         policy=policy,
         reference=models.get("reference"),
         policy_updates=config.policy.updates_per_step,
+        importance_cap=builder.importance_cap,
     )
     return outcome, models
 

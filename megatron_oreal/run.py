@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_oreal.algorithms.sft import Sft
@@ -24,10 +23,11 @@ from megatron_oreal.config import (
     VerifierConfig,
     to_yaml,
 )
-from megatron_oreal.config_algorithms import OutcomeConfig
+from megatron_oreal.config_algorithms import OrealConfig, OutcomeConfig
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
 from megatron_oreal.data.tokenizer import Tokenizer
+from megatron_oreal.generation import DeviceSharing, device_sharing, open_engine
 from megatron_oreal.inputs import (
     CHANGEABLE_IN_EVAL,
     Inputs,
@@ -38,17 +38,18 @@ from megatron_oreal.inputs import (
     read_inputs,
 )
 from megatron_oreal.models import parallel
-from megatron_oreal.models.build import DTYPES
 from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
-from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.recipes import GroupAlgorithm, build_algorithm, build_sft
 from megatron_oreal.rewards import MathVerifier
+from megatron_oreal.rollout.background import BackgroundCollector
 from megatron_oreal.rollout.collection import GroupCollector
 from megatron_oreal.rollout.engine import RolloutEngine, SamplingParams
-from megatron_oreal.rollout.local import LocalEngine
+from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.rollout.production import GroupProducer
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.rollout.weight_sync import WeightSync
 from megatron_oreal.types import TrainingSequence
@@ -65,9 +66,12 @@ class Run(Generic[Config, Item, Algorithm]):
     cursor: PromptCursor[Item]
     models: Mapping[str, TrainableModel]
     algorithm: Algorithm
+    engine: RolloutEngine
     sampler: Sampler
     sampling: SamplingParams
     weight_sync: WeightSync
+    devices: DeviceSharing
+    ledger: Ledger  # without a folder where no engine needs one
     eval_prompts: Mapping[str, list[EncodedPrompt]]
     train_state: TrainState
     timer: PhaseTimer
@@ -87,13 +91,23 @@ class Run(Generic[Config, Item, Algorithm]):
             self.progress.note(f"step {step} skipped: its groups hold nothing that the algorithm learns from")
         self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
 
+    def push_weights(self, version: int) -> None:
+        """The policy to the engine, which answers with it from then on. Collective."""
+        self.devices.receive()
+        self.record(self.weight_sync.push(version).metrics())
+        if self.weight_sync.fingerprint:
+            self.ledger.set_weights(version, self.weight_sync.fingerprint)
+
     def save(self, step: int) -> None:
         evaluation = {name: value for name, value in self.metrics.items() if name.startswith("eval/")}
-        self.train_state.save(Progress(step, self.cursor.state(), self.num_skipped_steps, evaluation))
+        with self.devices.training(pushes=False):
+            self.train_state.save(Progress(step, self.cursor.state(), self.num_skipped_steps, evaluation))
+        self.ledger.remove_before(step)
 
     def finish_step(self, step: int) -> None:
         """Writes the step's record."""
         self.metrics |= self.timer.flush()
+        self.metrics |= self.engine.flush_metrics()
         self.metrics |= rates(self.metrics)
         for model in self.models.values():
             self.metrics |= model.flush_seconds()
@@ -107,7 +121,8 @@ class Run(Generic[Config, Item, Algorithm]):
             return
         model, out = self.config.model, self.config.run_dir / "hf"
         try:
-            save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
+            with self.devices.training(pushes=False):
+                save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise CheckpointError(f"{out} could not be written ({error}); the checkpoints stay") from None
 
@@ -135,9 +150,9 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_initial_weights(config, architecture)
     check_run_dir(config)
-    with opened_layout(config) as layout:
+    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
         algorithm, models = build_algorithm(config, layout)
-        with assembled(config, layout, inputs, models, algorithm, cursor) as run:
+        with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
             yield run
 
 
@@ -151,9 +166,9 @@ def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft
     note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
     cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
     check_run_dir(config)
-    with opened_layout(config) as layout:
+    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
         algorithm, models = build_sft(config, layout)
-        with assembled(config, layout, inputs, models, algorithm, cursor) as run:
+        with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
             yield run
 
 
@@ -173,16 +188,14 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
     """Everything of an evaluation: no trainer, the engine's own copy of the model answers. Raises ValueError."""
     inputs = read_inputs(config)
     check_run_dir(config, CHANGEABLE_IN_EVAL)
-    with opened_layout(config) as layout, ExitStack() as stack:
+    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce), ExitStack() as stack:
         verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
-        engine = local_engine(config, layout)
-        stack.callback(engine.close)
         progress = ProgressBar.silent()
         if layout.is_main:
             write_atomically(config.run_dir / "config.yaml", to_yaml(config))
             answers = sum(map(len, inputs.eval_prompts.values())) * (config.eval.greedy + config.eval.num_samples)
             log_file = config.run_dir / "log.txt"
-            progress = ProgressBar(answers, 0, config.run_dir.name, log_file, unit="answer")
+            progress = announce.progress = ProgressBar(answers, 0, config.run_dir.name, log_file, unit="answer")
         for note in inputs.notes:
             progress.note(note)
         yield EvalRun(
@@ -209,9 +222,20 @@ def opened_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
 
 
 @contextlib.contextmanager
+def opened_engine(
+    config: TrainConfig | SftConfig | EvalRunConfig, layout: ParallelLayout
+) -> Iterator[tuple[RolloutEngine, Announcer]]:
+    announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+    with open_engine(config, layout, announce) as engine:
+        yield engine, announce
+
+
+@contextlib.contextmanager
 def assembled(
     config: Config,
     layout: ParallelLayout,
+    engine: RolloutEngine,
+    announce: Announcer,
     inputs: Inputs,
     models: Mapping[str, TrainableModel],
     algorithm: Algorithm,
@@ -220,8 +244,6 @@ def assembled(
     """What every kind of run has around its models; restores the newest checkpoint."""
     with ExitStack() as stack:
         verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
-        engine = local_engine(config, layout)
-        stack.callback(engine.close)
         trained = {name: model for name, model in models.items() if model.training is not None}
         train_state = TrainState(config.run_dir / "checkpoints", trained, layout, config.checkpoint)
         restored = train_state.load_latest()
@@ -232,20 +254,26 @@ def assembled(
         if layout.is_main:
             write_atomically(config.run_dir / "config.yaml", to_yaml(config))
         log = stack.enter_context(MetricsLog(config.run_dir, start_step)) if layout.is_main else None
+        keeps_responses = layout.is_main and not engine.is_collective and config.rollout.ledger
+        ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
+        progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
         run = Run(
             config=config,
             layout=layout,
             cursor=cursor,
             models=models,
             algorithm=algorithm,
+            engine=engine,
             sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
             sampling=inputs.sampling,
-            weight_sync=WeightSync(models["policy"].weight_stream(), engine),
+            weight_sync=WeightSync(models["policy"].weight_stream(), engine, has_fingerprint=keeps_responses),
+            devices=device_sharing(config, layout, engine, list(models.values())),
+            ledger=ledger,
             eval_prompts=inputs.eval_prompts,
             train_state=train_state,
             timer=PhaseTimer(synchronizer(layout)),
             log=log,
-            progress=stack.enter_context(open_progress(config, layout, start_step)),
+            progress=progress,
             start_step=start_step,
             num_skipped_steps=num_skipped_steps,
         )
@@ -253,13 +281,9 @@ def assembled(
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
         for note in inputs.notes:
             run.progress.note(note)
-        run.weight_sync.push(start_step)
+        run.push_weights(start_step)
+        run.devices.generate()
         yield run
-
-
-def local_engine(config: TrainConfig | SftConfig | EvalRunConfig, layout: ParallelLayout) -> RolloutEngine:
-    group = dist.group.WORLD if layout.world_size > 1 else None
-    return LocalEngine(config.model.path, layout.device, DTYPES[config.model.dtype], config.rollout.batch_size, group)
 
 
 def build_sampler(
@@ -272,20 +296,32 @@ def build_sampler(
     return Sampler(engine, tokenizer, verifier, config.verifier.require_stop, stop_strings, config.verifier.answer_rule)
 
 
-def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> GroupCollector:
+def build_collector(
+    run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm],
+) -> GroupCollector | BackgroundCollector:
     config, algorithm = run.config, run.config.algorithm
-    num_correct = 0
-    if isinstance(algorithm, OutcomeConfig) and algorithm.objective == "pure_rejection_sampling":
-        num_correct = algorithm.num_correct
-    return GroupCollector(
-        sampler=run.sampler,
-        cursor=run.cursor,
-        sampling=run.sampling,
-        config=config.rollout,
-        prompts_per_step=config.data.prompts_per_step,
-        num_correct=num_correct,
-        seed=config.seed,
-    )
+    num_correct, needs_mixed = 0, isinstance(algorithm, OrealConfig) and algorithm.selection != "all"
+    if isinstance(algorithm, OutcomeConfig):
+        needs_mixed = algorithm.dynamic_sampling
+        if algorithm.objective == "pure_rejection_sampling":
+            num_correct = algorithm.num_correct
+    size, seed = config.data.prompts_per_step, config.seed
+    if run.engine.is_collective:
+        return GroupCollector(run.sampler, run.cursor, run.sampling, config.rollout, size, num_correct, seed)
+    producer = None
+    if run.layout.is_main:
+        producer = GroupProducer(
+            sampler=run.sampler,
+            cursor=run.cursor.copy(),
+            sampling=run.sampling,
+            config=config.rollout,
+            prompts_per_step=size,
+            num_correct=num_correct,
+            needs_mixed=needs_mixed,
+            seed=seed,
+            ledger=run.ledger,
+        )
+    return BackgroundCollector(producer, run.cursor, config.rollout.staleness, run.start_step, config.num_steps)
 
 
 def open_verifier(config: VerifierConfig) -> MathVerifier:

@@ -19,7 +19,7 @@ LAYERS = (
     ("algorithms", "data", "rewards", "kernels"),
     ("models", "checkpoint"),
     ("rollout",),
-    ("recipes", "inputs"),
+    ("recipes", "inputs", "generation"),
     ("run",),
     ("train", "evaluation", "objective_report", "cli"),
 )

@@ -8,26 +8,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_oreal.checkpoint import torch_dist
-from megatron_oreal.checkpoint.families import Architecture, Head, parameters, read_architecture, read_settings
+from megatron_oreal.checkpoint.families import (
+    Architecture,
+    Head,
+    Settings,
+    parameters,
+    read_architecture,
+    read_settings,
+)
 from megatron_oreal.checkpoint.hf import INDEX, SHARD_BYTES, HfReader
 from megatron_oreal.checkpoint.mapping import Place, Row, padded_vocabulary
 from megatron_oreal.checkpoint.processes import CountBytes, map_pages, run_in_processes
 from megatron_oreal.checkpoint.safetensors_files import Slot, create_files, fill
-from megatron_oreal.checkpoint.torch_dist import StoredChunk, TorchDistReader
+from megatron_oreal.checkpoint.stream_filters import FP8_BLOCK, fp8_settings, quantise_fp8
+from megatron_oreal.checkpoint.torch_dist import StoredChunk
+from megatron_oreal.checkpoint.torch_dist_reader import TorchDistReader, is_torch_dist, noted_head
 from megatron_oreal.checkpoint.trainer_shards import HEAD_OF_ROLE, TrainerReader, is_trainer_model, model_path_of_run
 from megatron_oreal.observability.files import temporary_directory
 
-VOCABULARY_MULTIPLE = 128  # Megatron-LM's default
 SMALLEST_ITEM, LARGEST_ITEM = 2**26, 2**29  # bytes that a process takes at a time
 COMPANIONS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")  # tokenizer, configuration, code of the model
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel")
@@ -47,6 +55,7 @@ class Options:
     dtype: torch.dtype | None = None  # None: as it is
     num_workers: int = 1
     verify: bool = True
+    fp8_blocks: bool = False  # Hugging Face's linears in float8 blocks with scales; `dtype` is of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,7 @@ def hf_to_megatron(
     architecture, head = read_architecture(hf), head or head_of_hf(hf)
     rows = exported(architecture, head)
     dtypes = check_hf(hf, rows, architecture, head)
-    padded_rows = pad_to or padded_vocabulary(architecture.vocab_size, VOCABULARY_MULTIPLE)
+    padded_rows = pad_to or padded_vocabulary(architecture.vocab_size, torch_dist.VOCABULARY_MULTIPLE)
     if padded_rows < architecture.vocab_size:
         raise ValueError(f"--pad-vocab-to {padded_rows} is less than the model's vocab_size={architecture.vocab_size}")
     sizes: dict[str, tuple[int, ...]] = {}
@@ -93,7 +102,7 @@ def hf_to_megatron(
         (directory / torch_dist.TRACKER).write_text(torch_dist.ITERATION)
         copy_companions(hf, directory)
         if options.verify:
-            compare(hf, directory, architecture, head, options.num_workers)
+            compare(Compare(hf, directory, architecture), rows, dtypes, options.num_workers)
     return Report(len(dtypes), num_bytes)
 
 
@@ -160,21 +169,43 @@ def megatron_to_hf(
     reader.check(rows)
     kept = {name: reader.dtype(row, place) for row, place in rows for name in row.hf_names(place)}
     num_bytes = sum(size_of(row, kept[row.hf_names(place)[0]]) for row, place in rows)
+    planned = plan_hf(rows, kept, options)
     with temporary_directory(out) as directory:
-        planned = [
-            (name, shape, options.dtype or kept[name])
-            for row, place in rows
-            for name, shape in zip(row.hf_names(place), row.hf_shapes(), strict=True)
-        ]
         slots = create_files(directory, planned, SHARD_BYTES)
-        work = WriteHf(mcore, directory, architecture, slots)
+        work = WriteHf(mcore, directory, architecture, slots, options)
         items = work_items(rows, kept, num_bytes, options.num_workers)
         run_in_processes(work, items, options.num_workers, num_bytes, "writing")
         copy_companions(hf, directory)
-        write_config(hf, directory, head, options.dtype or next(iter(kept.values())))
+        quantisation = fp8_settings(slots) if options.fp8_blocks else None
+        write_config(hf, directory, head, options.dtype or next(iter(kept.values())), quantisation)
         if options.verify:
-            compare(directory, mcore, architecture, head, options.num_workers)
+            if not options.fp8_blocks:
+                check_hf(directory, rows, architecture, head)
+            compare(Compare(directory, mcore, architecture, options), rows, kept, options.num_workers)
     return Report(len(kept), num_bytes)
+
+
+def plan_hf(
+    rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], options: Options
+) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of each tensor to write. Raises ValueError for one that cannot be cut into blocks."""
+    planned = []
+    for row, place in rows:
+        for name, shape in zip(row.hf_names(place), row.hf_shapes(), strict=True):
+            stored = list(as_stored(name, torch.empty(shape, dtype=dtypes[name], device="meta"), options))
+            if len(stored) > 1 and any(size % FP8_BLOCK for size in shape):
+                raise ValueError(
+                    f"--fp8-blocks: {name} of the shape {shape} is not made of {FP8_BLOCK} x {FP8_BLOCK} blocks, "
+                    "and engines do not read it; convert without"
+                )
+            planned += [(part, tuple(tensor.shape), tensor.dtype) for part, tensor in stored]
+    return planned
+
+
+def as_stored(name: str, tensor: Tensor, options: Options) -> Iterable[tuple[str, Tensor]]:
+    """A Hugging Face tensor as it is written: cast, and maybe in blocks, followed by their scales."""
+    stream = [(name, tensor if options.dtype is None else tensor.to(options.dtype))]
+    return quantise_fp8(stream) if options.fp8_blocks else stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,18 +214,19 @@ class WriteHf:
     directory: Path
     architecture: Architecture
     slots: dict[str, Slot]
+    options: Options
 
     def __call__(self, rows: list[Parameter], count_bytes: CountBytes) -> None:
         reader = open_megatron(self.mcore, self.architecture)
         for row, place in rows:
             for name, tensor in zip(row.hf_names(place), reader.hf_tensors(row, place), strict=True):
                 map_pages(tensor)
-                slot = self.slots[name]
-                fill(self.directory, slot, tensor.to(slot.dtype))
+                for part, stored in as_stored(name, tensor, self.options):
+                    fill(self.directory, self.slots[part], stored)
                 count_bytes(tensor.nbytes)
 
 
-def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype) -> None:
+def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype, quantisation: Settings | None) -> None:
     """config.json with the weights' dtype and, for a scalar head, the class that transformers loads it with."""
     settings = read_settings(hf)
     for name in {"torch_dtype", "dtype"} & settings.keys():
@@ -203,6 +235,8 @@ def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype) -> N
         names = settings.get("architectures") or [""]
         settings["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in names]
         settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if quantisation is not None:
+        settings["quantization_config"] = quantisation
     (directory / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
 
 
@@ -216,32 +250,33 @@ def verify(hf: Path, mcore: Path, num_workers: int, head: Head | None = None) ->
     rows = exported(architecture, head)
     dtypes = check_hf(hf, rows, architecture, head)
     open_megatron(mcore, architecture).check(rows)
-    return Report(len(dtypes), compare(hf, mcore, architecture, head, num_workers))
-
-
-def compare(hf: Path, mcore: Path, architecture: Architecture, head: Head, num_workers: int) -> int:
-    rows = exported(architecture, head)
-    dtypes = check_hf(hf, rows, architecture, head)
-    num_bytes = sum(size_of(row, dtypes[row.hf_names(place)[0]]) for row, place in rows)
-    items = work_items(rows, dtypes, num_bytes, num_workers)
-    run_in_processes(Compare(hf, mcore, architecture), items, num_workers, num_bytes, "verifying")
-    return num_bytes
+    return Report(len(dtypes), compare(Compare(hf, mcore, architecture), rows, dtypes, num_workers))
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
+    """Raises ValueError for the first tensor that is not what `options` make of Megatron's."""
+
     hf: Path
     mcore: Path
     architecture: Architecture
+    options: Options = Options()
 
     def __call__(self, rows: list[Parameter], count_bytes: CountBytes) -> None:
         hf, megatron = open_hf(self.hf), open_megatron(self.mcore, self.architecture)
         for row, place in rows:
             for name, converted in zip(row.hf_names(place), megatron.hf_tensors(row, place), strict=True):
-                original = hf.read(name, None, 0, 1)
-                if not same_bits(original, converted):
-                    raise ValueError(f"{name} of {self.hf} and {self.mcore} differ")
-                count_bytes(original.nbytes)
+                for part, expected in as_stored(name, converted, self.options):
+                    if not same_bits(hf.read(part, None, 0, 1), expected):
+                        raise ValueError(f"{part} of {self.hf} and {self.mcore} differ")
+                count_bytes(converted.nbytes)
+
+
+def compare(work: Compare, rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], num_workers: int) -> int:
+    """The number of bytes compared."""
+    num_bytes = sum(size_of(row, dtypes[row.hf_names(place)[0]]) for row, place in rows)
+    run_in_processes(work, work_items(rows, dtypes, num_bytes, num_workers), num_workers, num_bytes, "verifying")
+    return num_bytes
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -291,7 +326,7 @@ def open_hf(path: Path) -> HfReader:
 def open_megatron(path: Path, architecture: Architecture) -> MegatronCheckpoint:
     if is_trainer_model(path):
         return TrainerReader(path)
-    if torch_dist.is_torch_dist(path):
+    if is_torch_dist(path):
         return TorchDistReader(path, architecture)
     inside = [folder.name for folder in path.glob("*") if is_trainer_model(folder)]
     hint = f"; give one of its models: {', '.join(sorted(inside))}" if inside else ""
@@ -319,12 +354,7 @@ def head_of_megatron(mcore: Path) -> Head:
         if mcore.resolve().name not in HEAD_OF_ROLE:
             raise ValueError(f"--head: say which head the model {mcore.resolve().name} has")
         return HEAD_OF_ROLE[mcore.resolve().name]
-    noted: Any = vars(torch_dist.read_common(mcore).get("args") or object.__new__(Empty)).get("head")
-    return "scalar" if noted == "scalar" else "lm"
-
-
-class Empty:
-    """Without attributes."""
+    return noted_head(mcore)
 
 
 def prepare_output(out: Path) -> None:

@@ -105,6 +105,7 @@ def parameters(architecture: Architecture, head: Head) -> Iterator[tuple[Row, Pl
 
 def read_common(settings: Settings, family: str, **family_settings: Any) -> Architecture:
     """What all families name alike; `family_settings` are fields of Architecture that they do not."""
+    refuse(settings, "quantization_config")  # the weights would be read without their scales
     if settings.get("hidden_act", "silu") != "silu":
         raise ValueError(f"model.path: hidden_act {settings['hidden_act']!r} is not supported; only 'silu' is")
     heads = settings["num_attention_heads"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import Architecture, Head, canonical_name, parameter_rows
-from megatron_oreal.checkpoint.mapping import Place, Row, find_row, pad_rows, padded_vocabulary
+from megatron_oreal.checkpoint.mapping import Place, Row, find_row, pad_rows, rows_of_rank
 from megatron_oreal.observability.files import temporary_directory
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BUCKET_BYTES = 512 * 2**20  # of a rank's parameters gathered in one collective
+BUCKET_BYTES = 512 * 2**20  # of whole parameters, gathered in one collective
 SHARD_BYTES = 4 * 2**30  # of one file of an exported checkpoint
 
+# Its name before torch 2.13 and after it.
+ALL_GATHER = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -105,69 +108,53 @@ class HfReader:
         part = slice(rank * length, (rank + 1) * length)
         return stored[part] if axis == 0 else stored[:, part]
 
-    def check_rows(self, names: Sequence[str], num_rows: int) -> None:
-        for name in names:
-            if (rows := self._stored(name).get_shape()[0]) != num_rows:
-                raise ValueError(f"model.path: {name} has {rows} rows where config.json asks for vocab_size={num_rows}")
+    def has_head(self, head: Head) -> bool:
+        return head == "lm" or "score.weight" in self.file_of
 
-    def read_padded_rows(self, name: str, num_rows: int, rank: int, size: int) -> Tensor:
-        """As `read` along axis 0 of the tensor with zeros appended up to `num_rows` rows."""
-        stored = self._stored(name)
-        length = num_rows // size
-        return pad_rows(stored[rank * length : min((rank + 1) * length, stored.get_shape()[0])], length)
+    def hf_tensors(self, row: Row, place: Place) -> list[Tensor]:
+        return [self.read(name, None, 0, 1) for name in row.hf_names(place)]
 
-
-def load_parameters(
-    parameters: Iterable[tuple[str, Tensor]],
-    path: Path,
-    architecture: Architecture,
-    head: Head,
-    layout: Layout,
-    skip: Sequence[str] = (),
-) -> None:
-    """Fills this rank's parameters, named by Megatron's global names, from its slices of a Hugging Face directory.
-
-    Raises ValueError for a missing or misshapen tensor, naming it.
-    """
-    rows, reader = parameter_rows(architecture, head), HfReader(path)
-    vocabulary = padded_vocabulary(architecture.vocab_size, layout.tensor_size)
-    for name, parameter in parameters:
-        if name in skip:
-            continue
-        row, place = find_row(rows, canonical_name(name))
-        rank, size = layout.tensor_rank, layout.tensor_size
+    def shard(self, row: Row, place: Place, padded_rows: int, rank: int, size: int) -> Tensor:
+        """A tensor-parallel rank's part of a Megatron parameter; vocabularies are padded up to `padded_rows`."""
         if row.pads_vocabulary:
-            reader.check_rows(row.hf_names(place), architecture.vocab_size)
-            pieces = [reader.read_padded_rows(hf, vocabulary, rank, size) for hf in row.hf_names(place)]
-        else:
-            pieces = [reader.read(hf, row.op.axis, rank, size) for hf in row.hf_names(place)]
+            (name,) = row.hf_names(place)
+            return pad_rows(self._rows_of_rank(name, row.shape[0], padded_rows, rank, size), padded_rows // size)
+        pieces = [self.read(name, row.op.axis, rank, size) for name in row.hf_names(place)]
         try:
-            merged = row.op.merge(pieces)
-        except RuntimeError:  # they do not even fit together
-            merged = None
-        if merged is None or merged.shape != parameter.shape:
-            raise ValueError(
-                f"model.path: {', '.join(row.hf_names(place))} of shape {[tuple(piece.shape) for piece in pieces]} do "
-                f"not give the {tuple(parameter.shape)} that config.json asks for; give the weights that belong to it"
-            )
-        with torch.no_grad():
-            parameter.copy_(merged)
+            return row.op.merge(pieces)
+        except RuntimeError:
+            names, shapes = ", ".join(row.hf_names(place)), [tuple(piece.shape) for piece in pieces]
+            raise ValueError(f"model.path: {names} of shapes {shapes} do not fit together") from None
+
+    def _rows_of_rank(self, name: str, num_rows: int, padded_rows: int, rank: int, size: int) -> Tensor:
+        stored = self._stored(name)
+        if (rows := stored.get_shape()[0]) != num_rows:
+            raise ValueError(f"model.path: {name} has {rows} rows where config.json asks for vocab_size={num_rows}")
+        part: Tensor = stored[rows_of_rank(num_rows, padded_rows, rank, size)]
+        return part
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    name: str  # Megatron's global name
+    name: str  # Megatron's name, experts numbered from 0 on their rank
     shape: tuple[int, ...]  # of the shard
     dtype: torch.dtype
     row: Row
     place: Place
 
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
 
 class WeightStream:
     """A live model's weights as (Hugging Face name, whole tensor), on every rank, in one fixed order.
 
-    The plan is made once. Every rank of the tensor and pipeline groups must iterate together: a bucket is one broadcast
-    over the pipeline from its owner and one all-gather over tensor parallelism.
+    The plan is made once. Every rank of the groups must iterate together: a bucket is one broadcast over the pipeline
+    from its owner and one all-gather over tensor parallelism; one of experts is also gathered over `expert_group`.
+
+    bucket_bytes: of whole parameters that are gathered together; a larger parameter is alone. Memory: two buckets and
+    two tensors (the one that is being made, and the one that the consumer still has).
     """
 
     def __init__(
@@ -176,8 +163,13 @@ class WeightStream:
         architecture: Architecture,
         head: Head,
         layout: Layout,
+        bucket_bytes: int = BUCKET_BYTES,
+        expert_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.layout, self.vocab_size = layout, architecture.vocab_size
+        self.layout, self.vocab_size, self.bucket_bytes = layout, architecture.vocab_size, bucket_bytes
+        self.expert_group = expert_group
+        self.expert_size = 1 if expert_group is None else dist.get_world_size(expert_group)
+        self.experts_on_rank = architecture.num_experts // self.expert_size
         self.parameters = dict(parameters)
         self.device = parameters[0][1].device
         rows = parameter_rows(architecture, head)
@@ -186,57 +178,87 @@ class WeightStream:
             row, place = find_row(rows, canonical_name(name))
             if row.exported:
                 local.append(PlannedParameter(name, tuple(parameter.shape), parameter.dtype, row, place))
+        if self.expert_size > 1:  # else the two kinds would alternate, and with them the buckets
+            local.sort(key=lambda item: item.place.expert is not None)
         self.plan: list[list[PlannedParameter]] = [[] for _ in range(layout.pipeline_size)]
         dist.all_gather_object(self.plan, local, group=layout.pipeline_group)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for stage, planned in enumerate(self.plan):
-            for bucket in buckets(planned, BUCKET_BYTES):
-                shards = self._gather(bucket, stage)
-                yield from self._hf_tensors(bucket, shards)
+            for bucket in self._buckets(planned):
+                # No name for what was gathered: it is gone before the next bucket comes.
+                yield from self._hf_tensors(bucket, self._gather(bucket, stage))
 
-    def _gather(self, bucket: list[PlannedParameter], stage: int) -> list[Tensor]:
-        """The flat shards of a bucket, one a tensor-parallel rank."""
-        layout = self.layout
+    def _num_shards(self, item: PlannedParameter) -> tuple[int, int]:
+        """Over expert and tensor parallelism."""
+        return (self.expert_size if item.place.expert is not None else 1), self.layout.tensor_size
+
+    def _buckets(self, planned: Sequence[PlannedParameter]) -> Iterator[list[PlannedParameter]]:
+        """Runs of parameters of one dtype and one kind, at most `bucket_bytes` together when gathered."""
+        bucket: list[PlannedParameter] = []
+        filled = 0
+        for item in planned:
+            size = item.num_elements * item.dtype.itemsize * math.prod(self._num_shards(item))
+            is_alike = bucket and item.dtype == bucket[0].dtype
+            if bucket and not (
+                is_alike
+                and filled + size <= self.bucket_bytes
+                and self._num_shards(item) == self._num_shards(bucket[0])
+            ):
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(item)
+            filled += size
+        if bucket:
+            yield bucket
+
+    def _gather(self, bucket: list[PlannedParameter], stage: int) -> Tensor:
+        """The flat shards of a bucket, [expert ranks, tensor ranks, elements of a shard]."""
+        layout, (expert_size, tensor_size) = self.layout, self._num_shards(bucket[0])
         if layout.pipeline_rank == stage:
             flat = torch.cat([self.parameters[item.name].detach().reshape(-1) for item in bucket])
         else:
-            num_elements = sum(torch.Size(item.shape).numel() for item in bucket)
+            num_elements = sum(item.num_elements for item in bucket)
             flat = torch.empty(num_elements, dtype=bucket[0].dtype, device=self.device)
         if layout.pipeline_size > 1:
             source = dist.get_global_rank(layout.pipeline_group, stage)
             dist.broadcast(flat, source, group=layout.pipeline_group)
-        if layout.tensor_size == 1:
-            return [flat]
-        gathered = [torch.empty_like(flat) for _ in range(layout.tensor_size)]
-        dist.all_gather(gathered, flat, group=layout.tensor_group)
-        return gathered
+        if tensor_size > 1:
+            flat = all_gather(flat, tensor_size, layout.tensor_group)
+        if expert_size > 1:
+            flat = all_gather(flat, expert_size, self.expert_group)
+        return flat.view(expert_size, tensor_size, -1)
 
-    def _hf_tensors(self, bucket: list[PlannedParameter], shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _hf_tensors(self, bucket: list[PlannedParameter], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
         offset = 0
         for item in bucket:
-            size = torch.Size(item.shape).numel()
-            pieces = [item.row.op.split(shard[offset : offset + size].view(item.shape)) for shard in shards]
-            offset += size
-            for number, hf_name in enumerate(item.row.hf_names(item.place)):
-                axis = item.row.op.axis
-                whole = pieces[0][number] if axis is None else torch.cat([piece[number] for piece in pieces], dim=axis)
-                yield hf_name, (whole[: self.vocab_size] if item.row.pads_vocabulary else whole).contiguous()
+            shards = gathered[:, :, offset : offset + item.num_elements]
+            offset += item.num_elements
+            for expert_rank, of_rank in enumerate(shards):
+                place = item.place
+                if place.expert is not None:
+                    place = replace(place, expert=place.expert + expert_rank * self.experts_on_rank)
+                yield from zip(item.row.hf_names(place), self._whole(item, of_rank), strict=True)
+
+    def _whole(self, item: PlannedParameter, shards: Tensor) -> Iterator[Tensor]:
+        """The Hugging Face tensors of a parameter, from its flat shards [tensor ranks, elements]."""
+        axis = item.row.op.axis
+        pieces = [item.row.op.split(shard.view(item.shape)) for shard in (shards if axis is not None else shards[:1])]
+        for number in range(len(item.row.hf)):
+            if len(pieces) > 1:
+                whole = torch.cat([piece[number] for piece in pieces], dim=axis or 0)
+            elif self.layout.tensor_size > 1:
+                whole = pieces[0][number].clone()  # a view would keep the bucket of every rank
+            else:
+                whole = pieces[0][number]
+            yield (whole[: self.vocab_size] if item.row.pads_vocabulary else whole).contiguous()
 
 
-def buckets(planned: Sequence[PlannedParameter], num_bytes: int) -> Iterator[list[PlannedParameter]]:
-    """Runs of parameters of one dtype and at most `num_bytes` together; a larger parameter is alone."""
-    bucket: list[PlannedParameter] = []
-    filled = 0
-    for item in planned:
-        size = torch.Size(item.shape).numel() * item.dtype.itemsize
-        if bucket and (filled + size > num_bytes or item.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(item)
-        filled += size
-    if bucket:
-        yield bucket
+def all_gather(flat: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
+    """[n] of every rank -> [size * n]"""
+    gathered = torch.empty(size * len(flat), dtype=flat.dtype, device=flat.device)
+    ALL_GATHER(gathered, flat, group=group)
+    return gathered
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, out: Path, writes: bool) -> None:

@@ -30,6 +30,10 @@ class Op(Protocol):
         """The inverse of merge."""
         ...
 
+    def shard(self, parameter: Tensor, rank: int, size: int) -> Tensor:
+        """The rank's part of Megatron's whole parameter: a view where it is in one piece."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Direct:
@@ -42,6 +46,9 @@ class Direct:
 
     def split(self, parameter: Tensor) -> list[Tensor]:
         return [parameter]
+
+    def shard(self, parameter: Tensor, rank: int, size: int) -> Tensor:
+        return slice_along(parameter, self.axis, rank, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,9 @@ class Qkv:
         sizes = [self.queries_per_group * self.head_dim, self.head_dim, self.head_dim]
         return [part.reshape(-1, *rest) for part in per_group.split(sizes, dim=1)]
 
+    def shard(self, parameter: Tensor, rank: int, size: int) -> Tensor:
+        return slice_along(parameter, self.axis, rank, size)  # its groups are whole
+
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
@@ -80,6 +90,11 @@ class GateUp:
 
     def split(self, parameter: Tensor) -> list[Tensor]:
         return list(parameter.chunk(2, dim=0))
+
+    def shard(self, parameter: Tensor, rank: int, size: int) -> Tensor:
+        if size == 1:
+            return parameter
+        return self.merge([slice_along(half, self.axis, rank, size) for half in self.split(parameter)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +144,12 @@ def padded_vocabulary(vocab_size: int, tensor_size: int) -> int:
 def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
     padding = tensor.new_zeros(num_rows - tensor.shape[0], *tensor.shape[1:])
     return torch.cat([tensor, padding]) if len(padding) else tensor
+
+
+def rows_of_rank(num_rows: int, padded_rows: int, rank: int, size: int) -> slice:
+    """The rows that a rank has of a tensor that is padded up to `padded_rows`; those behind `num_rows` are zeros."""
+    length = padded_rows // size
+    return slice(rank * length, min((rank + 1) * length, num_rows))
 
 
 LAYER_NUMBER, EXPERT_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+"), re.compile(r"(?<=\.local_experts\.)\d+")

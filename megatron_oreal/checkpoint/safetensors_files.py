@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_oreal.checkpoint.hf import INDEX, SAFETENSORS_DTYPES, WEIGHTS
 
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+# Quantised tensors are written, and never read: their scales would be lost.
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @dataclass(frozen=True, slots=True)

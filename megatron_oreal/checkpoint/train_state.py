@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_oreal.config import CheckpointConfig
+from megatron_oreal.data.prompts import CursorState
 from megatron_oreal.observability.files import sync_file, sync_folder
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -77,7 +78,7 @@ class Progress:
     """Where a run stands, besides its tensors."""
 
     step: int
-    cursor: dict[str, int]
+    cursor: CursorState
     num_skipped_steps: int = 0  # without any group to train on
     evaluation: dict[str, float] = field(default_factory=dict)  # of this step's policy, where it was measured
 

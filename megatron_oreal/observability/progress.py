@@ -111,6 +111,25 @@ class ProgressBar:
             self.log.write(stamped)
 
 
+class Announcer:
+    """Lines for the user, from any thread: on stderr until there is a progress bar, above it afterwards."""
+
+    def __init__(self, is_main: bool, log_file: Path) -> None:
+        self.is_main, self.log_file = is_main, log_file
+        self.progress: ProgressBar | None = None
+
+    def __call__(self, line: str) -> None:
+        if not self.is_main:
+            return
+        if self.progress is not None:
+            self.progress.note(line)
+            return
+        stamped = f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n"
+        sys.stderr.write(stamped)
+        with self.log_file.open("a", encoding="utf-8") as log:
+            log.write(stamped)
+
+
 class SilentProgressBar(ProgressBar):
     def __init__(self) -> None:
         pass

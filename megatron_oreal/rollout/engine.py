@@ -74,6 +74,9 @@ class RolloutEngine(Protocol):
 
     def resume(self) -> None: ...
 
+    def flush_metrics(self) -> dict[str, float]:
+        """What happened since the last call, on the rank that knows."""
+
     def health(self) -> bool:
         """Whether the engine can generate, now or after `resume`."""
 

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oreal.checkpoint.families import read_architecture
-from megatron_oreal.checkpoint.hf import HfReader
+from megatron_oreal.checkpoint.initial_weights import hf_weights
+from megatron_oreal.checkpoint.torch_dist_reader import is_torch_dist
 from megatron_oreal.rollout.decoder import LLAMA_LIKE, LlamaDecoder
 from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.sampling import draw, seed_tensor
@@ -50,12 +51,15 @@ class TransformersDecoder:
     """Any causal model that transformers knows, with its dynamic cache."""
 
     def __init__(self, model_path: Path, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
+        options: Any = {"dtype": dtype, "attn_implementation": "sdpa"}
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                model_path, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-            )
+            if is_torch_dist(model_path):  # its weights are read afterwards
+                config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+                self.model = AutoModelForCausalLM.from_config(config, **options)
+            else:
+                self.model = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True, **options)
         except OSError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -114,17 +118,24 @@ class TransformersDecoding:
 def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
     """The lean decoder for families that it fits, transformers' model for the others.
 
-    Raises ValueError naming model.path when weights are missing or have the wrong shape.
+    model_path: a Hugging Face directory, or a torch_dist one with config.json. Raises ValueError naming model.path when
+    weights are missing or have the wrong shape.
     """
     try:
         architecture = read_architecture(model_path)
     except ValueError:
-        architecture = None  # a family or a setting that only transformers knows
-    if architecture is None or architecture.family not in LLAMA_LIKE:
-        return TransformersDecoder(model_path, device, dtype)
-    decoder, reader = LlamaDecoder(architecture, device, dtype), HfReader(model_path)
+        if is_torch_dist(model_path):
+            raise
+        return TransformersDecoder(model_path, device, dtype)  # a family or a setting that only transformers knows
+    decoder: Decoder
+    if architecture.family in LLAMA_LIKE:
+        decoder = LlamaDecoder(architecture, device, dtype)
+    else:
+        decoder = TransformersDecoder(model_path, device, dtype)
+        if not is_torch_dist(model_path):
+            return decoder
     try:
-        replace_weights(decoder.parameters, ((name, reader.read(name, None, 0, 1)) for name in decoder.parameters))
+        replace_weights(decoder.parameters, hf_weights(model_path, architecture))
     except WeightMismatch as error:
         raise ValueError(f"model.path: {model_path}: {error}; config.json and the weights must agree") from None
     return decoder
@@ -205,6 +216,9 @@ class LocalEngine:
 
     def resume(self) -> None:
         self.is_paused = False
+
+    def flush_metrics(self) -> dict[str, float]:
+        return {}
 
     def health(self) -> bool:
         return self.decoder is not None and self.has_whole_weights

@@ -74,6 +74,8 @@ class SglangClient:
             raise ServerError(f"{what} got no answer within {timeout_seconds:g} s") from None
         except aiohttp.ClientError as error:
             raise ServerError(f"{what} failed: {error or type(error).__name__}") from None
+        except ValueError as error:
+            raise ServerError(f"{what} was answered with broken JSON: {error}") from None
 
 
 class EventLoopThread:

@@ -94,8 +94,8 @@ def sft_config(task: Path) -> dict[str, Any]:
 def warm_model(task: Path, sft_config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy that answers right now and then, made by `megatron-oreal sft`."""
     run_dir = tmp_path_factory.mktemp("warm") / "run"
-    settings = sft_config | {"run_dir": str(run_dir), "num_steps": 60, "checkpoint": {"every": 60}}
-    settings["eval"] = settings["eval"] | {"every": 60}
+    settings = sft_config | {"run_dir": str(run_dir), "num_steps": 100, "checkpoint": {"every": 100}}
+    settings["eval"] = settings["eval"] | {"every": 100}
     done = megatron_oreal("sft", settings, run_dir.parent / "sft.yaml")
     assert done.returncode == 0, done.stderr
     return run_dir / "hf"

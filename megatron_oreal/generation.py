@@ -1,0 +1,145 @@
+"""Which engine generates in a run, how the policy's weights get there, and who has the devices when they are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_oreal.checkpoint.torch_dist_reader import is_torch_dist
+from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
+from megatron_oreal.config_rollout import SglangConfig
+from megatron_oreal.models.build import DTYPES
+from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.rollout.disk_transport import DiskTransport
+from megatron_oreal.rollout.distributed_transport import DistributedTransport
+from megatron_oreal.rollout.engine import RolloutEngine
+from megatron_oreal.rollout.local import LocalEngine
+from megatron_oreal.rollout.sglang_client import EventLoopThread, SglangClient
+from megatron_oreal.rollout.sglang_engine import SglangEngine
+from megatron_oreal.rollout.sglang_process import DeviceType
+from megatron_oreal.rollout.sglang_server import open_servers
+from megatron_oreal.rollout.tensor_transport import RanksOf, TensorTransport
+from megatron_oreal.rollout.weight_transports import WeightTransport
+
+AnyConfig = TrainConfig | SftConfig | EvalRunConfig
+Notify = Callable[[str], None]
+
+
+@contextmanager
+def open_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify) -> Iterator[RolloutEngine]:
+    """The engine of `rollout.engine`, closed at the end together with the servers that it started.
+
+    Raises ValueError for servers that cannot be, ServerError for those that do not start.
+    """
+    with ExitStack() as stack:
+        engine: RolloutEngine
+        if config.rollout.engine == "local":
+            group = dist.group.WORLD if layout.world_size > 1 else None
+            dtype = DTYPES[config.model.dtype]
+            engine = LocalEngine(config.model.path, layout.device, dtype, config.rollout.batch_size, group)
+        else:
+            engine = sglang_engine(config, layout, notify, stack)
+        stack.callback(engine.close)
+        yield engine
+
+
+def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, stack: ExitStack) -> SglangEngine:
+    """The first rank starts the servers and speaks to them; the others take part in sending weights."""
+    if is_torch_dist(config.model.path):
+        raise ValueError(
+            f"model.path: SGLang reads Hugging Face directories, {config.model.path} is a torch_dist checkpoint: "
+            "convert it with tools/convert.py mcore2hf"
+        )
+    servers = with_tokenizer(config)
+    fleet = None
+    if layout.is_main:
+        context_length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        device_type: DeviceType = "cuda" if layout.device.type == "cuda" else "cpu"
+        opened = open_servers(
+            servers, config.model.path, config.model.dtype, config.run_dir, device_type, context_length, notify
+        )
+        fleet = stack.enter_context(opened)
+    thread = EventLoopThread("sglang")
+
+    def ranks_of(client: SglangClient) -> Sequence[int]:
+        """Colocated servers have the GPUs of this node's trainer ranks in order, `tensor` each."""
+        index = next(server.index for server in engine.pool.servers if server.client is client)
+        return range(index * servers.tensor, (index + 1) * servers.tensor)
+
+    transport = weight_transport(config, layout, thread, ranks_of)
+    endpoints = fleet.endpoints if fleet is not None else []
+    engine = SglangEngine(servers, config.model.path, endpoints, transport, thread, fleet, notify)
+    return engine
+
+
+def with_tokenizer(config: AnyConfig) -> SglangConfig:
+    """The servers' settings; they look for the tokenizer beside the model, unless they are told where it is."""
+    servers = config.rollout.sglang
+    if config.model.tokenizer is None:
+        return servers
+    flags = {"tokenizer-path": str(config.model.tokenizer.resolve())} | servers.flags
+    return servers.model_copy(update={"flags": flags})
+
+
+def weight_transport(
+    config: AnyConfig, layout: ParallelLayout, thread: EventLoopThread, ranks_of: RanksOf
+) -> WeightTransport:
+    servers = config.rollout.sglang
+    seconds, checks = servers.weight_timeout_seconds, servers.check_weights
+    if servers.weight_transport == "disk":
+        folder = config.run_dir / "weights"
+        return DiskTransport(thread, seconds, folder, config.model.path, layout.is_main, checks)
+    if servers.weight_transport == "distributed":
+        return DistributedTransport(thread, seconds, servers.bucket_bytes, layout.device, checks)
+
+    return TensorTransport(thread, seconds, servers.bucket_bytes, ranks_of, checks)
+
+
+@dataclass(slots=True)
+class DeviceSharing:
+    """Trainer and colocated servers on the same devices: the models are on the host while the servers generate.
+
+    Servers on a CPU keep their memory; the models go to the host all the same.
+    """
+
+    engine: SglangEngine | None  # None: everybody has devices of its own
+    models: Sequence[TrainableModel]
+    frees_servers: bool  # CUDA
+
+    @contextmanager
+    def training(self, pushes: bool) -> Iterator[None]:
+        """The block has the devices. One that `pushes` new weights may have the memory of the servers' old ones too."""
+        if self.engine is None:
+            yield
+            return
+        if self.frees_servers:
+            self.engine.release_memory(["kv_cache", "weights"] if pushes else ["kv_cache"])
+        for model in self.models:
+            model.restore()
+        yield
+        self.generate()
+
+    def receive(self) -> None:
+        """Before a push."""
+        if self.engine is not None and self.frees_servers:
+            self.engine.resume_memory(["weights"])
+
+    def generate(self) -> None:
+        """The servers have the devices from now on."""
+        if self.engine is None:
+            return
+        for model in self.models:
+            model.offload()
+        if self.frees_servers:
+            self.engine.resume_memory(["kv_cache"])
+
+
+def device_sharing(
+    config: AnyConfig, layout: ParallelLayout, engine: RolloutEngine, models: Sequence[TrainableModel]
+) -> DeviceSharing:
+    shares = engine if isinstance(engine, SglangEngine) and config.rollout.sglang.placement == "colocated" else None
+    return DeviceSharing(shares, models, layout.device.type == "cuda")
