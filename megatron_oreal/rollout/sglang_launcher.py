@@ -45,6 +45,7 @@ from typing import Any, NoReturn
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_SECONDS = 0.2
 SHARED_MEMORY = re.compile(r" /dev/shm/(sgl|sem\.mp-)[^ ]*$")
+LIBRARIES: list[Any] = []  # of operators, which last as long as these objects
 SERVE = "--serve"  # the server itself; without it the supervisor
 ROUTER = "--router"  # before its flags
 
@@ -232,10 +233,14 @@ def is_cpu() -> bool:
 
 def install_stand_ins() -> None:
     """Before SGLang is imported: its kernels, and torchvision's schemas where its build does not fit this torch."""
-    if importlib.util.find_spec("sgl_kernel") is None:
-        sys.modules["sgl_kernel"] = kernels()
     import torch
 
+    if importlib.util.find_spec("sgl_kernel") is None:
+        sys.modules["sgl_kernel"] = kernels()
+        operators = torch.library.Library("sgl_kernel", "FRAGMENT")
+        operators.define("murmur_hash32_cpu(Tensor seeds, Tensor positions, Tensor columns) -> Tensor")
+        operators.impl("murmur_hash32_cpu", murmur_hash, "CPU")
+        LIBRARIES.append(operators)
     try:
         importlib.import_module("torchvision")  # of text models, only its transforms are used
     except RuntimeError:  # operator torchvision::nms does not exist: the build for CUDA cannot be loaded
@@ -244,8 +249,7 @@ def install_stand_ins() -> None:
         schemas = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.modules["torchvision_schemas"] = types.ModuleType("torchvision_schemas")
-        sys.modules["torchvision_schemas"].__dict__["schemas"] = schemas  # they last as long as this object
+        LIBRARIES.append(schemas)
 
 
 def kernels() -> types.ModuleType:
@@ -285,8 +289,49 @@ def assign_req_to_token_pool(
         read += end - start
 
 
+def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
+    """MurmurHash3 (Austin Appleby, 32 bits) of seed (64 bits), position and column: [N], [N], [M] -> [N, M] uint32."""
+    import torch
+
+    mask = 0xFFFFFFFF  # products wrap around in int64, and their lower 32 bits are right
+
+    def rotated(value: Any, count: int) -> Any:
+        return ((value << count) | (value >> (32 - count))) & mask
+
+    def mixed(state: Any, block: Any) -> Any:
+        block = rotated(((block & mask) * 0xCC9E2D51) & mask, 15)
+        return (rotated(state ^ ((block * 0x1B873593) & mask), 13) * 5 + 0xE6546B64) & mask
+
+    seeds = seeds.view(torch.int64)
+    state = torch.zeros_like(seeds)
+    for block in (seeds, seeds >> 32, positions.long()):
+        state = mixed(state, block)
+    state = mixed(state[:, None], columns.long()[None]) ^ 16  # bytes that were mixed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        state = ((state ^ (state >> shift)) * factor) & mask
+    return state.to(torch.uint32)
+
+
+def honour_seeds() -> None:
+    """After the stand-ins: requests' seeds count, which SGLang has for its deterministic mode only, on GPUs.
+
+    On a CPU a response is a function of its seed up to the rounding that the other requests of its batch bring.
+    """
+    module = importlib.import_module("sglang.srt.sampling.sampling_batch_info")
+    settings = module.__dict__.get("get_exec")
+    if settings is None:  # another release: seeds are ignored
+        return
+
+    def seeded() -> types.SimpleNamespace:
+        deterministic = types.SimpleNamespace(enable_deterministic_inference=True)
+        return types.SimpleNamespace(features=settings().features, deterministic=deterministic)
+
+    module.__dict__["get_exec"] = seeded
+
+
 if __name__ == "__mp_main__" and is_cpu():
     install_stand_ins()
+    honour_seeds()
 
 if __name__ == "__main__":
     if sys.argv[1:3] == [SERVE, ROUTER]:

@@ -1,0 +1,152 @@
+"""Whole runs whose samples come from real SGLang servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+SGLANG_PYTHON = str(Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python")
+SECONDS = 600
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Settings = dict[str, Any]
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    file = run_dir / "rollouts" / f"step_{step:06d}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def with_servers(train_config: Settings, **rollout: Any) -> Settings:
+    servers = {"python": SGLANG_PYTHON} | rollout.pop("sglang", {})
+    return train_config | {
+        "num_steps": 3,
+        "rollout": train_config["rollout"] | {"engine": "sglang", "sglang": servers} | rollout,
+        "eval": train_config["eval"] | {"every": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def served(train_config: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """A configuration whose servers another process has started."""
+    folder = tmp_path_factory.mktemp("served")
+    config = folder / "serve.yaml"
+    config.write_text(yaml.safe_dump(with_servers(train_config) | {"run_dir": str(folder / "run")}))
+    command = [sys.executable, "-m", "megatron_oreal.cli", "serve", str(config)]
+    endpoints = folder / "run" / "servers.json"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serving:
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not endpoints.exists():
+                assert serving.poll() is None, serving.stderr.read() if serving.stderr else ""
+                assert time.monotonic() < deadline, "the server has not started"
+                time.sleep(0.2)
+            yield with_servers(train_config, sglang={"endpoints_file": str(endpoints)})
+        finally:
+            serving.send_signal(signal.SIGINT)
+            serving.wait(120)
+
+
+@pytest.fixture(scope="module")
+def unbroken(served: Settings, command_line: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken-sglang")
+    settings = served | {"run_dir": str(folder / "run"), "parallel": {"tensor": 2}}
+    done = command_line("train", settings, folder / "config.yaml", timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_servers_sample_from_the_policy_of_each_step(unbroken: Path) -> None:
+    """The trainer has two tensor-parallel ranks; each step's samples have the log-probs of its own policy."""
+    steps = records(unbroken)[:-1]
+    assert [record["rollout/staleness_max"] for record in steps] == [0, 0, 0]
+    assert any("policy/mismatch_max" in record for record in steps[1:])
+    for record in steps:
+        assert record.get("policy/mismatch_max", 0.0) < 1e-4
+        assert record["rollout/num_requests"] >= 20 and record["rollout/num_retries"] == 0
+    assert [{row["policy_version"] for row in samples(unbroken, step)} for step in range(3)] == [{0}, {1}, {2}]
+    assert (unbroken / "hf" / "model.safetensors").is_file()
+
+
+def test_a_run_killed_in_a_rollout_generates_only_what_is_missing(
+    served: Settings, unbroken: Path, command_line: Run, tmp_path: Path
+) -> None:
+    """The servers answer so slowly, one request at a time, that some responses are there and others are not."""
+    slow = served["rollout"] | {"sglang": served["rollout"]["sglang"] | {"max_concurrent_requests": 1}}
+    settings = served | {"run_dir": str(tmp_path / "run"), "parallel": {"tensor": 2}, "rollout": slow}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    ledger = tmp_path / "run" / "ledger"
+    with subprocess.Popen([sys.executable, "-m", "megatron_oreal.cli", "train", str(config)]) as running:
+        deadline = time.monotonic() + SECONDS
+        while not any(file.stat().st_size > 600 for file in ledger.glob("step_*.bin")):
+            assert running.poll() is None and time.monotonic() < deadline, "no response was kept"
+            time.sleep(0.002)
+        os.kill(running.pid, signal.SIGKILL)
+    done = command_line("train", settings, config, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "of the interrupted run were in the ledger" in done.stderr
+    for step in range(3):
+        ours, theirs = samples(tmp_path / "run", step), samples(unbroken, step)
+        assert [row["response"] for row in ours] == [row["response"] for row in theirs]
+    assert [r["reward/mean"] for r in records(tmp_path / "run")[:-1]] == [
+        r["reward/mean"] for r in records(unbroken)[:-1]
+    ]
+
+
+def test_rollouts_run_ahead_and_are_corrected(served: Settings, command_line: Run, tmp_path: Path) -> None:
+    rollout = served["rollout"] | {"staleness": 1, "mismatch_alarm": 1e-9}
+    algorithm = served["algorithm"] | {"policy_freeze_steps": 0}
+    settings = served | {"run_dir": str(tmp_path / "run"), "rollout": rollout, "algorithm": algorithm, "num_steps": 4}
+    done = command_line("train", settings, tmp_path / "config.yaml", timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    steps = records(tmp_path / "run")[:-1]
+    assert [record["rollout/staleness_max"] for record in steps] == [0, 1, 1, 1]
+    trained = [record for record in steps if not record["train/skipped"]]
+    assert trained and all(0 < record["policy/importance_mean"] <= 2 for record in trained)
+    assert "more than rollout.mismatch_alarm" in done.stderr
+
+
+def test_over_sampling_gives_up_the_slowest_and_resumes_them(
+    served: Settings, command_line: Run, tmp_path: Path
+) -> None:
+    servers = served["rollout"]["sglang"] | {"max_concurrent_requests": 4}
+    rollout = served["rollout"] | {"oversampling": 2.0, "unfinished": "resume", "sglang": servers}
+    algorithm = served["algorithm"] | {"selection": "all"}  # every complete group is of use
+    settings = served | {"run_dir": str(tmp_path / "run"), "rollout": rollout, "algorithm": algorithm, "num_steps": 4}
+    done = command_line("train", settings, tmp_path / "config.yaml", timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    steps = records(tmp_path / "run")[:-1]
+    assert sum(record["rollout/num_given_up"] for record in steps) > 0
+    assert sum(record["rollout/num_carried"] + record["rollout/num_resumed"] for record in steps[1:]) > 0
+    for step, record in enumerate(steps):
+        assert record["rollout/staleness_max"] <= 1, step
+
+
+def test_colocated_servers_of_the_run_itself(
+    train_config: Settings, unbroken: Path, command_line: Run, tmp_path: Path
+) -> None:
+    """Weights go through the disk; models leave their device for each rollout and checkpoint: the numbers stay."""
+    servers = {"placement": "colocated", "weight_transport": "disk", "check_weights": True}
+    settings = with_servers(train_config, sglang=servers) | {"run_dir": str(tmp_path / "run"), "num_steps": 2}
+    settings["parallel"] = {"tensor": 2}
+    settings["checkpoint"] = settings["checkpoint"] | {"every": 1}
+    done = command_line("train", settings, tmp_path / "config.yaml", timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(records(tmp_path / "run")[:2], records(unbroken)[:2], strict=True):
+        for name in ("policy/loss", "policy/grad_norm", "reward_model/loss", "reward/mean"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
