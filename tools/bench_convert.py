@@ -5,6 +5,8 @@
 A random checkpoint of Qwen2.5-1.5B's shapes (2.9 GiB in bfloat16) is copied, converted to torch_dist and back, taking
 turns, so that a busy machine slows all of them; each also waits until its files are on disk. Ratios are to the
 copy of the same round. Memory is anonymous (what is neither a file's cache nor shared), of all processes together.
+Then bench_mbridge.py runs on the same files, where mbridge is installed. Megatron-Bridge is not measured: it cannot be
+imported without Transformer Engine.
 """
 
 from __future__ import annotations
@@ -108,6 +110,16 @@ def anonymous_kibibytes(process: str) -> int:
     return int(found[1]) if found else 0
 
 
+def run_rival(hf: Path, rounds: int) -> None:
+    """mbridge on the same files; its failure is told, and is not ours."""
+    command = [sys.executable, CONVERT.with_name("bench_mbridge.py"), hf, "--rounds", str(rounds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        click.echo(f"mbridge: not measured, it failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+    else:
+        click.echo(done.stdout.rstrip())
+
+
 @click.command()
 @click.option("--rounds", default=3)
 @click.option("--workers", default=2)
@@ -142,6 +154,8 @@ def main(rounds: int, workers: int, layers: int, folder: Path | None) -> None:
                     )
         for kind, values in ratios.items():
             click.echo(f"{kind}: median {statistics.median(values):.0%} of a plain copy")
+        shutil.rmtree(root / "mcore")
+        run_rival(root / "hf", rounds)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from megatron_oreal.checkpoint import conversion
 from megatron_oreal.checkpoint.conversion import Options, Report
 from megatron_oreal.checkpoint.families import Head, parameters, read_architecture
 from megatron_oreal.checkpoint.processes import available_cores
-from megatron_oreal.checkpoint.torch_dist import is_torch_dist
+from megatron_oreal.checkpoint.torch_dist_reader import is_torch_dist
 from megatron_oreal.cli import fail, is_ours
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -79,12 +79,20 @@ def hf2mcore(
 @cli.command()
 @click.option("--mcore", type=FOLDER, required=True, help="A torch_dist checkpoint, or step_<n>/<model> of a run.")
 @click.option("--hf", type=FOLDER, help="Where config.json and the tokenizer come from, if not from the checkpoint.")
+@click.option("--fp8-blocks", is_flag=True, help="Linears in float8 blocks of 128 x 128, as SGLang and vLLM read them.")
 @writing_options
 def mcore2hf(
-    mcore: Path, hf: Path | None, out: Path, head: str | None, dtype: str | None, workers: int | None, verify: bool
+    mcore: Path,
+    hf: Path | None,
+    out: Path,
+    head: str | None,
+    dtype: str | None,
+    workers: int | None,
+    verify: bool,
+    fp8_blocks: bool,
 ) -> None:
     """torch_dist, or a model of the trainer's own checkpoints, -> Hugging Face."""
-    options = Options(DTYPES[dtype] if dtype else None, num_workers(workers), verify)
+    options = Options(DTYPES[dtype] if dtype else None, num_workers(workers), verify, fp8_blocks)
     told(lambda: conversion.megatron_to_hf(mcore, out, options, hf, HEADS[head]), f"{out}")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,15 @@ MODEL_FILE = "tokenizer.model"
 
 
 class SentencePieceBackend:
-    """Raises ValueError, OSError or RuntimeError for files that are not what they should be."""
+    """Raises ValueError, KeyError, OSError or RuntimeError for files that are not what they should be."""
 
     def __init__(self, path: Path) -> None:
         self.pieces = SentencePieceProcessor(model_file=str(path / MODEL_FILE))
-        file = path / "tokenizer_config.json"
-        settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
-        self.special = {
-            content_of(token): int(number) for number, token in settings.get("added_tokens_decoder", {}).items()
-        }
+        settings = read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
+        # Older directories list what they add in a file of its own.
+        added = {int(number): name for name, number in read_json(path / "added_tokens.json").items()}
+        added |= {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
+        self.special = {content_of(token): number for number, token in added.items()}
         for number in (self.pieces.bos_id(), self.pieces.eos_id(), self.pieces.unk_id()):
             if number >= 0:
                 self.special.setdefault(self.pieces.id_to_piece(number), number)
@@ -40,14 +42,17 @@ class SentencePieceBackend:
                 ("unk_token", self.pieces.unk_id()),
             )
         )
+        named = [self.bos_token, self.eos_token, self.unk_token, settings.get("pad_token")]
+        for token in (*named, *(settings.get("additional_special_tokens") or [])):
+            # A piece that the configuration names is one token wherever it stands, without the space that
+            # sentencepiece puts in front of a text.
+            if token and (named_id := self._id(content_of(token))) is not None:
+                self.special.setdefault(content_of(token), named_id)
         self.eos_token_id, self.unk_token_id = self._id(self.eos_token), self._id(self.unk_token)
+        self.kept = {number for number, token in added.items() if token_fields(token).get("special") is False}
         template = path / "chat_template.jinja"
-        self.chat_template: str | None = (
-            template.read_text() if template.is_file() else settings.get("chat_template") or None
-        )
-        # The longest first: one special token may begin like another.
-        ordered = sorted(self.special, key=len, reverse=True)
-        self.splitter = re.compile("(" + "|".join(map(re.escape, ordered)) + ")")
+        self.chat_template = template.read_text() if template.is_file() else default_template(settings)
+        self.splitter = splitter(self.special, added)
 
     def _named(self, settings: Mapping[str, Any], name: str, number: int) -> str | None:
         if settings.get(name):
@@ -69,17 +74,18 @@ class SentencePieceBackend:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for part in filter(None, self.splitter.split(text)):
-            ids += [self.special[part]] if part in self.special else self.pieces.encode(part)
+            number = self.special.get(part, self.special.get(part.strip()))
+            ids += self.pieces.encode(part) if number is None else [number]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, **_options: Any) -> str:
         names = {number: name for name, number in self.special.items()}
         texts = []
         for run in runs(ids, names):
-            if isinstance(run, int):
-                texts.append("" if skip_special_tokens else names[run])
-            else:
+            if isinstance(run, list):
                 texts.append(str(self.pieces.decode(run)))
+            elif not skip_special_tokens or run in self.kept:
+                texts.append(names[run])
         return "".join(texts)
 
     def apply_chat_template(
@@ -90,14 +96,49 @@ class SentencePieceBackend:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
+        # What transformers offers to templates.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         return environment.from_string(self.chat_template).render(
             messages=conversation,
             add_generation_prompt=add_generation_prompt,
             bos_token=self.bos_token or "",
             eos_token=self.eos_token or "",
+            unk_token=self.unk_token or "",
         )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Empty where there is no such file."""
+    content: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+    return content
+
+
+def default_template(settings: Mapping[str, Any]) -> str | None:
+    """One text, or several by name."""
+    found = settings.get("chat_template") or None
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}["default"]
+    return found
+
+
+def splitter(special: Mapping[str, int], added: Mapping[int, str | Mapping[str, Any]]) -> re.Pattern[str]:
+    """Finds special tokens, with the white space around them that they swallow."""
+    fields = {content_of(token): token_fields(token) for token in added.values()}
+    patterns = []
+    # The longest first: one special token may begin like another.
+    for name in sorted(special, key=len, reverse=True):
+        before = r"\s*" if fields.get(name, {}).get("lstrip") else ""
+        after = r"\s*" if fields.get(name, {}).get("rstrip") else ""
+        patterns.append(before + re.escape(name) + after)
+    return re.compile("(" + "|".join(patterns) + ")")
+
+
+def token_fields(token: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    return {} if isinstance(token, str) else token
 
 
 def content_of(token: str | Mapping[str, Any]) -> str:

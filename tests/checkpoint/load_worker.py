@@ -1,4 +1,7 @@
-"""Run by torchrun: megatron-core itself loads what was converted, in every layout, and every tensor is compared."""
+"""Run by torchrun: megatron-core itself loads what was converted, in every layout, and every tensor is compared.
+
+So is what our own loader makes of it, and what the stream gives back.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,19 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import canonical_name, parameter_rows, read_architecture
-from megatron_oreal.checkpoint.hf import HfReader
+from megatron_oreal.checkpoint.families import Architecture, Head, canonical_name, parameter_rows, read_architecture
+from megatron_oreal.checkpoint.hf import HfReader, WeightStream
+from megatron_oreal.checkpoint.initial_weights import load_parameters
 from megatron_oreal.checkpoint.mapping import find_row, pad_rows, slice_along
 from megatron_oreal.config import ModelConfig, ParallelConfig
 from megatron_oreal.models import parallel
 from megatron_oreal.models.build import build_chunks, global_parameters, transformer_config
 from megatron_oreal.models.heads import LogprobHead, ScalarHead
+from tests.checkpoint.test_conversion import tensors_of
 
 # (tensor, pipeline, expert)
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2)]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)]
+BUCKET_BYTES = 16_384  # several buckets a model
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -35,6 +41,11 @@ def main(folder: Path, names: list[str]) -> None:
                 pipeline_model_parallel_size=pipeline,
                 expert_model_parallel_size=expert,
                 create_gloo_process_groups=False,
+            )
+            layout = replace(
+                layout,
+                tensor_group=parallel_state.get_tensor_model_parallel_group(),
+                pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             )
         for name in names:
             if expert == 1 or "moe" in name:
@@ -53,9 +64,7 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
     config = transformer_config(architecture, ModelConfig(path=hf, dtype="bfloat16"), layout, False)
     config = replace(config, expert_model_parallel_size=expert_size)
     (chunk,) = build_chunks(architecture, head, config, layout, transformer_engine=False)
-    with torch.no_grad():
-        for parameter in chunk.parameters():
-            parameter.fill_(float("nan"))
+    fill(chunk, float("nan"))
     common = dist_checkpointing.load_common_state_dict(str(mcore))
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -64,7 +73,39 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
     chunk.load_state_dict(loaded["model"], strict=False)
     if (layout.tensor_size, layout.pipeline_size) == (2, 2):
         save(folder / f"{name}-saved", chunk)
-    rows, reader = parameter_rows(architecture, head.kind), HfReader(hf)
+    assert_loaded(chunk, architecture, head.kind, hf, layout, expert_size)
+    group = parallel_state.get_expert_model_parallel_group() if expert_size > 1 else None
+    stream = WeightStream(list(global_parameters([chunk])), architecture, head.kind, layout, BUCKET_BYTES, group)
+    check_stream(stream, tensors_of(hf))
+    if expert_size > 1:  # the trainer has none
+        return
+    # Our own loader, from what was converted and from what Megatron saved of four ranks.
+    saved = [folder / f"{name}-saved"] if (folder / f"{name}-saved").is_dir() and head.kind == "lm" else []
+    for path in (hf, folder / f"{name}-mcore", *saved):
+        fill(chunk, float("nan"))
+        load_parameters(global_parameters([chunk]), path, architecture, head.kind, layout)
+        assert_loaded(chunk, architecture, head.kind, hf, layout, expert_size)
+
+
+def check_stream(stream: WeightStream, expected: dict[str, Tensor]) -> None:
+    """The whole tensors, each once."""
+    names = []
+    for name, tensor in stream:
+        names.append(name)
+        assert torch.equal(tensor, expected[name]), name
+    assert sorted(names) == sorted(expected)
+
+
+def fill(chunk: Any, value: float) -> None:
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.fill_(value)
+
+
+def assert_loaded(
+    chunk: Any, architecture: Architecture, head: Head, hf: Path, layout: parallel.ParallelLayout, expert_size: int
+) -> None:
+    rows, reader = parameter_rows(architecture, head), HfReader(hf)
     for megatron_name, parameter in global_parameters([chunk]):
         row, place = find_row(rows, canonical_name(megatron_name))
         if place.expert is not None:
@@ -72,7 +113,7 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
             place = replace(place, expert=place.expert + local * parallel_state.get_expert_model_parallel_rank())
         tensors = [reader.read(hf_name, None, 0, 1) for hf_name in row.hf_names(place)]
         expected = row.op.merge([shard(tensor, row, layout, len(parameter)) for tensor in tensors])
-        assert torch.equal(parameter, expected), f"{name}: {megatron_name}, {layout}"
+        assert torch.equal(parameter, expected), f"{hf}: {megatron_name}, {layout}"
 
 
 def save(path: Path, chunk: Any) -> None:

@@ -45,7 +45,7 @@ def megatron_logits(path: Path, layout: parallel.ParallelLayout, ids: Tensor) ->
     architecture = read_architecture(path)
     head = LogprobHead(layout, architecture.vocab_size)
     model = TrainableModel("model", architecture, head, ModelConfig(path=path), layout)
-    model.load_hf(path)
+    model.load_weights(path)
     chunk = model.chunks[0]
     shared = chunk.share_embeddings_and_output_weights
     weight = chunk.shared_embedding_or_output_weight() if shared else chunk.output_layer.weight

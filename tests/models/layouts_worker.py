@@ -106,7 +106,7 @@ def build(path: Path, layout: ParallelLayout, head: object = None, **options: ob
         layout,
         training,  # type: ignore[arg-type]
     )
-    model.load_hf(path)
+    model.load_weights(path)
     return model
 
 

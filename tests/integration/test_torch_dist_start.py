@@ -1,0 +1,36 @@
+"""A run that starts from what tools/convert.py wrote."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_oreal.checkpoint import conversion
+from megatron_oreal.checkpoint.conversion import Options
+
+
+@pytest.mark.timeout(300)
+def test_a_run_starts_from_a_torch_dist_directory(
+    train_config: dict[str, Any],
+    warm_model: Path,
+    command_line: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    """The policy is frozen in the first step: it comes out as it went in."""
+    mcore = tmp_path / "mcore"
+    conversion.hf_to_megatron(warm_model, mcore, Options())
+    settings = train_config | {"run_dir": str(tmp_path / "run"), "model": {"path": str(mcore)}, "num_steps": 1}
+    settings["reward_model"] = train_config["reward_model"] | {"path": str(mcore)}
+    done = command_line("train", settings, tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    before = load_file(warm_model / "model.safetensors")
+    after = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert {"config.json", "tokenizer.json"} <= {file.name for file in (tmp_path / "run" / "hf").iterdir()}
