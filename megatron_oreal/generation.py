@@ -72,7 +72,8 @@ def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, sta
 
     transport = weight_transport(config, layout, thread, ranks_of)
     endpoints = fleet.endpoints if fleet is not None else []
-    engine = SglangEngine(servers, config.model.path, endpoints, transport, thread, fleet, notify)
+    router = fleet.router.endpoint if fleet is not None and fleet.router is not None else None
+    engine = SglangEngine(servers, config.model.path, endpoints, transport, thread, fleet, notify, router)
     return engine
 
 

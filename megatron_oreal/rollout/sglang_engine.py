@@ -45,6 +45,7 @@ class Call:
 
     responses: list[Response]
     finished: SimpleQueue[tuple[int, Generation] | None]  # to the thread that called; None: all is over
+    is_watched: bool
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     running: dict[int, tuple[str, Server]] = field(default_factory=dict)  # request ids, by response
@@ -106,7 +107,7 @@ class SglangEngine:
             raise RuntimeError(f"the SGLang engine is {problem}: it cannot generate")
         self._check(requests, params)
         finished: SimpleQueue[tuple[int, Generation] | None] = SimpleQueue()
-        call = Call([Response.of(request, params) for request in requests], finished)
+        call = Call([Response.of(request, params) for request in requests], finished, watch is not None)
         future = asyncio.run_coroutine_threadsafe(self._run(call), self.thread.loop)
         future.add_done_callback(lambda _: finished.put(None))
         try:
@@ -161,7 +162,8 @@ class SglangEngine:
             self.statistics.count("num_aborted")
             return
         self.statistics.responded(time.monotonic() - begin)
-        call.finished.put((index, response.generation()))
+        if call.is_watched:
+            call.finished.put((index, response.generation()))
 
     async def _complete(self, call: Call, index: int) -> None:
         response, num_failures = call.responses[index], 0

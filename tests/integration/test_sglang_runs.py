@@ -140,8 +140,9 @@ def test_over_sampling_gives_up_the_slowest_and_resumes_them(
 def test_colocated_servers_of_the_run_itself(
     train_config: Settings, unbroken: Path, command_line: Run, tmp_path: Path
 ) -> None:
-    """Weights go through the disk; models leave their device for each rollout and checkpoint: the numbers stay."""
-    servers = {"placement": "colocated", "weight_transport": "disk", "check_weights": True}
+    """Weights go through the disk, requests through the router; models leave their device for each rollout and
+    checkpoint: the numbers stay."""
+    servers = {"placement": "colocated", "weight_transport": "disk", "check_weights": True, "router": True}
     settings = with_servers(train_config, sglang=servers) | {"run_dir": str(tmp_path / "run"), "num_steps": 2}
     settings["parallel"] = {"tensor": 2}
     settings["checkpoint"] = settings["checkpoint"] | {"every": 1}
@@ -149,4 +150,5 @@ def test_colocated_servers_of_the_run_itself(
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(records(tmp_path / "run")[:2], records(unbroken)[:2], strict=True):
         for name in ("policy/loss", "policy/grad_norm", "reward_model/loss", "reward/mean"):
-            assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
+            assert (name in ours) == (name in theirs)
+            assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-4)
