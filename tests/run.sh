@@ -12,5 +12,9 @@ for argument in "$@"; do
     fi
 done
 bash tools/setup_env.sh
+# The kernels for GPUs are tested in Triton's interpreter; torch for CUDA brings it along.
+if [ "$(uname -s)" = Linux ] && ! .venv/bin/python -c 'import triton' 2>/dev/null; then
+    .venv/bin/python -m pip install --quiet triton==3.9.0
+fi
 export OMP_NUM_THREADS=1 # distributed tests start several processes on a few cores
 exec .venv/bin/python -m pytest ${arguments[@]+"${arguments[@]}"}

@@ -3,7 +3,8 @@ r"""Rows of public benchmarks as questions with a reference answer; for evaluati
 math500:        MATH-500, rows {"problem", "answer"}.
 aime24, aime25: rows {"problem" | "Problem" | "question", "answer" | "Answer"}, as their several publishers spell them.
 olympiadbench:  its text-only open-ended parts, rows {"question", "context", "final_answer": [...]}; the tolerance that
-                some numerical answers have ("error") is not used: answers are compared exactly.
+                numerical answers may have ("error", one of the 675 of English mathematics) is not used: answers are
+                compared exactly.
 livemathbench:  rows {"question", "answer", "options" (of choices)}.
 gpqa:           rows {"Question", "Correct Answer", "Incorrect Answer 1" to 3, "Record ID"}; the options are shuffled,
                 for each question always in the same way, because the correct one comes first.
