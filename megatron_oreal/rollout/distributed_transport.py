@@ -36,6 +36,8 @@ from megatron_oreal.rollout.weight_transports import (
     buckets,
 )
 
+CPU_BUCKET_BYTES = 32 * 2**20  # faster than larger ones: it stays in the cache until it is loaded
+
 
 class DistributedTransport(ServerTransport):
     def __init__(
@@ -48,7 +50,9 @@ class DistributedTransport(ServerTransport):
     ) -> None:
         """`device`: of the stream's tensors. Twice `bucket_bytes` of its memory are used during a push."""
         super().__init__(loop, timeout_seconds, check_weights)
-        self.bucket_bytes, self.device = bucket_bytes, device
+        self.device = device
+        self.bucket_bytes = bucket_bytes if device.type == "cuda" else min(bucket_bytes, CPU_BUCKET_BYTES)
+        self.buffers = TwoBuffers(self.bucket_bytes)
         self.group: ServerGroup | None = None
         self.endings: list[threading.Thread] = []
 
@@ -65,11 +69,16 @@ class DistributedTransport(ServerTransport):
             raise
 
     def send_buckets(self, group: ServerGroup, tensors: CountedStream, version: int, deadline: Deadline) -> None:
-        """A bucket is filled while the one before it travels."""
-        under_way: Collective[None] | None = None
-        for bucket in buckets(tensors, self.bucket_bytes, TwoBuffers(self.bucket_bytes)):
-            if under_way is not None:
-                under_way.result(deadline)
+        """While a bucket travels, the next one is filled, and the servers load the one before."""
+        travelling: Collective[None] | None = None
+        loading: Requests | None = None
+        for bucket in buckets(tensors, self.bucket_bytes, self.buffers):
+            if travelling is not None:
+                travelling.result(deadline)
+                if loading is not None:
+                    loading.answers()
+                # What follows cannot overtake it: the servers have taken part in its broadcast.
+                loading = travelling.requests
             body = {
                 **bucket.description(),
                 "group_name": group.name,
@@ -79,9 +88,14 @@ class DistributedTransport(ServerTransport):
                 "weight_version": str(version) if bucket.is_last else None,
             }
             requests = self.post("/update_weights_from_distributed", dict.fromkeys(group.clients, body), deadline)
-            under_way = Collective(partial(group.broadcast, bucket.flat, deadline), requests)
-        if under_way is not None:
-            under_way.result(deadline)
+            travelling = Collective(partial(group.broadcast, bucket.flat, deadline), requests)
+        if travelling is not None:
+            travelling.result(deadline)
+            if loading is not None:
+                loading.answers()
+            travelling.requests.answers()
+        if self.device.type == "cuda":
+            self.buffers.buffers.clear()
 
     def open_group(self, clients: Sequence[SglangClient], deadline: Deadline) -> ServerGroup:
         if self.group is not None and self.group.clients == tuple(clients):
@@ -90,6 +104,7 @@ class DistributedTransport(ServerTransport):
         group = self.group = ServerGroup(clients, self.device, deadline)
         group.invited = self.post("/init_weights_update_group", group.invitations(), deadline)
         Collective(partial(group.join, deadline), group.invited).result(deadline)
+        group.invited.answers()
         return group
 
     def close_group(self) -> None:
@@ -125,15 +140,18 @@ class ServerGroup:
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         listening = socket.create_server((self.address, 0), family=family, backlog=self.world_size)
         self.port: int = listening.getsockname()[1]
-        self.store: dist.TCPStore | None = dist.TCPStore(
+        timeout = timedelta(seconds=deadline.left())
+        self.store: dist.Store | None = dist.TCPStore(
             self.address,
             self.port,
             self.world_size,
             is_master=True,
-            timeout=timedelta(seconds=deadline.left()),
+            timeout=timeout,
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
+        # Closing `store` ends what waits by other connections, here and in the servers.
+        self.connection: dist.Store = dist.TCPStore(self.address, self.port, self.world_size, timeout=timeout)
         self.invited: Requests | None = None
         self.backend: Any = None  # torch.distributed's backend, without a ProcessGroup around it
 
@@ -155,8 +173,7 @@ class ServerGroup:
     def join(self, deadline: Deadline) -> None:
         """Returns when all members have joined (NCCL: they do so in the first broadcast)."""
         timeout = timedelta(seconds=deadline.left())
-        # By a connection of its own: closing `store` then ends the waiting, here and in the servers.
-        store: dist.Store = dist.TCPStore(self.address, self.port, self.world_size, timeout=timeout)
+        store = self.connection
         # The prefixes that torch.distributed and SGLang give the keys.
         for prefix in (self.name, f"{self.name}/", "cuda/" if self.device.type == "cuda" else "cpu/"):
             store = dist.PrefixStore(prefix, store)

@@ -112,7 +112,9 @@ class ServerSettings:
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the margin goes beyond the model's positions
         }
         if self.device_type == "cpu":
-            kept |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+            # Memory for a bucket of weights is kept: to get it anew for each costs more than to receive it.
+            malloc = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+            kept |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | malloc
         return kept
 
 

@@ -1,8 +1,8 @@
 """Weights by shared memory, for servers on the trainer's own GPUs: CUDA IPC handles travel, the bytes stay.
 
 Each tensor-parallel rank of a server gets the handle of a buffer on its GPU, from the trainer rank that has this GPU.
-On a CPU the buffers are files in shared memory, and any rank's will do. torch's manager of these files, a process, stays
-until the servers that opened one have ended.
+On a CPU the buffers are files in shared memory, and any rank's will do. torch's manager of these files, a process,
+stays until the servers that opened one have ended.
 
 SGLang reads the handles with an unpickler that knows few names: torch's functions that open them, and
 types.SimpleNamespace, which takes the place of its own FlattenedTensorMetadata here.
@@ -67,7 +67,7 @@ class TensorTransport(ServerTransport):
             self.begin(clients, deadline)
         except WeightSyncError as error:
             failure = error
-        for bucket in buckets(tensors, self.bucket_bytes, shared_memory):
+        for bucket in buckets(tensors, self.bucket_bytes, shared_memory, copies_all=True):
             offered = exchanged({receiver: serialised(bucket) for receiver in mine})
             handles = {receiver: handle for each in offered for receiver, handle in each.items()}
             try:

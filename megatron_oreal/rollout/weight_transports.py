@@ -139,7 +139,7 @@ class Collective(Generic[Result]):
             self.failures.append(failure)
 
     def result(self, deadline: Deadline) -> Result:
-        """Once the servers have answered too. Raises WeightSyncError for failures, refusals and after the deadline."""
+        """The servers may still have to answer. Raises WeightSyncError for a failure, a refusal, after the deadline."""
         while self.thread.is_alive():
             self.requests.check()
             if deadline.has_passed():
@@ -149,7 +149,6 @@ class Collective(Generic[Result]):
         if self.failures:
             raise self.requests.explain(self.failures[0]) from self.failures[0]
         assert self.results, "the thread died of an error that is not torch.distributed's"
-        self.requests.answers()
         return self.results[0]
 
 
@@ -317,32 +316,38 @@ class Bucket:
 Allocate = Callable[[int, torch.device], Tensor]  # (bytes, device) -> uint8
 
 
-def buckets(stream: Iterable[tuple[str, Tensor]], num_bytes: int, allocate: Allocate) -> Iterator[Bucket]:
+def buckets(
+    stream: Iterable[tuple[str, Tensor]], num_bytes: int, allocate: Allocate, copies_all: bool = False
+) -> Iterator[Bucket]:
     """At most `num_bytes` each; a larger tensor is alone.
 
     A bucket is filled when the one before is given out, and its buffer asked for then: `allocate` may hand out two in
-    turn.
+    turn. A tensor that is alone stays where it is, unless a bucket `copies_all`.
     """
     waiting: list[tuple[str, Tensor]] = []
     filled = 0
     for name, tensor in stream:
         # SGLang reads a tensor in place: it must begin at a multiple of its element's size.
         if waiting and (filled + tensor.nbytes > num_bytes or filled % tensor.itemsize):
-            yield flattened(waiting, filled, allocate, is_last=False)
+            yield flattened(waiting, allocate, copies_all, is_last=False)
             waiting, filled = [], 0
         waiting.append((name, tensor))
         filled += tensor.nbytes
     if waiting:
-        yield flattened(waiting, filled, allocate, is_last=True)
+        yield flattened(waiting, allocate, copies_all, is_last=True)
 
 
-def flattened(tensors: Sequence[tuple[str, Tensor]], num_bytes: int, allocate: Allocate, is_last: bool) -> Bucket:
-    flat = allocate(num_bytes, tensors[0][1].device)
-    offset = 0
-    for _, tensor in tensors:
-        flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        offset += tensor.nbytes
+def flattened(tensors: Sequence[tuple[str, Tensor]], allocate: Allocate, copies_all: bool, is_last: bool) -> Bucket:
     names, dtypes, shapes = zip(*((name, tensor.dtype, tensor.shape) for name, tensor in tensors), strict=True)
+    first = tensors[0][1]
+    if len(tensors) == 1 and not copies_all:
+        flat = first.detach().contiguous().view(-1).view(torch.uint8)
+    else:
+        flat = allocate(sum(tensor.nbytes for _, tensor in tensors), first.device)
+        offset = 0
+        for _, tensor in tensors:
+            flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            offset += tensor.nbytes
     return Bucket(flat, list(names), list(dtypes), list(shapes), is_last)
 
 
