@@ -11,10 +11,12 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from megatron_oreal.config import SftConfig, TrainConfig
-from megatron_oreal.evaluation import evaluate
-from megatron_oreal.rollout.sampler import rollout_metrics, staleness_metrics, write_rollouts
-from megatron_oreal.rollout.statistics import text_metrics
-from megatron_oreal.run import Run, build_collector, open_sft, open_train
+from megatron_oreal.evaluation.held_out import evaluate
+from megatron_oreal.rollout.metrics import rollout_metrics, staleness_metrics, text_metrics
+from megatron_oreal.rollout.records import write_rollouts
+from megatron_oreal.run.open import open_sft, open_train
+from megatron_oreal.run.rollouts import build_collector
+from megatron_oreal.run.run import Run
 
 
 def train(config: TrainConfig) -> None:

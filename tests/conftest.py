@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from megatron_oreal.rollout.sglang_server import ServerFleet
+    from megatron_oreal.engines.sglang.servers.fleet import ServerFleet
 
 SGLANG_PYTHON = Path(__file__).parent.parent / ".venv-sglang" / "bin" / "python"
 
@@ -71,8 +71,8 @@ def sglang_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sglang_fleet(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
     """One server of `sglang_model`. Who changes its weights puts them back."""
-    from megatron_oreal.config_rollout import SglangConfig
-    from megatron_oreal.rollout.sglang_server import open_servers
+    from megatron_oreal.config import SglangConfig
+    from megatron_oreal.engines.sglang.servers.fleet import open_servers
 
     config = SglangConfig(python=SGLANG_PYTHON, start_timeout_seconds=280)
     run_dir = tmp_path_factory.mktemp("sglang_fleet")

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from megatron_oreal import cli
-from megatron_oreal.checkpoint.families import FAMILIES
-from megatron_oreal.rollout.local import GENERATED_FAMILIES
+from megatron_oreal.engines.local.engine import GENERATED_FAMILIES
+from megatron_oreal.weights.families import FAMILIES
 
 SHAPE = {
     "model_type": "qwen2",

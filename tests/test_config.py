@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from megatron_oreal.config import (
+    OREAL_PRESETS,
+    OrealConfig,
     ParallelConfig,
     SftConfig,
     TrainConfig,
@@ -17,7 +19,6 @@ from megatron_oreal.config import (
     read_model_shape,
     to_yaml,
 )
-from megatron_oreal.config_algorithms import OREAL_PRESETS, OrealConfig
 
 TRAIN = """
 run_dir: runs/a

@@ -3,8 +3,7 @@ from typing import Any
 
 import pytest
 
-from megatron_oreal.config import EvalRunConfig, load_config, to_yaml
-from megatron_oreal.config_evaluation import BenchmarkConfig
+from megatron_oreal.config import BenchmarkConfig, EvalRunConfig, load_config, to_yaml
 
 EVAL = """
 run_dir: runs/eval

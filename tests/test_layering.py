@@ -1,10 +1,12 @@
 """The package's layers and what each may import, read from the sources."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -14,14 +16,15 @@ MAX_LINES = 450
 
 # A part of the package imports from its own layer and those before it.
 LAYERS = (
-    ("types", "config", "config_algorithms", "config_evaluation", "config_rollout"),
+    ("types", "config", "statistics", "parallel", "kernels"),
     ("observability",),
-    ("algorithms", "data", "rewards", "kernels"),
-    ("models", "checkpoint"),
-    ("rollout",),
-    ("recipes", "inputs", "generation"),
+    ("data", "rewards", "weights"),
+    ("algorithms", "checkpoint", "conversion", "engines"),
+    ("models", "rollout", "reports"),
     ("run",),
-    ("train", "evaluation", "objective_report", "cli"),
+    ("evaluation",),
+    ("train",),
+    ("launch", "cli"),
 )
 LAYER_OF = {part: index for index, parts in enumerate(LAYERS) for part in parts}
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -48,7 +51,7 @@ IMPORTS = {module: imported_names(path.read_text()) for module, path in MODULES.
 
 
 def part_of(name: str) -> str | None:
-    """`rollout` for megatron_oreal.rollout.engine, None outside the package."""
+    """`rollout` for megatron_oreal.engines.engine, None outside the package."""
     parts = name.split(".")
     return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
 
@@ -92,11 +95,48 @@ def test_imports_point_to_lower_layers(module: str) -> None:
     assert not upwards, f"{module} ({own}) imports from {sorted(upwards)}"
 
 
+def module_imports(module: str) -> set[str]:
+    """The package's modules that `module` imports, itself and the packages around it left out."""
+    found = set()
+    for name in IMPORTS[module]:
+        owner = name if name in MODULES else name.rpartition(".")[0]
+        # `from package import module` reads as both names; the package itself counts only for what its face defines.
+        is_package_of_module = any(other in MODULES for other in IMPORTS[module] if other.startswith(f"{name}."))
+        if owner in MODULES and not (owner == name and is_package_of_module):
+            found.add(owner)
+    return found - {module, PACKAGE}
+
+
+def import_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Each cycle once, as the modules on it, found by a walk along the imports."""
+    cycles, done = [], set()
+
+    def walk(module: str, trail: list[str]) -> None:
+        if module in trail:
+            cycles.append(trail[trail.index(module) :])
+        elif module not in done:
+            for imported in sorted(graph.get(module, ())):
+                walk(imported, [*trail, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        walk(module, [])
+    return cycles
+
+
+def test_a_cycle_is_found() -> None:
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    assert import_cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    assert import_cycles({module: module_imports(module) for module in MODULES}) == []
+
+
 def test_config_imports_no_torch_and_nothing_of_the_package() -> None:
-    sections = ("config_algorithms", "config_evaluation", "config_rollout")
-    for module in modules_of("config", *sections):
+    for module in modules_of("config"):
         assert module not in importers_of("torch", "transformers")
-        assert {part_of(name) for name in IMPORTS[module]} <= {None, *sections}
+        assert {part_of(name) for name in IMPORTS[module]} <= {None, "config"}
 
 
 def test_config_leaves_torch_unloaded() -> None:
@@ -114,9 +154,15 @@ def test_algorithms_are_pure() -> None:
     assert not banned & set(modules_of("algorithms"))
 
 
-def test_only_models_checkpoint_and_weight_sync_import_megatron() -> None:
-    allowed = {*modules_of("models", "checkpoint"), f"{PACKAGE}.rollout.weight_sync"}
-    assert importers_of("megatron") <= allowed
+def test_only_models_and_the_packages_of_weights_import_megatron() -> None:
+    assert importers_of("megatron") <= set(modules_of("models", "weights", "checkpoint", "conversion"))
+
+
+def test_only_the_sglang_engine_speaks_to_servers() -> None:
+    """What SGLang's HTTP interface looks like is known in engines/sglang alone."""
+    paths = re.compile(r'"/(generate|flush_cache|update_weights_\w+|\w+_memory_occupation|server_info|model_info)\b')
+    speakers = {module for module, path in MODULES.items() if paths.search(path.read_text())}
+    assert speakers and all(module.startswith(f"{PACKAGE}.engines.sglang.") for module in speakers)
 
 
 def test_only_kernels_import_triton_and_transformer_engine() -> None:
@@ -125,7 +171,7 @@ def test_only_kernels_import_triton_and_transformer_engine() -> None:
 
 def test_only_the_launcher_imports_sglang() -> None:
     """It runs in the servers' own environment, as a script: it may import nothing of the package."""
-    launcher = f"{PACKAGE}.rollout.sglang_launcher"
+    launcher = f"{PACKAGE}.engines.sglang.servers.launcher"
     assert importers_of("sglang", "sgl_kernel", "ray") <= {launcher}
     assert not importers_of(launcher)
     assert launcher not in importers_of(PACKAGE)
@@ -134,6 +180,11 @@ def test_only_the_launcher_imports_sglang() -> None:
 def test_modules_name_what_they_hold() -> None:
     vague = {"utils", "common", "helpers", "misc"}
     assert not [module for module in MODULES if vague & set(module.split("."))]
+
+
+def test_half_of_the_modules_are_shorter_than_170_lines() -> None:
+    lengths = [len(path.read_text().splitlines()) for path in MODULES.values() if path.name != "__init__.py"]
+    assert median(lengths) < 170
 
 
 @pytest.mark.parametrize("module", MODULES)

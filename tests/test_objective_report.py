@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from megatron_oreal.algorithms.expression import parse_expression
 from megatron_oreal.algorithms.objectives import OBJECTIVES, h_prime, h_value
 from megatron_oreal.cli import cli
-from megatron_oreal.objective_report import LIMITS, plot_objectives, read_objective, read_objectives
+from megatron_oreal.reports.objective import LIMITS, plot_objectives, read_objective, read_objectives
 
 
 def run(*arguments: str) -> Any:

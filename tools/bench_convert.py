@@ -30,9 +30,9 @@ from pathlib import Path
 import click
 import torch
 
-from megatron_oreal.checkpoint.conversion import Options, exported, hf_to_megatron, megatron_to_hf
-from megatron_oreal.checkpoint.families import read_architecture
-from megatron_oreal.checkpoint.safetensors_files import create_files, fill
+from megatron_oreal.conversion.conversion import Options, exported, hf_to_megatron, megatron_to_hf
+from megatron_oreal.conversion.safetensors_files import create_files, fill
+from megatron_oreal.weights.families import read_architecture
 
 QWEN2_1_5B = {
     "model_type": "qwen2",

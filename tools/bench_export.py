@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import Architecture, parameters, read_architecture
-from megatron_oreal.checkpoint.hf import WeightStream
-from megatron_oreal.checkpoint.mapping import pad_rows, padded_vocabulary, rows_of_rank
+from megatron_oreal.weights.families import Architecture, parameters, read_architecture
+from megatron_oreal.weights.mapping import pad_rows, padded_vocabulary, rows_of_rank
+from megatron_oreal.weights.stream import WeightStream
 
 QWEN2_1_5B = {
     "model_type": "qwen2",

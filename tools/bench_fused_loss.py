@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_oreal.kernels import linear_logprob
-from megatron_oreal.kernels.fp8 import quantize, scaled_product
+from megatron_oreal.kernels.fp8.scaled import quantize, scaled_product
 from megatron_oreal.models.parallel import quiet_megatron
 
 VOCABULARY = 152064

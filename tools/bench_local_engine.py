@@ -20,8 +20,9 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from megatron_oreal.rollout.engine import GenerationRequest, SamplingParams
-from megatron_oreal.rollout.local import LocalEngine, TransformersDecoder
+from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
+from megatron_oreal.engines.local.engine import LocalEngine
+from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
 
 STOP_TOKEN_ID = 5
 

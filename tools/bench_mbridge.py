@@ -26,12 +26,13 @@ import click
 import torch
 from torch import nn
 
-from megatron_oreal.checkpoint.families import Architecture, parameters, read_architecture
-from megatron_oreal.checkpoint.hf import HfReader, WeightStream, save_hf
-from megatron_oreal.checkpoint.initial_weights import load_parameters
-from megatron_oreal.checkpoint.torch_dist import NORM_KEYS
 from megatron_oreal.config import ParallelConfig
 from megatron_oreal.models import parallel
+from megatron_oreal.weights.families import Architecture, parameters, read_architecture
+from megatron_oreal.weights.hf_directory import HfReader, save_hf
+from megatron_oreal.weights.initial import load_parameters
+from megatron_oreal.weights.stream import WeightStream
+from megatron_oreal.weights.torch_dist import NORM_KEYS
 
 
 def live_model(architecture: Architecture) -> nn.Module:

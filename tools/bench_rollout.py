@@ -30,14 +30,14 @@ from aiohttp import web
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.disk_transport import DiskTransport
-from megatron_oreal.rollout.endpoints import Endpoint, read_endpoints
-from megatron_oreal.rollout.engine import GenerationRequest, SamplingParams
-from megatron_oreal.rollout.sglang_answers import Response
-from megatron_oreal.rollout.sglang_client import EventLoopThread
-from megatron_oreal.rollout.sglang_engine import SglangEngine
-from megatron_oreal.rollout.sglang_server import open_servers
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
+from megatron_oreal.engines.sglang.client import EventLoopThread
+from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints
+from megatron_oreal.engines.sglang.engine import SglangEngine
+from megatron_oreal.engines.sglang.generate_api import Response
+from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 
 PROMPT_TOKENS = 32
 VOCAB_SIZE = 1024

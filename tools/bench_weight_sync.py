@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.disk_transport import DiskTransport
-from megatron_oreal.rollout.distributed_transport import DistributedTransport
-from megatron_oreal.rollout.sglang_client import EventLoopThread, SglangClient
-from megatron_oreal.rollout.sglang_server import open_servers
-from megatron_oreal.rollout.tensor_transport import TensorTransport
-from megatron_oreal.rollout.weight_transports import ServerTransport
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.weights.disk import DiskTransport
+from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
+from megatron_oreal.engines.sglang.weights.shared_memory import TensorTransport
+from megatron_oreal.engines.sglang.weights.transport import ServerTransport
 
 Weights = dict[str, Tensor]
 TIMEOUT = timedelta(seconds=300)

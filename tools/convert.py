@@ -21,12 +21,12 @@ from typing import Any
 import click
 import torch
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options, Report
-from megatron_oreal.checkpoint.families import Head, parameters, read_architecture
-from megatron_oreal.checkpoint.processes import available_cores
-from megatron_oreal.checkpoint.torch_dist_reader import is_torch_dist
-from megatron_oreal.cli import fail, is_ours
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options, Report
+from megatron_oreal.conversion.processes import available_cores
+from megatron_oreal.launch import fail, is_ours
+from megatron_oreal.weights.families import Head, parameters, read_architecture
+from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEADS: dict[str | None, Head | None] = {None: None, "lm": "lm", "reward": "scalar", "value": "scalar"}

@@ -17,8 +17,8 @@ import click
 from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.files import read_jsonl, write_jsonl
 from megatron_oreal.data.prompts import read_prompts
-from megatron_oreal.data.selection import AnsweredPrompt, resample_by_tags, select_responses, tag_failure_rates
-from megatron_oreal.observability.evaluation_results import read_questions
+from megatron_oreal.data.round_selection import AnsweredPrompt, resample_by_tags, select_responses, tag_failure_rates
+from megatron_oreal.evaluation.results import read_questions
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 

@@ -19,7 +19,7 @@ import click
 
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.metrics import Metrics, read_metrics
-from megatron_oreal.observability.report import Band, format_table, plot_bands
+from megatron_oreal.reports.curves import Band, format_table, plot_bands
 
 CONFIG = Path("examples/quickstart/config.yaml")
 PASS_AT_1, GREEDY = "eval/heldout/pass@1", "eval/heldout/greedy"

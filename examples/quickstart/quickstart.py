@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from megatron_oreal.observability.metrics import Metrics, read_metrics
-from megatron_oreal.observability.report import format_table, plot_curves
+from megatron_oreal.reports.curves import format_table, plot_curves
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CURVES = (

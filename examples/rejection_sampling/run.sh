@@ -12,7 +12,7 @@ fi
 .venv/bin/megatron-oreal sft examples/rejection_sampling/sft.yaml
 .venv/bin/python -c "
 from megatron_oreal.observability.metrics import read_metrics
-from megatron_oreal.observability.report import format_table
+from megatron_oreal.reports.curves import format_table
 from pathlib import Path
 records = [r for r in read_metrics(Path('runs/rejection_sampling/sft')) if 'eval/heldout/greedy' in r]
 rows = [[r['step'], r['eval/heldout/greedy'], r['eval/heldout/pass@1']] for r in records]

@@ -28,18 +28,10 @@ from megatron_oreal.algorithms.losses import (
     outcome_cross_entropy,
 )
 from megatron_oreal.algorithms.model import Metrics, Model
-from megatron_oreal.algorithms.selection import is_mixed, training_sequence
-from megatron_oreal.config_algorithms import OrealConfig
+from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
+from megatron_oreal.config import OrealConfig
 from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
-from megatron_oreal.types import (
-    Batch,
-    Group,
-    LossOutput,
-    Microbatch,
-    Sample,
-    TokenOutputs,
-    TrainingSequence,
-)
+from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
 
 @dataclass(slots=True)

@@ -29,8 +29,8 @@ from megatron_oreal.algorithms.losses import (
 )
 from megatron_oreal.algorithms.model import Metrics, Model
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
-from megatron_oreal.algorithms.selection import first_correct, is_mixed, training_sequence
-from megatron_oreal.config_algorithms import OutcomeConfig
+from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
+from megatron_oreal.config import OutcomeConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 

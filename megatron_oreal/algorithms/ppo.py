@@ -24,7 +24,7 @@ from megatron_oreal.algorithms.losses import (
     mean_entropy,
 )
 from megatron_oreal.algorithms.model import Metrics, Model
-from megatron_oreal.config_algorithms import PpoConfig
+from megatron_oreal.config import PpoConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TrainingSequence
 

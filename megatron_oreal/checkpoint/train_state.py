@@ -32,31 +32,11 @@ from torch import Tensor
 from megatron_oreal.config import CheckpointConfig
 from megatron_oreal.data.prompts import CursorState
 from megatron_oreal.observability.files import sync_file, sync_folder
+from megatron_oreal.parallel.layout import ParallelLayout
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk becomes in Python, torch and safetensors
 READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)  # of a damaged file
-
-
-class Layout(Protocol):
-    """The part of models.parallel.ParallelLayout that is needed here."""
-
-    @property
-    def tensor_rank(self) -> int: ...
-    @property
-    def tensor_size(self) -> int: ...
-    @property
-    def pipeline_rank(self) -> int: ...
-    @property
-    def pipeline_size(self) -> int: ...
-    @property
-    def virtual_size(self) -> int: ...
-    @property
-    def data_rank(self) -> int: ...
-    @property
-    def data_size(self) -> int: ...
-    @property
-    def is_main(self) -> bool: ...
 
 
 class Trainable(Protocol):
@@ -87,7 +67,7 @@ class Progress:
 class TrainState:
     folder: Path  # RUN_DIR/checkpoints
     models: Mapping[str, Trainable]
-    layout: Layout
+    layout: ParallelLayout
     config: CheckpointConfig
 
     def save(self, progress: Progress) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -121,16 +121,3 @@ def adds_to_float32(device_type: str) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def make_gemms(precision: Precision, device: torch.device, dtype: torch.dtype) -> Gemms:
-    """For hidden states and weights of `dtype`. Raises ValueError for a precision this device does not have."""
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision}")
-    if precision in ("fp8_grad", "fp8"):
-        from megatron_oreal.kernels.fp8 import Fp8Gemms
-
-        return Fp8Gemms(device, dtype, with_values=precision == "fp8")
-    # A product of half-precision inputs on a CPU is rounded to half precision, and slower than one in float32.
-    in_float32 = precision == "fp32" or device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16)
-    return PlainGemms(torch.float32 if in_float32 else dtype)

@@ -11,24 +11,18 @@ eager      the forward pass computes them, for d loss / d logprobs known up to a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from math import ceil
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.kernels import torch_rows
-from megatron_oreal.kernels.gemms import Gemms, Precision, make_gemms
-from megatron_oreal.kernels.largest_logits import ExactLogits, LargestLogits
-from megatron_oreal.kernels.tiles import ALIGNMENT, Compute, Sizes, TileLogits, Tiling
+from megatron_oreal.kernels.gemms import Gemms, Precision
+from megatron_oreal.kernels.gradients import _Gradients, common_factor, mark_main_grad
+from megatron_oreal.kernels.precision import make_gemms
+from megatron_oreal.kernels.tiles import TileLogits, Tiling
+from megatron_oreal.kernels.vocabulary_reduction import _Call, row_kernels
 
-# Of a sum over blocks of tokens in bfloat16: 12 make a relative error of 4e-3, 33 make 6e-3 and 64 make 8e-3.
-MAX_ROUNDINGS = 12
 Mode = Literal["recompute", "eager"]
 
 
@@ -119,204 +113,6 @@ def check_mode(mode: Mode, target: Tensor, token_scale: Tensor | None) -> None:
     if mode == "eager" and (token_scale is None or token_scale.shape != target.shape):
         found = None if token_scale is None else tuple(token_scale.shape)
         raise ValueError(f"mode=eager needs token_scale, one number a target, {len(target)}, got {found}")
-
-
-class RowKernels(Protocol):
-    """torch_rows, which documents them, or triton_rows."""
-
-    def reduce_rows(
-        self, logits: Tensor, target: Tensor, num_valid: int, temperature: float, with_entropy: bool
-    ) -> Tensor: ...
-
-    def gradient_rows(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        num_valid: int,
-        temperature: float,
-        logsumexp: Tensor,
-        entropy: Tensor | None,
-        scales: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor: ...
-
-
-@cache
-def row_kernels(device_type: str) -> RowKernels:
-    if device_type == "cuda" and find_spec("triton"):
-        from megatron_oreal.kernels import triton_rows
-
-        return triton_rows
-    return torch_rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What a call is besides its tensors."""
-
-    gemms: Gemms
-    rows: RowKernels
-    group: dist.ProcessGroup | None  # None: this rank has the whole vocabulary
-    first: int  # token id of this rank's first column
-    num_valid: int  # of this rank's columns: the others are padding
-    temperature: float
-    with_entropy: bool
-    fused_weight: Tensor | None  # has a main_grad, which takes its gradient
-
-    def sizes(self, hidden: Tensor, weight: Tensor) -> Sizes:
-        memory, grad_dtype = self.gemms.memory(hidden, weight), self.gemms.grad_dtype
-        return Sizes(
-            tokens=len(hidden),
-            columns=len(weight),
-            used_columns=self.used_columns(weight),
-            element_bytes=4 + (0 if grad_dtype is torch.float32 else grad_dtype.itemsize) + memory.element,
-            token_bytes=4 * hidden.shape[1] + memory.token,
-            column_bytes=memory.column,
-            scratch_bytes=memory.scratch,
-            held_bytes=memory.held,
-            is_cuda=hidden.is_cuda,
-        )
-
-    def used_columns(self, weight: Tensor) -> int:
-        """Those with vocabulary, and padding up to a width that the products like."""
-        return min(len(weight), ceil(self.num_valid / ALIGNMENT) * ALIGNMENT)
-
-    def compute(self, hidden: Tensor, weight: Tensor) -> Compute:
-        return lambda rows, columns, out: self.gemms.logits(hidden[rows], weight[columns], out)
-
-    @property
-    def num_numbers(self) -> int:
-        return 4 if self.with_entropy else 3
-
-    def place(self, target: Tensor, columns: slice) -> tuple[Tensor, int]:
-        """Of a tile: the targets as its columns, and how many columns are not padding."""
-        return target - (self.first + columns.start), min(columns.stop, self.num_valid) - columns.start
-
-    def reduce(
-        self, tiles: Iterable[tuple[slice, Tensor]], hidden: Tensor, weight: Tensor, target: Tensor
-    ) -> tuple[Tensor, ExactLogits]:
-        """[3 or 4, t] (see torch_rows) of this rank's columns, from the (columns, logits) of its tiles.
-
-        Beside it the logits that were computed again: in the backward pass too they take the tiles' place.
-        """
-        nothing = torch.zeros(self.num_numbers, len(target), dtype=torch.float32, device=target.device)
-        nothing[[0, 2]] = -torch.inf
-        largest = LargestLogits(self.gemms.num_exact, target, self.numbers_of)
-        parts = []
-        for columns, logits in largest.masked(tiles, self.num_valid):
-            parts.append(
-                self.rows.reduce_rows(logits, *self.place(target, columns), self.temperature, self.with_entropy)
-            )
-            del logits  # before the next tile is made
-        exact = largest.computed(lambda columns: self.gemms.exact_logits(hidden, weight, columns))
-        if exact.num_columns:
-            parts += [*largest.others, self.numbers_of(exact.values)]
-        numbers = merge(parts or [nothing])
-        column = target - self.first
-        is_here = (column >= 0) & (column < self.num_valid)
-        of_target = self.gemms.exact_logits(hidden, weight, torch.where(is_here, column, 0)[:, None])
-        if of_target is not None:
-            numbers[2] = torch.where(is_here, of_target[:, 0] / self.temperature, -torch.inf)
-        return numbers, exact
-
-    def numbers_of(self, logits: Tensor) -> Tensor:
-        """[3 or 4, t] of logits [t, k] of any columns, without a target."""
-        nowhere = torch.full((len(logits),), -1, device=logits.device)
-        return self.rows.reduce_rows(logits, nowhere, logits.shape[1], self.temperature, self.with_entropy)
-
-    def outputs(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(logprobs, logsumexp, entropy or None), each [t], from this rank's [3 or 4, t] and the others'."""
-        if self.group is not None:
-            gathered = [torch.empty_like(numbers) for _ in range(self.group.size())]
-            dist.all_gather(gathered, numbers, group=self.group)
-            numbers = merge(gathered)
-        maximum, total, target_logit, *weighted = numbers.unbind()
-        log_total = total.log()
-        logsumexp = maximum + log_total
-        return target_logit - logsumexp, logsumexp, log_total - weighted[0] / total if weighted else None
-
-
-def merge(parts: list[Tensor]) -> Tensor:
-    """[3 or 4, t] of the columns of all parts."""
-    if len(parts) == 1:
-        return parts[0]
-    maximum, sums, target_logit, *weighted = torch.stack(parts).unbind(1)  # each [parts, t]
-    overall = maximum.amax(dim=0)
-    lower = maximum - overall
-    scale = lower.exp()
-    merged = [overall, (sums * scale).sum(0), target_logit.amax(0)]
-    if weighted:
-        # Finite: a part without columns adds 0, and not 0 * -inf.
-        merged.append(((weighted[0] + sums * lower.clamp_min(-1e30)) * scale).sum(0))
-    return torch.stack(merged)
-
-
-class _Gradients:
-    """Those of hidden and weight, summed over tiles; None where they are not needed."""
-
-    def __init__(
-        self, call: _Call, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], fused: bool, num_blocks: int
-    ) -> None:
-        """`fused`: that of a weight with a main_grad is added to it. `num_blocks`: of tokens, calls of `add`."""
-        self.call = call
-        self.inputs = hidden, weight
-        self.of_hidden = torch.zeros_like(hidden) if needed[0] else None
-        self.of_weight: Tensor | None = None
-        like: Tensor = weight if call.fused_weight is None else call.fused_weight.main_grad  # type: ignore[attr-defined]
-        self.main_grad = like if fused and call.fused_weight is not None else None
-        self.weight_dtype = like.dtype
-        sums_apart = like.dtype.itemsize < 4 and num_blocks > MAX_ROUNDINGS
-        self.is_in_main_grad = self.main_grad is not None and not sums_apart
-        if needed[1] and self.is_in_main_grad:
-            self.of_weight = like
-        elif needed[1]:
-            self.of_weight = torch.empty_like(like, dtype=torch.float32 if sums_apart else like.dtype)
-            self.of_weight[call.used_columns(weight) if len(hidden) else 0 :] = 0.0  # the rest is overwritten
-
-    def add(
-        self,
-        rows: slice,
-        tiles: Iterable[tuple[slice, Tensor]],  # (columns, logits) of `rows`; the logits are used up
-        target: Tensor,  # these are of `rows`: [t]
-        logsumexp: Tensor,
-        entropy: Tensor | None,
-        scales: Tensor,  # [3, t]
-    ) -> None:
-        """All tiles of these tokens, which must come in order."""
-        hidden, weight = self.inputs[0][rows], self.inputs[1]
-        call = self.call
-        of_rows = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        for columns, logits in tiles:
-            place = call.place(target, columns)
-            grad_logits = call.rows.gradient_rows(
-                logits, *place, call.temperature, logsumexp, entropy, scales, call.gemms.grad_dtype
-            )
-            if self.of_hidden is not None:
-                call.gemms.grad_hidden(grad_logits, weight[columns], of_rows, accumulate=columns.start > 0)
-            if self.of_weight is not None:
-                accumulate = self.is_in_main_grad or rows.start > 0
-                call.gemms.grad_weight(grad_logits, hidden, self.of_weight[columns], accumulate=accumulate)
-            del logits, grad_logits  # before the next tile is made
-        if self.of_hidden is not None:
-            if call.group is not None:
-                dist.all_reduce(of_rows, group=call.group)
-            self.of_hidden[rows] = of_rows
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(of hidden, of weight), once all tokens were added; None for the weight if its main_grad has it now."""
-        of_weight = self.of_weight
-        if of_weight is not None and self.main_grad is not None:
-            if not self.is_in_main_grad:
-                self.main_grad.add_(of_weight)
-            mark_main_grad(self.call)
-            return self.of_hidden, None
-        return self.of_hidden, None if of_weight is None else of_weight.to(self.weight_dtype)
-
-
-def mark_main_grad(call: _Call) -> None:
-    """Megatron's hook adds then only what autograd has, and only of a tied embedding: the embedding's part."""
-    assert call.fused_weight is not None
-    call.fused_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
 
 
 class _Recompute(torch.autograd.Function):
@@ -411,14 +207,3 @@ class _Eager(torch.autograd.Function):
         elif of_weight is not None:
             of_weight.mul_(factor)
         return of_hidden, of_weight, None, None, None
-
-
-def common_factor(grad_logprobs: Tensor, token_scale: Tensor) -> Tensor:
-    """The number c in grad_logprobs = c token_scale; ValueError or, on an accelerator, NaN where there is none."""
-    squares = token_scale.square().sum()
-    factor = torch.where(squares > 0, (grad_logprobs * token_scale).sum() / squares, 0.0)
-    scaled = factor * token_scale
-    differs = (grad_logprobs - scaled).abs().amax() > 1e-4 * scaled.abs().amax() if len(scaled) else squares > 0
-    if not differs.is_cuda and differs:
-        raise ValueError("mode=eager: the gradient of logprobs is not a multiple of token_scale; use mode=recompute")
-    return torch.where(differs, torch.nan, factor)

@@ -16,14 +16,14 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import Architecture, canonical_name, parameter_rows
-from megatron_oreal.checkpoint.mapping import Row, find_row, padded_vocabulary
-from megatron_oreal.checkpoint.rotary import rotary_frequencies
 from megatron_oreal.config import ModelConfig
 from megatron_oreal.models.attention import PackedAttention, SequenceParallelRMSNorm
 from megatron_oreal.models.fp8_layers import fp8_layer_settings
 from megatron_oreal.models.heads import Head
-from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.weights.families import Architecture, canonical_name, parameter_rows
+from megatron_oreal.weights.mapping import Row, find_row, padded_vocabulary
+from megatron_oreal.weights.rotary import rotary_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from megatron_oreal.config import Fp8Recipe
-from megatron_oreal.kernels.fp8 import Scaling
-from megatron_oreal.kernels.fp8_te import check_scaling, check_version
-from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.kernels.fp8.scaled import Scaling
+from megatron_oreal.kernels.fp8.transformer_engine import check_scaling, check_version
+from megatron_oreal.parallel.layout import ParallelLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,15 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import Head as HeadKind
 from megatron_oreal.config import HeadFp8, HeadInit
 from megatron_oreal.kernels import linear_logprob
-from megatron_oreal.kernels.fp8 import Fp8Gemms, Fp8Options, make_products
-from megatron_oreal.kernels.fp8_gate import GuardedPrecision
+from megatron_oreal.kernels.fp8.gate import GuardedPrecision
+from megatron_oreal.kernels.fp8.scaled import Fp8Options
 from megatron_oreal.kernels.gemms import Gemms, Precision
-from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.kernels.precision import make_fp8_gemms, make_products
+from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
+from megatron_oreal.weights.families import Head as HeadKind
 
 
 class Head(Protocol):
@@ -105,7 +106,9 @@ class LogprobHead:
     def products(self, precision: Precision, hidden: Tensor) -> Precision | Gemms:
         if not is_fp8(precision):
             return precision
-        return Fp8Gemms(hidden.device, hidden.dtype, with_values=precision == "fp8", options=FP8_OPTIONS[self.fp8])
+        return make_fp8_gemms(
+            hidden.device, hidden.dtype, with_values=precision == "fp8", options=FP8_OPTIONS[self.fp8]
+        )
 
 
 def is_fp8(precision: Precision) -> bool:

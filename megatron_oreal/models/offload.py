@@ -7,14 +7,10 @@ given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from megatron_oreal.models.trainable import TrainableModel
 
 
 class DeviceMemory:
@@ -77,24 +73,3 @@ def as_bytes(storage: torch.UntypedStorage) -> Tensor:
 def wait(moved: Iterable[torch.UntypedStorage]) -> None:
     for device in {storage.device for storage in moved if storage.device.type == "cuda"}:
         torch.cuda.synchronize(device)
-
-
-def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:
-    """Weights and buffers, and what the optimizer remembers."""
-    for chunk in model.chunks:
-        yield from (parameter.data for parameter in chunk.parameters())
-        yield from (buffer for buffer in chunk.buffers() if buffer.device == model.layout.device)
-    if model.training is None:
-        return
-    for optimizer in model.training.inner_optimizers:
-        for group in optimizer.param_groups:
-            yield from (parameter.data for parameter in group["params"])
-        for state in optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)
-
-
-def dropped_tensors(model: TrainableModel) -> Iterator[Tensor]:
-    """Megatron's gradient buffers."""
-    if model.training is not None:
-        for chunk in model.training.chunks:
-            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))

@@ -17,9 +17,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_oreal.algorithms.model import Loss
-from megatron_oreal.checkpoint.families import Architecture
-from megatron_oreal.checkpoint.hf import WeightStream
-from megatron_oreal.checkpoint.initial_weights import load_parameters
 from megatron_oreal.config import ModelConfig, TrainableConfig
 from megatron_oreal.models.attention import pack_segments
 from megatron_oreal.models.build import (
@@ -30,10 +27,13 @@ from megatron_oreal.models.build import (
     uses_transformer_engine,
 )
 from megatron_oreal.models.heads import Head
-from megatron_oreal.models.offload import DeviceMemory, dropped_tensors, kept_tensors
+from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
-from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
+from megatron_oreal.weights.families import Architecture
+from megatron_oreal.weights.initial import load_parameters
+from megatron_oreal.weights.stream import WeightStream
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -237,3 +237,24 @@ class TrainableModel:
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.layout.data_group)
         reduced = torch.where(is_max, maxima, sums).tolist()
         return {f"{self.name}/{name}": value for name, value in zip(names[0], reduced, strict=True)}
+
+
+def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:
+    """Weights and buffers, and what the optimizer remembers."""
+    for chunk in model.chunks:
+        yield from (parameter.data for parameter in chunk.parameters())
+        yield from (buffer for buffer in chunk.buffers() if buffer.device == model.layout.device)
+    if model.training is None:
+        return
+    for optimizer in model.training.inner_optimizers:
+        for group in optimizer.param_groups:
+            yield from (parameter.data for parameter in group["params"])
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0)
+
+
+def dropped_tensors(model: TrainableModel) -> Iterator[Tensor]:
+    """Megatron's gradient buffers."""
+    if model.training is not None:
+        for chunk in model.training.chunks:
+            yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))

@@ -17,7 +17,6 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,64 +24,14 @@ from types import TracebackType
 from typing import IO
 
 import numpy as np
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
+from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.observability.files import sync_folder, write_atomically
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.types import FinishReason
 
 STEP_FILE = re.compile(r"step_(\d+)\.bin")
 FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, checksum of both
-COLUMNS = 1024  # words in a row of the matrix that a tensor's bits are summed in
-
-
-class Fingerprint:
-    """A weight stream that remembers what passed through it; the same for the same values, whoever held which shard.
-
-    Every tensor counts with its name, dtype, shape, the sum of its bits and their sum weighted by position, as int64
-    that wrap around: one changed bit always shows.
-    """
-
-    def __init__(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        self.stream = stream
-        self.names: list[str] = []
-        self.sums: list[Tensor] = []  # on the weights' device: nothing waits for it before the end
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self.names, self.sums = [], []
-        for name, tensor in self.stream:
-            self.names.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
-            self.sums.append(bit_sums(tensor))
-            yield name, tensor
-
-    def digest(self) -> str:
-        """Of the last full iteration, as 32 hexadecimal digits."""
-        assert self.names, "nothing has passed yet"
-        sums = torch.stack(self.sums).tolist()
-        lines = sorted(f"{name} {total} {weighted}" for name, (total, weighted) in zip(self.names, sums, strict=True))
-        return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-
-
-def bit_sums(tensor: Tensor) -> Tensor:
-    """[2] int64: the sum of the tensor's bits as 64-bit words, and that of each word times its position from 1 on."""
-    octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    num_words = len(octets) // 8
-    whole = octets[: 8 * num_words]
-    if whole.storage_offset() % 8:  # a slice of a flat buffer
-        whole = whole.clone()
-    words, rest = whole.view(torch.int64), octets[8 * num_words :].long()
-    num_rows = num_words // COLUMNS
-    # Sums of rows and columns give the weighted sum without a product as large as the tensor.
-    matrix, ragged = words[: num_rows * COLUMNS].view(num_rows, COLUMNS), words[num_rows * COLUMNS :]
-    tail = torch.cat([ragged, rest])
-    by_row, by_column = matrix.sum(1), matrix.sum(0)
-    rows = COLUMNS * torch.arange(num_rows, device=tensor.device)
-    places = torch.arange(1, COLUMNS + 8, device=tensor.device)
-    weighted = (by_row * rows).sum() + (by_column * places[:COLUMNS]).sum()
-    weighted = weighted + (tail * (COLUMNS * num_rows + places[: len(tail)])).sum()
-    return torch.stack([by_row.sum() + tail.sum(), weighted])
 
 
 @dataclass(slots=True, frozen=True)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import bisect
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_oreal.config import AnswerRule
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
-from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.engines.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.parallel.collectives import is_alone
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rewards.answer import ANSWER_REGIONS
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
-from megatron_oreal.rollout.harvest import Asked, Harvest
-from megatron_oreal.rollout.sharing import PlacedGroup, in_thread, is_alone, share
+from megatron_oreal.rollout.group_broadcast import in_thread, share
+from megatron_oreal.rollout.group_codec import PlacedGroup
+from megatron_oreal.rollout.pending_groups import Asked, Harvest
 from megatron_oreal.types import Group, Sample, Verdict
-
-Number = TypeVar("Number", int, float)
 
 MAX_FRUITLESS_CALLS = 20  # to an engine that gives responses up by itself, without a token more
 
@@ -190,71 +185,3 @@ def tokens_to_stop_string(response_ids: Sequence[int], stop_strings: Sequence[st
         return None
     # A longer text holds what a shorter one holds.
     return bisect.bisect_left(range(len(response_ids)), True, key=holds_stop)
-
-
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, lengths and verdicts of all samples, before any selection."""
-    samples = [sample for group in groups for sample in group.samples]
-    judged = [sample for sample in samples if sample.is_judged]
-    lengths = [len(sample.response_ids) for sample in samples]
-    known = [sample.rollout_logprobs for sample in samples if sample.rollout_logprobs]
-    statuses = [sample.verdict.status for sample in samples if sample.verdict is not None]
-    pass_rates = [group.pass_rate for group in groups if group.judged_samples]
-    metrics = {
-        "reward/mean": sum(sample.is_correct for sample in judged) / max(1, len(judged)),
-        "reward/groups_mixed": sum(0 < rate < 1 for rate in pass_rates),
-        "reward/groups_all_correct": sum(rate == 1 for rate in pass_rates),
-        "reward/groups_all_incorrect": sum(rate == 0 for rate in pass_rates),
-        "reward/groups_unjudged": len(groups) - len(pass_rates),
-        "reward/pass_at_group_size": sum(rate > 0 for rate in pass_rates) / max(1, len(pass_rates)),
-        "rollout/num_samples": len(samples),
-        "rollout/num_tokens": sum(lengths),
-        "rollout/length_mean": sum(lengths) / len(lengths),
-        "rollout/length_median": nearest_rank(lengths, 0.5),
-        "rollout/length_nine_tenths": nearest_rank(lengths, 0.9),
-        "rollout/length_max": max(lengths),
-        "rollout/length_limit_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
-        "verifier/no_answer": statuses.count("no_answer"),
-        "verifier/rejected": statuses.count("rejected"),
-        "verifier/timeout": statuses.count("timeout"),
-        "verifier/crash": statuses.count("crash"),
-    }
-    if known:  # the engine can tell
-        metrics["rollout/logprob_mean"] = sum(map(sum, known)) / max(1, sum(map(len, known)))
-    return metrics
-
-
-def nearest_rank(values: Sequence[Number], share: float) -> Number:
-    """The smallest value that at least this share of the values does not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
-
-
-def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """How many steps the samples that `step` trains on are old, each by its oldest token."""
-    ages = [step - sample.policy_version for group in groups for sample in group.samples]
-    return {"rollout/staleness_mean": sum(ages) / max(1, len(ages)), "rollout/staleness_max": max(ages, default=0)}
-
-
-def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """One JSON object a sample; the file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path, "".join(json.dumps(sample_row(group, sample)) + "\n" for group in groups for sample in group.samples)
-    )
-
-
-def sample_row(group: Group, sample: Sample) -> dict[str, object]:
-    verdict = sample.verdict
-    return {
-        "prompt_id": sample.prompt_id,
-        "prompt": group.prompt.messages[-1].content,
-        "answer": group.prompt.answer,
-        "response": sample.response_text,
-        "status": verdict.status if verdict else None,
-        "extracted": verdict.extracted if verdict else None,
-        "reward": verdict.reward if verdict else None,
-        "num_tokens": len(sample.response_ids),
-        "logprob": round(sum(sample.rollout_logprobs), 6) if sample.rollout_logprobs else None,
-        "finish_reason": sample.finish_reason,
-        "policy_version": sample.policy_version,
-    }

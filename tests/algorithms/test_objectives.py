@@ -14,7 +14,7 @@ import torch
 
 from megatron_oreal.algorithms.objectives import OBJECTIVES, h_prime, h_value, sample_weights, weights
 from megatron_oreal.algorithms.oreal import select_sequences
-from megatron_oreal.config_algorithms import OrealConfig
+from megatron_oreal.config import OrealConfig
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
 
 PASS_RATES = (0.03, 0.2, 0.5, 0.77, 0.98)

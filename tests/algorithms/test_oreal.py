@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_oreal.algorithms.oreal import Oreal, select_sequences
-from megatron_oreal.config_algorithms import OrealConfig
+from megatron_oreal.config import OrealConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict, VerdictStatus
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.objectives import h_prime, sample_weights, weights
 from megatron_oreal.algorithms.outcome import Outcome, check_objective, objective_table
-from megatron_oreal.algorithms.selection import first_correct
-from megatron_oreal.config_algorithms import OBJECTIVE_OPTIONS, OutcomeConfig
+from megatron_oreal.algorithms.sample_selection import first_correct
+from megatron_oreal.config import OBJECTIVE_OPTIONS, OutcomeConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict, VerdictStatus
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_oreal.algorithms.ppo import Ppo
-from megatron_oreal.config_algorithms import PpoConfig
+from megatron_oreal.config import PpoConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
 

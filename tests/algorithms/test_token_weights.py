@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.oreal import TOKEN_WEIGHTS, token_weights
-from megatron_oreal.config_algorithms import OrealConfig
+from megatron_oreal.config import OrealConfig
 
 LN3, LN7, NAN = log(3), log(7), float("nan")
 

@@ -16,14 +16,15 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import Architecture, Head, canonical_name, parameter_rows, read_architecture
-from megatron_oreal.checkpoint.hf import HfReader, WeightStream
-from megatron_oreal.checkpoint.initial_weights import load_parameters
-from megatron_oreal.checkpoint.mapping import find_row, pad_rows, slice_along
 from megatron_oreal.config import ModelConfig, ParallelConfig
 from megatron_oreal.models import parallel
 from megatron_oreal.models.build import build_chunks, global_parameters, transformer_config
 from megatron_oreal.models.heads import LogprobHead, ScalarHead
+from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows, read_architecture
+from megatron_oreal.weights.hf_directory import HfReader
+from megatron_oreal.weights.initial import load_parameters
+from megatron_oreal.weights.mapping import find_row, pad_rows, slice_along
+from megatron_oreal.weights.stream import WeightStream
 from tests.checkpoint.test_conversion import tensors_of
 
 # (tensor, pipeline, expert)

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from megatron_oreal.checkpoint.families import read_architecture
-from megatron_oreal.checkpoint.hf import HfReader
 from megatron_oreal.config import ModelConfig, ParallelConfig
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.weights.families import read_architecture
+from megatron_oreal.weights.hf_directory import HfReader
 from tests.checkpoint.tiny_checkpoints import COMMON, MODELS, write_checkpoint
 
 NUM_TOKENS = 40

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
-from megatron_oreal.checkpoint.hf import HfReader
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.weights.hf_directory import HfReader
 from tests.checkpoint.tiny_checkpoints import MODELS, write_checkpoint
 from tools import convert
 
@@ -133,8 +133,8 @@ def test_the_trainers_own_checkpoints_are_read(
 
 def write_trainer_model(run: Path, hf: Path, head: Any, role: str, tensor: int, pipeline: int) -> Path:
     """As train_state.py does from live models: each stage has its layers, the last one the head."""
-    from megatron_oreal.checkpoint.families import parameters, read_architecture
-    from megatron_oreal.checkpoint.mapping import pad_rows, padded_vocabulary, slice_along
+    from megatron_oreal.weights.families import parameters, read_architecture
+    from megatron_oreal.weights.mapping import pad_rows, padded_vocabulary, slice_along
 
     folder = run / "checkpoints" / "step_000007" / role
     folder.mkdir(parents=True)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oreal.checkpoint.families import FAMILIES, parameters, read_architecture
-from megatron_oreal.checkpoint.mapping import pad_rows, padded_vocabulary, slice_along
+from megatron_oreal.weights.families import FAMILIES, parameters, read_architecture
+from megatron_oreal.weights.mapping import pad_rows, padded_vocabulary, slice_along
 from tests.checkpoint.tiny_checkpoints import COMMON, MODELS, random_tensors
 
 GROUPED = {"num_key_value_heads": 2, "num_attention_heads": 8, "hidden_size": 48, "head_dim": 6}

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
-from megatron_oreal.checkpoint.stream_filters import fp8_blocks
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.weights.stream_filters import fp8_blocks
 from tests.checkpoint.test_conversion import run
 from tests.checkpoint.tiny_checkpoints import write_checkpoint
 
@@ -89,7 +89,7 @@ def test_transformers_reads_the_blocks(tmp_path: Path) -> None:
 @pytest.mark.sglang
 def test_sglang_reads_the_blocks(tmp_path: Path) -> None:
     expected = convert(tmp_path, "qwen3_moe")
-    launcher = ROOT / "megatron_oreal" / "rollout" / "sglang_launcher.py"
+    launcher = ROOT / "megatron_oreal" / "engines" / "sglang" / "servers" / "launcher.py"
     command = [SGLANG_PYTHON, "-c", SGLANG_PROGRAM, launcher, tmp_path / "fp8", tmp_path / "read.safetensors"]
     environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=environment)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
-from megatron_oreal.checkpoint.families import parameters, read_architecture
-from megatron_oreal.checkpoint.initial_weights import hf_weights, open_weights
-from megatron_oreal.checkpoint.mapping import padded_vocabulary
-from megatron_oreal.rollout.local import load_decoder
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.engines.local.engine import load_decoder
+from megatron_oreal.weights.families import parameters, read_architecture
+from megatron_oreal.weights.initial import hf_weights, open_weights
+from megatron_oreal.weights.mapping import padded_vocabulary
 from tests.checkpoint.test_conversion import tensors_of
 from tests.checkpoint.tiny_checkpoints import MODELS, write_checkpoint
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
 from tests.checkpoint.tiny_checkpoints import write_checkpoint
 
 # Compared with the arguments of a run, without which check_checkpoint_args fails; by default and with --vocab-file.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_oreal.checkpoint import stream_filters
-from megatron_oreal.checkpoint.stream_filters import FP8_MAX, cast, fp8_blocks, merge_lora, quantise_fp8
+from megatron_oreal.weights import stream_filters
+from megatron_oreal.weights.stream_filters import FP8_MAX, cast, fp8_blocks, merge_lora, quantise_fp8
 
 
 def test_cast_keeps_names_and_order() -> None:

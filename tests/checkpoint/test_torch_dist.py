@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
 from tests.checkpoint.test_conversion import assert_same_tensors
 from tests.checkpoint.tiny_checkpoints import write_checkpoint
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
 from tests.checkpoint.test_conversion import assert_same_tensors, tensors_of
 from tests.checkpoint.tiny_checkpoints import write_checkpoint
 from tests.integration.conftest import CHARACTERS, SPECIAL, write_lines, write_tokenizer

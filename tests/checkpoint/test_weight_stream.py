@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_oreal.checkpoint.families import parameters, read_architecture
-from megatron_oreal.checkpoint.hf import WeightStream
+from megatron_oreal.weights.families import parameters, read_architecture
+from megatron_oreal.weights.stream import WeightStream
 from tests.checkpoint.tiny_checkpoints import hf_shapes, write_checkpoint
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_oreal.checkpoint.families import Head, parameters, read_architecture
+from megatron_oreal.weights.families import Head, parameters, read_architecture
 
 COMMON = {
     "num_hidden_layers": 4,

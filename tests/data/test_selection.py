@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_oreal.data.selection import AnsweredPrompt, resample_by_tags, select_responses, tag_failure_rates
+from megatron_oreal.data.round_selection import AnsweredPrompt, resample_by_tags, select_responses, tag_failure_rates
 
 ANSWERED = [
     AnsweredPrompt("easy", (("a", True), ("b", True))),

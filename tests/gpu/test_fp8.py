@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.kernels import linear_logprob, tiles
-from megatron_oreal.kernels.fp8 import Fp8Gemms, Fp8Options
+from megatron_oreal.kernels.fp8.gemms import Fp8Gemms
+from megatron_oreal.kernels.fp8.scaled import Fp8Options
 from megatron_oreal.kernels.gemms import Precision
+from megatron_oreal.kernels.precision import make_fp8_gemms
 
 pytestmark = pytest.mark.gpu
 TOKENS, VOCABULARY, HIDDEN = 515, 4096, 512  # an odd number of tokens, as packing leaves it
@@ -25,7 +27,7 @@ EVERY_OPTION = [
 
 def make_gemms(options: Fp8Options) -> Fp8Gemms:
     try:
-        return Fp8Gemms(torch.device("cuda"), torch.bfloat16, with_values=True, options=options)
+        return make_fp8_gemms(torch.device("cuda"), torch.bfloat16, with_values=True, options=options)
     except ValueError as missing:
         pytest.skip(str(missing))
 
@@ -116,7 +118,7 @@ def test_the_largest_logits_of_all_tiles_are_exact(monkeypatch: pytest.MonkeyPat
     hidden, weight, _ = make_inputs()
     exact = hidden.double() @ weight.double().T
     target = exact.argmax(1)
-    gemms = Fp8Gemms(torch.device("cuda"), torch.bfloat16, with_values=True)
+    gemms = make_fp8_gemms(torch.device("cuda"), torch.bfloat16, with_values=True)
     logits = gemms.logits(hidden, weight).double()
     columns = logits.topk(gemms.num_exact, dim=1).indices
     logits = logits.scatter(1, columns, exact.gather(1, columns)) / 0.7

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_oreal.rollout.endpoints import read_endpoints
-from megatron_oreal.rollout.sglang_launcher import descendants
+from megatron_oreal.engines.sglang.endpoints import read_endpoints
+from megatron_oreal.engines.sglang.servers.launcher import descendants
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 SGLANG_PYTHON = str(Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python")
@@ -195,7 +195,7 @@ def servers_of(trainer: subprocess.Popen[bytes]) -> list[int]:
 
 def is_server(process: int) -> bool:
     try:
-        return "sglang_launcher.py" in Path(f"/proc/{process}/cmdline").read_text()
+        return "servers/launcher.py" in Path(f"/proc/{process}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_oreal.checkpoint import conversion
-from megatron_oreal.checkpoint.conversion import Options
+from megatron_oreal.conversion import conversion
+from megatron_oreal.conversion.conversion import Options
 
 
 @pytest.mark.timeout(300)

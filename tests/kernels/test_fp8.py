@@ -11,18 +11,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_oreal.kernels import fp8, fp8_te, linear_logprob, tiles
-from megatron_oreal.kernels.fp8 import (
-    Fp8Gemms,
-    Fp8Options,
-    QuantizedWeights,
-    gathered_logits,
-    quantize,
-    scaled_product,
-)
-from megatron_oreal.kernels.fp8_gate import Fp8Gate, GateReport, GuardedPrecision
-from megatron_oreal.kernels.gemms import PlainGemms, Precision, make_gemms
-from megatron_oreal.kernels.largest_logits import largest_columns
+from megatron_oreal.kernels import linear_logprob, tiles
+from megatron_oreal.kernels.fp8 import gemms as fp8
+from megatron_oreal.kernels.fp8 import transformer_engine as fp8_te
+from megatron_oreal.kernels.fp8.gate import Fp8Gate, GateReport, GuardedPrecision
+from megatron_oreal.kernels.fp8.gemms import Fp8Gemms, QuantizedWeights, gathered_logits
+from megatron_oreal.kernels.fp8.largest_logits import largest_columns
+from megatron_oreal.kernels.fp8.scaled import Fp8Options, quantize, scaled_product
+from megatron_oreal.kernels.gemms import PlainGemms, Precision
+from megatron_oreal.kernels.precision import make_fp8_gemms, make_gemms
 
 CPU = torch.device("cpu")
 TOKENS, VOCABULARY, HIDDEN = 128, 2048, 256
@@ -52,7 +49,7 @@ def measured(options: Fp8Options, hidden: Tensor, weight: Tensor, exact_target: 
     exact = (hidden.float() @ weight.float().T).double()
     generator = torch.Generator().manual_seed(1)
     drawn = torch.multinomial(torch.softmax(exact, 1), 8, replacement=True, generator=generator)
-    gemms = Fp8Gemms(CPU, torch.bfloat16, with_values=True, options=options)
+    gemms = make_fp8_gemms(CPU, torch.bfloat16, with_values=True, options=options)
     logits = defined_logits(gemms, hidden, weight)
     target = (gathered_logits(hidden, weight, drawn) if exact_target else logits.gather(1, drawn)).double()
     logprobs = target - torch.logsumexp(logits, 1, keepdim=True)
@@ -101,7 +98,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gradient, results = make_gradient(hidden, weight).bfloat16(), []
     for num_bytes in (1, 2**30):
         monkeypatch.setattr(tiles, "CPU_BLOCK_BYTES", num_bytes)
-        gemms, outs = Fp8Gemms(CPU, torch.bfloat16, with_values=True), (torch.empty(40, 24), torch.empty(100, 24))
+        gemms, outs = make_fp8_gemms(CPU, torch.bfloat16, with_values=True), (torch.empty(40, 24), torch.empty(100, 24))
         gemms.grad_hidden(gradient, weight, outs[0], accumulate=False)
         gemms.grad_weight(gradient, hidden, outs[1], accumulate=False)
         logits = gemms.logits(hidden, weight)
@@ -114,7 +111,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_are_within_four_percent(out_dtype: torch.dtype) -> None:
     hidden, weight = make_head()
     gradient = make_gradient(hidden, weight)
-    gemms = Fp8Gemms(CPU, torch.bfloat16, with_values=False)
+    gemms = make_fp8_gemms(CPU, torch.bfloat16, with_values=False)
     grad_hidden, grad_weight = torch.full((TOKENS, HIDDEN), torch.nan), torch.full_like(weight, torch.nan).to(out_dtype)
     gemms.grad_hidden(gradient.to(gemms.grad_dtype), weight, grad_hidden, accumulate=False)
     gemms.grad_weight(gradient.to(gemms.grad_dtype), hidden, grad_weight, accumulate=False)
@@ -130,7 +127,7 @@ def test_gradients_are_within_four_percent(out_dtype: torch.dtype) -> None:
 
 def test_with_fp8_gradients_alone_the_values_are_exact() -> None:
     hidden, weight = make_head()
-    gemms = Fp8Gemms(CPU, torch.bfloat16, with_values=False)
+    gemms = make_fp8_gemms(CPU, torch.bfloat16, with_values=False)
     logits = gemms.logits(hidden, weight)
     assert torch.equal(logits, make_gemms("bf16", CPU, torch.bfloat16).logits(hidden, weight))
     assert gemms.num_exact == 0 and gemms.exact_logits(hidden, weight, torch.zeros(TOKENS, 1).long()) is None
@@ -290,7 +287,7 @@ def test_weight_rows_are_gathered_once_a_token(monkeypatch: pytest.MonkeyPatch) 
 def test_tokens_do_not_change_each_other() -> None:
     """With row scales a token's logits are the same bits, whatever else is in its chunk."""
     hidden, weight = make_head(33, 500, 64)
-    gemms = Fp8Gemms(CPU, torch.bfloat16, with_values=True)
+    gemms = make_fp8_gemms(CPU, torch.bfloat16, with_values=True)
     assert torch.equal(gemms.logits(hidden, weight)[5:20], gemms.logits(hidden[5:20] * 1.0, weight))
 
 
@@ -300,7 +297,7 @@ def test_the_same_inputs_give_the_same_bits(with_values: bool) -> None:
     gradient = make_gradient(hidden, weight).bfloat16()
     results = []
     for _ in range(2):
-        gemms = Fp8Gemms(CPU, torch.bfloat16, with_values)
+        gemms = make_fp8_gemms(CPU, torch.bfloat16, with_values)
         outs = [torch.empty(64, 64), torch.empty(512, 64)]
         gemms.grad_hidden(gradient, weight, outs[0], accumulate=False)
         gemms.grad_weight(gradient, hidden, outs[1], accumulate=False)
@@ -330,7 +327,7 @@ def test_gathered_logits_by_hand() -> None:
 def test_what_is_not_finite_is_not_hidden(bad: float, scaling: fp8.Scaling) -> None:
     hidden, weight = make_head(16, 64, 32)
     hidden[3, 5] = bad
-    logits = Fp8Gemms(CPU, torch.bfloat16, True, Fp8Options(scaling=scaling)).logits(hidden, weight)
+    logits = make_fp8_gemms(CPU, torch.bfloat16, True, Fp8Options(scaling=scaling)).logits(hidden, weight)
     assert not torch.logsumexp(logits[3], 0).isfinite()
 
 
@@ -459,7 +456,7 @@ def test_fp8_itself_falls_back_through_the_guard() -> None:
     drawn = torch.multinomial(torch.softmax(exact / 2, 1), 1, generator=generator)
 
     def logprobs(precision: Precision, tokens: slice) -> Tensor:
-        gemms = Fp8Gemms(CPU, torch.bfloat16, precision == "fp8", Fp8Options(num_exact=0))
+        gemms = make_fp8_gemms(CPU, torch.bfloat16, precision == "fp8", Fp8Options(num_exact=0))
         return torch.log_softmax(gemms.logits(hidden[tokens], weight), 1).gather(1, drawn[tokens])[:, 0]
 
     guarded = GuardedPrecision()
@@ -483,5 +480,5 @@ def test_fp8_itself_falls_back_through_the_guard() -> None:
 )
 def test_what_is_missing_is_named(options: Fp8Options, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        Fp8Gemms(CPU, torch.bfloat16, with_values=True, options=options)
+        make_fp8_gemms(CPU, torch.bfloat16, with_values=True, options=options)
     assert "\n" not in str(error.value)

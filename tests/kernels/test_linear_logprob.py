@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_oreal.kernels import linear_logprob as exported
 from megatron_oreal.kernels import tiles, torch_rows
 from megatron_oreal.kernels.gemms import PlainGemms, adds_to_float32
-from megatron_oreal.kernels.linear_logprob import MAX_ROUNDINGS, linear_logprob
+from megatron_oreal.kernels.gradients import MAX_ROUNDINGS
+from megatron_oreal.kernels.linear_logprob import linear_logprob
 from megatron_oreal.kernels.reference import linear_logprob_reference
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 20

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_oreal.algorithms.ppo import Ppo
-from megatron_oreal.config_algorithms import PpoConfig
+from megatron_oreal.config import PpoConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.kernels import tiles, torch_rows
-from megatron_oreal.kernels.fp8 import Fp8Gemms, Fp8Options
+from megatron_oreal.kernels.fp8.scaled import Fp8Options
 from megatron_oreal.kernels.linear_logprob import linear_logprob
+from megatron_oreal.kernels.precision import make_fp8_gemms
 from megatron_oreal.models.heads import LogprobHead
 from megatron_oreal.types import TrainingSequence
 
@@ -94,7 +95,7 @@ def test_memory_is_flat_in_fp8_too(monkeypatch: pytest.MonkeyPatch, with_values:
     monkeypatch.setattr(tiles, "CPU_BLOCK_BYTES", 40_000)
     monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 40_000)
     for num_tokens, num_columns in ((512, 2048), (1536, 2048), (512, 8192)):
-        gemms = Fp8Gemms(torch.device("cpu"), torch.bfloat16, with_values, Fp8Options(num_exact=8))
+        gemms = make_fp8_gemms(torch.device("cpu"), torch.bfloat16, with_values, Fp8Options(num_exact=8))
         peak, largest = measure(num_tokens, num_columns, torch.bfloat16, mode, precision=gemms)
         assert peak <= limit + 3 * torch_rows.BLOCK_BYTES + 100 * num_tokens
         assert largest < num_tokens * num_columns

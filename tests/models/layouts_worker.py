@@ -17,16 +17,15 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_oreal.algorithms.oreal import Oreal, fill_coefficients
 from megatron_oreal.algorithms.ppo import Ppo, fill_advantages
-from megatron_oreal.checkpoint.families import read_architecture
-from megatron_oreal.checkpoint.hf import WeightStream
-from megatron_oreal.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
-from megatron_oreal.config_algorithms import OrealConfig, PpoConfig
+from megatron_oreal.config import ModelConfig, OptimizerConfig, OrealConfig, ParallelConfig, PpoConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack, pack_parts
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead, ScalarHead, whole_sequence
-from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TrainingSequence
+from megatron_oreal.weights.families import read_architecture
+from megatron_oreal.weights.stream import WeightStream
 
 LAYOUTS = {
     "DP": ParallelConfig(),

@@ -12,15 +12,15 @@ from tiny import random_sequences, write_tiny_model
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.kernels import linear_logprob
 from megatron_oreal.models import heads, parallel
 from megatron_oreal.models.heads import LogprobHead
-from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import LossOutput, Microbatch, TokenOutputs
+from megatron_oreal.weights.families import read_architecture
 
 SEQUENCES = random_sequences(7)
 

@@ -12,11 +12,11 @@ import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.config import Fp8Recipe, ModelConfig, ParallelConfig
 from megatron_oreal.models import build, fp8_layers, parallel
 from megatron_oreal.models.fp8_layers import check_ends, check_recipe, recipe_settings
-from megatron_oreal.models.parallel import ParallelLayout
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.weights.families import read_architecture
 from tests.models.tiny import write_tiny_model
 
 

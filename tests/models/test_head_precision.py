@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.config import HeadFp8, HeadPrecision, ModelConfig, ParallelConfig, RunConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.kernels import linear_logprob
-from megatron_oreal.kernels.fp8 import Fp8Gemms, Fp8Options, Scaling
-from megatron_oreal.kernels.fp8_gate import Fp8Gate
+from megatron_oreal.kernels.fp8.gate import Fp8Gate
+from megatron_oreal.kernels.fp8.scaled import Fp8Options, Scaling
+from megatron_oreal.kernels.precision import make_fp8_gemms
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead
-from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
-from megatron_oreal.recipes import ModelBuilder
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.run.algorithms import ModelBuilder
 from megatron_oreal.types import TrainingSequence
+from megatron_oreal.weights.families import read_architecture
 from tests.models.tiny import random_sequences, write_tiny_model
 
 SCALINGS: dict[HeadFp8, Scaling] = {"torch_row": "row", "torch_tensor": "tensor"}
@@ -87,7 +88,7 @@ def test_the_configured_scales_reach_the_products(path: Path, layout: ParallelLa
         sequences = [TrainingSequence([1], [number] * 11, 1.0, True) for number in (2, 3)]
         (microbatch,) = pack(sequences, PackingPlan(0, 1, microbatch_tokens=24)).microbatches
         labels = microbatch.labels[microbatch.loss_mask]
-        gemms = Fp8Gemms(hidden.device, hidden.dtype, with_values=True, options=Fp8Options("torch", scaling))
+        gemms = make_fp8_gemms(hidden.device, hidden.dtype, with_values=True, options=Fp8Options("torch", scaling))
         wanted = linear_logprob(hidden[microbatch.loss_mask], weight, labels, precision=gemms)[0]
         found.append(head(model, hidden[:, None], microbatch).values[microbatch.loss_mask])
         assert torch.equal(found[-1], wanted)

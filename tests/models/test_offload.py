@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from megatron_oreal.algorithms.losses import cross_entropy
-from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead
-from megatron_oreal.models.offload import DeviceMemory, dropped_tensors, kept_tensors, storages
-from megatron_oreal.models.parallel import ParallelLayout
-from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.models.offload import DeviceMemory, storages
+from megatron_oreal.models.trainable import TrainableModel, dropped_tensors, kept_tensors
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.weights.families import read_architecture
 from tests.models.tiny import random_sequences, write_tiny_model
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oreal.config_evaluation import BenchmarkConfig
-from megatron_oreal.observability.comparison import compare_runs, format_comparison
-from megatron_oreal.observability.evaluation_results import (
+from megatron_oreal.config import BenchmarkConfig
+from megatron_oreal.evaluation.comparison import compare_runs, format_comparison
+from megatron_oreal.evaluation.results import (
     AnswerRecord,
     QuestionRecord,
     format_results,

@@ -11,13 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from megatron_oreal.observability.evaluation_statistics import (
-    bootstrap_mean,
-    majority_at_k,
-    mcnemar_exact,
-    paired_bootstrap,
-    pass_at_k,
-)
+from megatron_oreal.statistics import bootstrap_mean, majority_at_k, mcnemar_exact, paired_bootstrap, pass_at_k
 
 
 @pytest.mark.parametrize("num_correct", range(7))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from megatron_oreal.observability.report import format_table, plot_curves
+from megatron_oreal.reports.curves import format_table, plot_curves
 
 
 def test_curves_become_a_png_with_a_panel_each(tmp_path: Path) -> None:

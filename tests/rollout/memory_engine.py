@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_oreal.config_rollout import RolloutConfig
+from megatron_oreal.config import RolloutConfig
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rewards import MathVerifier
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.production import GroupProducer
+from megatron_oreal.rollout.producer import GroupProducer
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import FinishReason, Message, Prompt
 from tests.integration.conftest import write_tokenizer

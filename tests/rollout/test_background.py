@@ -9,11 +9,11 @@ import pytest
 
 from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
-from megatron_oreal.rollout.background import BackgroundCollector
-from megatron_oreal.rollout.collection import Collected
+from megatron_oreal.rollout.collector import Collected
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.production import GroupProducer
-from megatron_oreal.rollout.sampler import staleness_metrics
+from megatron_oreal.rollout.metrics import staleness_metrics
+from megatron_oreal.rollout.prefetch import BackgroundCollector
+from megatron_oreal.rollout.producer import GroupProducer
 from tests.rollout.memory_engine import PARAMS, MemoryEngine, make_producer, make_prompts, make_tokenizer
 
 

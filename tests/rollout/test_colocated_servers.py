@@ -8,17 +8,11 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.colocated_servers import (
-    Node,
-    agreed,
-    on_node,
-    open_colocated_servers,
-    this_node,
-    trainer_ranks,
-)
-from megatron_oreal.rollout.sglang_client import ServerError
-from megatron_oreal.rollout.sglang_process import ServerSettings
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.client import ServerError
+from megatron_oreal.engines.sglang.servers.colocated import agreed, on_node, open_colocated_servers, trainer_ranks
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
+from megatron_oreal.parallel.nodes import Node, this_node
 
 
 def environment(rank: int, world_size: int, local_rank: int, local_world_size: int, **others: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oreal.rollout.endpoints import Endpoint, read_endpoints, write_endpoints
+from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
 
 ENDPOINTS = [
     Endpoint("http://127.0.0.1:31000", "generate", "administer"),

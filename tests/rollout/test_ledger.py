@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams
-from megatron_oreal.rollout.ledger import Fingerprint, Ledger, bit_sums, response_key
+from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.rollout.ledger import Ledger, response_key
+from megatron_oreal.weights.fingerprint import Fingerprint, bit_sums
 
 WHOLE = Generation([5, 6, 1], [-0.1, -0.2, -0.3], [-1.5, -2.5, -1 / 3], "stop", [3, 3, 4])
 BEGUN = Generation([7, 8], [], [-0.5, -0.25], "abort", [4, 4])

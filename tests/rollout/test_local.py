@@ -10,12 +10,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_oreal.checkpoint.families import Architecture
-from megatron_oreal.rollout import decoder as decoder_module
-from megatron_oreal.rollout.decoder import LlamaDecoder
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
-from megatron_oreal.rollout.local import LocalEngine, TransformersDecoder, replace_weights, share_requests
-from megatron_oreal.rollout.sampling import truncate
+from megatron_oreal.engines.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.engines.local import decoder as decoder_module
+from megatron_oreal.engines.local.decoder import LlamaDecoder
+from megatron_oreal.engines.local.engine import LocalEngine, replace_weights, share_requests
+from megatron_oreal.engines.local.token_sampling import truncate
+from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
+from megatron_oreal.weights.families import Architecture
 
 CPU = torch.device("cpu")
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5], [8, 9, 7, 9]]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.node_resources import address_towards, assign_gpus, held_port
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.servers.node import address_towards, assign_gpus, held_port
 
 HOST = "127.0.0.1"
 

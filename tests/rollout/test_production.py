@@ -8,10 +8,10 @@ import pytest
 
 from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, SamplingParams, Watch
-from megatron_oreal.rollout.harvest import Asked, Goal, Harvest, sample_seed
+from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.production import GroupProducer, Produced
+from megatron_oreal.rollout.pending_groups import Asked, Goal, Harvest, sample_seed
+from megatron_oreal.rollout.producer import GroupProducer, Produced
 from megatron_oreal.types import Group, Sample
 from tests.rollout.memory_engine import END, MemoryEngine, make_producer, make_prompts, make_tokenizer
 

@@ -7,7 +7,9 @@ import pytest
 
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.rewards import MathVerifier
-from megatron_oreal.rollout.sampler import Sampler, nearest_rank, rollout_metrics, staleness_metrics, write_rollouts
+from megatron_oreal.rollout.metrics import nearest_rank, rollout_metrics, staleness_metrics
+from megatron_oreal.rollout.records import write_rollouts
+from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
 from tests.rollout.memory_engine import PARAMS, MemoryEngine, make_prompts, make_tokenizer
 

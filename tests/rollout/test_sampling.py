@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_oreal.rollout.engine import SamplingParams
-from megatron_oreal.rollout.sampling import (
+from megatron_oreal.engines.engine import SamplingParams
+from megatron_oreal.engines.local.token_sampling import (
     GOLDEN_GAMMA,
     as_int64,
     draw,

@@ -19,22 +19,22 @@ import torch
 from aiohttp import web
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout import sglang_answers
-from megatron_oreal.rollout.disk_transport import DiskTransport
-from megatron_oreal.rollout.endpoints import Endpoint
-from megatron_oreal.rollout.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
-from megatron_oreal.rollout.server_checks import differ
-from megatron_oreal.rollout.sglang_answers import (
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.engines.sglang import generate_api as sglang_answers
+from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError
+from megatron_oreal.engines.sglang.endpoints import Endpoint
+from megatron_oreal.engines.sglang.engine import SglangEngine
+from megatron_oreal.engines.sglang.generate_api import (
     MalformedAnswer,
     Response,
     backoff_seconds,
     read_answer,
     versions_of_tokens,
 )
-from megatron_oreal.rollout.sglang_client import EventLoopThread, ServerError
-from megatron_oreal.rollout.sglang_engine import SglangEngine
-from megatron_oreal.rollout.sglang_server import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.server_checks import differ
+from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 
 SGLANG_PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24, stop_token_ids=(1,))

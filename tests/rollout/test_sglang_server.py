@@ -19,12 +19,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.endpoints import Endpoint, read_endpoints, write_endpoints
-from megatron_oreal.rollout.sglang_client import EventLoopThread, ServerError, ServerRefusal, SglangClient
-from megatron_oreal.rollout.sglang_process import ServerSettings, check_flags
-from megatron_oreal.rollout.sglang_router import Router
-from megatron_oreal.rollout.sglang_server import ServerFleet, open_servers
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, ServerRefusal, SglangClient
+from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
+from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings, check_flags
+from megatron_oreal.engines.sglang.servers.router import Router
 
 PYTHON = Path(".venv-sglang/bin/python").absolute()
 CONFIG = SglangConfig(python=PYTHON, start_timeout_seconds=280)
@@ -230,9 +230,9 @@ def test_a_model_that_cannot_be_loaded_shows_the_log(sglang_model: Path, tmp_pat
 SCRIPT = """
 import sys
 from pathlib import Path
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.sglang_router import Router
-from megatron_oreal.rollout.sglang_server import open_servers
+from megatron_oreal.config.rollout import SglangConfig
+from megatron_oreal.engines.sglang.servers.router import Router
+from megatron_oreal.engines.sglang.servers.fleet import open_servers
 config = SglangConfig(python=sys.argv[1])
 with open_servers(config, Path(sys.argv[2]), "float32", Path(sys.argv[3]), "cpu", 512, print):
     pass
@@ -243,8 +243,8 @@ with open_servers(config, Path(sys.argv[2]), "float32", Path(sys.argv[3]), "cpu"
 def test_nothing_outlives_a_killed_trainer(sglang_model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SCRIPT, str(PYTHON), str(sglang_model), str(tmp_path)]
     trainer = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    [supervisor] = wait_for(lambda: children(trainer.pid, "sglang_launcher"))
-    [server] = wait_for(lambda: children(supervisor, "sglang_launcher"))
+    [supervisor] = wait_for(lambda: children(trainer.pid, "servers/launcher.py"))
+    [server] = wait_for(lambda: children(supervisor, "servers/launcher.py"))
     wait_for(lambda: len(living(server)) >= 3)
     os.kill(server, signal.SIGSTOP)  # what is stopped does not see that its parent has gone
     trainer.kill()
@@ -285,8 +285,8 @@ def test_serve_until_sigterm(sglang_model: Path, tmp_path: Path, loop: EventLoop
             with pytest.raises(ServerError, match="was started elsewhere: start it again there"):
                 fleet.restart(endpoint)
         assert status(loop, endpoint, "generate", GENERATE) == 200, "it goes on after the trainer"
-        [supervisor] = children(serving.pid, "sglang_launcher")
-        [server] = children(supervisor, "sglang_launcher")
+        [supervisor] = children(serving.pid, "servers/launcher.py")
+        [server] = children(supervisor, "servers/launcher.py")
         assert len(living(server)) >= 3
         serving.send_signal(signal.SIGTERM)
         assert serving.wait(60) == 0

@@ -9,11 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_oreal.data.prompts import PromptCursor
-from megatron_oreal.rollout import sharing
-from megatron_oreal.rollout.background import BackgroundCollector
+from megatron_oreal.rollout import group_broadcast as sharing
+from megatron_oreal.rollout.group_broadcast import in_thread, share
+from megatron_oreal.rollout.group_codec import PlacedGroup, pack, unpack
 from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.rollout.prefetch import BackgroundCollector
 from megatron_oreal.rollout.sampler import Sampler
-from megatron_oreal.rollout.sharing import PlacedGroup, in_thread, pack, share, unpack
 from megatron_oreal.types import Group, Sample, Verdict
 from tests.rollout.memory_engine import PARAMS, MemoryEngine, make_producer, make_prompts, make_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_oreal.rollout.statistics import num_reflection_words, repetition, text_metrics
+from megatron_oreal.rollout.metrics import num_reflection_words, repetition, text_metrics
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict, VerdictStatus
 
 

@@ -16,18 +16,15 @@ import pytest
 import torch
 from aiohttp import ClientSession, web
 
-from megatron_oreal.config_rollout import SglangConfig
-from megatron_oreal.rollout.distributed_transport import TwoBuffers, address_for
-from megatron_oreal.rollout.endpoints import Endpoint, write_endpoints
-from megatron_oreal.rollout.sglang_client import EventLoopThread, SglangClient
-from megatron_oreal.rollout.sglang_server import ServerFleet, open_servers
-from megatron_oreal.rollout.weight_transports import (
-    Checksums,
-    CountedStream,
-    WeightSyncError,
-    buckets,
-    clients_of_rank,
-)
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.endpoints import Endpoint, write_endpoints
+from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.weights.buckets import buckets
+from megatron_oreal.engines.sglang.weights.distributed import TwoBuffers, address_for
+from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
+from megatron_oreal.engines.sglang.weights.transport import Checksums, clients_of_rank
+from megatron_oreal.weights.fingerprint import CountedStream
 from tests.rollout.weight_checks import check_outputs, noisy_weights, open_transport, signalling_stream
 
 TRANSPORTS = ["disk", "distributed", "tensor"]

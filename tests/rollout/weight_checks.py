@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
-from megatron_oreal.rollout.disk_transport import DiskTransport
-from megatron_oreal.rollout.distributed_transport import DistributedTransport
-from megatron_oreal.rollout.sglang_client import EventLoopThread, SglangClient
-from megatron_oreal.rollout.tensor_transport import TensorTransport
-from megatron_oreal.rollout.weight_transports import ServerTransport
+from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.weights.disk import DiskTransport
+from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
+from megatron_oreal.engines.sglang.weights.shared_memory import TensorTransport
+from megatron_oreal.engines.sglang.weights.transport import ServerTransport
 
 Weights = dict[str, Tensor]
 PROMPT = [5, 6, 7, 8]

@@ -16,15 +16,16 @@ import torch.distributed as dist
 from transformers import Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from megatron_oreal.checkpoint.families import read_architecture
 from megatron_oreal.config import ModelConfig, ParallelConfig
+from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.endpoints import read_endpoints
+from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
+from megatron_oreal.engines.sglang.weights.transport import ServerTransport, clients_of_rank
 from megatron_oreal.models import parallel
 from megatron_oreal.models.heads import LogprobHead
-from megatron_oreal.models.parallel import ParallelLayout
 from megatron_oreal.models.trainable import TrainableModel
-from megatron_oreal.rollout.endpoints import read_endpoints
-from megatron_oreal.rollout.sglang_client import EventLoopThread, SglangClient
-from megatron_oreal.rollout.weight_transports import ServerTransport, WeightSyncError, clients_of_rank
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.weights.families import read_architecture
 from tests.rollout.weight_checks import check_outputs, noisy_weights, open_transport, signalling_stream
 
 LAYOUTS = {"TP1": ParallelConfig(), "TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}

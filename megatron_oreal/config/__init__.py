@@ -1,0 +1,77 @@
+"""Every setting, with its one default and its meaning. Imports no torch: a dry run works on a login node.
+
+A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`). Unknown keys are errors, and what can
+be checked without loading anything is checked when the configuration is built.
+"""
+
+from megatron_oreal.config.algorithms import OBJECTIVE_OPTIONS, OREAL_PRESETS, OrealConfig, OutcomeConfig, PpoConfig
+from megatron_oreal.config.evaluation import BenchmarkConfig
+from megatron_oreal.config.layout import (
+    check_layout,
+    check_lengths,
+    data_parallel_size,
+    describe_layout,
+    num_processes,
+    read_model_shape,
+)
+from megatron_oreal.config.loading import load_config, to_yaml
+from megatron_oreal.config.models import (
+    Fp8Recipe,
+    HeadFp8,
+    HeadInit,
+    HeadPrecision,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainableConfig,
+)
+from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
+from megatron_oreal.config.runs import (
+    AnswerRule,
+    CheckpointConfig,
+    EvalRunConfig,
+    ModelRunConfig,
+    PromptConfig,
+    RunConfig,
+    SftConfig,
+    SftDataConfig,
+    TrainConfig,
+    VerifierConfig,
+)
+
+__all__ = [
+    "OBJECTIVE_OPTIONS",
+    "OREAL_PRESETS",
+    "AnswerRule",
+    "BenchmarkConfig",
+    "CheckpointConfig",
+    "EvalRunConfig",
+    "Fp8Recipe",
+    "HeadFp8",
+    "HeadInit",
+    "HeadPrecision",
+    "ModelConfig",
+    "ModelRunConfig",
+    "OptimizerConfig",
+    "OrealConfig",
+    "OutcomeConfig",
+    "ParallelConfig",
+    "PpoConfig",
+    "PromptConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SftConfig",
+    "SftDataConfig",
+    "SglangConfig",
+    "TrainConfig",
+    "TrainableConfig",
+    "VerifierConfig",
+    "check_layout",
+    "check_lengths",
+    "data_parallel_size",
+    "describe_layout",
+    "load_config",
+    "num_processes",
+    "read_model_shape",
+    "to_yaml",
+]

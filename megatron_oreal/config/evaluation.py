@@ -1,0 +1,52 @@
+"""What `megatron-oreal eval` measures. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import Field, PositiveInt, model_validator
+from typing_extensions import Self
+
+from megatron_oreal.config.section import Section
+
+DATASET_NAME = re.compile(r"\w[\w.+-]*")  # it names a file
+
+
+class BenchmarkConfig(Section):
+    prompts: dict[str, Path]  # dataset name -> JSONL of {"id", "prompt", "answer"}
+    greedy: bool = True  # one answer a question at temperature 0
+    num_samples: int = Field(default=16, ge=0)  # n: answers a question at rollout's temperature
+    pass_at: list[PositiveInt] | None = None  # the k of pass@k; None: 2, 4, ... and n
+    majority_at: list[PositiveInt] | None = None  # the k of maj@k; None: n
+    max_prompts: PositiveInt | None = None  # the first ones of each dataset
+    prompts_per_batch: PositiveInt = 128  # questions handed to the engine together; the samples' seeds depend on it
+    confidence: float = Field(default=0.95, gt=0, lt=1)  # of the intervals
+    num_resamples: PositiveInt = 10_000  # bootstrap draws of the questions
+    keep_responses: bool = True  # write the answers' texts beside their verdicts
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if not self.prompts:
+            raise ValueError("eval.prompts names no dataset: give eval.prompts.NAME=FILE.jsonl")
+        for name in self.prompts:
+            if not DATASET_NAME.fullmatch(name):
+                raise ValueError(f"eval.prompts: {name!r} cannot name a file; use letters, digits and . _ + -")
+        if not self.greedy and not self.num_samples:
+            raise ValueError("eval.num_samples=0 with eval.greedy=false measures nothing: set one of them")
+        for setting, counts in (("pass_at", self.pass_at), ("majority_at", self.majority_at)):
+            largest = max(counts or [0])
+            if largest > self.num_samples:
+                raise ValueError(f"eval.{setting}: {largest} exceeds eval.num_samples={self.num_samples}; raise it")
+        return self
+
+    @property
+    def pass_counts(self) -> list[int]:
+        """The k of pass@k; pass@1 is the mean."""
+        n = self.num_samples
+        powers = [2**exponent for exponent in range(1, n.bit_length()) if 2**exponent < n]
+        return list(self.pass_at) if self.pass_at is not None else powers + [n] * (n > 1)
+
+    @property
+    def majority_counts(self) -> list[int]:
+        return list(self.majority_at) if self.majority_at is not None else [self.num_samples] * (self.num_samples > 1)

@@ -1,0 +1,104 @@
+"""Checks a configuration against the model's shape and the number of processes, without loading a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_oreal.config.loading import describe
+from megatron_oreal.config.models import ParallelConfig
+from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig, TrainConfig
+
+
+class ModelShape(BaseModel):
+    """What the layout checks need of a Hugging Face config.json."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_type: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int = 1 << 30
+
+
+def read_model_shape(path: Path) -> ModelShape:
+    """Raises ValueError when `path` holds no readable config.json."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json")
+    try:
+        return ModelShape.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"model.path: {file}: {describe(error)}") from None
+
+
+def data_parallel_size(parallel: ParallelConfig) -> int:
+    """Replicas of the model; raises ValueError where a launcher's world size does not fit the layout."""
+    model_size = parallel.tensor * parallel.pipeline
+    world_size = os.environ.get("WORLD_SIZE")  # torchrun's and Slurm scripts' contract
+    if world_size is None:
+        return parallel.data or 1
+    if not world_size.isdecimal() or int(world_size) == 0:
+        raise ValueError(f"WORLD_SIZE must be the launcher's number of processes, got {world_size!r}: unset it")
+    if int(world_size) % model_size:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} must divide the "
+            f"{world_size} processes started: change the layout or the number of processes"
+        )
+    data = int(world_size) // model_size
+    if parallel.data not in (None, data):
+        raise ValueError(
+            f"parallel.data={parallel.data} but the {world_size} processes started make it {data}: drop it"
+        )
+    return data
+
+
+def num_processes(parallel: ParallelConfig) -> int:
+    return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
+
+
+def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:
+    """Refuses a layout that the model cannot have. Reads config.json only."""
+    shape, parallel = read_model_shape(config.model.path), config.parallel
+    if shape.model_type not in known_model_types:
+        raise ValueError(
+            f"model.path: model_type {shape.model_type!r} is not supported; known: {', '.join(known_model_types)}"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(shape, name) % parallel.tensor:
+            raise ValueError(f"parallel.tensor={parallel.tensor} must divide the model's {name}={getattr(shape, name)}")
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if shape.num_hidden_layers % stages:
+        raise ValueError(
+            f"parallel.pipeline={parallel.pipeline} x parallel.virtual_pipeline={parallel.virtual_pipeline or 1} must "
+            f"divide the model's num_hidden_layers={shape.num_hidden_layers}"
+        )
+    data_parallel_size(parallel)
+    return shape
+
+
+def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelShape) -> None:
+    limit = f"exceeds the model's max_position_embeddings={shape.max_position_embeddings}: lower"
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > shape.max_position_embeddings and (isinstance(config, TrainConfig) or config.eval.prompts):
+        raise ValueError(f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} {limit} one of the two")
+    if isinstance(config, SftConfig) and config.data.max_tokens > shape.max_position_embeddings:
+        raise ValueError(f"data.max_tokens={config.data.max_tokens} {limit} it")
+
+
+def describe_layout(config: ModelRunConfig) -> str:
+    """The parallel layout as a table: Megatron's rank order is tensor, data, pipeline."""
+    parallel, data = config.parallel, data_parallel_size(config.parallel)
+    lines = [
+        f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x "
+        f"pipeline {parallel.pipeline} x data {data}, sequence parallel {'on' if parallel.sequence else 'off'}",
+        "  rank  tensor  data  pipeline",
+    ]
+    for rank in range(min(num_processes(parallel), 64)):
+        tensor, rest = rank % parallel.tensor, rank // parallel.tensor
+        lines.append(f"  {rank:4d}  {tensor:6d}  {rest % data:4d}  {rest // data:8d}")
+    return "\n".join(lines)

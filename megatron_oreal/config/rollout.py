@@ -1,0 +1,91 @@
+"""The settings of generation and of the servers that do it. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from typing_extensions import Self
+
+from megatron_oreal.config.section import Section
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=1.0, ge=0)  # 0: greedy
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)  # 0: all
+    max_new_tokens: PositiveInt = 1024
+
+
+class SglangConfig(Section):
+    """SGLang servers: started by the run, or named in `endpoints_file`."""
+
+    python: Path = Path(".venv-sglang/bin/python")  # of the servers' own environment (tools/setup_sglang.sh makes it)
+    num_servers: PositiveInt = 1  # colocated: on each node
+    tensor: PositiveInt = 1  # GPUs a server
+    # disaggregated: on GPUs of their own; colocated: on the trainer's, where each gives way to the other
+    placement: Literal["disaggregated", "colocated"] = "disaggregated"
+    gpus: list[int] = []  # of this node, dealt out in order; empty: behind the trainer's, or the trainer's own
+    host: str = "127.0.0.1"  # address of the interface that servers listen on; colocated: leave it to several nodes
+    ports: tuple[int, int] = (31000, 31999)  # first and last to choose from
+    flags: dict[str, bool | int | float | str] = {}  # of SGLang, e.g. {mem-fraction-static: 0.8}; true: without a value
+    endpoints_file: Path | None = None  # of `megatron-oreal serve`: servers that run elsewhere; none are started
+    router: bool = False  # sglang-router between the trainer and its servers
+    start_timeout_seconds: PositiveFloat = 900
+    request_timeout_seconds: PositiveFloat = 3600  # of one response
+    max_concurrent_requests: PositiveInt = 256  # a server
+    max_failures: PositiveInt = 3  # one after the other, then a server counts as dead
+    max_restarts: int = Field(default=3, ge=0)  # of all servers together, in one run
+    weight_transport: Literal["disk", "distributed", "tensor"] = "distributed"
+    weight_senders: PositiveInt = 1  # trainer ranks that share the servers out to send them weights
+    weight_timeout_seconds: PositiveFloat = 600  # of one synchronisation
+    bucket_bytes: PositiveInt = 512 * 2**20  # weights that travel together
+    check_weights: bool = False  # compare the servers' checksums after each synchronisation
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        first, last = self.ports
+        if not 1024 <= first <= last <= 65535:
+            raise ValueError(f"rollout.sglang.ports must be two rising port numbers in [1024, 65535], got {self.ports}")
+        if self.weight_transport == "tensor" and self.placement != "colocated":
+            raise ValueError("rollout.sglang.weight_transport=tensor shares memory: it needs placement=colocated")
+        if self.weight_transport == "tensor" and self.weight_senders > 1:
+            raise ValueError(
+                "rollout.sglang.weight_senders > 1 has no meaning for weight_transport=tensor, where all ranks send: "
+                "drop it"
+            )
+        if self.placement == "colocated" and self.endpoints_file is not None:
+            raise ValueError("rollout.sglang.placement=colocated starts its servers itself: drop endpoints_file")
+        return self
+
+
+class RolloutConfig(SamplingConfig):
+    engine: Literal["local", "sglang"] = "local"  # in the trainer's own processes, or servers beside it
+    sglang: SglangConfig = SglangConfig()
+    group_size: int = Field(default=16, ge=1)
+    draw_rounds: PositiveInt = 1  # times that a prompt is sampled, until pure_rejection_sampling has its num_correct
+    prompt_rounds: PositiveInt = 1  # batches of prompts a step, until prompts_per_step groups are mixed (DAPO)
+    stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
+    stop_strings: list[str] = []  # end a response too, and stay in it
+    batch_size: PositiveInt = 512  # sequences decoded together in a process of the local engine
+    # The following belong to engine=sglang.
+    staleness: int = Field(default=0, ge=0)  # steps that a sample may be older than the policy it trains; 0: on-policy
+    importance_cap: float | None = Field(default=2.0, gt=0)  # of the weights that correct for staleness > 0; null: none
+    oversampling: float = Field(default=1.0, ge=1)  # prompts asked for each one needed; the slowest are given up
+    unfinished: Literal["drop", "resume"] = "drop"  # what becomes of responses that were given up
+    ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated
+    mismatch_alarm: float | None = Field(default=None, gt=0)  # mean |dlogp| of engine and trainer that is warned of
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        needs_servers = {
+            "staleness": self.staleness > 0,
+            "oversampling": self.oversampling > 1,
+            "unfinished": self.unfinished == "resume",
+        }
+        for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):
+            raise ValueError(f"rollout.{name} needs servers: set rollout.engine=sglang, or drop it")
+        if self.staleness > 0 and self.sglang.placement == "colocated":
+            raise ValueError("rollout.staleness > 0 needs rollout.sglang.placement=disaggregated: both work at once")
+        return self

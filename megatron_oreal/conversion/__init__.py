@@ -1,0 +1,1 @@
+"""Converts whole checkpoints between Hugging Face and Megatron, file to file."""

@@ -1,0 +1,1 @@
+"""Generation engines behind one interface: the local engine and SGLang servers."""

@@ -1,0 +1,1 @@
+"""The local engine generates in the trainer's own processes."""

@@ -1,0 +1,82 @@
+"""Decodes with a model of the transformers library: the reference for the local engine's own decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_oreal.weights.torch_dist_reader import is_torch_dist
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+
+class TransformersDecoder:
+    """Any causal model that transformers knows, with its dynamic cache."""
+
+    def __init__(self, model_path: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options: Any = {"dtype": dtype, "attn_implementation": "sdpa"}
+        try:
+            if is_torch_dist(model_path):  # its weights are read afterwards
+                config = AutoConfig.from_pretrained(model_path, local_files_only=True)
+                self.model = AutoModelForCausalLM.from_config(config, **options)
+            else:
+                self.model = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True, **options)
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"model.path: {model_path} cannot be loaded ({reason}); give a Hugging Face directory"
+            ) from None
+        self.model.to(device).eval().requires_grad_(False)
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())  # tied weights once
+        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
+
+    @torch.inference_mode()
+    def start(
+        self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor
+    ) -> tuple[Tensor, TransformersDecoding]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        columns = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
+        mask = (columns >= num_padding[:, None]).long()  # [U, P]
+        outputs = self.model(
+            input_ids=prompt_ids,
+            attention_mask=mask,
+            position_ids=(columns - num_padding[:, None]).clamp_(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_select_indices(prompt_of_row)
+        decoding = TransformersDecoding(self, cache, mask[prompt_of_row], num_padding[prompt_of_row])
+        return outputs.logits[prompt_of_row, -1], decoding
+
+
+class TransformersDecoding:
+    def __init__(self, decoder: TransformersDecoder, cache: DynamicCache, mask: Tensor, num_padding: Tensor) -> None:
+        self.decoder, self.cache = decoder, cache
+        self.mask, self.num_padding = mask, num_padding  # [B, length], [B]
+
+    @torch.inference_mode()
+    def advance(self, token_ids: Tensor) -> Tensor:
+        positions = self.mask.shape[1] - self.num_padding
+        self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
+        outputs = self.decoder.model(
+            input_ids=token_ids[:, None],
+            attention_mask=self.mask,
+            position_ids=positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return outputs.logits[:, -1]
+
+    @torch.inference_mode()
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.num_padding = self.mask[rows], self.num_padding[rows]
+        self.cache.batch_select_indices(rows)

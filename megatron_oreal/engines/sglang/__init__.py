@@ -1,0 +1,1 @@
+"""The SGLang engine: requests to servers, and their weights."""

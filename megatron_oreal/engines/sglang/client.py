@@ -1,0 +1,101 @@
+"""HTTP to one SGLang server, and the thread whose event loop carries it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, TypeVar
+
+import aiohttp
+
+from megatron_oreal.engines.sglang.endpoints import Endpoint
+
+Result = TypeVar("Result")
+CONNECT_SECONDS = 10.0
+
+
+class ServerError(OSError):
+    """A server cannot be reached or did not answer as asked. The message names it and what was asked."""
+
+
+class ServerRefusal(ServerError):
+    """The server answered, with an error: asking again is no use, unless its status says so."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class SglangClient:
+    """One server. Its coroutines run on one event loop, that of an `EventLoopThread`."""
+
+    def __init__(self, endpoint: Endpoint, max_connections: int = 256) -> None:
+        self.endpoint, self.max_connections = endpoint, max_connections
+        self.session: aiohttp.ClientSession | None = None  # made by the event loop that uses it
+
+    async def get(self, path: str, timeout_seconds: float) -> Any:
+        return await self._request("GET", path, None, timeout_seconds, self.endpoint.api_key)
+
+    async def generate(self, body: dict[str, Any], timeout_seconds: float) -> Any:
+        return await self._request("POST", "/generate", body, timeout_seconds, self.endpoint.api_key)
+
+    async def control(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
+        """A POST that needs the admin key: weights, pause, memory."""
+        return await self._request("POST", path, body, timeout_seconds, self.endpoint.admin_key)
+
+    async def close(self) -> None:
+        if self.session is not None:
+            await self.session.close()
+            self.session = None
+
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float, key: str
+    ) -> Any:
+        """The answer's JSON, or its text. Raises ServerError after the timeout or without a connection."""
+        if self.session is None:
+            connector = aiohttp.TCPConnector(limit=self.max_connections)
+            self.session = aiohttp.ClientSession(connector=connector)
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(CONNECT_SECONDS, timeout_seconds))
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        what = f"SGLang server {self.endpoint}: {method} {path}"
+        try:
+            async with self.session.request(
+                method, self.endpoint.url + path, json=body, headers=headers, timeout=timeout
+            ) as response:
+                if response.status != 200:
+                    text = " ".join((await response.text()).split())[:300]
+                    raise ServerRefusal(f"{what} was answered {response.status}: {text}", response.status)
+                if response.content_type == "application/json":
+                    return await response.json()
+                return await response.text()
+        except asyncio.TimeoutError:
+            raise ServerError(f"{what} got no answer within {timeout_seconds:g} s") from None
+        except aiohttp.ClientError as error:
+            raise ServerError(f"{what} failed: {error or type(error).__name__}") from None
+        except ValueError as error:
+            raise ServerError(f"{what} was answered with broken JSON: {error}") from None
+
+
+class EventLoopThread:
+    """An event loop in a thread of its own, for code that is not asynchronous. Any thread may call `run`."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self.thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_seconds: float | None = None) -> Result:
+        """Its result. Raises TimeoutError, the coroutine cancelled, when it takes longer."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result(timeout_seconds)
+        except (FutureTimeoutError, KeyboardInterrupt):
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()

@@ -1,0 +1,141 @@
+"""What a server must be before it is used: reachable, with our keys, our model and the endpoints that are asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
+from megatron_oreal.engines.sglang.generate_api import UNSTAMPED
+
+CHECK_SECONDS = 120.0  # a server's first request may compile
+NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation")
+FIX_VERSION = "install sglang>=0.5.20 there"
+# SGLang ends a response two tokens before its context is full.
+SPARE_TOKENS = 2
+# Log-probs of the same token with and without this temperature: at least so far apart, unless they are untempered.
+TEMPERATURE, DIFFERENCE = 0.05, 0.02
+NUM_PROMPTS = 8
+
+
+@dataclass(slots=True, frozen=True)
+class Served:
+    max_tokens: int  # of a prompt with its response
+    has_tempered_logprobs: bool  # else they are those of the untempered model
+    weight_version: str  # UNSTAMPED, or what the last push has called it
+
+
+async def check_server(client: SglangClient, model_path: Path, vocab_size: int) -> Served:
+    """Raises ValueError, one line that says what to do."""
+    name = f"rollout.sglang: SGLang server {client.endpoint}"
+    try:
+        info = await first_of(client, "/model_info", "/get_model_info")
+        details = await first_of(client, "/server_info", "/get_server_info")
+        models = await first_of(client, "/v1/models")
+        for path in NEEDED:
+            await check_exists(client, path)
+        await check_admin_key(client)
+        await client.control("/continue_generation", {}, CHECK_SECONDS)  # a trainer that was killed may have paused it
+        check_model(info, model_path, name)
+        await check_vocabulary(client, vocab_size, model_path, name)
+        sizes = [models["data"][0]["max_model_len"], details.get("max_total_num_tokens")]
+        max_tokens = min(size for size in sizes if size is not None) - SPARE_TOKENS
+        version = str(info.get("weight_version", UNSTAMPED))
+        return Served(max_tokens, await tempers_logprobs(client, vocab_size), version)
+    except ServerRefusal as refusal:
+        if refusal.status in (401, 403):
+            raise ValueError(f"{name} refuses the api_key: take the endpoints_file of the serve that runs") from None
+        raise ValueError(f"{refusal}; {FIX_VERSION if refusal.status == 404 else 'its log says why'}") from None
+    except ServerError as error:
+        raise ValueError(f"{error}: is it running, and is its address right?") from None
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{name} answers in a way that is not known here ({error!r}); {FIX_VERSION}") from None
+
+
+async def first_of(client: SglangClient, *paths: str) -> Any:
+    """The answer of the first path that the server has: newer releases have renamed some."""
+    for path in paths:
+        try:
+            return await client.get(path, CHECK_SECONDS)
+        except ServerRefusal as refusal:
+            if refusal.status != 404 or path == paths[-1]:
+                raise
+    raise AssertionError("the last path has raised")
+
+
+async def check_exists(client: SglangClient, path: str) -> None:
+    try:
+        await client.get(path, CHECK_SECONDS)
+    except ServerRefusal as refusal:
+        if refusal.status != 405:  # it is there, and wants a POST
+            raise
+
+
+async def check_admin_key(client: SglangClient) -> None:
+    try:
+        await client.control("/abort_request", {"rid": "a request that nobody has made"}, CHECK_SECONDS)
+    except ServerRefusal as refusal:
+        if refusal.status not in (401, 403):
+            raise
+        raise ValueError(
+            f"rollout.sglang: SGLang server {client.endpoint} refuses the admin_key: take the endpoints_file of the "
+            "serve that runs"
+        ) from None
+
+
+def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
+    """Compares the kind of model, and its size where the server's files can be read from here."""
+    ours = json.loads((model_path / "config.json").read_bytes())
+    theirs = {"model_type": info["model_type"]} if info.get("model_type") else {}
+    file = Path(info["model_path"]) / "config.json"
+    if file.is_file():
+        config = json.loads(file.read_bytes())
+        theirs |= {key: config[key] for key in ("hidden_size", "num_hidden_layers") if key in config}
+    for key, value in theirs.items():
+        if key in ours and ours[key] != value:
+            raise ValueError(
+                f"{name} has another model ({key} {value}, model.path has {ours[key]}): let it serve {model_path}"
+            )
+
+
+async def check_vocabulary(client: SglangClient, vocab_size: int, model_path: Path, name: str) -> None:
+    """Servers do not tell its size, and take token ids beyond it; but a bias must be of a token that exists."""
+
+    async def has_token(token_id: int) -> bool:
+        sampling = {"temperature": 0, "max_new_tokens": 1, "logit_bias": {str(token_id): 0.0}}
+        try:
+            await client.generate({"input_ids": [0], "sampling_params": sampling}, CHECK_SECONDS)
+        except ServerRefusal as refusal:
+            if refusal.status != 400:
+                raise
+            return False
+        return True
+
+    if not await has_token(vocab_size - 1) or await has_token(vocab_size):
+        raise ValueError(
+            f"{name} has another vocabulary than the {vocab_size} tokens of model.path: let it serve {model_path}"
+        )
+
+
+async def tempers_logprobs(client: SglangClient, vocab_size: int) -> bool:
+    """Whether the log-probs are of the tempered distribution: asks for the likeliest tokens, cold and greedily."""
+    prompts = [[token_id] for token_id in range(min(NUM_PROMPTS, vocab_size))]
+    # The first token alone stays; `top_k` 1 would count as greedy.
+    cold = {"temperature": TEMPERATURE, "top_p": 1e-6, "max_new_tokens": 1}
+    greedy = {"temperature": 0, "max_new_tokens": 1}
+    logprobs = []
+    for sampling in (cold, greedy):
+        body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+        logprobs.append(first_logprobs(await client.generate(body, CHECK_SECONDS)))
+    return differ(*logprobs)
+
+
+def first_logprobs(answers: Sequence[Any]) -> list[float]:
+    return [answer["meta_info"]["output_token_logprobs"][0][0] for answer in answers]
+
+
+def differ(cold: Sequence[float], greedy: Sequence[float]) -> bool:
+    return max(abs(a - b) for a, b in zip(cold, greedy, strict=True)) > DIFFERENCE

@@ -1,0 +1,1 @@
+"""Starts SGLang servers, watches them and ends them."""

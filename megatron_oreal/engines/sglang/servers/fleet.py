@@ -1,0 +1,307 @@
+"""SGLang servers of a run: started, watched, replaced and ended, each with keys of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.client import ServerError
+from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
+from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free
+from megatron_oreal.engines.sglang.servers.process import (
+    END_SECONDS,
+    GRACE_SECONDS,
+    DeviceType,
+    ServerProcess,
+    ServerSettings,
+    answer,
+    check_flags,
+    check_python,
+    launch_server,
+)
+from megatron_oreal.engines.sglang.servers.router import Router
+
+POLL_SECONDS = 0.5
+NUM_PORT_ATTEMPTS = 3  # somebody may take a port between our probe and the server's start
+PORT_TAKEN = "address already in use"
+Notify = Callable[[str], None]
+
+
+def keep_silent(_message: str) -> None: ...
+
+
+class ServerFleet:
+    """The servers of a run: ours, each with its `gpus` and numbered from `first_index` on, and those started elsewhere.
+
+    Any thread may call it.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, gpus: Sequence[Sequence[str]], notify: Notify, first_index: int = 0
+    ) -> None:
+        self.settings, self.gpus, self.notify, self.first_index = settings, gpus, notify, first_index
+        self.file: Path | None = None  # that names the servers
+        self.endpoints: list[Endpoint] = []
+        self.elsewhere: Sequence[Endpoint] = ()
+        self.processes: dict[Endpoint, ServerProcess] = {}
+        self.router: Router | None = None  # where config.router is set
+        self.num_restarts = 0
+        self.lock = threading.Lock()
+        self.is_closing = threading.Event()
+
+    def is_alive(self, endpoint: Endpoint) -> bool:
+        """Whether our process still runs; True for a server that was started elsewhere."""
+        process = self.processes.get(endpoint)
+        return process.is_running if process is not None else endpoint in self.elsewhere
+
+    def pid(self, endpoint: Endpoint) -> int:
+        """Of the server's first process; for one of ours."""
+        return self.processes[endpoint].pid
+
+    def log_tail(self, endpoint: Endpoint, num_lines: int = 20) -> str:
+        """The last lines of the server's log; nothing for one that was started elsewhere."""
+        process = self.processes.get(endpoint)
+        return "\n".join(process.tail(num_lines)) if process is not None else ""
+
+    def start(self) -> None:
+        """Starts all servers at once and returns when each has answered."""
+        config = self.settings.config
+        self.notify(f"waiting for {config.num_servers} SGLang server{'s' * (config.num_servers > 1)} ...")
+        with ThreadPoolExecutor(config.num_servers, "sglang-start") as pool:
+            futures = [pool.submit(self.start_one, self.first_index + number) for number in range(config.num_servers)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self.is_closing.set()  # the others need not wait any longer
+                raise
+        self.endpoints = [future.result() for future in futures]
+
+    def publish(self, file: Path, elsewhere: Sequence[Endpoint] = ()) -> None:
+        """Names the servers in `file`, those of other nodes behind ours, and starts the router before them."""
+        self.elsewhere = elsewhere
+        self.endpoints = [*self.endpoints, *elsewhere]
+        if self.settings.config.router:
+            self.router = Router(self.settings, self.endpoints)
+        self.file = file
+        write_endpoints(file, self.endpoints)
+
+    def restart(self, endpoint: Endpoint) -> Endpoint:
+        """Ends what is left of a server and starts another, with other keys and on another port.
+
+        Returns when it answers; its weights are those of `model_path`. Raises ServerError when the budget is spent,
+        or the server is not ours.
+        """
+        with self.lock:
+            if endpoint not in self.processes:
+                is_colocated = self.settings.config.placement == "colocated"
+                rest = "the run goes on without it" if is_colocated else "start it again there"
+                raise ServerError(f"SGLang server {endpoint} was started elsewhere: {rest}")
+            process = self.processes.pop(endpoint)
+        process.end_now()
+        reason = f"its log: {process.log}"
+        while True:
+            with self.lock:
+                if self.num_restarts >= self.settings.config.max_restarts:
+                    self.endpoints = [other for other in self.endpoints if other != endpoint]
+                    raise ServerError(
+                        f"SGLang server {endpoint} has died, and the {self.num_restarts} restarts of "
+                        f"rollout.sglang.max_restarts are spent; {reason}"
+                    )
+                self.num_restarts += 1
+            self.notify(f"SGLang server {endpoint} is started again ({reason})")
+            try:
+                started = self.start_one(process.index)
+            except ServerError as error:
+                if self.is_closing.is_set():
+                    raise
+                reason = str(error)
+                continue
+            with self.lock:
+                self.endpoints = [started if other == endpoint else other for other in self.endpoints]
+                if self.file is not None:
+                    write_endpoints(self.file, self.endpoints)
+            if self.router is not None:
+                self.router.replace(endpoint, started)
+            return started
+
+    def start_one(self, index: int) -> Endpoint:
+        """Raises ServerError when the server dies or does not answer in time, ValueError for a wrong flag."""
+        for attempt in range(NUM_PORT_ATTEMPTS):
+            process = launch_server(self.settings, index, self.gpus[index - self.first_index])
+            with self.lock:
+                self.processes[process.endpoint] = process
+            begin = time.monotonic()
+            try:
+                self.wait_until_healthy(process)
+            except BaseException as error:
+                with self.lock:
+                    self.processes.pop(process.endpoint, None)
+                process.end_now()
+                if isinstance(error, PortTaken) and attempt + 1 < NUM_PORT_ATTEMPTS:
+                    continue
+                raise
+            self.notify(f"SGLang server {process.endpoint} is ready after {time.monotonic() - begin:.0f} s")
+            return process.endpoint
+        raise AssertionError("the last attempt has raised")
+
+    def wait_until_healthy(self, process: ServerProcess) -> None:
+        timeout_seconds = self.settings.config.start_timeout_seconds
+        deadline = time.monotonic() + timeout_seconds
+        name = f"SGLang server {process.index} ({process.endpoint})"
+        while not has_answered(process.endpoint):
+            if self.is_closing.wait(POLL_SECONDS):
+                raise ServerError(f"{name} was stopped while it started")
+            if any(PORT_TAKEN in line.lower() for line in process.tail(100)):  # SGLang does not end then
+                raise PortTaken(f"{name}: its port was taken by another process; its log: {process.log}")
+            if not process.is_running:
+                self.explain(process, name)
+            if time.monotonic() > deadline:
+                self.notify("\n".join(process.tail(20)))
+                raise ServerError(
+                    f"{name} did not answer within rollout.sglang.start_timeout_seconds={timeout_seconds:g}; "
+                    f"its log: {process.log}"
+                )
+        if answer(process.endpoint, "/model_info", "")[0] != 401:
+            raise ServerError(f"{name} does not ask for its key; use another release of SGLang")
+
+    def explain(self, process: ServerProcess, name: str) -> NoReturn:
+        """For a server that has ended while it started."""
+        exit_status = process.supervisor.wait()
+        lines = process.tail(20)
+        if exit_status == 2 and lines and lines[-1].startswith("SGLang: "):
+            raise ValueError(f"rollout.sglang.flags: {lines[-1].removeprefix('SGLang: ')}")
+        self.notify("\n".join(lines))
+        raise ServerError(
+            f"{name} ended while it started (exit status {exit_status}): {process.cause()}; its log: {process.log}"
+        )
+
+    def close(self) -> None:
+        """Ends all servers of ours; returns when their processes are gone."""
+        self.is_closing.set()
+        with self.lock:
+            processes = list(self.processes.values())
+            self.processes.clear()
+            self.endpoints = []
+        if self.router is not None:
+            self.router.close()
+        for process in processes:
+            process.let_go()
+        for process in processes:
+            process.end(GRACE_SECONDS[self.settings.device_type] + END_SECONDS)
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+class PortTaken(ServerError):
+    pass
+
+
+def has_answered(endpoint: Endpoint) -> bool:
+    """Whether this very server generates: another one on its port would not know the key."""
+    return answer(endpoint, "/model_info", endpoint.api_key)[0] == 200 and answer(endpoint, "/health", "")[0] == 200
+
+
+@contextmanager
+def open_servers(
+    config: SglangConfig,
+    model_path: Path,
+    dtype: str,
+    run_dir: Path,
+    device_type: DeviceType,
+    context_length: int,
+    notify: Notify = keep_silent,
+) -> Iterator[ServerFleet]:
+    """The servers of `endpoints_file`, or ones of our own, healthy, that end with the block.
+
+    Ours are named in RUN_DIR/servers.json and write RUN_DIR/servers/server_<n>.log. `context_length`: tokens of the
+    longest prompt with its response. Raises ValueError for a setting that cannot be, ServerError for a server that
+    does not start; `notify` is told what happens, in lines for the user.
+    """
+    settings = ServerSettings(config, model_path, dtype, run_dir, device_type, context_length)
+    if config.endpoints_file is not None:
+        fleet = ServerFleet(settings, [], notify)
+        fleet.endpoints = fleet.elsewhere = read_endpoints(config.endpoints_file)
+        try:
+            if config.router:
+                check_python(config.python)
+                fleet.router = Router(settings, fleet.endpoints)
+            yield fleet
+        finally:
+            fleet.close()
+        return
+    with start_servers(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), notify) as fleet:
+        fleet.publish(run_dir / "servers.json")
+        yield fleet
+
+
+@contextmanager
+def start_servers(
+    settings: ServerSettings, num_trainer_gpus: int, notify: Notify, first_index: int = 0
+) -> Iterator[ServerFleet]:
+    """Servers of our own, which are yet to be published. See `open_servers`."""
+    config = settings.config
+    check_flags(config.flags)
+    check_python(config.python)
+    gpus: list[list[str]] = [[]] * config.num_servers
+    if settings.device_type == "cuda":
+        gpus = assign_gpus(config, num_trainer_gpus, visible_gpus())
+        if config.placement == "disaggregated":
+            check_gpus_are_free([gpu for each in gpus for gpu in each])
+    fleet = ServerFleet(settings, gpus, notify, first_index)
+    try:
+        fleet.start()
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def visible_gpus() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        [str(gpu) for gpu in range(torch.cuda.device_count())] if named is None else [*filter(None, named.split(","))]
+    )
+
+
+def serve_until_stopped(
+    config: SglangConfig, model_path: Path, dtype: str, run_dir: Path, context_length: int, notify: Notify
+) -> None:
+    """Servers for a trainer that runs elsewhere, until Ctrl-C or SIGTERM; none is started again.
+
+    They are named in `endpoints_file`, or RUN_DIR/servers.json. Raises ServerError when the last one has died.
+    """
+    if config.placement == "colocated":
+        raise ValueError("rollout.sglang.placement=colocated: the trainer starts such servers itself")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_serving)
+    device_type: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"
+    file = config.endpoints_file or run_dir / "servers.json"
+    settings = ServerSettings(config, model_path, dtype, run_dir, device_type, context_length)
+    with start_servers(settings, num_trainer_gpus=0, notify=notify) as fleet:
+        fleet.publish(file)
+        notify(f"serving; the trainer's setting: rollout.sglang.endpoints_file={file.resolve()}")
+        living = list(fleet.endpoints)
+        while living:
+            time.sleep(POLL_SECONDS)
+            for endpoint in [endpoint for endpoint in living if not fleet.is_alive(endpoint)]:
+                living.remove(endpoint)
+                notify(f"SGLang server {endpoint} has died; the end of its log:\n{fleet.log_tail(endpoint)}")
+        raise ServerError(f"all SGLang servers have died; their logs: {run_dir / 'servers'}")
+
+
+def stop_serving(_signal_number: int, _frame: FrameType | None) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the servers are being ended
+    sys.exit(0)

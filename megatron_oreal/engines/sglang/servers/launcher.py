@@ -1,0 +1,342 @@
+"""Runs one SGLang server, in the servers' own environment, and ends all of its processes with whoever started it.
+
+Run as a script by `process.py`; it imports nothing of this package. Two processes: a supervisor from the standard
+library, and the server. The supervisor's standard input is its tie to the trainer: one JSON line with the keys, then
+nothing until the trainer closes it or dies, however that happens.
+
+    argv    flags of SGLang, or --router and those of sglang-router
+    stdin   {"api_key": ..., "admin_key": ..., "grace_seconds": ...}
+    stdout  {"pid": of the server}
+    status  2: a flag is wrong, and the log's last line says which
+
+On a CPU (SGLANG_USE_CPU_ENGINE=1), two modules that have no build for it get stand-ins, here and in the processes that
+the server spawns: they run this file again under another name.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ != "megatron_oreal.engines.sglang.servers.launcher":
+    # This file's folder: its module names must not hide the standard library's.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import ctypes
+import difflib
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import secrets
+import select
+import signal
+import subprocess
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+POLL_SECONDS = 0.2
+SHARED_MEMORY = re.compile(r" /dev/shm/(sgl|sem\.mp-)[^ ]*$")
+LIBRARIES: list[Any] = []  # of operators, which last as long as these objects
+SERVE = "--serve"  # the server itself; without it the supervisor
+ROUTER = "--router"  # before its flags
+
+
+def supervise(flags: list[str]) -> int:
+    """Runs the server until it ends, or the trainer lets go of it, or SIGTERM (at once). Returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if sys.platform == "linux":  # what the server leaves behind becomes this process's child
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    settings = json.loads(sys.stdin.readline())
+    with tempfile.TemporaryDirectory(prefix="sglang-") as folder:  # SGLang leaves its sockets behind
+        server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), SERVE, *flags],
+            stdin=subprocess.PIPE,
+            stdout=sys.stderr,
+            start_new_session=True,
+            preexec_fn=end_with_supervisor,
+            env=os.environ | {"TMPDIR": folder},
+        )
+        try:
+            assert server.stdin is not None
+            server.stdin.write(json.dumps(settings).encode() + b"\n")
+            server.stdin.close()
+            print(json.dumps({"pid": server.pid}), flush=True)
+            if wait_while_wanted(server):
+                server.terminate()
+                wait_at_most(server, settings["grace_seconds"])
+        except BrokenPipeError:
+            pass  # the server or the trainer is gone already
+        finally:
+            status = server.poll()
+            end_tree(server)
+    return 128 + signal.SIGKILL if status is None else status if status >= 0 else 128 - status
+
+
+def end_with_supervisor() -> None:
+    """In the server, before it starts. The supervisor has one thread, whose end is its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def wait_while_wanted(server: subprocess.Popen[bytes]) -> bool:
+    """False when the server has ended, True when nobody needs it any more."""
+    parent = os.getppid()
+    while server.poll() is None:
+        readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
+        # A process that the trainer forked may hold the pipe open.
+        if (readable and not os.read(sys.stdin.fileno(), 1)) or os.getppid() != parent:
+            return True
+    return False
+
+
+def wait_at_most(server: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        server.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+
+
+def end_tree(server: subprocess.Popen[bytes]) -> None:
+    """Kills the server's session, then what is left of its descendants, stopped or not; returns when all are gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    shared = shared_memory(descendants(os.getpid()))
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # the latter on macOS, for a session of zombies
+        pass
+    server.wait()
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                for process in descendants(os.getpid()):
+                    os.kill(process, signal.SIGKILL)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            pass
+        except ChildProcessError:
+            break
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def descendants(process: int) -> list[int]:
+    """On Linux; elsewhere none are known."""
+    found: list[int] = []
+    for children in Path(f"/proc/{process}/task").glob("*/children"):  # each thread has its own
+        try:
+            found += map(int, children.read_text().split())
+        except OSError:  # it has ended meanwhile
+            continue
+    return found + [grandchild for child in found for grandchild in descendants(child)]
+
+
+def shared_memory(processes: list[int]) -> set[Path]:
+    """Files in memory that killed processes would leave behind."""
+    found: set[Path] = set()
+    for process in processes:
+        try:
+            maps = Path(f"/proc/{process}/maps").read_text()
+        except OSError:
+            continue
+        found |= {Path(line.split()[-1]) for line in maps.splitlines() if SHARED_MEMORY.search(line)}
+    return found
+
+
+def serve(flags: list[str]) -> None:
+    """Runs the server in this process. Exits with status 2 where a flag is wrong."""
+    keys = json.loads(sys.stdin.readline())
+    if is_cpu():
+        install_stand_ins()
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+    parser = OneLineParser(prog="SGLang", allow_abbrev=False)
+    ServerArgs.add_cli_args(parser)
+    arguments = split_lists(flags, parser)
+    parser.parse_args(arguments)
+    internal_key = secrets.token_urlsafe(32)
+    guard(internal_key, keys["api_key"], keys["admin_key"])
+    from sglang.launch_server import run_server
+
+    run_server(prepare_server_args([*arguments, f"--api-key={internal_key}"]))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def split_lists(flags: list[str], parser: OneLineParser) -> list[str]:
+    """`--name=1 2 3` becomes four arguments where the flag takes several. Unknown flags end this process."""
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    arguments: list[str] = []
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            parser.error(f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        if equals and known[name].nargs in ("+", "*"):
+            arguments += [name, *value.split()]
+        else:
+            arguments.append(flag)
+    return arguments
+
+
+def guard(internal_key: str, api_key: str, admin_key: str) -> None:
+    """Makes the server ask for these keys, which its arguments do not hold.
+
+    SGLang writes its arguments to the log, and tells them to everyone who may generate. It learns `internal_key`
+    instead, which opens one harmless endpoint, the one that it calls itself. Without this change nothing opens.
+    """
+    if importlib.util.find_spec("sglang.srt.utils.auth") is None:
+        print("SGLang: this release has no admin key; install sglang>=0.5.20", file=sys.stderr, flush=True)
+        sys.exit(1)
+    from sglang.srt.utils import auth
+
+    original: Callable[..., Any] = auth.decide_request_auth
+
+    @functools.wraps(original)
+    def decide(*, path: str, **request: Any) -> Any:
+        admin = internal_key if path == "/freeze_gc" else admin_key
+        return original(**request | {"path": path, "api_key": api_key, "admin_api_key": admin})
+
+    auth.decide_request_auth = decide
+
+
+def route(flags: list[str]) -> None:
+    """Runs sglang-router in this process, without the parts of SGLang that its own start imports."""
+    keys = json.loads(sys.stdin.readline())
+    if importlib.util.find_spec("sglang_router") is None:
+        print("SGLang: sglang_router is missing; pip install sglang-router==0.3.2", file=sys.stderr, flush=True)
+        sys.exit(2)
+    router_args = importlib.import_module("sglang_router.router_args").RouterArgs
+    parser = OneLineParser(prog="SGLang", allow_abbrev=False)
+    router_args.add_cli_args(parser, use_router_prefix=False)
+    arguments = router_args.from_cli_args(parser.parse_args(flags), use_router_prefix=False)
+    arguments.api_key = keys["api_key"]
+    importlib.import_module("sglang_router.router").Router.from_args(arguments).start()
+
+
+def is_cpu() -> bool:
+    return os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+
+
+def install_stand_ins() -> None:
+    """Before SGLang is imported: its kernels, and torchvision's schemas where its build does not fit this torch."""
+    import torch
+
+    if importlib.util.find_spec("sgl_kernel") is None:
+        sys.modules["sgl_kernel"] = kernels()
+        operators = torch.library.Library("sgl_kernel", "FRAGMENT")
+        operators.define("murmur_hash32_cpu(Tensor seeds, Tensor positions, Tensor columns) -> Tensor")
+        operators.impl("murmur_hash32_cpu", murmur_hash, "CPU")
+        LIBRARIES.append(operators)
+    try:
+        importlib.import_module("torchvision")  # of text models, only its transforms are used
+    except RuntimeError:  # operator torchvision::nms does not exist: the build for CUDA cannot be loaded
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        schemas = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        LIBRARIES.append(schemas)
+
+
+def kernels() -> types.ModuleType:
+    """A module that has every name: one is written here in torch, the others say that they are missing when called."""
+    module = types.ModuleType("sgl_kernel")
+    module.__path__ = []
+    module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
+
+    def missing(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def kernel(*_arguments: Any, **_options: Any) -> NoReturn:
+            raise NotImplementedError(f"sgl_kernel.{name} has no version for this CPU")
+
+        setattr(module, name, kernel)
+        return kernel
+
+    module.__dict__.update(
+        __version__="0.0.0", __getattr__=missing, assign_req_to_token_pool_cpu=assign_req_to_token_pool
+    )
+    return module
+
+
+def assign_req_to_token_pool(
+    req_pool_indices: Any,  # [N]
+    req_to_token: Any,  # [requests, positions], written
+    start_offset: Any,  # [N]
+    end_offset: Any,  # [N]
+    out_cache_loc: Any,  # [sum of end - start]
+    _pool_size: int,
+) -> None:
+    """Enters the cache slots of N requests' new tokens, which lie one after the other in `out_cache_loc`."""
+    read = 0
+    for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
+        req_to_token[row, start:end] = out_cache_loc[read : read + end - start].to(req_to_token.dtype)
+        read += end - start
+
+
+def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
+    """MurmurHash3 (Austin Appleby, 32 bits) of seed (64 bits), position and column: [N], [N], [M] -> [N, M] uint32."""
+    import torch
+
+    mask = 0xFFFFFFFF  # products wrap around in int64, and their lower 32 bits are right
+
+    def rotated(value: Any, count: int) -> Any:
+        return ((value << count) | (value >> (32 - count))) & mask
+
+    def mixed(state: Any, block: Any) -> Any:
+        block = rotated(((block & mask) * 0xCC9E2D51) & mask, 15)
+        return (rotated(state ^ ((block * 0x1B873593) & mask), 13) * 5 + 0xE6546B64) & mask
+
+    seeds = seeds.view(torch.int64)
+    state = torch.zeros_like(seeds)
+    for block in (seeds, seeds >> 32, positions.long()):
+        state = mixed(state, block)
+    state = mixed(state[:, None], columns.long()[None]) ^ 16  # bytes that were mixed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        state = ((state ^ (state >> shift)) * factor) & mask
+    return state.to(torch.uint32)
+
+
+def honour_seeds() -> None:
+    """After the stand-ins: requests' seeds count, which SGLang has for its deterministic mode only, on GPUs.
+
+    On a CPU a response is a function of its seed up to the rounding that the other requests of its batch bring.
+    """
+    module = importlib.import_module("sglang.srt.sampling.sampling_batch_info")
+    settings = module.__dict__.get("get_exec")
+    if settings is None:  # another release: seeds are ignored
+        return
+
+    def seeded() -> types.SimpleNamespace:
+        deterministic = types.SimpleNamespace(enable_deterministic_inference=True)
+        return types.SimpleNamespace(features=settings().features, deterministic=deterministic)
+
+    module.__dict__["get_exec"] = seeded
+
+
+if __name__ == "__mp_main__" and is_cpu():
+    install_stand_ins()
+    honour_seeds()
+
+if __name__ == "__main__":
+    if sys.argv[1:3] == [SERVE, ROUTER]:
+        route(sys.argv[3:])
+    elif sys.argv[1:2] == [SERVE]:
+        serve(sys.argv[2:])
+    else:
+        sys.exit(supervise(sys.argv[1:]))

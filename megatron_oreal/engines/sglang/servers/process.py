@@ -1,0 +1,279 @@
+"""One SGLang server as a process tree: its flags and environment, its log, its end.
+
+The tree stands behind a supervisor (`launcher.py`), which holds the server's port, and ends all of it when the pipe
+to this process closes: no server outlives the trainer, however that dies.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import re
+import secrets
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_oreal.config import SglangConfig
+from megatron_oreal.engines.sglang.endpoints import Endpoint
+from megatron_oreal.engines.sglang.servers.node import held_port
+
+LAUNCHER = Path(__file__).with_name("launcher.py")
+GRACE_SECONDS = {"cuda": 15.0, "cpu": 0.0}  # to release the device's memory in an orderly way
+ANSWER_SECONDS = 30.0  # of a health check, which generates a token
+END_SECONDS = 20.0  # for the kernel to end a process tree
+CONTEXT_MARGIN = 8  # tokens; SGLang ends a response two tokens before its context length
+CAUSE = re.compile(r"^(?:\[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
+# A launcher's variables would make the server's own torch.distributed join the trainer's.
+TRAINER_VARIABLES = re.compile(
+    r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHON(PATH|HOME)|VIRTUAL_ENV"
+)
+OWN_FLAGS = {
+    "rollout.sglang.tensor": ("tp-size", "tp", "tensor-parallel-size"),
+    "rollout.sglang.num_servers": ("dp-size", "dp", "data-parallel-size", "nnodes", "node-rank", "dist-init-addr"),
+    "rollout.sglang.gpus": ("base-gpu-id", "gpu-id-step", "device"),
+    "rollout.sglang.host": ("host",),
+    "rollout.sglang.ports": ("port",),
+    "rollout.sglang.placement": ("enable-memory-saver",),
+    "model.path": ("model-path", "model"),
+    "model.dtype": ("dtype",),
+    "data.max_prompt_tokens and rollout.max_new_tokens": ("context-length",),
+    "the run": ("api-key", "admin-api-key", "skip-server-warmup"),
+}
+# They open ways around the keys, or hide flags.
+REFUSED_FLAGS = ("config", "tokenizer-worker-num", "grpc-port", "grpc-mode", "smg-grpc-mode", "encoder-only", "use-ray")
+DeviceType = Literal["cpu", "cuda"]
+
+
+@dataclass(slots=True, frozen=True)
+class ServerSettings:
+    """What all servers of a fleet share."""
+
+    config: SglangConfig
+    model_path: Path
+    dtype: str
+    run_dir: Path
+    device_type: DeviceType
+    context_length: int  # tokens of the longest prompt with its response
+
+    def command(self, port: int) -> list[str]:
+        flags: dict[str, bool | int | float | str] = {
+            "model-path": str(self.model_path.resolve()),
+            "dtype": self.dtype,
+            "host": self.config.host,
+            "port": port,
+            "tp-size": self.config.tensor,
+            "context-length": self.context_length + CONTEXT_MARGIN,
+            # The warm-up's request is longer than what a small model takes, and ends it.
+            "skip-server-warmup": True,
+            "device": self.device_type,
+        }
+        if self.device_type == "cpu":
+            flags |= {
+                "attention-backend": "torch_native",
+                "sampling-backend": "pytorch",
+                "mem-fraction-static": 0.3,
+                "max-total-tokens": max(20_000, 32 * self.context_length),
+                "disable-overlap-schedule": True,
+                "sleep-on-idle": True,  # a waiting scheduler would keep a core busy
+            }
+        elif self.config.placement == "colocated":
+            flags["enable-memory-saver"] = True
+        return as_arguments(flags | self.config.flags)
+
+    def router_command(self, port: int) -> list[str]:
+        """Requests are retried by who counts them, not in between."""
+        flags: dict[str, bool | int | float | str] = {
+            "host": self.config.host,
+            "port": port,
+            "policy": "cache_aware",  # the samples of a group share their prompt's cache
+            "request-timeout-secs": math.ceil(self.config.request_timeout_seconds),
+            "health-check-interval-secs": 5,
+            "disable-retries": True,
+            "log-level": "warn",
+        }
+        return ["--router", *as_arguments(flags)]
+
+    def environment(self, gpus: Sequence[str]) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
+        kept |= {
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+            "NO_PROXY": "*",  # it talks to itself alone
+            "no_proxy": "*",
+            "PYTHONUNBUFFERED": "1",
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the untempered, untruncated model
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the margin goes beyond the model's positions
+        }
+        if self.device_type == "cpu":
+            # Memory for a bucket of weights is kept: to get it anew for each costs more than to receive it.
+            malloc = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+            kept |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | malloc
+        return kept
+
+
+@dataclass(slots=True, frozen=True)
+class ServerProcess:
+    """One server of ours, from its start on."""
+
+    index: int  # among the servers; 0 for the router
+    endpoint: Endpoint
+    supervisor: subprocess.Popen[bytes]
+    pid: int  # of the server itself
+    log: Path
+    log_start: int  # bytes; a log continues that of the server before
+
+    @property
+    def is_running(self) -> bool:
+        return self.supervisor.poll() is None
+
+    def tail(self, num_lines: int) -> list[str]:
+        """The last lines that this process wrote."""
+        with self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self.log_start, size - 512 * num_lines - 65536))
+            return file.read().decode(errors="replace").splitlines()[-num_lines:]
+
+    def cause(self) -> str:
+        """The last line of the log that names an error, else its last line."""
+        lines = [line.strip() for line in self.tail(200) if line.strip()]
+        errors = [match[1] for match in map(CAUSE.match, lines) if match]
+        return (errors or lines or ["it wrote nothing"])[-1][:500]
+
+    def let_go(self) -> None:
+        """Asks for an orderly end."""
+        assert self.supervisor.stdin is not None
+        self.supervisor.stdin.close()
+
+    def end_now(self) -> None:
+        self.supervisor.terminate()
+        self.end(END_SECONDS)
+
+    def end(self, timeout_seconds: float) -> None:
+        """Returns when all processes of the server are gone. Before the timeout the server may end by itself."""
+        self.let_go()
+        try:
+            self.supervisor.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.supervisor.terminate()
+            try:
+                self.supervisor.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:  # the supervisor hangs: the server ends with it
+                self.supervisor.kill()
+                self.supervisor.wait()
+
+
+def launch_server(settings: ServerSettings, index: int, gpus: Sequence[str]) -> ServerProcess:
+    """Starts server `index` on a free port, with keys of its own. It takes a while to answer."""
+    return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus))
+
+
+def launch_router(settings: ServerSettings) -> ServerProcess:
+    return launch(settings, 0, "router", settings.router_command, settings.environment([]))
+
+
+def launch(
+    settings: ServerSettings,
+    index: int,
+    name: str,
+    command: Callable[[int], list[str]],  # for a port
+    environment: dict[str, str],
+) -> ServerProcess:
+    config = settings.config
+    log = settings.run_dir / "servers" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with held_port(config.host, config.ports) as (port, held), open(log, "ab", opener=open_private) as file:
+        log_start = file.tell()
+        supervisor = subprocess.Popen(
+            [str(config.python), str(LAUNCHER), *command(port)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the trainer's to handle
+            pass_fds=(held,),  # the port is the server's as long as the supervisor lives
+        )
+    keys = {"api_key": secrets.token_urlsafe(32), "admin_key": secrets.token_urlsafe(32)}
+    endpoint = Endpoint(url(config.host, port), keys["api_key"], keys["admin_key"], config.tensor)
+    assert supervisor.stdin is not None and supervisor.stdout is not None
+    given = keys | {"grace_seconds": GRACE_SECONDS[settings.device_type]}
+    try:
+        supervisor.stdin.write(json.dumps(given).encode() + b"\n")
+        supervisor.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has died: its log says why
+    with supervisor.stdout:
+        answer = supervisor.stdout.readline()
+    pid = json.loads(answer)["pid"] if answer else supervisor.pid
+    return ServerProcess(index, endpoint, supervisor, pid, log, log_start)
+
+
+def as_arguments(flags: Mapping[str, bool | int | float | str]) -> list[str]:
+    """True: the flag alone; False: no flag."""
+    given = {name: value for name, value in flags.items() if value is not False}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def url(host: str, port: int) -> str:
+    """Servers that listen on all interfaces are reached by the node's name."""
+    if host in ("0.0.0.0", "::"):
+        host = socket.getfqdn()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def answer(
+    endpoint: Endpoint, path: str, key: str, method: str = "GET", body: dict[str, str] | None = None
+) -> tuple[int, Any]:
+    """Status and JSON of an answer; status 0 without one, None for what is no JSON."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(endpoint.url + path, content, headers, method=method)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=ANSWER_SECONDS) as opened:
+            return opened.status, json.loads(opened.read() or b"null")
+    except urllib.error.HTTPError as error:
+        return error.code, None
+    except (OSError, http.client.HTTPException):
+        return 0, None
+    except ValueError:
+        return opened.status, None
+
+
+def check_flags(flags: Iterable[str]) -> None:
+    """Raises ValueError for flags that this package sets itself. SGLang checks the others when it starts."""
+    for flag in flags:
+        for setting, names in OWN_FLAGS.items():
+            if flag in names:
+                raise ValueError(f"rollout.sglang.flags: {flag} is set by {setting}: drop it")
+        if flag in REFUSED_FLAGS:
+            raise ValueError(f"rollout.sglang.flags: {flag} would go around the servers' keys: drop it")
+        plain = flag.lstrip("-").replace("_", "-")
+        if not re.fullmatch(r"[A-Za-z0-9-]+", plain):
+            raise ValueError(f"rollout.sglang.flags: {flag!r} is no flag")
+        if flag != plain:
+            raise ValueError(f"rollout.sglang.flags: write {plain} instead of {flag}")
+
+
+def check_python(python: Path) -> None:
+    """Raises ValueError when it cannot run SGLang. Imports nothing there, which would take seconds."""
+    code = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
+    fix = "make it with tools/setup_sglang.sh, or name the interpreter of an environment that has SGLang"
+    try:
+        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    except OSError as error:
+        raise ValueError(f"rollout.sglang.python: {python} cannot be run ({error.strerror}); {fix}") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"rollout.sglang.python: {python} does not answer; {fix}") from None
+    if done.returncode != 0:
+        raise ValueError(f"rollout.sglang.python: {python} has no sglang; {fix}")

@@ -1,0 +1,1 @@
+"""Sends the policy's weights to SGLang servers."""

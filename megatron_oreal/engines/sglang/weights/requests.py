@@ -1,0 +1,120 @@
+"""The HTTP requests and the deadlines that all weight transports share."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, ServerRefusal, SglangClient
+from megatron_oreal.parallel.collectives import Result
+
+POLL_SECONDS = 0.001  # between looks at a collective and at the servers' answers
+EXPLANATION_SECONDS = 5.0  # for servers to say why a collective failed
+CLEAN_UP_SECONDS = 5.0  # for requests whose failure changes nothing
+
+
+class WeightSyncError(ServerError):
+    """A push failed. The message names the version, the servers and what they answered."""
+
+    def __init__(self, message: str, urls: Sequence[str]) -> None:
+        super().__init__(message)
+        self.urls = list(urls)  # of the servers at fault; those without an answer before those that refused
+
+
+@dataclass(slots=True)
+class Deadline:
+    seconds: float
+    begin: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds; never 0, which would mean no timeout."""
+        return max(0.01, self.begin + self.seconds - time.monotonic())
+
+    def has_passed(self) -> bool:
+        return time.monotonic() > self.begin + self.seconds
+
+
+class Requests:
+    """One coroutine for each server, all under way at once."""
+
+    def __init__(self, loop: EventLoopThread, coroutines: Mapping[SglangClient, Coroutine[Any, Any, Any]]) -> None:
+        self.futures: dict[SglangClient, Future[Any]] = {
+            client: asyncio.run_coroutine_threadsafe(coroutine, loop.loop) for client, coroutine in coroutines.items()
+        }
+
+    def answers(self) -> dict[SglangClient, Any]:
+        """All of them. Raises WeightSyncError as soon as one is an error; the rest is not waited for."""
+        wait(self.futures.values(), return_when=FIRST_EXCEPTION)
+        self.check()
+        return {client: future.result() for client, future in self.futures.items()}
+
+    def check(self) -> None:
+        """Raises WeightSyncError for the errors among the answers that are here."""
+        errors = {client.endpoint.url: error for client in self.answered() if (error := self._error(client))}
+        if errors:
+            silent = [url for url, error in errors.items() if not isinstance(error, ServerRefusal)]
+            raise WeightSyncError("; ".join(map(str, errors.values())), silent or list(errors))
+
+    def _error(self, client: SglangClient) -> ServerError | None:
+        error = self.futures[client].exception()
+        if error is not None and not isinstance(error, ServerError):
+            raise error
+        return error
+
+    def answered(self) -> list[SglangClient]:
+        return [client for client, future in self.futures.items() if future.done()]
+
+    def silent(self) -> list[str]:
+        return [client.endpoint.url for client, future in self.futures.items() if not future.done()]
+
+    def urls(self) -> list[str]:
+        return [client.endpoint.url for client in self.futures]
+
+    def explain(self, failure: Exception) -> WeightSyncError:
+        """The reason for a collective's failure, as the servers tell it."""
+        wait(self.futures.values(), EXPLANATION_SECONDS, FIRST_EXCEPTION)
+        try:
+            self.check()
+        except WeightSyncError as error:
+            return error
+        urls = self.silent() or self.urls()
+        reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        return WeightSyncError(f"SGLang server {', '.join(urls)}: {reason}", urls)
+
+
+class Collective(Generic[Result]):
+    """A collective operation with servers, which would hang where one of them has refused.
+
+    It runs in a thread from the start; `requests` are those that made the servers take part.
+    """
+
+    def __init__(self, action: Callable[[], Result], requests: Requests) -> None:
+        self.requests = requests
+        self.results: list[Result] = []
+        self.failures: list[Exception] = []
+        self.thread = threading.Thread(target=self._run, args=(action,), name="weight-sync", daemon=True)
+        self.thread.start()
+
+    def _run(self, action: Callable[[], Result]) -> None:
+        try:
+            self.results.append(action())
+        except RuntimeError as failure:  # torch.distributed's errors are
+            self.failures.append(failure)
+
+    def result(self, deadline: Deadline) -> Result:
+        """The servers may still have to answer. Raises WeightSyncError for a failure, a refusal, after the deadline."""
+        while self.thread.is_alive():
+            self.requests.check()
+            if deadline.has_passed():
+                urls = self.requests.silent() or self.requests.urls()
+                raise WeightSyncError(f"SGLang server {', '.join(urls)} got no further in {deadline.seconds:g} s", urls)
+            self.thread.join(POLL_SECONDS)
+        if self.failures:
+            raise self.requests.explain(self.failures[0]) from self.failures[0]
+        assert self.results, "the thread died of an error that is not torch.distributed's"
+        return self.results[0]

@@ -1,0 +1,144 @@
+"""Weights by shared memory, for servers on the trainer's own GPUs: CUDA IPC handles travel, the bytes stay.
+
+Each tensor-parallel rank of a server gets the handle of a buffer on its GPU, from the trainer rank that has this GPU.
+On a CPU the buffers are files in shared memory, and any rank's will do. torch's manager of these files, a process,
+stays until the servers that opened one have ended.
+
+SGLang reads the handles with an unpickler that knows few names: torch's functions that open them, and
+types.SimpleNamespace, which takes the place of its own FlattenedTensorMetadata here.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing import get_sharing_strategy, reductions, set_sharing_strategy
+
+from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.weights.buckets import Bucket, buckets
+from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
+from megatron_oreal.engines.sglang.weights.transport import ServerTransport
+from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.weights.fingerprint import CountedStream
+
+DEVICE = 6  # the argument of torch's rebuild_cuda_tensor that says which
+Receiver = tuple[str, int]  # URL of the server, its tensor-parallel rank
+RanksOf = Callable[[SglangClient], Sequence[int]]
+
+
+class TensorTransport(ServerTransport):
+    def __init__(
+        self,
+        loop: EventLoopThread,
+        timeout_seconds: float,
+        bucket_bytes: int,
+        ranks_of: RanksOf,
+        check_weights: bool = False,
+    ) -> None:
+        """`ranks_of`: for each tensor-parallel rank of a server, the trainer's rank on the same GPU."""
+        super().__init__(loop, timeout_seconds, check_weights)
+        self.bucket_bytes, self.ranks_of = bucket_bytes, ranks_of
+
+    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+        """Goes on after a failure: the other ranks offer their buckets all the same."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        wanted = {
+            (client.endpoint.url, number): trainer_rank % world_size  # on a CPU, servers may outnumber ranks
+            for client in clients
+            for number, trainer_rank in enumerate(self.ranks_of(client))
+        }
+        mine = [receiver for each in exchanged(wanted) for receiver, owner in each.items() if owner == rank]
+        failure: WeightSyncError | None = None
+        under_way: tuple[Requests, Bucket] | None = None
+        try:
+            self.begin(clients, deadline)
+        except WeightSyncError as error:
+            failure = error
+        for bucket in buckets(tensors, self.bucket_bytes, shared_memory, copies_all=True):
+            offered = exchanged({receiver: serialised(bucket) for receiver in mine})
+            handles = {receiver: handle for each in offered for receiver, handle in each.items()}
+            try:
+                if failure is None and under_way is not None:
+                    under_way[0].answers()
+                if failure is None:
+                    under_way = self.offer(bucket, handles, version, clients, deadline), bucket
+            except WeightSyncError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        if under_way is not None:
+            under_way[0].answers()
+        self.end(clients, deadline)
+
+    def offer(
+        self,
+        bucket: Bucket,
+        handles: dict[Receiver, str],
+        version: int,
+        clients: Sequence[SglangClient],
+        deadline: Deadline,
+    ) -> Requests:
+        bodies = {
+            client: {
+                "serialized_named_tensors": [
+                    handles[client.endpoint.url, number] for number in range(client.endpoint.tensor)
+                ],
+                "load_format": "flattened_bucket",
+                "flush_cache": bucket.is_last,
+                # An unfinished push must not look like a finished one.
+                "weight_version": str(version) if bucket.is_last else None,
+            }
+            for client in clients
+        }
+        return self.post("/update_weights_from_tensor", bodies, deadline)
+
+
+def shared_memory(num_bytes: int, device: torch.device) -> Tensor:
+    """New memory for each bucket: torch frees it when the server has closed its handle."""
+    if device.type == "cuda":
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+
+
+class Handle:
+    """Pickles as what opens the tensor's memory in another process."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        opens, arguments = reductions.reduce_tensor(self.tensor)
+        if self.tensor.is_cuda:
+            # The server counts its GPUs otherwise: SGLang's version of the function takes the GPU's name.
+            name = str(torch.cuda.get_device_properties(arguments[DEVICE]).uuid)
+            arguments = (*arguments[:DEVICE], name, *arguments[DEVICE + 1 :])
+        return opens, arguments
+
+
+def serialised(bucket: Bucket) -> str:
+    """For one receiver, which must open it once. `load_format` flattened_bucket's {flattened_tensor, metadata}."""
+    metadata, start = [], 0
+    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        num_bytes = shape.numel() * dtype.itemsize
+        end = start + num_bytes
+        metadata.append(
+            SimpleNamespace(name=name, shape=shape, dtype=dtype, start_idx=start, end_idx=end, numel=num_bytes)
+        )
+        start = end
+    pickled, strategy = io.BytesIO(), get_sharing_strategy()
+    # File descriptors can be handed to our own children alone.
+    set_sharing_strategy("file_system")
+    try:
+        ForkingPickler(pickled).dump({"flattened_tensor": Handle(bucket.flat), "metadata": metadata})
+    finally:
+        set_sharing_strategy(strategy)
+    return base64.b64encode(pickled.getvalue()).decode()

@@ -1,0 +1,161 @@
+"""Weights into SGLang servers: what the transports share.
+
+A push is collective. Every trainer rank calls it and consumes the stream, whose tensors are whole on every rank; the
+ranks with clients send. It fails on all ranks or on none. A failed push leaves old, new or mixed weights: nothing may
+be generated until another one has succeeded.
+
+Servers must be paused, or idle: a server that generates makes the push wait until its responses end. The mode of the
+pause is the engine's choice between "abort" and "retract"; with "in_place" the cache cannot be flushed, and the push
+is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_oreal.engines.sglang.client import EventLoopThread, ServerRefusal, SglangClient
+from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
+from megatron_oreal.engines.weight_sync import PushReport
+from megatron_oreal.parallel.collectives import Result, exchanged
+from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.weights.stream_filters import Stream
+
+
+class WeightTransport(Protocol):
+    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> PushReport:
+        """Collective. `clients`: the servers that this rank sends to; see `clients_of_rank`. Raises WeightSyncError."""
+
+    def forget(self, client: SglangClient) -> None:
+        """The server has died or was started again: what was agreed with it is void."""
+
+    def close(self) -> None: ...
+
+
+def clients_of_rank(clients: Sequence[Result], rank: int, num_senders: int) -> list[Result]:
+    """The first `num_senders` trainer ranks share the servers out."""
+    return list(clients[rank::num_senders]) if rank < num_senders else []
+
+
+class ServerTransport(ABC):
+    """A push with its timeout, its checks, and its common end on all ranks."""
+
+    def __init__(self, loop: EventLoopThread, timeout_seconds: float, check_weights: bool = False) -> None:
+        self.loop, self.timeout_seconds = loop, timeout_seconds
+        self.checksums = Checksums() if check_weights else None
+        self.without_session: set[SglangClient] = set()  # older releases, which update without begin and end
+
+    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> PushReport:
+        deadline = Deadline(self.timeout_seconds)
+        tensors = CountedStream(stream, fingerprints=self.checksums is not None)
+        failure: WeightSyncError | None = None
+        try:
+            self.send(tensors, version, clients, deadline)
+            self.check_version(version, clients, deadline)
+        except WeightSyncError as error:
+            failure = error
+        tensors.drain()
+        raise_together(failure, f"weights of version {version}: ")
+        if self.checksums is not None:
+            self.check_weights(tensors.fingerprint, version, clients, deadline)
+        return PushReport(tensors.num_bytes, time.monotonic() - deadline.begin)
+
+    @abstractmethod
+    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+        """Raises WeightSyncError; a rank without clients never does so alone."""
+
+    def forget(self, client: SglangClient) -> None:
+        self.without_session.discard(client)
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        pass
+
+    def post(self, path: str, bodies: Mapping[SglangClient, dict[str, Any]], deadline: Deadline) -> Requests:
+        """Under way when it returns."""
+        seconds = deadline.left()
+        return Requests(self.loop, {client: client.control(path, body, seconds) for client, body in bodies.items()})
+
+    def begin(self, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+        Requests(self.loop, {client: self._begin(client, deadline) for client in clients}).answers()
+
+    async def _begin(self, client: SglangClient, deadline: Deadline) -> None:
+        if client in self.without_session:
+            return
+        try:
+            await client.control("/begin_weight_update", {}, deadline.left())
+        except ServerRefusal as refusal:
+            if refusal.status == 404:
+                self.without_session.add(client)
+                return
+            if refusal.status != 400:
+                raise
+            # A push that failed, or whose sender died, has left its session open.
+            await client.control("/end_weight_update", {}, deadline.left())
+            await client.control("/begin_weight_update", {}, deadline.left())
+
+    def end(self, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+        with_session = [client for client in clients if client not in self.without_session]
+        self.post("/end_weight_update", {client: {} for client in with_session}, deadline).answers()
+
+    def check_version(self, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+        requests = Requests(self.loop, {client: client.get("/model_info", deadline.left()) for client in clients})
+        for client, info in requests.answers().items():
+            if (found := info.get("weight_version")) != str(version):
+                raise WeightSyncError(f"SGLang server {client.endpoint} reports {found}", [client.endpoint.url])
+
+    def check_weights(
+        self, fingerprint: str, version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
+        """Collective. All servers hold the same, and what changed here changed there."""
+        assert self.checksums is not None
+        failure, found = None, {}
+        try:
+            answers = self.post("/weights_checker", {client: {"action": "checksum"} for client in clients}, deadline)
+            found = {client.endpoint.url: checksum_of(answer) for client, answer in answers.answers().items()}
+        except WeightSyncError as error:
+            failure = error
+        raise_together(failure, f"weights of version {version}: ")
+        everywhere = {url: checksum for each in exchanged(found) for url, checksum in each.items()}
+        self.checksums.compare(fingerprint, everywhere, version)
+
+
+def checksum_of(answer: dict[str, Any]) -> str:
+    """Of one server: of all its ranks' tensors."""
+    return hashlib.sha256("".join(rank["per_gpu_checksum"] for rank in answer["ranks"]).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class Checksums:
+    """Of the last push."""
+
+    fingerprint: str = ""  # of what was sent
+    of_server: dict[str, str] = field(default_factory=dict)  # URL to what is held there
+
+    def compare(self, fingerprint: str, found: dict[str, str], version: int) -> None:
+        values = list(found.values())
+        common = max(set(values), key=values.count) if values else ""
+        odd = [url for url, checksum in found.items() if checksum != common]
+        if odd:
+            raise WeightSyncError(
+                f"weights of version {version}: SGLang server {', '.join(odd)} holds others than most servers", odd
+            )
+        for url, checksum in found.items():
+            before = self.of_server.get(url)
+            if before is not None and (before == checksum) != (self.fingerprint == fingerprint):
+                what = "stayed as they were" if before == checksum else "changed although the same were sent"
+                raise WeightSyncError(f"weights of version {version}: those of SGLang server {url} {what}", [url])
+        self.fingerprint, self.of_server = fingerprint, found
+
+
+def raise_together(failure: WeightSyncError | None, prefix: str = "") -> None:
+    """Collective. Raises on every rank what one of them has met."""
+    met = exchanged((str(failure), failure.urls) if failure is not None else None)
+    failures = [each for each in met if each is not None]
+    if failures:
+        message = "; ".join(dict.fromkeys(text for text, _ in failures))
+        urls = list(dict.fromkeys(url for _, each in failures for url in each))
+        raise WeightSyncError(prefix + message, urls) from failure

@@ -1,0 +1,1 @@
+"""Evaluates a model: between training steps, and on benchmarks."""

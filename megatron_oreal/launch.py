@@ -1,0 +1,137 @@
+"""Starts the processes of a run, adopts those that Slurm started, and ends them with the right exit code."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from megatron_oreal.config import ModelRunConfig, num_processes
+
+PR_SET_PDEATHSIG = 1
+RESUME = "the same command continues from the last checkpoint"
+INTERRUPTED = "Interrupted by {}: " + RESUME
+
+
+def adopt_slurm_task() -> None:
+    """srun numbers its tasks under names of its own; torch's are needed."""
+    count = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in os.environ or count == "1":
+        return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError("srun: export MASTER_ADDR (the first node) and MASTER_PORT (a free port) before it")
+    per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]  # "8(x16)"
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": count}
+    os.environ |= {"LOCAL_RANK": os.environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": per_node}
+
+
+def launch(config: ModelRunConfig) -> None:
+    """Starts this command again in every process of the layout, with torch's elastic launcher."""
+    count = num_processes(config.parallel)
+    set_threads(count)
+    import torch
+
+    if 0 < torch.cuda.device_count() < count:
+        raise ValueError(
+            f"parallel: {count} processes on {torch.cuda.device_count()} GPUs; lower parallel.data, or start with "
+            "torchrun or srun on more nodes"
+        )
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The failing process says what is wrong; the launcher's own report would bury it.
+    logging.disable(logging.CRITICAL)
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"megatron-oreal-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="megatron-oreal-") as folder:  # the launcher's own bookkeeping
+            settings.logs_specs = DefaultLogsSpecs(log_dir=folder)
+            elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
+    except ChildFailedError as error:
+        exit_codes = [failure.exitcode for failure in error.failures.values()]
+        if all(code < 0 for code in exit_codes):  # nobody was left to say why
+            fail(f"a process of the run was ended by {signal.Signals(-exit_codes[0]).name}; {RESUME}", 1)
+        sys.exit(2 if 2 in exit_codes else 1)
+    except SignalException as error:
+        interrupted(error.sigval)
+
+
+def set_threads(num_local_processes: int) -> None:
+    """Before torch is imported: as many threads a process as there are cores for it, unless the user has said."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_local_processes)))
+
+
+def end_with_launcher() -> None:
+    """Ends this process with its launcher: on Linux however that one dies, and silently when it passes on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Our own ValueErrors name a field and a fix. One that a library raised is a defect and keeps its traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith(
+        ("megatron_oreal", "__main__")
+    )
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    return "RANK" in os.environ and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
+def fail(message: str, exit_code: int) -> NoReturn:
+    """One line from one process: the others wait, and the launcher ends them when the first one stops."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    if is_distributed():
+        sys.stdout.flush()
+        os._exit(exit_code)  # tearing NCCL down would wait for ranks that wait for this one
+    sys.exit(exit_code)
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks, without importing torch for the question."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def on_interrupt(_signal_number: int, _frame: FrameType | None) -> None:
+    """Python drops a KeyboardInterrupt that falls into a destructor: the process ends ten seconds later anyhow."""
+
+    def end() -> None:
+        click.echo(INTERRUPTED.format(signal.SIGINT.name), err=True)
+        os._exit(128 + signal.SIGINT)
+
+    timer = threading.Timer(10.0, end)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
+def interrupted(signal_number: signal.Signals) -> NoReturn:
+    """Exits as shells expect of a command that a signal ended."""
+    click.echo(INTERRUPTED.format(signal_number.name), err=True)
+    sys.exit(128 + signal_number)

@@ -1,0 +1,1 @@
+"""Parallel layout and collectives; imports torch alone."""

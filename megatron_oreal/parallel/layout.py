@@ -1,0 +1,41 @@
+"""The parallel layout of a run, as one rank sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """Ranks, sizes and process groups; pass it instead of asking Megatron's global state."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_size: int  # model chunks on this rank
+    data_rank: int
+    data_size: int
+    sequence_parallel: bool
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """The global rank of this pipeline's last stage."""
+        return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)

@@ -1,0 +1,120 @@
+"""Encodes groups as one flat buffer of 32-bit integers, and decodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_oreal.data.prompts import EncodedPrompt
+from megatron_oreal.types import FinishReason, Group, Sample, Verdict, VerdictStatus
+
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+STATUSES: tuple[VerdictStatus, ...] = get_args(VerdictStatus)
+NO_VERDICT = -1
+
+
+@dataclass(slots=True)
+class PlacedGroup:
+    prompt_number: int  # in the list of prompts that all ranks have
+    group: Group
+    is_chosen: bool = True  # to train on
+
+
+def pack(groups: Sequence[PlacedGroup]) -> Tensor:
+    """int32: number of groups; per group 3, per sample 6 integers; then the samples' tokens. Floats as their bits."""
+    samples = [sample for placed in groups for sample in placed.group.samples]
+    heads = [[placed.prompt_number, len(placed.group.samples), placed.is_chosen] for placed in groups]
+    parts = [
+        np.array([len(groups)], dtype=np.int32),
+        np.array(heads, dtype=np.int32).ravel(),
+        np.array([sample_head(sample) for sample in samples], dtype=np.int32).ravel(),
+        integers(sample.response_ids for sample in samples),
+        integers(sample.policy_versions for sample in samples),
+        floats(sample.rollout_logprobs for sample in samples),
+        floats(sample.model_logprobs for sample in samples),
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def sample_head(sample: Sample) -> list[int]:
+    return [
+        len(sample.response_ids),
+        bool(sample.policy_versions) | bool(sample.rollout_logprobs) << 1 | bool(sample.model_logprobs) << 2,
+        FINISH_REASONS.index(sample.finish_reason),
+        NO_VERDICT if sample.verdict is None else STATUSES.index(sample.verdict.status),
+        sample.policy_version,
+        0 if sample.verdict is None else int(np.float32(sample.verdict.reward).view(np.int32)),
+    ]
+
+
+def integers(rows: Iterable[Sequence[int]]) -> np.ndarray:
+    return np.fromiter((value for row in rows for value in row), dtype=np.int32)
+
+
+def floats(rows: Iterable[Sequence[float]]) -> np.ndarray:
+    return np.fromiter((value for row in rows for value in row), dtype=np.float32).view(np.int32)
+
+
+class Reader:
+    """Takes `pack`'s parts off its front."""
+
+    def __init__(self, packed: Tensor) -> None:
+        self.rest = packed.cpu().numpy()
+
+    def table(self, num_rows: int, num_columns: int) -> list[list[int]]:
+        return self._take(num_rows * num_columns).reshape(num_rows, num_columns).tolist()
+
+    def integers(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        return iter([row.tolist() for row in self._rows(lengths)])
+
+    def floats(self, lengths: Sequence[int]) -> Iterator[list[float]]:
+        return iter([row.view(np.float32).tolist() for row in self._rows(lengths)])
+
+    def _rows(self, lengths: Sequence[int]) -> list[np.ndarray]:
+        return np.split(self._take(sum(lengths)), np.cumsum(lengths))[:-1]
+
+    def _take(self, count: int) -> np.ndarray:
+        taken, self.rest = self.rest[:count], self.rest[count:]
+        return taken
+
+
+def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[PlacedGroup]:
+    reader = Reader(packed)
+    ((num_groups,),) = reader.table(1, 1)
+    group_heads = reader.table(num_groups, 3)
+    heads = reader.table(sum(size for _, size, _ in group_heads), 6)
+    lengths = [head[0] for head in heads]
+    ids = reader.integers(lengths)
+    versions = reader.integers([head[0] * (head[1] & 1) for head in heads])
+    rollout_logprobs = reader.floats([head[0] * (head[1] >> 1 & 1) for head in heads])
+    model_logprobs = reader.floats([head[0] * (head[1] >> 2) for head in heads])
+    rows = iter(heads)
+    groups = []
+    for number, size, is_chosen in group_heads:
+        prompt = prompts[number]
+        samples = []
+        for _ in range(size):
+            _, _, finish_reason, status, version, reward = next(rows)
+            verdict = None
+            if status != NO_VERDICT:
+                verdict = Verdict(float(np.int32(reward).view(np.float32)), STATUSES[status], None)
+            sample = Sample(
+                prompt_id=prompt.prompt.id,
+                prompt_ids=prompt.token_ids,
+                response_ids=next(ids),
+                response_text="",
+                rollout_logprobs=next(rollout_logprobs),
+                model_logprobs=next(model_logprobs),
+                finish_reason=FINISH_REASONS[finish_reason],
+                policy_version=version,
+                verdict=verdict,
+                policy_versions=next(versions),
+            )
+            samples.append(sample)
+        groups.append(PlacedGroup(number, Group(prompt.prompt, samples), bool(is_chosen)))
+    return groups

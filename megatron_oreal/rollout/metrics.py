@@ -1,0 +1,139 @@
+"""What Open-Reasoner-Zero (arXiv:2503.24290) logs of its samples: repetition, reflection words, lengths, pass@n.
+
+Its repeat score is the share of a text's substrings that occurred before, which takes a suffix array for each text.
+Here it is the share of token n-grams of one length: 0 without repetition, near 1 for an endless loop.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from megatron_oreal.statistics import pass_at_k
+from megatron_oreal.types import Group, Sample
+
+REFLECTION_WORDS = ("wait", "recheck", "retry", "alternatively", "however")
+# The look-behind comes last: a pattern that begins with plain letters is searched for several times faster.
+REFLECTION = tuple(re.compile(rf"{word}(?<!\w{word})\b") for word in REFLECTION_WORDS)
+NGRAM_TOKENS = 16
+MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no token's bits are lost
+
+
+def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Metrics of all samples; those about correct or incorrect answers are left out where there are none.
+
+    Only the rank that knows the texts (`Sample.response_text`) counts reflection words.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    repetitions = [repetition(sample.response_ids) for sample in samples]
+    reflections = [num_reflection_words(sample.response_text) for sample in samples]
+    reflective = [sample for sample, count in zip(samples, reflections, strict=True) if count]
+    correct = [sample for sample in samples if sample.is_correct]
+    incorrect = [sample for sample in samples if sample.is_judged and not sample.is_correct]
+    metrics: dict[str, float] = {
+        "rollout/num_not_stopped": sum(sample.finish_reason != "stop" for sample in samples),
+        "rollout/repetition_mean": mean(repetitions),
+        "rollout/repetition_max": max(repetitions),
+        "rollout/reflection_words_mean": mean(reflections),
+        "rollout/reflection_share": len(reflective) / len(samples),
+    }
+    lengths = {
+        "correct": correct,
+        "incorrect": incorrect,
+        "reflection_correct": [sample for sample in reflective if sample.is_correct],
+    }
+    for name, chosen in lengths.items():
+        if chosen:
+            metrics[f"rollout/length_{name}_mean"] = mean_length(chosen)
+    return metrics | pass_at_metrics(groups)
+
+
+def repetition(token_ids: Sequence[int], ngram_tokens: int = NGRAM_TOKENS) -> float:
+    """The share of n-grams that occurred before in the same response, in [0, 1); 0 for a shorter one."""
+    tokens = np.asarray(token_ids, dtype=np.uint64)
+    count = tokens.size - ngram_tokens + 1
+    if count < 1:
+        return 0.0
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(ngram_tokens):  # a polynomial in the tokens, modulo 2^64
+        hashes = hashes * np.uint64(MULTIPLIER) + tokens[offset : offset + count] + np.uint64(1)
+    return 1.0 - np.unique(hashes).size / count
+
+
+def num_reflection_words(text: str) -> int:
+    """How often a response turns back on itself: whole words, in any case."""
+    lowered = text.lower()
+    return sum(len(pattern.findall(lowered)) for pattern in REFLECTION)
+
+
+def pass_at_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """`reward/pass_at_<n>` for n = 2, 4, ... below the group size: unbiased means over groups with n judged samples."""
+    judged = [group.judged_samples for group in groups]
+    counts = [(sum(sample.is_correct for sample in samples), len(samples)) for samples in judged]
+    largest = max((len(group.samples) for group in groups), default=0)
+    metrics = {}
+    n = 2
+    while n < largest:
+        values = [pass_at_k(num_correct, size, n) for num_correct, size in counts if size >= n]
+        if values:
+            metrics[f"reward/pass_at_{n}"] = mean(values)
+        n *= 2
+    return metrics
+
+
+def mean_length(samples: Sequence[Sample]) -> float:
+    return mean([len(sample.response_ids) for sample in samples])
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, lengths and verdicts of all samples, before any selection."""
+    samples = [sample for group in groups for sample in group.samples]
+    judged = [sample for sample in samples if sample.is_judged]
+    lengths = [len(sample.response_ids) for sample in samples]
+    known = [sample.rollout_logprobs for sample in samples if sample.rollout_logprobs]
+    statuses = [sample.verdict.status for sample in samples if sample.verdict is not None]
+    pass_rates = [group.pass_rate for group in groups if group.judged_samples]
+    metrics = {
+        "reward/mean": sum(sample.is_correct for sample in judged) / max(1, len(judged)),
+        "reward/groups_mixed": sum(0 < rate < 1 for rate in pass_rates),
+        "reward/groups_all_correct": sum(rate == 1 for rate in pass_rates),
+        "reward/groups_all_incorrect": sum(rate == 0 for rate in pass_rates),
+        "reward/groups_unjudged": len(groups) - len(pass_rates),
+        "reward/pass_at_group_size": sum(rate > 0 for rate in pass_rates) / max(1, len(pass_rates)),
+        "rollout/num_samples": len(samples),
+        "rollout/num_tokens": sum(lengths),
+        "rollout/length_mean": sum(lengths) / len(lengths),
+        "rollout/length_median": nearest_rank(lengths, 0.5),
+        "rollout/length_nine_tenths": nearest_rank(lengths, 0.9),
+        "rollout/length_max": max(lengths),
+        "rollout/length_limit_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        "verifier/no_answer": statuses.count("no_answer"),
+        "verifier/rejected": statuses.count("rejected"),
+        "verifier/timeout": statuses.count("timeout"),
+        "verifier/crash": statuses.count("crash"),
+    }
+    if known:  # the engine can tell
+        metrics["rollout/logprob_mean"] = sum(map(sum, known)) / max(1, sum(map(len, known)))
+    return metrics
+
+
+def nearest_rank(values: Sequence[Number], share: float) -> Number:
+    """The smallest value that at least this share of the values does not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """How many steps the samples that `step` trains on are old, each by its oldest token."""
+    ages = [step - sample.policy_version for group in groups for sample in group.samples]
+    return {"rollout/staleness_mean": sum(ages) / max(1, len(ages)), "rollout/staleness_max": max(ages, default=0)}

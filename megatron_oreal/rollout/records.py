@@ -1,0 +1,35 @@
+"""Writes each step's samples to a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.types import Group, Sample
+
+
+def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
+    """One JSON object a sample; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        path, "".join(json.dumps(sample_row(group, sample)) + "\n" for group in groups for sample in group.samples)
+    )
+
+
+def sample_row(group: Group, sample: Sample) -> dict[str, object]:
+    verdict = sample.verdict
+    return {
+        "prompt_id": sample.prompt_id,
+        "prompt": group.prompt.messages[-1].content,
+        "answer": group.prompt.answer,
+        "response": sample.response_text,
+        "status": verdict.status if verdict else None,
+        "extracted": verdict.extracted if verdict else None,
+        "reward": verdict.reward if verdict else None,
+        "num_tokens": len(sample.response_ids),
+        "logprob": round(sum(sample.rollout_logprobs), 6) if sample.rollout_logprobs else None,
+        "finish_reason": sample.finish_reason,
+        "policy_version": sample.policy_version,
+    }

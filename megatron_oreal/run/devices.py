@@ -1,0 +1,65 @@
+"""Shares the GPUs between the trainer and colocated servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_oreal.engines.engine import RolloutEngine
+from megatron_oreal.engines.sglang.engine import SglangEngine
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.run.engines import AnyConfig
+
+
+@dataclass(slots=True)
+class DeviceSharing:
+    """Trainer and colocated servers on the same devices: the models are on the host while the servers generate.
+
+    Servers on a CPU keep their memory; the models go to the host all the same.
+    """
+
+    engine: SglangEngine | None  # None: everybody has devices of its own
+    models: Sequence[TrainableModel]
+    frees_servers: bool  # CUDA
+
+    @contextmanager
+    def training(self, pushes: bool) -> Iterator[None]:
+        """The block has the devices. One that `pushes` new weights may have the memory of the servers' old ones too.
+
+        Collective.
+        """
+        if self.engine is None:
+            yield
+            return
+        if self.frees_servers:
+            self.engine.release_memory(["kv_cache", "weights"] if pushes else ["kv_cache"])
+        exchanged(None)  # until the first rank has freed the devices of all
+        for model in self.models:
+            model.restore()
+        yield
+        self.generate()
+
+    def receive(self) -> None:
+        """Before a push."""
+        if self.engine is not None and self.frees_servers:
+            self.engine.resume_memory(["weights"])
+
+    def generate(self) -> None:
+        """Collective. The servers have the devices from now on."""
+        if self.engine is None:
+            return
+        for model in self.models:
+            model.offload()
+        exchanged(None)  # until all ranks' devices are free
+        if self.frees_servers:
+            self.engine.resume_memory(["kv_cache"])
+
+
+def device_sharing(
+    config: AnyConfig, layout: ParallelLayout, engine: RolloutEngine, models: Sequence[TrainableModel]
+) -> DeviceSharing:
+    shares = engine if isinstance(engine, SglangEngine) and config.rollout.sglang.placement == "colocated" else None
+    return DeviceSharing(shares, models, layout.device.type == "cuda")

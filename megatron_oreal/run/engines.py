@@ -1,0 +1,113 @@
+"""Which engine generates in a run, how the policy's weights get there, and who has the devices when they are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch.distributed as dist
+
+from megatron_oreal.config import EvalRunConfig, SftConfig, SglangConfig, TrainConfig
+from megatron_oreal.engines.engine import RolloutEngine
+from megatron_oreal.engines.local.engine import LocalEngine
+from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.engine import SglangEngine
+from megatron_oreal.engines.sglang.servers.colocated import open_colocated_servers, trainer_ranks
+from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.servers.process import DeviceType, ServerSettings
+from megatron_oreal.engines.sglang.weights.disk import DiskTransport
+from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
+from megatron_oreal.engines.sglang.weights.shared_memory import RanksOf, TensorTransport
+from megatron_oreal.engines.sglang.weights.transport import WeightTransport
+from megatron_oreal.models.build import DTYPES
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.parallel.nodes import this_node
+from megatron_oreal.weights.torch_dist_reader import is_torch_dist
+
+AnyConfig = TrainConfig | SftConfig | EvalRunConfig
+Notify = Callable[[str], None]
+
+
+@contextmanager
+def open_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify) -> Iterator[RolloutEngine]:
+    """The engine of `rollout.engine`, closed at the end together with the servers that it started.
+
+    Raises ValueError for servers that cannot be, ServerError for those that do not start.
+    """
+    with ExitStack() as stack:
+        engine: RolloutEngine
+        if config.rollout.engine == "local":
+            group = dist.group.WORLD if layout.world_size > 1 else None
+            dtype = DTYPES[config.model.dtype]
+            engine = LocalEngine(config.model.path, layout.device, dtype, config.rollout.batch_size, group)
+        else:
+            engine = sglang_engine(config, layout, notify, stack)
+        stack.callback(engine.close)
+        yield engine
+
+
+def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, stack: ExitStack) -> SglangEngine:
+    """The first rank speaks to the servers; the others take part in sending weights.
+
+    It starts the servers too, but colocated ones: those are started on each node.
+    """
+    servers = server_settings(config)
+    fleet = None
+    model, run_dir = config.model, config.run_dir
+    context_length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    device_type: DeviceType = "cuda" if layout.device.type == "cuda" else "cpu"
+    if servers.placement == "colocated":
+        settings = ServerSettings(servers, model.path, model.dtype, run_dir, device_type, context_length)
+        fleet = stack.enter_context(open_colocated_servers(settings, notify))
+    elif layout.is_main:
+        opened = open_servers(servers, model.path, model.dtype, run_dir, device_type, context_length, notify)
+        fleet = stack.enter_context(opened)
+    thread = EventLoopThread("sglang")
+
+    def ranks_of(client: SglangClient) -> Sequence[int]:
+        index = next(server.index for server in engine.pool.servers if server.client is client)
+        return trainer_ranks(servers, index, this_node())
+
+    transport = weight_transport(config, layout, thread, ranks_of)
+    endpoints = fleet.endpoints if fleet is not None else []
+    router = fleet.router.endpoint if fleet is not None and fleet.router is not None else None
+    engine = SglangEngine(servers, config.model.path, endpoints, transport, thread, fleet, notify, router)
+    if isinstance(config, EvalRunConfig):
+        engine.check_unchanged()
+    return engine
+
+
+def server_settings(config: AnyConfig) -> SglangConfig:
+    """Servers look for the tokenizer beside the model, unless they are told where it is.
+
+    Raises ValueError for a model that they cannot read.
+    """
+    if is_torch_dist(config.model.path):
+        raise ValueError(
+            f"model.path: SGLang reads Hugging Face directories, {config.model.path} is a torch_dist checkpoint: "
+            "convert it with tools/convert.py mcore2hf"
+        )
+    servers = config.rollout.sglang
+    if config.model.tokenizer is None:
+        return servers
+    flags = {"tokenizer-path": str(config.model.tokenizer.resolve())} | servers.flags
+    return servers.model_copy(update={"flags": flags})
+
+
+def weight_transport(
+    config: AnyConfig, layout: ParallelLayout, thread: EventLoopThread, ranks_of: RanksOf
+) -> WeightTransport:
+    servers = config.rollout.sglang
+    seconds, checks = servers.weight_timeout_seconds, servers.check_weights
+    if servers.weight_transport == "disk":
+        folder = config.run_dir / "weights"
+        return DiskTransport(thread, seconds, folder, config.model.path, layout.is_main, checks)
+    if servers.weight_transport == "distributed":
+        if servers.placement == "colocated" and layout.device.type == "cuda":
+            raise ValueError(
+                "rollout.sglang.weight_transport=distributed: NCCL has no two members on one GPU; with "
+                "placement=colocated set tensor, or disk"
+            )
+        return DistributedTransport(thread, seconds, servers.bucket_bytes, layout.device, checks)
+
+    return TensorTransport(thread, seconds, servers.bucket_bytes, ranks_of, checks)

@@ -1,0 +1,194 @@
+"""Builds and closes everything that the loops in train.py use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+
+import torch
+
+from megatron_oreal.algorithms.sft import Sft
+from megatron_oreal.checkpoint.train_state import TrainState
+from megatron_oreal.config import (
+    EvalRunConfig,
+    ModelRunConfig,
+    RunConfig,
+    SftConfig,
+    TrainConfig,
+    to_yaml,
+)
+from megatron_oreal.data.examples import encode_examples, read_examples
+from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
+from megatron_oreal.engines.engine import RolloutEngine
+from megatron_oreal.engines.weight_sync import WeightSync
+from megatron_oreal.models import parallel
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
+from megatron_oreal.observability.progress import Announcer, ProgressBar
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.run.algorithms import GroupAlgorithm, build_algorithm, build_sft
+from megatron_oreal.run.devices import device_sharing
+from megatron_oreal.run.engines import open_engine
+from megatron_oreal.run.inputs import (
+    CHANGEABLE_IN_EVAL,
+    Inputs,
+    check_initial_weights,
+    check_run_dir,
+    check_vocabulary,
+    note_skipped,
+    read_inputs,
+)
+from megatron_oreal.run.rollouts import build_sampler, open_verifier
+from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
+from megatron_oreal.types import TrainingSequence
+
+
+@contextlib.contextmanager
+def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, GroupAlgorithm]]:
+    """Everything of a reinforcement learning run, resumed where its folder says. Raises ValueError for bad input."""
+    inputs = read_inputs(config)
+    architecture = inputs.architecture
+    prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
+    encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
+    check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
+    note_skipped(inputs.notes, num_skipped, "prompts longer than data.max_prompt_tokens")
+    cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
+    check_initial_weights(config, architecture)
+    check_run_dir(config)
+    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
+        algorithm, models = build_algorithm(config, layout)
+        with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
+            yield run
+
+
+@contextlib.contextmanager
+def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft]]:
+    """Everything of a supervised run. Raises ValueError for bad input."""
+    inputs = read_inputs(config)
+    architecture = inputs.architecture
+    sequences, num_skipped = encode_examples(read_examples(config.data.examples), inputs.tokenizer, config.data)
+    check_vocabulary((sequence.prompt_ids + sequence.response_ids for sequence in sequences), architecture)
+    note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
+    cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
+    check_run_dir(config)
+    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
+        algorithm, models = build_sft(config, layout)
+        with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
+            yield run
+
+
+@contextlib.contextmanager
+def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
+    """Everything of an evaluation: no trainer, the engine's own copy of the model answers. Raises ValueError."""
+    inputs = read_inputs(config)
+    check_run_dir(config, CHANGEABLE_IN_EVAL)
+    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce), ExitStack() as stack:
+        verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
+        progress = ProgressBar.silent()
+        if layout.is_main:
+            write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+            answers = sum(map(len, inputs.eval_prompts.values())) * (config.eval.greedy + config.eval.num_samples)
+            log_file = config.run_dir / "log.txt"
+            progress = announce.progress = ProgressBar(answers, 0, config.run_dir.name, log_file, unit="answer")
+        for note in inputs.notes:
+            progress.note(note)
+        yield EvalRun(
+            config=config,
+            layout=layout,
+            sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
+            sampling=inputs.sampling,
+            datasets=inputs.eval_prompts,
+            notes=inputs.notes,
+            progress=stack.enter_context(progress),
+        )
+
+
+@contextlib.contextmanager
+def opened_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
+    layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
+    try:
+        yield layout
+    except BaseException:
+        if layout.world_size == 1:  # finalizing would wait for ranks that are inside a collective
+            parallel.finalize()
+        raise
+    parallel.finalize()
+
+
+@contextlib.contextmanager
+def opened_engine(
+    config: TrainConfig | SftConfig | EvalRunConfig, layout: ParallelLayout
+) -> Iterator[tuple[RolloutEngine, Announcer]]:
+    announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+    with open_engine(config, layout, announce) as engine:
+        yield engine, announce
+
+
+@contextlib.contextmanager
+def assembled(
+    config: Config,
+    layout: ParallelLayout,
+    engine: RolloutEngine,
+    announce: Announcer,
+    inputs: Inputs,
+    models: Mapping[str, TrainableModel],
+    algorithm: Algorithm,
+    cursor: PromptCursor[Item],
+) -> Iterator[Run[Config, Item, Algorithm]]:
+    """What every kind of run has around its models; restores the newest checkpoint."""
+    with ExitStack() as stack:
+        verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
+        trained = {name: model for name, model in models.items() if model.training is not None}
+        train_state = TrainState(config.run_dir / "checkpoints", trained, layout, config.checkpoint)
+        restored = train_state.load_latest()
+        start_step = num_skipped_steps = 0
+        if restored is not None:
+            start_step, num_skipped_steps = restored.step, restored.num_skipped_steps
+            cursor.restore(restored.cursor)
+        if layout.is_main:
+            write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+        log = stack.enter_context(MetricsLog(config.run_dir, start_step)) if layout.is_main else None
+        keeps_responses = layout.is_main and not engine.is_collective and config.rollout.ledger
+        ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
+        progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
+        run = Run(
+            config=config,
+            layout=layout,
+            cursor=cursor,
+            models=models,
+            algorithm=algorithm,
+            engine=engine,
+            sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
+            sampling=inputs.sampling,
+            weight_sync=WeightSync(models["policy"].weight_stream(), engine, has_fingerprint=keeps_responses),
+            devices=device_sharing(config, layout, engine, list(models.values())),
+            ledger=ledger,
+            eval_prompts=inputs.eval_prompts,
+            train_state=train_state,
+            timer=PhaseTimer(synchronizer(layout)),
+            log=log,
+            progress=progress,
+            start_step=start_step,
+            num_skipped_steps=num_skipped_steps,
+        )
+        if restored is not None:
+            run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
+        for note in inputs.notes:
+            run.progress.note(note)
+        run.push_weights(start_step)
+        run.devices.generate()
+        yield run
+
+
+def synchronizer(layout: ParallelLayout) -> Callable[[], None] | None:
+    return torch.cuda.synchronize if layout.device.type == "cuda" else None
+
+
+def open_progress(config: RunConfig, layout: ParallelLayout, start_step: int) -> ProgressBar:
+    if not layout.is_main:
+        return ProgressBar.silent()
+    description = config.run_dir.name
+    return ProgressBar(config.num_steps, start_step, description, log_file=config.run_dir / "log.txt")

@@ -1,0 +1,120 @@
+"""A run: everything that the loops in train.py use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from safetensors import SafetensorError
+
+from megatron_oreal.algorithms.sft import Sft
+from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
+from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
+from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
+from megatron_oreal.engines.engine import RolloutEngine, SamplingParams
+from megatron_oreal.engines.weight_sync import WeightSync
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
+from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.rollout.sampler import Sampler
+from megatron_oreal.run.algorithms import GroupAlgorithm
+from megatron_oreal.run.devices import DeviceSharing
+from megatron_oreal.types import TrainingSequence
+from megatron_oreal.weights.hf_directory import save_hf
+
+Config = TypeVar("Config", TrainConfig, SftConfig)
+Item = TypeVar("Item", EncodedPrompt, TrainingSequence)
+Algorithm = TypeVar("Algorithm", GroupAlgorithm, Sft)
+
+
+@dataclass(slots=True)
+class Run(Generic[Config, Item, Algorithm]):
+    config: Config
+    layout: ParallelLayout
+    cursor: PromptCursor[Item]
+    models: Mapping[str, TrainableModel]
+    algorithm: Algorithm
+    engine: RolloutEngine
+    sampler: Sampler
+    sampling: SamplingParams
+    weight_sync: WeightSync
+    devices: DeviceSharing
+    ledger: Ledger  # without a folder where no engine needs one
+    eval_prompts: Mapping[str, list[EncodedPrompt]]
+    train_state: TrainState
+    timer: PhaseTimer
+    log: MetricsLog | None  # on the first rank
+    progress: ProgressBar
+    start_step: int = 0
+    num_skipped_steps: int = 0
+    metrics: Metrics = field(default_factory=dict)  # of the step under way
+
+    def record(self, metrics: Metrics) -> None:
+        self.metrics |= metrics
+
+    def count_skipped(self, step: int) -> None:
+        """A step whose groups gave the algorithm nothing to learn from."""
+        if self.metrics["train/skipped"]:
+            self.num_skipped_steps += 1
+            self.progress.note(f"step {step} skipped: its groups hold nothing that the algorithm learns from")
+        self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
+
+    def push_weights(self, version: int) -> None:
+        """The policy to the engine, which answers with it from then on. Collective."""
+        self.devices.receive()
+        self.record(self.weight_sync.push(version).metrics())
+        if self.weight_sync.fingerprint:
+            self.ledger.set_weights(version, self.weight_sync.fingerprint)
+
+    def save(self, step: int) -> None:
+        evaluation = {name: value for name, value in self.metrics.items() if name.startswith("eval/")}
+        with self.devices.training(pushes=False):
+            self.train_state.save(Progress(step, self.cursor.state(), self.num_skipped_steps, evaluation))
+        self.ledger.remove_before(step)
+
+    def finish_step(self, step: int) -> None:
+        """Writes the step's record."""
+        self.metrics |= self.timer.flush()
+        self.metrics |= self.engine.flush_metrics()
+        self.metrics |= rates(self.metrics)
+        for model in self.models.values():
+            self.metrics |= model.flush_seconds()
+        if self.log is not None:
+            self.log.log(step, self.metrics)
+        self.metrics = {}
+
+    def export(self) -> None:
+        """The policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
+        if not self.config.checkpoint.export_hf:
+            return
+        model, out = self.config.model, self.config.run_dir / "hf"
+        try:
+            with self.devices.training(pushes=False):
+                save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise CheckpointError(f"{out} could not be written ({error}); the checkpoints stay") from None
+
+
+def rates(metrics: Metrics) -> Metrics:
+    """Tokens a second of the phases that have both."""
+    counted = {"rollout": "rollout/num_tokens", "update": "train/num_tokens"}
+    found = {}
+    for phase, name in counted.items():
+        seconds = metrics.get(f"time/{phase}_seconds", 0.0)
+        if name in metrics and seconds > 0:
+            found[f"time/{phase}_tokens_per_second"] = metrics[name] / seconds
+    return found
+
+
+@dataclass(slots=True)
+class EvalRun:
+    config: EvalRunConfig
+    layout: ParallelLayout
+    sampler: Sampler
+    sampling: SamplingParams
+    datasets: Mapping[str, list[EncodedPrompt]]
+    notes: list[str]  # what was left out
+    progress: ProgressBar

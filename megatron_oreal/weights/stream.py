@@ -1,0 +1,160 @@
+"""Streams a sharded model's weights, tensor by tensor, under their Hugging Face names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows
+from megatron_oreal.weights.mapping import Direct, Place, Row, find_row
+
+BUCKET_BYTES = 512 * 2**20  # of whole parameters, gathered in one collective
+CPU_BUCKET_BYTES = 32 * 2**20  # faster than larger ones, which the caches do not hold
+# Its name before torch 2.13 and after it.
+ALL_GATHER = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedParameter:
+    name: str  # Megatron's name, experts numbered from 0 on their rank
+    shape: tuple[int, ...]  # of the shard
+    dtype: torch.dtype
+    row: Row
+    place: Place
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class WeightStream:
+    """A live model's weights as (Hugging Face name, whole tensor), on every rank, in one fixed order.
+
+    The plan is made once. Every rank of the groups must iterate together: a bucket is one broadcast over the pipeline
+    from its owner and one all-gather over tensor parallelism; one of experts is also gathered over `expert_group`.
+    Over gloo an all-gather is a broadcast of each rank.
+
+    bucket_bytes: of whole parameters that are gathered together; a larger parameter is alone. Memory: two buckets and
+    two tensors (the one that is being made, and the one that the consumer still has).
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, Tensor]],
+        architecture: Architecture,
+        head: Head,
+        layout: ParallelLayout,
+        bucket_bytes: int = BUCKET_BYTES,
+        expert_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.layout, self.vocab_size = layout, architecture.vocab_size
+        self.expert_group = expert_group
+        self.expert_size = 1 if expert_group is None else dist.get_world_size(expert_group)
+        self.experts_on_rank = architecture.num_experts // self.expert_size
+        self.parameters = dict(parameters)
+        self.device = parameters[0][1].device
+        self.bucket_bytes = bucket_bytes if self.device.type == "cuda" else min(bucket_bytes, CPU_BUCKET_BYTES)
+        rows = parameter_rows(architecture, head)
+        local = []
+        for name, parameter in parameters:
+            row, place = find_row(rows, canonical_name(name))
+            if row.exported:
+                local.append(PlannedParameter(name, tuple(parameter.shape), parameter.dtype, row, place))
+        if self.expert_size > 1:  # else the two kinds would alternate, and with them the buckets
+            local.sort(key=lambda item: item.place.expert is not None)
+        self.plan: list[list[PlannedParameter]] = [[] for _ in range(layout.pipeline_size)]
+        dist.all_gather_object(self.plan, local, group=layout.pipeline_group)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for stage, planned in enumerate(self.plan):
+            for bucket in self._buckets(planned):
+                # No name for what was gathered: it is gone before the next bucket comes.
+                yield from self._hf_tensors(bucket, self._gather(bucket, stage))
+
+    def _num_shards(self, item: PlannedParameter) -> tuple[int, int]:
+        """Over expert and tensor parallelism."""
+        return (self.expert_size if item.place.expert is not None else 1), self.layout.tensor_size
+
+    def _buckets(self, planned: Sequence[PlannedParameter]) -> Iterator[list[PlannedParameter]]:
+        """Runs of parameters of one dtype and one kind, at most `bucket_bytes` together when gathered."""
+        bucket: list[PlannedParameter] = []
+        filled = 0
+        for item in planned:
+            size = item.num_elements * item.dtype.itemsize * math.prod(self._num_shards(item))
+            is_alike = bucket and item.dtype == bucket[0].dtype
+            if bucket and not (
+                is_alike
+                and filled + size <= self.bucket_bytes
+                and self._num_shards(item) == self._num_shards(bucket[0])
+            ):
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(item)
+            filled += size
+        if bucket:
+            yield bucket
+
+    def _gather(self, bucket: list[PlannedParameter], stage: int) -> Tensor:
+        """The flat shards of a bucket, [expert ranks, tensor ranks, elements of a shard]."""
+        layout, (expert_size, tensor_size) = self.layout, self._num_shards(bucket[0])
+        if layout.pipeline_rank == stage:
+            flat = torch.cat([self.parameters[item.name].detach().reshape(-1) for item in bucket])
+        else:
+            num_elements = sum(item.num_elements for item in bucket)
+            flat = torch.empty(num_elements, dtype=bucket[0].dtype, device=self.device)
+        if layout.pipeline_size > 1:
+            source = dist.get_global_rank(layout.pipeline_group, stage)
+            dist.broadcast(flat, source, group=layout.pipeline_group)
+        if tensor_size > 1:
+            flat = all_gather(flat, tensor_size, layout.tensor_group)
+        if expert_size > 1:
+            flat = all_gather(flat, expert_size, self.expert_group)
+        return flat.view(expert_size, tensor_size, -1)
+
+    def _hf_tensors(self, bucket: list[PlannedParameter], gathered: Tensor) -> Iterator[tuple[str, Tensor]]:
+        offset = 0
+        for item in bucket:
+            shards = gathered[:, :, offset : offset + item.num_elements]
+            offset += item.num_elements
+            for expert_rank, of_rank in enumerate(shards):
+                place = item.place
+                if place.expert is not None:
+                    place = replace(place, expert=place.expert + expert_rank * self.experts_on_rank)
+                yield from zip(item.row.hf_names(place), self._whole(item, of_rank), strict=True)
+
+    def _whole(self, item: PlannedParameter, shards: Tensor) -> Iterator[Tensor]:
+        """The Hugging Face tensors of a parameter, from its flat shards [tensor ranks, elements]."""
+        axis = item.row.op.axis
+        if isinstance(item.row.op, Direct) and axis == 0 and shards.is_contiguous():
+            whole = shards.view(-1, *item.shape[1:])  # alone in its bucket: large, and already in order
+            yield whole[: self.vocab_size] if item.row.pads_vocabulary else whole
+            return
+        pieces = [item.row.op.split(shard.view(item.shape)) for shard in (shards if axis is not None else shards[:1])]
+        for number in range(len(item.row.hf)):
+            if len(pieces) > 1:
+                whole = torch.cat([piece[number] for piece in pieces], dim=axis or 0)
+            elif self.layout.tensor_size > 1:
+                whole = pieces[0][number].clone()  # a view would keep the bucket of every rank
+            else:
+                whole = pieces[0][number]
+            yield (whole[: self.vocab_size] if item.row.pads_vocabulary else whole).contiguous()
+
+
+def all_gather(flat: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
+    """[n] of every rank -> [size * n]"""
+    gathered = torch.empty(size * len(flat), dtype=flat.dtype, device=flat.device)
+    if flat.device.type == "cpu":
+        # gloo broadcasts in place, and copies twice what it gathers.
+        for rank, part in enumerate(gathered.chunk(size)):
+            if rank == dist.get_rank(group):
+                part.copy_(flat)
+            dist.broadcast(part, group=group, group_src=rank)
+    else:
+        ALL_GATHER(gathered, flat, group=group)
+    return gathered
