@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from megatron_oreal.engines.sglang.servers.fleet import ServerFleet
 
-SGLANG_PYTHON = Path(__file__).parent.parent / ".venv-sglang" / "bin" / "python"
+from tests.support.paths import SGLANG_PYTHON
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

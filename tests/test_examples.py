@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig, load_config
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.support.paths import EXAMPLES
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: str(file.relative_to(EXAMPLES)))

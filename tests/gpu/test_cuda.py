@@ -11,9 +11,10 @@ import torch
 
 from megatron_oreal.kernels import linear_logprob
 from megatron_oreal.kernels.reference import linear_logprob_reference
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.gpu
-WORKER = Path(__file__).parents[1] / "models" / "layouts_worker.py"
+WORKER = "tests.support.workers.layouts_worker"
 
 
 @pytest.mark.timeout(900)
@@ -22,7 +23,9 @@ def test_layouts_agree_with_transformers_and_each_other(num_processes: int, tmp_
     if torch.cuda.device_count() < num_processes:
         pytest.skip(f"needs {num_processes} GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    run = subprocess.run([*command, WORKER, tmp_path], capture_output=True, text=True, timeout=800, check=False)
+    run = subprocess.run(
+        [*command, "-m", WORKER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
 
 

@@ -19,9 +19,10 @@ import yaml
 
 from megatron_oreal.engines.sglang.endpoints import read_endpoints
 from megatron_oreal.engines.sglang.servers.launcher import descendants
+from tests.support import paths
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
-SGLANG_PYTHON = str(Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python")
+SGLANG_PYTHON = str(paths.SGLANG_PYTHON)
 SECONDS = 600
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Settings = dict[str, Any]

@@ -19,7 +19,7 @@ from megatron_oreal.kernels.fp8.gemms import Fp8Gemms, QuantizedWeights, gathere
 from megatron_oreal.kernels.fp8.largest_logits import largest_columns
 from megatron_oreal.kernels.fp8.scaled import Fp8Options, quantize, scaled_product
 from megatron_oreal.kernels.gemms import PlainGemms, Precision
-from megatron_oreal.kernels.precision import make_fp8_gemms, make_gemms
+from megatron_oreal.kernels.precision import make_fp8_gemms, make_gemms, make_products
 
 CPU = torch.device("cpu")
 TOKENS, VOCABULARY, HIDDEN = 128, 2048, 256
@@ -207,7 +207,7 @@ def found_and_wanted(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Outputs and gradients of linear_logprob, and of the definition: each rank has largest logits of its own."""
     hidden, weight, target = make_rows()
-    gemms = Fp8Values(CPU, torch.float32, with_values=True, options=Fp8Options(num_exact=num_exact))
+    gemms = Fp8Values(make_products(Fp8Options(), CPU), None, num_exact, is_cuda=False)
     valid, temperature = case.get("valid_vocab", len(weight)), case.get("temperature", 1.0)
     target %= valid
     parts = [defined_logits(gemms, hidden, part) for part in weight[:valid].split(len(weight) // num_ranks)]

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 pytest.importorskip("triton")
 
-WORKER = Path(__file__).parent / "triton_rows_worker.py"
+WORKER = "tests.support.workers.triton_rows_worker"
 
 
 def test_interpreted_they_agree_with_float64() -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", WORKER], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-m", WORKER],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-3000:]
     assert run.stdout == "passed\n"

@@ -17,7 +17,7 @@ from megatron_oreal.models import build, fp8_layers, parallel
 from megatron_oreal.models.fp8_layers import check_ends, check_recipe, recipe_settings
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import read_architecture
-from tests.models.tiny import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="module")

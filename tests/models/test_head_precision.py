@@ -23,7 +23,7 @@ from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.run.algorithms import ModelBuilder
 from megatron_oreal.types import TrainingSequence
 from megatron_oreal.weights.families import read_architecture
-from tests.models.tiny import random_sequences, write_tiny_model
+from tests.support.tiny_models import random_sequences, write_tiny_model
 
 SCALINGS: dict[HeadFp8, Scaling] = {"torch_row": "row", "torch_tensor": "tensor"}
 

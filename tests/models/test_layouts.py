@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("layouts_worker.py")
+from tests.support.paths import ROOT
+
+WORKER = "tests.support.workers.layouts_worker"
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_processes", [1, 4])
 def test_layouts_agree_with_transformers_and_each_other(num_processes: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    run = subprocess.run([*command, WORKER, tmp_path], capture_output=True, text=True, timeout=800, check=False)
+    run = subprocess.run(
+        [*command, "-m", WORKER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
+    )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     assert run.stdout.count("passed") == num_processes

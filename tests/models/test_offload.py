@@ -18,7 +18,7 @@ from megatron_oreal.models.offload import DeviceMemory, storages
 from megatron_oreal.models.trainable import TrainableModel, dropped_tensors, kept_tensors
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import read_architecture
-from tests.models.tiny import random_sequences, write_tiny_model
+from tests.support.tiny_models import random_sequences, write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_oreal.rewards.worker_pool import Comparison, WorkerPool, WorkerProcess
+from tests.support.paths import ROOT
 
 EASY = Comparison("2k+2", "2(k+1)")
 WRONG = Comparison("2k+2", "2(k+2)")
@@ -145,8 +146,7 @@ time.sleep(600)
 def test_a_busy_worker_does_not_outlive_its_owner(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
-    repository = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(repository)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
         assert owner.stdout is not None
         pid = int(owner.stdout.readline())

@@ -11,7 +11,7 @@ from megatron_oreal.rollout.metrics import nearest_rank, rollout_metrics, stalen
 from megatron_oreal.rollout.records import write_rollouts
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
-from tests.rollout.memory_engine import PARAMS, MemoryEngine, make_prompts, make_tokenizer
+from tests.support.memory_engine import PARAMS, MemoryEngine, make_prompts, make_tokenizer
 
 
 @pytest.fixture(scope="module")

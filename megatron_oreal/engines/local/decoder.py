@@ -1,7 +1,7 @@
 """A lean decoder for Llama-like models: the fused projections, a growing key-value cache, and nothing else.
 
 Small models are bound by the number of operations a step: transformers' general forward pass in the same loop has about
-0.5 (8 rows) to 0.8 (512 rows) of the speed (tools/bench_local_engine.py: a 64-wide Qwen2, one CPU thread). The
+0.5 (8 rows) to 0.8 (512 rows) of the speed (tools/bench/bench_local_engine.py: a 64-wide Qwen2, one CPU thread). The
 architecture is RMSNorm, rotary positions in halves, grouped-query attention with optional biases on queries, keys and
 values, and SwiGLU. Prompts are padded on the left: all rows share a length.
 """

@@ -1,0 +1,150 @@
+"""Records short runs of one revision and compares them with those of another: a restructuring changes no number.
+
+    python tests/support/behaviour.py record FOLDER            # run in the root of the revision
+    python tests/support/behaviour.py resume OLD_FOLDER FOLDER # continues OLD_FOLDER's runs with this revision
+    python tests/support/behaviour.py compare FOLDER FOLDER    # exit code 1 names each value that differs
+
+Both recordings belong on one machine: other processors give other last digits. A recording holds the supervised
+warm-up of the quickstart (SFT), 20 steps of OREAL with TP 2, 5 steps each of PPO, GRPO and SFT, and, with --sglang,
+5 steps on a real SGLang server.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+QUICKSTART = Path("examples/quickstart")
+RUNS = ("sft", "oreal", "ppo", "grpo", "sft_more", "sglang")
+RESUMED_STEPS = 3  # beyond the recorded ones
+# Where sections of the algorithms stood at the top of the file (revisions before algorithm.reward_model).
+TOP_SECTIONS = ("reward_model", "critic")
+
+
+@click.group()
+def main() -> None:
+    """Shows that two revisions compute the same."""
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--sglang", is_flag=True, help="Record the run on an SGLang server too.")
+@click.option("--old-sections", is_flag=True, help="For revisions with reward_model and critic at the top.")
+def record(folder: Path, sglang: bool, old_sections: bool) -> None:
+    folder.mkdir(parents=True)
+    data = folder / "data"
+    execute(str(QUICKSTART / "prepare.py"), "--out", str(data), "--seed", "0")
+    for name in RUNS if sglang else RUNS[:-1]:
+        settings = configuration(folder, name)
+        execute_run(folder, name, sections_at_top(settings) if old_sections else settings)
+
+
+@main.command()
+@click.argument("old", type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--old-sections", is_flag=True, help="For revisions with reward_model and critic at the top.")
+def resume(old: Path, folder: Path, old_sections: bool) -> None:
+    """The runs of `old`, a few steps longer. Both revisions must be given the same number of steps to compare."""
+    folder.mkdir(parents=True)
+    for name in RUNS[1:]:
+        if not (old / name).is_dir():
+            continue
+        shutil.copytree(old / name, folder / name)
+        settings = configuration(old, name)
+        settings["num_steps"] += RESUMED_STEPS
+        settings["run_dir"] = str(folder / name)
+        execute_run(folder, name, sections_at_top(settings) if old_sections else settings)
+
+
+@main.command()
+@click.argument("old", type=click.Path(path_type=Path, exists=True))
+@click.argument("new", type=click.Path(path_type=Path, exists=True))
+def compare(old: Path, new: Path) -> None:
+    differences = []
+    names = [name for name in RUNS if (old / name).is_dir()]
+    num_values = 0
+    for name in names:
+        before, after = read_records(old / name), read_records(new / name)
+        if len(before) != len(after):
+            differences.append(f"{name}: {len(before)} records, then {len(after)}")
+        for one, other in zip(before, after, strict=False):
+            num_values += len(one)
+            differences += [
+                f"{name}, step {one['step']}: {key} {one.get(key)} -> {other.get(key)}"
+                for key in sorted(one.keys() | other.keys())
+                if one.get(key) != other.get(key)
+            ]
+    for line in differences:
+        click.echo(line)
+    click.echo(f"{num_values} values of {', '.join(names)}; {len(differences)} differ")
+    sys.exit(1 if differences else 0)
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All metrics but those of time and of memory."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if not key.startswith(("time", "memory", "sglang"))}
+        for line in lines
+    ]
+
+
+def configuration(folder: Path, name: str) -> dict[str, Any]:
+    """One run's settings; every one that begins with another model's weights begins with the warmed-up policy's."""
+    is_sft = name.startswith("sft")
+    settings: dict[str, Any] = yaml.safe_load((QUICKSTART / ("sft.yaml" if is_sft else "config.yaml")).read_text())
+    settings |= {"run_dir": str(folder / name), "seed": 0, "checkpoint": {"every": 5, "keep_last": 1}}
+    settings["eval"] = {"prompts": {"heldout": str(folder / "data" / "heldout.jsonl")}, "every": 10, "max_prompts": 64}
+    if is_sft:
+        settings["model"]["path"] = str(folder / "data" / "model")
+        settings["data"]["examples"] = str(folder / "data" / "sft.jsonl")
+        settings["num_steps"] = 600 if name == "sft" else 5
+        settings["checkpoint"]["every"] = settings["num_steps"]
+        settings["policy"]["optimizer"]["decay"] = "constant"
+        return settings
+    settings["model"]["path"] = str(folder / "sft" / "hf")
+    settings["data"]["prompts"] = str(folder / "data" / "train.jsonl")
+    settings["num_steps"] = 20 if name == "oreal" else 5
+    settings["policy"]["optimizer"] |= {"decay": "constant", "warmup_steps": 0}
+    reward_model = settings.pop("reward_model", None)
+    if name == "ppo":
+        critic = {"optimizer": {"lr": 5.0e-4}}
+        settings["algorithm"] = {"name": "ppo", "policy_minibatches": 2, "kl_coef": 0.01, "critic": critic}
+        settings["algorithm"]["critic_minibatches"] = 4
+    elif name == "grpo":
+        settings["algorithm"] = {"name": "outcome", "objective": "grpo", "kl_coef": 0.01}
+        settings["parallel"] = {"data": 2}
+    elif reward_model is not None:
+        settings["algorithm"]["reward_model"] = reward_model
+    if name == "sglang":
+        python = Path(".venv-sglang/bin/python").absolute()
+        settings["rollout"] |= {"engine": "sglang", "sglang": {"python": str(python)}}
+    return settings
+
+
+def sections_at_top(settings: dict[str, Any]) -> dict[str, Any]:
+    algorithm = dict(settings.get("algorithm", {}))
+    moved = {name: algorithm.pop(name) for name in TOP_SECTIONS if name in algorithm}
+    return settings | moved | ({"algorithm": algorithm} if algorithm else {})
+
+
+def execute_run(folder: Path, name: str, settings: dict[str, Any]) -> None:
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    execute("-m", "megatron_oreal.cli", "sft" if name.startswith("sft") else "train", str(file))
+
+
+def execute(*arguments: str) -> None:
+    click.echo(" ".join(arguments))
+    subprocess.run([sys.executable, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
