@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.types import FinishReason
 
 
@@ -54,37 +55,44 @@ class GenerationRequest:
 
 class Watch(Protocol):
     def __call__(self, index: int, generation: Generation) -> bool:
-        """Told of request `index`'s response as soon as it ends; True: the rest may be given up."""
+        """The engine calls this with the response to request `index` as soon as the response ends.
+
+        The watch returns True when the rest may be given up.
+        """
 
 
 class RolloutEngine(Protocol):
+    """Generates responses. The first rank asks it; an engine that needs the other ranks calls them to take part."""
+
     version: int  # of the weights, as the last `update_weights` named it; 0 before
-    is_collective: bool  # every rank calls `generate` alike; else the first rank alone
+    calls: MainThreadCalls  # what `generate` needs of all ranks; servers need nothing, and leave it empty
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
-        """One response a request, in the requests' order; those given up have finish_reason "abort"."""
+        """Returns one response for each request, in the requests' order; those given up have finish_reason "abort".
+
+        The first rank alone calls this, from any thread.
+        """
+
+    def take_part(self) -> None:
+        """Does this rank's part of the oldest call in the first rank's `calls`.
+
+        Collective: the main threads of all ranks call this together, when the first rank's `calls` is not empty.
+        """
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces all weights by (Hugging Face name, whole tensor) pairs; every rank consumes the stream."""
-
-    def pause(self) -> None:
-        """No generation until `resume`."""
-
-    def resume(self) -> None: ...
+        """Replaces all weights by (Hugging Face name, whole tensor) pairs. Collective: every rank reads the stream."""
 
     def flush_metrics(self) -> dict[str, float]:
-        """What happened since the last call, on the rank that knows."""
-
-    def health(self) -> bool:
-        """Whether the engine can generate, now or after `resume`."""
+        """Returns what happened since the last call, on the rank that knows."""
 
     def close(self) -> None:
         """Frees what the engine holds; it cannot be used afterwards."""
 
 
 def check_prompts(requests: Sequence[GenerationRequest], vocab_size: int) -> None:
+    """Raises ValueError for a prompt that is empty or holds a token that the model does not know."""
     for index, request in enumerate(requests):
         if not request.prompt_ids:
             raise ValueError(f"request {index} has an empty prompt; give it at least one token")

@@ -81,6 +81,11 @@ class MetricsLog:
         self.file = path.open("ab")
         self.tensorboard = TensorBoard(run_dir, start_step)
 
+    @staticmethod
+    def silent() -> MetricsLog:
+        """For the ranks that write no records."""
+        return SilentMetricsLog()
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends the record of `step`; steps rise. Values are numbers or one-element tensors."""
         assert step > self.last_step, f"step {step} is logged after step {self.last_step}"
@@ -107,6 +112,20 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class SilentMetricsLog(MetricsLog):
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def metrics_path(run_dir: Path) -> Path:

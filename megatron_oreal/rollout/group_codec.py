@@ -19,16 +19,21 @@ NO_VERDICT = -1
 
 
 @dataclass(slots=True)
-class PlacedGroup:
-    prompt_number: int  # in the list of prompts that all ranks have
+class NumberedGroup:
+    """A group and its prompt's index, by which the other ranks find the prompt.
+
+    Example: NumberedGroup(17, Group(prompts[17].prompt, samples)).
+    """
+
+    prompt_number: int  # index in the list of prompts that all ranks have
     group: Group
-    is_chosen: bool = True  # to train on
+    is_chosen: bool = True  # whether the step trains on it
 
 
-def pack(groups: Sequence[PlacedGroup]) -> Tensor:
+def pack(groups: Sequence[NumberedGroup]) -> Tensor:
     """int32: number of groups; per group 3, per sample 6 integers; then the samples' tokens. Floats as their bits."""
-    samples = [sample for placed in groups for sample in placed.group.samples]
-    heads = [[placed.prompt_number, len(placed.group.samples), placed.is_chosen] for placed in groups]
+    samples = [sample for numbered in groups for sample in numbered.group.samples]
+    heads = [[numbered.prompt_number, len(numbered.group.samples), numbered.is_chosen] for numbered in groups]
     parts = [
         np.array([len(groups)], dtype=np.int32),
         np.array(heads, dtype=np.int32).ravel(),
@@ -61,7 +66,7 @@ def floats(rows: Iterable[Sequence[float]]) -> np.ndarray:
 
 
 class Reader:
-    """Takes `pack`'s parts off its front."""
+    """Takes the parts that `pack` wrote, one after the other."""
 
     def __init__(self, packed: Tensor) -> None:
         self.rest = packed.cpu().numpy()
@@ -83,7 +88,7 @@ class Reader:
         return taken
 
 
-def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[PlacedGroup]:
+def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[NumberedGroup]:
     reader = Reader(packed)
     ((num_groups,),) = reader.table(1, 1)
     group_heads = reader.table(num_groups, 3)
@@ -116,5 +121,5 @@ def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[PlacedGroup
                 policy_versions=next(versions),
             )
             samples.append(sample)
-        groups.append(PlacedGroup(number, Group(prompt.prompt, samples), bool(is_chosen)))
+        groups.append(NumberedGroup(number, Group(prompt.prompt, samples), bool(is_chosen)))
     return groups

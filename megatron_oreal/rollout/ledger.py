@@ -1,11 +1,12 @@
-"""Responses on disk as soon as they end, so that a killed run generates only those that were missing.
+"""Writes responses to disk as soon as they end, so that a killed run generates only those that were missing.
 
     RUN_DIR/ledger/weights.jsonl      the fingerprint of each policy version
     RUN_DIR/ledger/step_000007.bin    the responses of step 7, in the order in which they ended
 
-A record is its length, its checksum, a JSON header and the tokens' numbers. It is found again by its prompt, seed and
-sampling parameters, and used when the run has the weights that made its newest token: bit by bit, as fingerprints say.
-A torn record, and what follows it, is ignored. Responses that a step gave up go to the next step's file.
+A record consists of its length, its checksum, a JSON header and the tokens' numbers. The ledger finds it by its prompt,
+seed and sampling parameters, and uses it when the run has the very weights that made the record's newest token; the
+weights' fingerprints show that. A torn record, and what follows it, is ignored. Responses that a step gave up go to the
+next step's file.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, chec
 @dataclass(slots=True, frozen=True)
 class Header:
     key: str  # see response_key
-    weights: str  # the fingerprint of those of its newest token; empty where it was not known yet
-    is_carried: bool  # given up by the step before
+    weights: str  # fingerprint of the weights that made the newest token; empty where it was not known yet
+    is_carried: bool  # the step before gave it up
     finish_reason: FinishReason  # abort: it can be continued
     num_tokens: int
     has_rollout_logprobs: bool
@@ -49,8 +50,8 @@ class Header:
 class Record:
     header: Header
     numbers: bytes  # token ids as int32, then log-probs as float64
-    number: int  # of its step's records
-    is_ours: bool  # made by this process
+    number: int  # index among its step's records
+    is_ours: bool  # whether this process made it
 
     @property
     def generation(self) -> Generation:
@@ -70,13 +71,13 @@ class Record:
         return min(version for version, _ in self.header.policy_versions)
 
     def rank(self, oldest_version: int) -> tuple[bool, bool, int]:
-        """Of several responses to one request, the largest is used."""
+        """Ranks several responses to one request: the one of the largest rank is used."""
         is_whole = self.header.finish_reason != "abort"
         return self.oldest_version >= oldest_version, is_whole, self.header.num_tokens
 
     @property
     def place(self) -> tuple[bool, int]:
-        """In the order in which a step came to know its responses: those of the step before are there at once."""
+        """Sorts records as a step came to know its responses: those of the step before are there at once."""
         return not self.header.is_carried, self.number
 
     def encode(self) -> bytes:
@@ -86,12 +87,14 @@ class Record:
 
 
 class Ledger:
-    """Safe to call from several threads. Without a folder it keeps nothing but what a step hands to the next."""
+    """Any thread may call any method. Without a folder, a ledger keeps only what a step hands to the next."""
 
     def __init__(self, folder: Path | None, start_step: int = 0) -> None:
         """Reads what an interrupted run left for `start_step` and later steps; what is older is removed."""
         self.folder = folder
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # guards what follows
+        self.syncing = threading.Lock()  # held while the disk writes
+        self.unsynced: set[int] = set()  # steps with records that the disk may not hold yet
         self.files: dict[int, IO[bytes]] = {}
         self.records: dict[int, dict[str, list[Record]]] = {}  # step -> key -> in the order written
         self.weights: dict[int, str] = {}  # policy version -> fingerprint
@@ -108,7 +111,7 @@ class Ledger:
             write_atomically(folder / "weights.jsonl", "".join(lines))
 
     def set_weights(self, version: int, fingerprint: str) -> None:
-        """Tells which weights `version` is."""
+        """Says which weights `version` names."""
         with self.lock:
             self.weights[version] = fingerprint
             if self.folder is not None:
@@ -118,9 +121,9 @@ class Ledger:
                     os.fsync(file.fileno())
 
     def find(self, step: int, key: str, oldest_version: int = 0) -> Record | None:
-        """The most complete response that the run's own weights gave to the request of this key.
+        """Returns the most complete response that the run's own weights gave to the request of this key.
 
-        One with a token of weights before `oldest_version` only where there is no other.
+        A response with a token of weights before `oldest_version` is returned only where there is no other.
         """
         with self.lock:
             return self._find(step, key, oldest_version)
@@ -131,19 +134,22 @@ class Ledger:
             self._write(step, key, generation, is_carried=False)
 
     def carry(self, step: int, key: str, generation: Generation) -> None:
-        """Hands a response, whole or begun, to `step`, unless it is there from before a kill."""
+        """Hands a response, whole or begun, to `step`, unless `step` has it from before a kill."""
         with self.lock:
             if self._find(step, key, 0) is None:
                 self._keep(step, self._write(step, key, generation, is_carried=True))
 
     def sync(self, step: int) -> None:
-        with self.lock:
-            file = self.files.get(step)
-        if file is not None:  # the disk may be slow: others go on writing
-            os.fsync(file.fileno())
+        """Waits until the disk holds all that was written for `step` before this call."""
+        with self.syncing:
+            with self.lock:
+                file = self.files.get(step) if step in self.unsynced else None
+                self.unsynced.discard(step)
+            if file is not None:  # the disk may be slow: other threads go on writing
+                os.fsync(file.fileno())
 
     def finish(self, step: int) -> None:
-        """No response of the step will be looked up again by this process."""
+        """Forgets the step's responses: this process will not look them up again."""
         with self.lock:
             self.records.pop(step, None)
 
@@ -197,6 +203,7 @@ class Ledger:
                 sync_folder(self.folder)
             self.files[step].write(record.encode())
             self.files[step].flush()
+            self.unsynced.add(step)
         return record
 
     def _remove_before(self, step: int) -> None:
@@ -210,13 +217,13 @@ class Ledger:
 
 
 def response_key(request: GenerationRequest, params: SamplingParams) -> str:
-    """What a response depends on besides the weights."""
+    """Returns a digest of what a response depends on besides the weights."""
     parts = json.dumps([request.prompt_ids, request.seed, asdict(params)], sort_keys=True)
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
 def read_records(path: Path) -> list[Record]:
-    """The whole records at the file's beginning; what comes after is cut off, so that more can follow."""
+    """Returns the whole records at the file's beginning, and cuts off what comes after, so that more can follow."""
     content = path.read_bytes()
     records: list[Record] = []
     start = 0
@@ -237,7 +244,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def step_files(folder: Path) -> dict[int, Path]:
-    """By step, rising."""
+    """Returns the folder's files by step, in rising order."""
     matches = ((STEP_FILE.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
@@ -247,7 +254,7 @@ def weights_line(version: int, fingerprint: str) -> str:
 
 
 def read_weights(path: Path) -> dict[int, str]:
-    """The last fingerprint of each version; a torn last line is left out."""
+    """Returns the last fingerprint of each version; a torn last line is left out."""
     weights = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

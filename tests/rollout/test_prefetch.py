@@ -9,10 +9,9 @@ import pytest
 
 from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
-from megatron_oreal.rollout.collector import Collected
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.metrics import staleness_metrics
-from megatron_oreal.rollout.prefetch import BackgroundCollector
+from megatron_oreal.rollout.prefetch import Collected, PrefetchingCollector
 from megatron_oreal.rollout.producer import GroupProducer
 from tests.support.memory_engine import PARAMS, MemoryEngine, make_producer, make_prompts, make_tokenizer
 
@@ -24,13 +23,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def make_collector(
     engine: MemoryEngine, tokenizer: Tokenizer, staleness: int, ledger: Ledger | None = None, **settings: object
-) -> BackgroundCollector:
+) -> PrefetchingCollector:
     cursor = PromptCursor(make_prompts(), shuffle=True, seed=0)
     producer = make_producer(engine, tokenizer, ledger or Ledger(None), cursor.copy(), staleness=staleness, **settings)
-    return BackgroundCollector(producer, cursor, staleness, first_step=0, num_steps=6)
+    return PrefetchingCollector(producer, cursor, is_main=True, first_step=0, num_steps=6)
 
 
-def train(collector: BackgroundCollector, engine: MemoryEngine, train_step: Callable[[int], None]) -> list[Collected]:
+def train(collector: PrefetchingCollector, engine: MemoryEngine, train_step: Callable[[int], None]) -> list[Collected]:
     """The loop, from the engine's version on."""
     collected = []
     for step in range(engine.version, 6):
@@ -129,7 +128,6 @@ def test_weights_change_in_the_middle_of_a_response(tokenizer: Tokenizer) -> Non
 def test_evaluation_goes_on_beside_it(tokenizer: Tokenizer) -> None:
     engine = MemoryEngine()
     collector = make_collector(engine, tokenizer, staleness=1)
-    assert collector.producer is not None
     sampler, evaluated = collector.producer.sampler, []
 
     def evaluate(step: int) -> None:
@@ -163,9 +161,8 @@ def test_an_error_of_the_engine_reaches_the_training(tokenizer: Tokenizer, stale
     collector.close()
 
 
-def begin_and_hang(engine: MemoryEngine, collector: BackgroundCollector) -> None:
+def begin_and_hang(engine: MemoryEngine, collector: PrefetchingCollector) -> None:
     """The production of step 1 hangs in the middle of its generation until the collector is closed."""
-    assert collector.producer is not None
     producer: GroupProducer = collector.producer
     reached = threading.Event()
     collector.collect(0)
@@ -223,7 +220,7 @@ def test_a_run_ahead_resumes_where_the_training_was(tokenizer: Tokenizer, tmp_pa
         engine.update_weights([], 2)
         ledger.set_weights(2, "2")
         producer = make_producer(engine, tokenizer, ledger, cursor.copy(), staleness=1, **settings)
-        resumed = BackgroundCollector(producer, cursor, 1, first_step=2, num_steps=6)
+        resumed = PrefetchingCollector(producer, cursor, is_main=True, first_step=2, num_steps=6)
         again = [resumed.collect(2)]
         wait_until(lambda: 3 in resumed.produced)
         assert engine.asked == []  # both were in the ledger

@@ -10,7 +10,7 @@ from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.pending_groups import Asked, Goal, Harvest, sample_seed
+from megatron_oreal.rollout.pending_groups import PromptRequest, StopCondition, PendingGroups, sample_seed
 from megatron_oreal.rollout.producer import GroupProducer, Produced
 from megatron_oreal.types import Group, Sample
 from tests.support.memory_engine import END, MemoryEngine, make_producer, make_prompts, make_tokenizer
@@ -291,7 +291,7 @@ def test_each_response_is_on_disk_when_it_ends(tokenizer: Tokenizer, tmp_path: P
     engine, seen = MemoryEngine(), []
     producer = make_producer(engine, tokenizer, Ledger(tmp_path))
     engine.tick = lambda: seen.append(
-        sum(path.stat().st_size for path in tmp_path.glob("*.bin")) if producer.harvest else 0
+        sum(path.stat().st_size for path in tmp_path.glob("*.bin")) if producer.pending else 0
     )
     push(producer, 0)
     producer.produce(0)
@@ -306,18 +306,18 @@ def test_a_full_disk_ends_the_step(tokenizer: Tokenizer, tmp_path: Path) -> None
         producer.produce(0)
 
 
-def judged(asked: Asked, generations: Sequence[Generation]) -> Group:
+def judged(asked: PromptRequest, generations: Sequence[Generation]) -> Group:
     return Group(asked.prompt.prompt, [])
 
 
 def test_a_harvest_takes_nothing_after_its_end() -> None:
-    asked = [Asked(prompt, "") for prompt in make_prompts(3)]
-    harvest = Harvest(asked, 2, judged, Goal(1, needs_mixed=False))
+    asked = [PromptRequest(prompt, "") for prompt in make_prompts(3)]
+    pending = PendingGroups(asked, 2, judged, StopCondition(1, needs_mixed=False))
     whole, cut = Generation([1], [], [0.0], "stop", [0]), Generation([1], [], [0.0], "abort", [0])
-    assert [harvest(0, whole), harvest(2, whole), harvest(1, cut), harvest(1, whole)] == [False, False, False, True]
-    assert harvest(3, whole)
-    assert list(harvest.groups()) == [0]
-    harvest.close()
+    assert [pending(0, whole), pending(2, whole), pending(1, cut), pending(1, whole)] == [False, False, False, True]
+    assert pending(3, whole)
+    assert list(pending.groups()) == [0]
+    pending.close()
 
 
 def test_an_error_of_the_verifier_comes_out(tokenizer: Tokenizer) -> None:

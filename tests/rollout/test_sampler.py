@@ -55,14 +55,11 @@ def test_a_record_says_what_is_not_known(tmp_path: Path) -> None:
     assert [row["logprob"] for row in rows] == [-1.0, None]
 
 
-def test_an_engine_on_all_ranks_and_one_behind_the_first_give_the_same(tokenizer: Tokenizer) -> None:
-    """Texts, verdicts and seeds are those of either way; one prompt's samples differ."""
+def test_the_samples_of_a_prompt_differ_and_an_equal_call_gives_equal_groups(tokenizer: Tokenizer) -> None:
     results = []
-    for is_collective in (True, False):
-        engine = MemoryEngine()
-        engine.is_collective = is_collective
+    for _ in range(2):
         with MathVerifier() as verifier:
-            sampler = Sampler(engine, tokenizer, verifier, require_stop=True)
+            sampler = Sampler(MemoryEngine(), tokenizer, verifier, is_main=True, require_stop=True)
             results.append(sampler.sample(make_prompts(5), 3, PARAMS, "seed"))
     assert results[0] == results[1]
     responses = [sample.response_ids for sample in results[0][0].samples]
@@ -72,7 +69,7 @@ def test_an_engine_on_all_ranks_and_one_behind_the_first_give_the_same(tokenizer
 def test_what_follows_a_stop_string_is_cut_from_every_list(tokenizer: Tokenizer) -> None:
     engine, ticks = MemoryEngine(), iter(range(100))
     engine.tick = lambda: setattr(engine, "version", int(next(ticks) >= 2))
-    sampler = Sampler(engine, tokenizer, MathVerifier(), require_stop=True, stop_strings=("}",))
+    sampler = Sampler(engine, tokenizer, MathVerifier(), is_main=True, require_stop=True, stop_strings=("}",))
     for sample in (s for group in sampler.sample(make_prompts(4), 4, PARAMS, "seed") for s in group.samples):
         assert sample.response_text.endswith("}") and sample.finish_reason == "stop"
         assert len(sample.response_ids) == len(sample.model_logprobs) == len(sample.policy_versions)

@@ -1,15 +1,18 @@
 """The embedded engine: decodes in the trainer's own processes; no server, no port.
 
-Every rank of the process group holds the whole model and decodes its share of the prompts; all ranks get all results.
+Every rank of the process group holds the whole model and decodes its share of the prompts; the first rank gets all
+responses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,12 +22,10 @@ from megatron_oreal.engines.engine import Generation, GenerationRequest, Samplin
 from megatron_oreal.engines.local.decoder import LLAMA_LIKE, LlamaDecoder
 from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
+from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.weights.families import read_architecture
 from megatron_oreal.weights.initial import hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
-
-if TYPE_CHECKING:
-    pass
 
 # Families that the decoder or transformers runs with the weight stream's names; the others are only converted.
 GENERATED_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
@@ -112,12 +113,19 @@ class Responses:
     lengths: Tensor  # [N] int64
 
 
-class LocalEngine:
-    """A `RolloutEngine` in this process. It begins every response anew: `begun` is for servers.
+NO_RESPONSES = Responses(torch.zeros(0, 0).long(), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0).long())
+GIVEN_UP = Generation([], [], [], "abort")
+Work = tuple[list[list[GenerationRequest]], SamplingParams]  # one wave: a list of requests for each rank
 
-    model_path: Hugging Face directory. batch_size: sequences decoded together. process_group: ranks that share the
-    work; each calls every method with the same arguments. Results are a function of the inputs, `batch_size` and the
-    number of ranks; the random numbers of a request are a function of its seed alone.
+
+class LocalEngine:
+    """A `RolloutEngine` in the trainer's own processes.
+
+    model_path: Hugging Face directory. batch_size: sequences that one rank decodes together. process_group: the ranks
+    that share the work. The first rank's `generate` divides the requests into waves: every rank decodes its share of a
+    wave, and the first rank gets all of it. Results are a function of the inputs, `batch_size` and the number of ranks;
+    the random numbers of a request are a function of its seed alone. No response is left unfinished, so the engine
+    takes no request with a `begun` response.
     """
 
     def __init__(
@@ -128,97 +136,121 @@ class LocalEngine:
         batch_size: int,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.is_collective = True
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size must be >= 1, got {batch_size}")
         self.device, self.batch_size, self.process_group = device, batch_size, process_group
+        self.rank, self.num_ranks = 0, 1
+        if process_group is not None:
+            self.rank, self.num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.calls = MainThreadCalls()
         self.decoder: Decoder | None = load_decoder(model_path, device, dtype)
         self.version = 0
-        self.is_paused = False
         self.has_whole_weights = True  # False after an update that failed half-way
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `replace_weights`. After an error the engine is unhealthy until an update succeeds."""
-        self.has_whole_weights = False
-        replace_weights(self._open_decoder().parameters, stream)
+        """See `replace_weights`. After an error the engine does not generate until an update succeeds."""
+        decoder, self.has_whole_weights = self._open_decoder(), False
+        replace_weights(decoder.parameters, stream)
         self.has_whole_weights = True
         self.version = version
-
-    def pause(self) -> None:
-        self.is_paused = True
-
-    def resume(self) -> None:
-        self.is_paused = False
 
     def flush_metrics(self) -> dict[str, float]:
         return {}
 
-    def health(self) -> bool:
-        return self.decoder is not None and self.has_whole_weights
-
     def close(self) -> None:
         self.decoder = None
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
+    ) -> list[Generation]:
+        """See `RolloutEngine`. A wave's responses end together: `watch` is told of them, and may give up later waves.
+
+        Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
+        closed or half updated or another rank fails, and FloatingPointError when the model's logits are not finite.
+        """
+        check_prompts(requests, self._updated_decoder().vocab_size)
+        generations = [GIVEN_UP] * len(requests)
+        for wave in split_into_waves(requests, self.num_ranks, self.batch_size):
+            shares = [[requests[index] for index in indices] for indices in wave]
+            responses = self.calls.run(partial(self._lead, shares, params))
+            for indices, part in zip(wave, responses, strict=True):
+                for index, generation in zip(indices, to_generations(part, params), strict=False):
+                    generations[index] = generation
+            told = [watch(index, generations[index]) for index in sorted(chain(*wave))] if watch is not None else []
+            if any(told):
+                break
+        return generations
+
+    def take_part(self) -> None:
+        """See `RolloutEngine`: on the first rank runs the call that waits, on the others decodes their shares."""
+        if self.rank == 0:
+            self.calls.run_next()
+        else:
+            self._decode_together(*self._broadcast(None))
+
+    def _lead(self, shares: list[list[GenerationRequest]], params: SamplingParams) -> list[Responses]:
+        """Decodes one wave on all ranks; returns each rank's responses. The main thread of the first rank."""
+        return self._decode_together(*self._broadcast((shares, params)))
+
+    def _broadcast(self, work: Work | None) -> Work:
+        """The first rank's work on all ranks. Collective."""
+        works = [work]
+        if self.process_group is not None:
+            dist.broadcast_object_list(works, dist.get_global_rank(self.process_group, 0), self.process_group)
+        assert works[0] is not None
+        return works[0]
+
+    def _decode_together(self, shares: list[list[GenerationRequest]], params: SamplingParams) -> list[Responses]:
+        """Decodes this rank's share; returns all shares on the first rank, and nothing on the others. Collective."""
+        responses, failure = NO_RESPONSES, None
+        try:
+            if shares[self.rank]:
+                responses = decode_wave(self._updated_decoder(), shares[self.rank], params, self.device)
+        except Exception as error:
+            if self.process_group is None:
+                raise
+            failure = error  # the other ranks wait in a collective
+        if self.process_group is None:
+            return [responses]
+        return gather_responses(responses, failure, max(map(len, shares)), self.device, self.process_group)
 
     def _open_decoder(self) -> Decoder:
         if self.decoder is None:
             raise RuntimeError("the local engine is closed")
         return self.decoder
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
-    ) -> list[Generation]:
-        """See `RolloutEngine`. All end together here: `watch` is told of each, and nothing is given up.
-
-        Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
-        closed, paused or half updated, and FloatingPointError when the model's logits are not finite.
-        """
-        decoder = self._open_decoder()
-        if self.is_paused or not self.has_whole_weights:
-            raise RuntimeError(
-                f"the local engine is {'paused' if self.is_paused else 'half updated'}: it cannot generate"
-            )
-        check_prompts(requests, decoder.vocab_size)
-        if not requests:
-            return []
-        rank, size = 0, 1
-        if self.process_group is not None:
-            rank, size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
-        shares = share_requests(requests, size)
-        responses = self._decode([requests[index] for index in shares[rank]], params)
-        if size == 1:
-            every_response = [responses]
-        else:
-            assert self.process_group is not None
-            every_response = gather_responses(responses, max(map(len, shares)), self.process_group)
-        generations: dict[int, Generation] = {}
-        for share, part in zip(shares, every_response, strict=True):
-            generations |= zip(share, to_generations(part, params), strict=False)
-        if watch is not None:
-            for index in range(len(requests)):
-                watch(index, generations[index])
-        return [generations[index] for index in range(len(requests))]
-
-    @torch.inference_mode()
-    def _decode(self, requests: list[GenerationRequest], params: SamplingParams) -> Responses:
-        """This rank's share, `batch_size` requests at a time."""
-        waves = [
-            decode_wave(self._open_decoder(), requests[begin : begin + self.batch_size], params, self.device)
-            for begin in range(0, len(requests), self.batch_size)
-        ]
-        return concatenate(waves, self.device)
+    def _updated_decoder(self) -> Decoder:
+        if not self.has_whole_weights:
+            raise RuntimeError("the local engine is half updated: it cannot generate")
+        return self._open_decoder()
 
 
-def share_requests(requests: Sequence[GenerationRequest], size: int) -> list[list[int]]:
-    """Indices of requests for each of `size` ranks: whole groups of one prompt, each to the rank with the fewest."""
+def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batch_size: int) -> list[list[list[int]]]:
+    """Divides the requests into waves; a wave holds at most `batch_size` indices of requests for each rank.
+
+    The requests of one prompt stay together where they fit, and go to the rank with the fewest. A wave depends on the
+    requests that the waves before it have left, and on nothing else: a resumed run that finds the responses of whole
+    waves in the ledger decodes the others in the same batches as before, and gets the same digits.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(tuple(request.prompt_ids), []).append(index)
-    shares: list[list[int]] = [[] for _ in range(size)]
+    waves: list[list[list[int]]] = []
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
     for group in groups.values():
-        min(shares, key=len).extend(group)
-    return shares
+        rest = group
+        while rest:
+            smallest = min(shares, key=len)
+            room = batch_size - len(smallest)
+            smallest += rest[:room]
+            rest = rest[room:]
+            if all(len(share) == batch_size for share in shares):
+                waves.append(shares)
+                shares = [[] for _ in range(num_ranks)]
+    return [*waves, shares] if any(shares) else waves
 
 
+@torch.inference_mode()
 def decode_wave(
     decoder: Decoder, requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device
 ) -> Responses:
@@ -255,7 +287,8 @@ def decode_wave(
                 decoding.keep(kept)
         if position + 1 < max_length:
             logits = decoding.advance(next_ids)
-    return Responses(token_ids.T, logprobs[0].T, logprobs[1].T, lengths)
+    longest = int(lengths.max())
+    return Responses(token_ids[:longest].T, logprobs[0, :longest].T, logprobs[1, :longest].T, lengths)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -266,27 +299,22 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return torch.tensor(padded, device=device), torch.tensor(num_padding, device=device)
 
 
-def concatenate(waves: Sequence[Responses], device: torch.device) -> Responses:
-    """One after the other, cut at the longest response; empty without waves."""
-    if not waves:
-        nothing = torch.zeros(0, 0, device=device)
-        return Responses(nothing.long(), nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device))
-    length = max(int(wave.lengths.max()) for wave in waves)
-    return Responses(
-        torch.cat([wave.token_ids[:, :length] for wave in waves]),
-        torch.cat([wave.rollout_logprobs[:, :length] for wave in waves]),
-        torch.cat([wave.model_logprobs[:, :length] for wave in waves]),
-        torch.cat([wave.lengths for wave in waves]),
-    )
+def gather_responses(
+    responses: Responses, failure: Exception | None, num_rows: int, device: torch.device, group: dist.ProcessGroup
+) -> list[Responses]:
+    """Every rank's responses on the first rank, nothing on the others. Collective.
 
-
-def gather_responses(responses: Responses, num_rows: int, group: dist.ProcessGroup) -> list[Responses]:
-    """Every rank's responses, padded to `num_rows` rows, the largest share. Collective."""
-    device = responses.lengths.device
-    longest = torch.tensor(responses.token_ids.shape[1], device=device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
-    length = int(longest)
+    num_rows: of the largest share. When a rank has a `failure` instead of responses, the first rank raises its own
+    failure, or a RuntimeError that names the other rank and what went wrong there.
+    """
     own_rows, own_length = responses.token_ids.shape
+    largest = torch.tensor([own_length, failure is not None], device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    length, has_failed = largest.tolist()
+    is_first = dist.get_rank(group) == 0
+    if has_failed:
+        raise_on_first_rank(failure, group)
+        return []
     # Float32 log-probs travel as their bits beside int32 token ids, in one collective.
     packed = torch.zeros(num_rows, 1 + 3 * length, dtype=torch.int32, device=device)
     packed[:own_rows, 0] = responses.lengths
@@ -294,9 +322,22 @@ def gather_responses(responses: Responses, num_rows: int, group: dist.ProcessGro
     fields[:, 0] = responses.token_ids
     fields[:, 1] = responses.rollout_logprobs.contiguous().view(torch.int32)
     fields[:, 2] = responses.model_logprobs.contiguous().view(torch.int32)
-    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, packed, group=group)
-    return [unpack(part) for part in gathered]
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))] if is_first else None
+    dist.gather(packed, gathered, dist.get_global_rank(group, 0), group)
+    return [unpack(part) for part in gathered] if gathered is not None else []
+
+
+def raise_on_first_rank(failure: Exception | None, group: dist.ProcessGroup) -> None:
+    """Raises a rank's failure on the first rank; the others return. Collective."""
+    descriptions: list[str | None] = [None] * dist.get_world_size(group)
+    description = f"{type(failure).__name__}: {failure}" if failure is not None else None
+    dist.all_gather_object(descriptions, description, group)
+    if dist.get_rank(group) > 0:
+        return
+    if failure is not None:
+        raise failure
+    rank, words = next((rank, words) for rank, words in enumerate(descriptions) if words is not None)
+    raise RuntimeError(f"rank {rank} could not generate: {words}")
 
 
 def unpack(packed: Tensor) -> Responses:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch, check_prompts
+from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.generate_api import (
@@ -88,8 +89,8 @@ class SglangEngine:
         health_every_seconds: float = 5.0,
         health_timeout_seconds: float = 20.0,  # of an idle server: it generates a token
     ) -> None:
-        self.is_collective = False
         self.version = 0
+        self.calls = MainThreadCalls()  # servers need no rank: it stays empty
         self.has_whole_weights = True  # False after an update that failed
         self.transport, self.thread = transport, thread
         self.is_open = True
@@ -147,6 +148,9 @@ class SglangEngine:
         except CancelledError:
             raise RuntimeError("the SGLang engine was closed while it generated") from None
         return [response.generation() for response in call.responses]
+
+    def take_part(self) -> None:
+        """See `RolloutEngine`: servers generate without the ranks."""
 
     def _check(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> None:
         check_prompts(requests, self.vocab_size)
