@@ -54,10 +54,11 @@ class GenerationRequest:
 
 
 class Watch(Protocol):
-    def __call__(self, index: int, generation: Generation) -> bool:
+    def __call__(self, index: int, generation: Generation, num_to_follow: int = 0) -> bool:
         """The engine calls this with the response to request `index` as soon as the response ends.
 
-        The watch returns True when the rest may be given up.
+        num_to_follow: how many responses of the same batch the engine tells of next; their last digits depend on the
+        whole batch. The watch returns True when the rest may be given up.
         """
 
 

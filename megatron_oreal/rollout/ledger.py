@@ -18,6 +18,7 @@ import re
 import struct
 import threading
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -44,6 +45,7 @@ class Header:
     num_tokens: int
     has_rollout_logprobs: bool
     policy_versions: list[tuple[int, int]]  # runs of (version, number of tokens)
+    num_to_follow: int = 0  # records of the same batch that come next in the file
 
 
 @dataclass(slots=True, frozen=True)
@@ -102,7 +104,7 @@ class Ledger:
             folder.mkdir(parents=True, exist_ok=True)
             self._remove_before(start_step)
             for step, path in step_files(folder).items():
-                for record in read_records(path):
+                for record in of_whole_batches(read_records(path)):
                     self._keep(step, record)
             # Versions from here on are the same as before only if their weights turn out to be.
             known = read_weights(folder / "weights.jsonl")
@@ -128,10 +130,14 @@ class Ledger:
         with self.lock:
             return self._find(step, key, oldest_version)
 
-    def add(self, step: int, key: str, generation: Generation) -> None:
-        """Writes a response that has ended. It outlives the process at once, the machine after `sync`."""
+    def add(self, step: int, key: str, generation: Generation, num_to_follow: int = 0) -> None:
+        """Writes a response that has ended. It outlives the process at once, the machine after `sync`.
+
+        num_to_follow: responses of the same batch that are added next. After a kill, a batch is used as a whole or not
+        at all: whoever generates the rest of it would get other last digits.
+        """
         with self.lock:
-            self._write(step, key, generation, is_carried=False)
+            self._write(step, key, generation, num_to_follow=num_to_follow)
 
     def carry(self, step: int, key: str, generation: Generation) -> None:
         """Hands a response, whole or begun, to `step`, unless `step` has it from before a kill."""
@@ -183,7 +189,9 @@ class Ledger:
     def _keep(self, step: int, record: Record) -> None:
         self.records.setdefault(step, {}).setdefault(record.header.key, []).append(record)
 
-    def _write(self, step: int, key: str, generation: Generation, is_carried: bool) -> Record:
+    def _write(
+        self, step: int, key: str, generation: Generation, is_carried: bool = False, num_to_follow: int = 0
+    ) -> Record:
         header = Header(
             key=key,
             weights=self.weights.get(max(generation.policy_versions), ""),
@@ -192,6 +200,7 @@ class Ledger:
             num_tokens=len(generation.response_ids),
             has_rollout_logprobs=bool(generation.rollout_logprobs),
             policy_versions=[(version, len(list(run))) for version, run in groupby(generation.policy_versions)],
+            num_to_follow=num_to_follow,
         )
         ids = np.array(generation.response_ids, dtype="<i4")
         logprobs = np.array([*generation.rollout_logprobs, *generation.model_logprobs], dtype="<f8")
@@ -241,6 +250,20 @@ def read_records(path: Path) -> list[Record]:
             file.truncate(start)
             os.fsync(file.fileno())
     return records
+
+
+def of_whole_batches(records: Sequence[Record]) -> list[Record]:
+    """Leaves out the records of batches that were not written to the end."""
+    whole: list[Record] = []
+    batch: list[Record] = []
+    for record in records:
+        if batch and record.header.num_to_follow != batch[-1].header.num_to_follow - 1:
+            batch = []
+        batch.append(record)
+        if record.header.num_to_follow == 0:
+            whole += batch
+            batch = []
+    return whole
 
 
 def step_files(folder: Path) -> dict[int, Path]:

@@ -56,7 +56,7 @@ class PendingGroups:
         num_samples: int,
         judge: Judge,
         stop_condition: StopCondition | None = None,
-        keep: Callable[[int, Generation], None] | None = None,  # told of each response that is taken
+        keep: Callable[[int, Generation, int], None] | None = None,  # told of each response that is taken, as a watch
     ) -> None:
         self.prompt_requests, self.num_samples, self.judge = prompt_requests, num_samples, judge
         self.stop_condition, self.keep = stop_condition, keep
@@ -70,12 +70,12 @@ class PendingGroups:
         self.lock = threading.Lock()
         self.judging = ThreadPoolExecutor(JUDGING_THREADS, "judging")
 
-    def __call__(self, index: int, generation: Generation) -> bool:
+    def __call__(self, index: int, generation: Generation, num_to_follow: int = 0) -> bool:
         with self.lock:
             if not self.is_over and generation.finish_reason != "abort" and index not in self.finished:
                 try:
                     if self.keep is not None:
-                        self.keep(index, generation)
+                        self.keep(index, generation, num_to_follow)
                     self._take(index, generation)
                 except Exception as error:  # noqa: BLE001  # not the engine's error: `groups` raises it
                     self.error, self.is_over = error, True

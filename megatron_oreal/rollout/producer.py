@@ -128,9 +128,9 @@ class GroupProducer:
         requests = [request for one in prompt_requests for request in one.requests(size)]
         keys = [response_key(request, self.sampling) for request in requests]
 
-        def keep(number: int, generation: Generation) -> None:
+        def keep(number: int, generation: Generation, num_to_follow: int) -> None:
             if generation.response_ids:
-                self.ledger.add(step, keys[number], generation)
+                self.ledger.add(step, keys[number], generation, num_to_follow)
 
         def judge(request: PromptRequest, generations: Sequence[Generation]) -> Group:
             self.ledger.sync(step)

@@ -133,8 +133,8 @@ class RequestIndexMap:
     requests: Sequence[tuple[int, Generation | None]]  # by the engine's index: its number, the response begun before
     version: int  # of the weights when the engine was called: that of tokens for which the engine names none
 
-    def __call__(self, index: int, generation: Generation) -> bool:
-        return self.pending(self.requests[index][0], self.dated(index, generation))
+    def __call__(self, index: int, generation: Generation, num_to_follow: int = 0) -> bool:
+        return self.pending(self.requests[index][0], self.dated(index, generation), num_to_follow)
 
     def dated(self, index: int, generation: Generation) -> Generation:
         """Returns the generation with a policy version for each token."""

@@ -10,7 +10,7 @@ from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.pending_groups import PromptRequest, StopCondition, PendingGroups, sample_seed
+from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest, StopCondition, sample_seed
 from megatron_oreal.rollout.producer import GroupProducer, Produced
 from megatron_oreal.types import Group, Sample
 from tests.support.memory_engine import END, MemoryEngine, make_producer, make_prompts, make_tokenizer

@@ -176,8 +176,7 @@ class LocalEngine:
             for indices, part in zip(wave, responses, strict=True):
                 for index, generation in zip(indices, to_generations(part, params), strict=False):
                     generations[index] = generation
-            told = [watch(index, generations[index]) for index in sorted(chain(*wave))] if watch is not None else []
-            if any(told):
+            if watch is not None and tell(watch, sorted(chain(*wave)), generations):
                 break
         return generations
 
@@ -230,7 +229,7 @@ def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batc
 
     The requests of one prompt stay together where they fit, and go to the rank with the fewest. A wave depends on the
     requests that the waves before it have left, and on nothing else: a resumed run that finds the responses of whole
-    waves in the ledger decodes the others in the same batches as before, and gets the same digits.
+    waves in the ledger decodes the others in the same batches as before, and so gets the same last digits.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, request in enumerate(requests):
@@ -248,6 +247,12 @@ def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batc
                 waves.append(shares)
                 shares = [[] for _ in range(num_ranks)]
     return [*waves, shares] if any(shares) else waves
+
+
+def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]) -> bool:
+    """Tells the watch of one wave's responses; returns whether the other waves may be given up."""
+    told = [watch(index, generations[index], len(indices) - count) for count, index in enumerate(indices, start=1)]
+    return any(told)
 
 
 @torch.inference_mode()
