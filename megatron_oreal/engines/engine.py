@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -53,12 +53,22 @@ class GenerationRequest:
     begun: Generation | None = None  # an aborted response to continue; the answer holds its tokens too
 
 
+class BatchIndex(NamedTuple):
+    """Which response of a batch this is. Example: BatchIndex(2, 8), the third of eight that were decoded together."""
+
+    position: int
+    size: int
+
+
+ALONE = BatchIndex(0, 1)
+
+
 class Watch(Protocol):
-    def __call__(self, index: int, generation: Generation, num_to_follow: int = 0) -> bool:
+    def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
         """The engine calls this with the response to request `index` as soon as the response ends.
 
-        num_to_follow: how many responses of the same batch the engine tells of next; their last digits depend on the
-        whole batch. The watch returns True when the rest may be given up.
+        Responses whose last digits depend on each other have a common `batch`; the engine tells of them one after the
+        other. The watch returns True when the rest may be given up.
         """
 
 

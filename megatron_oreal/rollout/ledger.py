@@ -28,7 +28,7 @@ from typing import IO
 import numpy as np
 from typing_extensions import Self
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest, SamplingParams
 from megatron_oreal.observability.files import sync_folder, write_atomically
 from megatron_oreal.types import FinishReason
 
@@ -45,7 +45,7 @@ class Header:
     num_tokens: int
     has_rollout_logprobs: bool
     policy_versions: list[tuple[int, int]]  # runs of (version, number of tokens)
-    num_to_follow: int = 0  # records of the same batch that come next in the file
+    batch: BatchIndex = ALONE  # the records of a batch stand one after the other
 
 
 @dataclass(slots=True, frozen=True)
@@ -130,14 +130,14 @@ class Ledger:
         with self.lock:
             return self._find(step, key, oldest_version)
 
-    def add(self, step: int, key: str, generation: Generation, num_to_follow: int = 0) -> None:
+    def add(self, step: int, key: str, generation: Generation, batch: BatchIndex = ALONE) -> None:
         """Writes a response that has ended. It outlives the process at once, the machine after `sync`.
 
-        num_to_follow: responses of the same batch that are added next. After a kill, a batch is used as a whole or not
-        at all: whoever generates the rest of it would get other last digits.
+        After a kill, a batch is used as a whole or not at all: the rest of it, generated anew, would have other last
+        digits.
         """
         with self.lock:
-            self._write(step, key, generation, num_to_follow=num_to_follow)
+            self._write(step, key, generation, batch=batch)
 
     def carry(self, step: int, key: str, generation: Generation) -> None:
         """Hands a response, whole or begun, to `step`, unless `step` has it from before a kill."""
@@ -190,7 +190,7 @@ class Ledger:
         self.records.setdefault(step, {}).setdefault(record.header.key, []).append(record)
 
     def _write(
-        self, step: int, key: str, generation: Generation, is_carried: bool = False, num_to_follow: int = 0
+        self, step: int, key: str, generation: Generation, is_carried: bool = False, batch: BatchIndex = ALONE
     ) -> Record:
         header = Header(
             key=key,
@@ -200,7 +200,7 @@ class Ledger:
             num_tokens=len(generation.response_ids),
             has_rollout_logprobs=bool(generation.rollout_logprobs),
             policy_versions=[(version, len(list(run))) for version, run in groupby(generation.policy_versions)],
-            num_to_follow=num_to_follow,
+            batch=batch,
         )
         ids = np.array(generation.response_ids, dtype="<i4")
         logprobs = np.array([*generation.rollout_logprobs, *generation.model_logprobs], dtype="<f8")
@@ -257,10 +257,12 @@ def of_whole_batches(records: Sequence[Record]) -> list[Record]:
     whole: list[Record] = []
     batch: list[Record] = []
     for record in records:
-        if batch and record.header.num_to_follow != batch[-1].header.num_to_follow - 1:
+        position, size = record.header.batch
+        if position == 0:
             batch = []
-        batch.append(record)
-        if record.header.num_to_follow == 0:
+        if position == len(batch):
+            batch.append(record)
+        if len(batch) == size:
             whole += batch
             batch = []
     return whole

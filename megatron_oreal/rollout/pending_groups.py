@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_oreal.algorithms.sample_selection import is_mixed
 from megatron_oreal.data.prompts import EncodedPrompt
-from megatron_oreal.engines.engine import Generation, GenerationRequest
+from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest
 from megatron_oreal.types import Group
 
 JUDGING_THREADS = 4  # groups that are verified at the same time: one slow comparison does not hold the others up
@@ -56,7 +56,7 @@ class PendingGroups:
         num_samples: int,
         judge: Judge,
         stop_condition: StopCondition | None = None,
-        keep: Callable[[int, Generation, int], None] | None = None,  # told of each response that is taken, as a watch
+        keep: Callable[[int, Generation, BatchIndex], None] | None = None,  # gets each response that is taken
     ) -> None:
         self.prompt_requests, self.num_samples, self.judge = prompt_requests, num_samples, judge
         self.stop_condition, self.keep = stop_condition, keep
@@ -70,12 +70,12 @@ class PendingGroups:
         self.lock = threading.Lock()
         self.judging = ThreadPoolExecutor(JUDGING_THREADS, "judging")
 
-    def __call__(self, index: int, generation: Generation, num_to_follow: int = 0) -> bool:
+    def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
         with self.lock:
             if not self.is_over and generation.finish_reason != "abort" and index not in self.finished:
                 try:
                     if self.keep is not None:
-                        self.keep(index, generation, num_to_follow)
+                        self.keep(index, generation, batch)
                     self._take(index, generation)
                 except Exception as error:  # noqa: BLE001  # not the engine's error: `groups` raises it
                     self.error, self.is_over = error, True

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from megatron_oreal.algorithms.sample_selection import is_mixed
 from megatron_oreal.config import RolloutConfig
 from megatron_oreal.data.prompts import CursorState, EncodedPrompt, PromptCursor, Turn
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequest, SamplingParams
 from megatron_oreal.observability.metrics import Metrics
 from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.ledger import Ledger, response_key
@@ -128,9 +128,9 @@ class GroupProducer:
         requests = [request for one in prompt_requests for request in one.requests(size)]
         keys = [response_key(request, self.sampling) for request in requests]
 
-        def keep(number: int, generation: Generation, num_to_follow: int) -> None:
+        def keep(number: int, generation: Generation, batch: BatchIndex) -> None:
             if generation.response_ids:
-                self.ledger.add(step, keys[number], generation, num_to_follow)
+                self.ledger.add(step, keys[number], generation, batch)
 
         def judge(request: PromptRequest, generations: Sequence[Generation]) -> Group:
             self.ledger.sync(step)

@@ -11,7 +11,14 @@ from functools import partial
 from megatron_oreal.config import AnswerRule
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
-from megatron_oreal.engines.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.engines.engine import (
+    ALONE,
+    BatchIndex,
+    Generation,
+    GenerationRequest,
+    RolloutEngine,
+    SamplingParams,
+)
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rewards.answer import ANSWER_REGIONS
 from megatron_oreal.rollout.group_broadcast import in_thread, share
@@ -133,8 +140,8 @@ class RequestIndexMap:
     requests: Sequence[tuple[int, Generation | None]]  # by the engine's index: its number, the response begun before
     version: int  # of the weights when the engine was called: that of tokens for which the engine names none
 
-    def __call__(self, index: int, generation: Generation, num_to_follow: int = 0) -> bool:
-        return self.pending(self.requests[index][0], self.dated(index, generation), num_to_follow)
+    def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
+        return self.pending(self.requests[index][0], self.dated(index, generation), batch)
 
     def dated(self, index: int, generation: Generation) -> Generation:
         """Returns the generation with a policy version for each token."""

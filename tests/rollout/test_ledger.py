@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequest, SamplingParams
 from megatron_oreal.rollout.ledger import Ledger, response_key
 from megatron_oreal.weights.fingerprint import Fingerprint, bit_sums
 
@@ -109,6 +109,19 @@ def test_the_whole_response_counts_not_its_beginning(tmp_path: Path) -> None:
     with resumed(tmp_path) as ledger:
         record = ledger.find(4, KEY)
         assert record is not None and record.generation == WHOLE
+
+
+def test_a_batch_is_used_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Killed in the middle of the second batch; a response of another batch follows it."""
+    with Ledger(tmp_path) as ledger:
+        ledger.set_weights(4, "four")
+        for key, index, size in (("a", 0, 2), ("b", 1, 2), ("c", 0, 3), ("d", 1, 3)):
+            ledger.add(4, key, WHOLE, BatchIndex(index, size))
+    with resumed(tmp_path) as ledger:
+        assert [ledger.find(4, key) is not None for key in "abcd"] == [True, True, False, False]
+        ledger.add(4, "e", WHOLE)
+    with resumed(tmp_path) as ledger:
+        assert [ledger.find(4, key) is not None for key in "abcde"] == [True, True, False, False, True]
 
 
 def test_files_before_the_checkpoint_go(tmp_path: Path) -> None:

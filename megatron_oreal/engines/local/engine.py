@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch, check_prompts
+from megatron_oreal.engines.engine import (
+    BatchIndex,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    Watch,
+    check_prompts,
+)
 from megatron_oreal.engines.local.decoder import LLAMA_LIKE, LlamaDecoder
 from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
@@ -251,7 +258,8 @@ def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batc
 
 def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]) -> bool:
     """Tells the watch of one wave's responses; returns whether the other waves may be given up."""
-    told = [watch(index, generations[index], len(indices) - count) for count, index in enumerate(indices, start=1)]
+    size = len(indices)
+    told = [watch(index, generations[index], BatchIndex(position, size)) for position, index in enumerate(indices)]
     return any(told)
 
 

@@ -10,7 +10,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.engines.engine import (
+    ALONE,
+    BatchIndex,
+    Generation,
+    GenerationRequest,
+    RolloutEngine,
+    SamplingParams,
+)
 from megatron_oreal.engines.local import decoder as decoder_module
 from megatron_oreal.engines.local.decoder import LlamaDecoder
 from megatron_oreal.engines.local.engine import LocalEngine, replace_weights, split_into_waves
@@ -269,8 +276,9 @@ def test_waves_are_full_and_do_not_depend_on_those_before(num_ranks: int, batch_
 def test_a_watch_is_told_after_each_wave_and_may_give_up_the_others(tied_path: Path) -> None:
     engine, params, told = make_engine(tied_path, batch_size=6), SamplingParams(max_new_tokens=4), []
 
-    def watch(index: int, generation: Generation) -> bool:
+    def watch(index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
         told.append(index)
+        assert batch == (index % 6, 6)
         return len(told) > 6  # in the second wave
 
     generations = engine.generate(group_requests(), params, watch)
