@@ -70,6 +70,7 @@ def compare(old: Path, new: Path) -> None:
     differences = []
     names = [name for name in RUNS if (old / name).is_dir()]
     num_values = 0
+    added: dict[str, set[str]] = {name: set() for name in names}
     for name in names:
         before, after = read_records(old / name), read_records(new / name)
         if len(before) != len(after):
@@ -77,10 +78,13 @@ def compare(old: Path, new: Path) -> None:
         for one, other in zip(before, after, strict=False):
             num_values += len(one)
             differences += [
-                f"{name}, step {one['step']}: {key} {one.get(key)} -> {other.get(key)}"
-                for key in sorted(one.keys() | other.keys())
-                if one.get(key) != other.get(key)
+                f"{name}, step {one['step']}: {key} {value} -> {other.get(key)}"
+                for key, value in sorted(one.items())
+                if value != other.get(key)
             ]
+            added[name] |= other.keys() - one.keys()
+    for name in filter(added.get, names):
+        click.echo(f"{name}: only the second measures {', '.join(sorted(added[name]))}")
     for line in differences:
         click.echo(line)
     click.echo(f"{num_values} values of {', '.join(names)}; {len(differences)} differ")

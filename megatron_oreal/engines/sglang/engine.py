@@ -293,7 +293,6 @@ class SglangEngine:
         Generation under way waits meanwhile. Raises ServerError naming the server, on every rank; after it the engine
         is unhealthy until an update succeeds, and what is under way waits for that.
         """
-        was_paused = self.pool.is_paused and self.has_whole_weights  # a failed update leaves a pause of its own
         self.thread.run(self._hold())
         try:
             self._push(stream, version)
@@ -302,8 +301,7 @@ class SglangEngine:
             raise
         self.has_whole_weights = True
         self.version = version
-        if not was_paused:
-            self.resume()
+        self.thread.run(self._resume())
 
     async def _hold(self) -> None:
         """Nothing new is asked, and the servers stop what they do: they change their weights only when idle."""
@@ -384,14 +382,6 @@ class SglangEngine:
                 server.state = "stale"
         self.pool.dispatch()
 
-    def pause(self, mode: str = "retract") -> None:
-        """mode, of SGLang: retract (requests wait, their cache is freed), in_place (it is kept), abort."""
-        self.pool.is_paused = True
-        self.thread.run(self._control_all("/pause_generation", {"mode": mode}))
-
-    def resume(self) -> None:
-        self.thread.run(self._resume())
-
     async def _resume(self) -> None:
         await self._control_all("/continue_generation", {})
         for server in self.pool.servers:
@@ -432,9 +422,6 @@ class SglangEngine:
 
     def flush_metrics(self) -> dict[str, float]:
         return self.statistics.flush() if self.pool.servers else {}
-
-    def health(self) -> bool:
-        return self.is_open and self.has_whole_weights and not self.pool.why_none_is_left()
 
     def close(self) -> None:
         """The servers stay; who started them ends them."""

@@ -322,11 +322,11 @@ def test_generation_waits_while_paused(fleet: ServerFleet, sglang_model: Path, m
         thread = threading.Thread(target=lambda: found.extend(engine.generate(requests, params)))
         thread.start()
         wait_until(lambda: engine.pool.servers[0].num_running == 2)
-        engine.pause()
-        assert engine.health()
+        engine.thread.run(engine._hold())  # as before new weights
+        assert len(engine.pool.living) == len(engine.pool.servers)
         thread.join(3)  # health checks go unanswered: nobody may be blamed for it
         assert thread.is_alive() and not found
-        engine.resume()
+        engine.thread.run(engine._resume())
         thread.join()
         assert engine.flush_metrics()["rollout/num_server_failures"] == 0
     assert_whole(found, requests, model)
@@ -459,12 +459,11 @@ def test_a_server_that_fails_for_ever_is_given_up(
         proxy.fault = lambda _request, _number: fault
         generations = engine.generate(requests_of(1) * 2, GREEDY)
         metrics = engine.flush_metrics()
-        assert engine.health() and [server.state for server in engine.pool.servers] == ["dead", "living"]
+        assert [server.state for server in engine.pool.servers] == ["dead", "living"]
         # The other one fails too.
         engine.pool.servers[1].client.endpoint = replace(fleet.endpoints[1], url="http://127.0.0.1:9")
         with pytest.raises(ServerError, match="no SGLang server is left to generate: the same command resumes the run"):
             engine.generate(requests_of(1), GREEDY)
-        assert not engine.health()
     assert [one.response_ids for one in generations] == greedy_ids * 2
     assert metrics["rollout/num_server_failures"] == 1 and metrics["rollout/num_retries"] >= 1
 
@@ -555,7 +554,7 @@ def test_tokens_know_their_weights(fleet: ServerFleet, sglang_model: Path, model
         engine.update_weights(stream, version=6)
         assert [server.state for server in engine.pool.servers] == ["living", "living"]
         engine.resume_memory(["weights", "kv_cache"])  # nothing was released: nothing is asked
-        engine.pause()
+        engine.thread.run(engine._control_all("/pause_generation", {"mode": "retract"}))
 
     with opened(sglang_model, fleet.endpoints) as engine:  # what a trainer that was killed has paused goes on
         engine.version = 6
@@ -630,7 +629,6 @@ def test_a_server_that_is_killed(fleet: ServerFleet, sglang_model: Path, model: 
             ServerError, match=r"weights of version 4: no SGLang server is left.*max_restarts are spent"
         ):
             engine.update_weights(stream, version=4)
-        assert not engine.health()
 
 
 def kill_all(fleet: ServerFleet) -> None:
