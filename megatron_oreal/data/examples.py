@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megatron_oreal.config import SftDataConfig
 from megatron_oreal.data.files import Row, read_jsonl, write_jsonl
 from megatron_oreal.data.prompts import parse_messages, parse_text
@@ -58,9 +60,16 @@ def encode_examples(
     ValueError when all are skipped, and where the tokenizer refuses the format.
     """
     prompts = tokenizer.encode_many([tokenizer.render_prompt(example.messages, config) for example in examples])
+    if [] in prompts:
+        raise ValueError(f"data.examples: the prompt of example {prompts.index([]) + 1} gives no token; correct it")
     responses = tokenizer.encode_many([example.response for example in examples])
     sequences = [
-        TrainingSequence(prompt_ids, [*response_ids, tokenizer.eos_id], advantage=1.0, is_correct=True)
+        TrainingSequence(
+            np.array(prompt_ids, dtype=np.int32),
+            np.array([*response_ids, tokenizer.eos_id], dtype=np.int32),
+            advantage=1.0,
+            is_correct=True,
+        )
         for prompt_ids, response_ids in zip(prompts, responses, strict=True)
     ]
     kept = [

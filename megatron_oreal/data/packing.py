@@ -6,10 +6,13 @@ get a filler of masked tokens, which contributes nothing.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,11 +85,11 @@ def build_batch(
 def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1) -> list[list[list[int]]]:
     """[rank][micro-batch] -> sequence numbers. Ranks are balanced by tokens and have equally many micro-batches."""
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap: the rank with the fewest tokens comes first
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        lightest = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        load, lightest = loads[0]
         ranks[lightest].append(number)
-        loads[lightest] += lengths[number]
+        heapq.heapreplace(loads, (load + lengths[number], lightest))
     packed = [first_fit(numbers, lengths, capacity) for numbers in ranks]
     count = max(1, *(len(bins) for bins in packed))
     count = -(-count // count_multiple) * count_multiple
@@ -94,17 +97,16 @@ def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple
 
 
 def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Each sequence goes to the first micro-batch that has room for it, or to a new one where none has."""
     bins: list[list[int]] = []
-    filled: list[int] = []
+    room = np.full(len(numbers), capacity)
     for number in numbers:
-        for index, tokens in enumerate(filled):
-            if tokens + lengths[number] <= capacity:
-                bins[index].append(number)
-                filled[index] += lengths[number]
-                break
-        else:
-            bins.append([number])
-            filled.append(lengths[number])
+        fits = room[: len(bins)] >= lengths[number]
+        index = int(fits.argmax()) if fits.any() else len(bins)
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(number)
+        room[index] -= lengths[number]
     return bins
 
 
@@ -114,42 +116,39 @@ def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> i
 
 
 def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: torch.device) -> Microbatch:
-    """`total` tokens: the sequences, and one segment of masked filler where they are fewer."""
-    tokens = [sequence.prompt_ids + sequence.response_ids for sequence in sequences]
-    used = sum(len(ids) for ids in tokens)
-    padding = total - used
-    lengths = [len(ids) for ids in tokens] + ([padding] if padding else [])
-    input_ids = torch.zeros(total, dtype=torch.int64)
-    input_ids[:used] = torch.tensor([token for ids in tokens for token in ids], dtype=torch.int64)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    position_ids = torch.arange(total) - cu_seqlens[sequence_ids]
-    prompt_lengths = torch.tensor([len(sequence.prompt_ids) for sequence in sequences] + [total] * bool(padding))
-    # The token at position t predicts t + 1: trained from the last prompt token to the one before the end.
-    loss_mask = (position_ids >= prompt_lengths[sequence_ids] - 1) & (
-        position_ids < torch.tensor(lengths)[sequence_ids] - 1
-    )
-    advantages = torch.tensor([sequence.advantage for sequence in sequences] + [0.0] * bool(padding))
-    logprobs = [value for sequence in sequences for value in known_logprobs(sequence)]
-    engine_logprobs = torch.zeros(total, dtype=torch.float32)
-    engine_logprobs[loss_mask] = torch.tensor(logprobs, dtype=torch.float32)
+    """A micro-batch of `total` tokens: the sequences, and one segment of masked filler where they are shorter."""
+    lengths = [sequence.num_tokens for sequence in sequences]
+    padding = total - sum(lengths)
+    lengths += [padding] if padding else []
+    borders = [0, *accumulate(lengths)]
+    input_ids, position_ids = (torch.zeros(total, dtype=torch.int64) for _ in range(2))
+    loss_mask = torch.zeros(total, dtype=torch.bool)
+    advantages, engine_logprobs = (torch.zeros(total, dtype=torch.float32) for _ in range(2))
+    for begin, sequence in zip(borders, sequences, strict=False):
+        response, end = begin + len(sequence.prompt_ids), begin + sequence.num_tokens
+        input_ids.numpy()[begin:response] = sequence.prompt_ids
+        input_ids.numpy()[response:end] = sequence.response_ids
+        # Position t predicts token t + 1: trained from the last prompt token to the one before the end.
+        trained = slice(response - 1, end - 1)
+        loss_mask[trained] = True
+        advantages[trained] = sequence.advantage
+        engine_logprobs.numpy()[trained] = sequence.model_logprobs if len(sequence.model_logprobs) else math.nan
+    positions = torch.arange(max(lengths))
+    for begin, length in zip(borders, lengths, strict=False):
+        position_ids[begin : begin + length] = positions[:length]
     microbatch = Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
         position_ids=position_ids,
-        cu_seqlens=cu_seqlens.int(),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         max_seqlen=max(lengths),
         loss_mask=loss_mask,
-        sequence_ids=sequence_ids,
-        advantages=torch.where(loss_mask, advantages[sequence_ids], 0.0),
+        sequence_ids=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        advantages=advantages,
         is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
         engine_logprobs=engine_logprobs,
     )
     return to_device(microbatch, device)
-
-
-def known_logprobs(sequence: TrainingSequence) -> list[float]:
-    return sequence.model_logprobs or [math.nan] * len(sequence.response_ids)
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

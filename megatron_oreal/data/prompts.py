@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
 from megatron_oreal.config import PromptConfig
 from megatron_oreal.data.files import Row, describe_type, read_jsonl, write_jsonl
-from megatron_oreal.types import Message, Prompt
+from megatron_oreal.types import Int32Array, Message, Prompt, TokenData
 
 if TYPE_CHECKING:
     from megatron_oreal.data.tokenizer import Tokenizer
@@ -19,10 +21,12 @@ Item = TypeVar("Item")
 CursorState = dict[str, Any]  # JSON
 
 
-@dataclass(slots=True, frozen=True)
-class EncodedPrompt:
+@dataclass(slots=True, frozen=True, eq=False)
+class EncodedPrompt(TokenData):
+    """A prompt as the model reads it: after the chat template, the system prompt and the suffix."""
+
     prompt: Prompt
-    token_ids: list[int]
+    token_ids: Int32Array  # [P]
 
 
 def read_prompts(path: Path, setting: str) -> list[Prompt]:
@@ -118,7 +122,7 @@ def encode_prompts(
     if [] in token_ids:
         raise ValueError(f"{setting}: prompt {prompts[token_ids.index([])].id!r} gives no token; remove or correct it")
     encoded = [
-        EncodedPrompt(prompt, ids)
+        EncodedPrompt(prompt, np.array(ids, dtype=np.int32))
         for prompt, ids in zip(prompts, token_ids, strict=True)
         if len(ids) <= config.max_prompt_tokens
     ]

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_oreal.statistics import pass_at_k
-from megatron_oreal.types import Group, Sample
+from megatron_oreal.types import Group, Int32Array, Sample
 
 REFLECTION_WORDS = ("wait", "recheck", "retry", "alternatively", "however")
 # The look-behind comes last: a pattern that begins with plain letters is searched for several times faster.
@@ -52,7 +52,7 @@ def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics | pass_at_metrics(groups)
 
 
-def repetition(token_ids: Sequence[int], ngram_tokens: int = NGRAM_TOKENS) -> float:
+def repetition(token_ids: Sequence[int] | Int32Array, ngram_tokens: int = NGRAM_TOKENS) -> float:
     """The share of n-grams that occurred before in the same response, in [0, 1); 0 for a shorter one."""
     tokens = np.asarray(token_ids, dtype=np.uint64)
     count = tokens.size - ngram_tokens + 1
@@ -101,7 +101,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample for sample in samples if sample.is_judged]
     lengths = [len(sample.response_ids) for sample in samples]
-    known = [sample.rollout_logprobs for sample in samples if sample.rollout_logprobs]
+    known = [sample for sample in samples if len(sample.rollout_logprobs)]
     statuses = [sample.verdict.status for sample in samples if sample.verdict is not None]
     pass_rates = [group.pass_rate for group in groups if group.judged_samples]
     metrics = {
@@ -124,8 +124,16 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "verifier/crash": statuses.count("crash"),
     }
     if known:  # the engine can tell
-        metrics["rollout/logprob_mean"] = sum(map(sum, known)) / max(1, sum(map(len, known)))
+        metrics["rollout/logprob_mean"] = sum(map(logprob_sum, known)) / sum(len(s.rollout_logprobs) for s in known)
     return metrics
+
+
+def logprob_sum(sample: Sample) -> float:
+    """The log-prob of the whole response as it was sampled, summed in float64 from the first token to the last.
+
+    The order is fixed because another one may change the last digit; `np.sum` chooses its own.
+    """
+    return 0.0 + float(np.cumsum(sample.rollout_logprobs, dtype=np.float64)[-1])  # 0.0 + -0.0 is 0.0
 
 
 def nearest_rank(values: Sequence[Number], share: float) -> Number:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.rollout.metrics import logprob_sum
 from megatron_oreal.types import Group, Sample
 
 
@@ -29,7 +30,7 @@ def sample_row(group: Group, sample: Sample) -> dict[str, object]:
         "extracted": verdict.extracted if verdict else None,
         "reward": verdict.reward if verdict else None,
         "num_tokens": len(sample.response_ids),
-        "logprob": round(sum(sample.rollout_logprobs), 6) if sample.rollout_logprobs else None,
+        "logprob": round(logprob_sum(sample), 6) if len(sample.rollout_logprobs) else None,
         "finish_reason": sample.finish_reason,
         "policy_version": sample.policy_version,
     }
