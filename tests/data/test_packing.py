@@ -80,7 +80,7 @@ def test_every_sequence_is_trained_exactly_once(data_size: int, num_sequences: i
     trained = [
         tokens for batch in batches for microbatch in batch.microbatches for tokens in trained_sequences(microbatch)
     ]
-    expected = [tuple(sequence.prompt_ids + sequence.response_ids) for sequence in make_sequences(lengths)]
+    expected = [tuple(sequence.token_ids.tolist()) for sequence in make_sequences(lengths)]
     assert sorted(trained) == expected
     num_masked = sum(int(microbatch.loss_mask.sum()) for batch in batches for microbatch in batch.microbatches)
     for batch in batches:

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/bench/bench_packing.py
 
-Finished responses are encoded for the broadcast, decoded as the other ranks do it, and packed into micro-batches. "lists"
-is the code that held token ids and log-probs in Python lists; "arrays" is `megatron_oreal.rollout.group_codec` with
-`megatron_oreal.data.packing`. Each measurement is a process of its own, and both must give the same micro-batches.
+Finished responses are encoded for the broadcast, decoded as the other ranks do it, and packed into micro-batches.
+"lists" is the code that held token ids and log-probs in Python lists; "arrays" is `megatron_oreal.rollout.group_codec`
+with `megatron_oreal.data.packing`. Each measurement is a process of its own, and both must give the same micro-batches.
 Memory is the process's peak beyond what it needs before there are responses; it includes the responses themselves.
 """
 
@@ -117,10 +117,10 @@ def build_from_lists(samples: Sequence[ListSample]) -> Microbatch:
 
 
 def make_responses(number: int, length: int) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Response ids, rollout log-probs and model log-probs; every other response is half as long."""
+    """Response ids, rollout log-probs and model log-probs; lengths differ by up to six tokens."""
     random = np.random.default_rng(0)
     for index in range(number):
-        size = length - index % 2 * length // 2
+        size = length - index % 7
         logprobs = -random.random((2, size), dtype=np.float32)
         yield random.integers(0, VOCAB_SIZE, size, dtype=np.int32), logprobs[0].copy(), logprobs[1].copy()
 
@@ -196,7 +196,7 @@ def main(rounds: int, microbatch_tokens: int, data_size: int, divide_by: int) ->
                 with ProcessPoolExecutor(1, context) as pool:
                     measured[name].append(pool.submit(measure, name, number, length, plan).result())
         assert measured["lists"][0].checksums == measured["arrays"][0].checksums, "the micro-batches differ"
-        click.echo(f"{number} responses of {length} tokens, and half of them of half as many")
+        click.echo(f"{number} responses of {length} tokens")
         medians = {}
         for name, results in measured.items():
             seconds, cpu, gib = (
