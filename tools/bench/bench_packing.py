@@ -31,7 +31,7 @@ from megatron_oreal.rollout import group_codec
 from megatron_oreal.rollout.group_codec import PlacedGroup
 from megatron_oreal.types import Group, Microbatch, Prompt, Sample, Verdict
 
-CASES = ((1024, 14_000), (8192, 8_000))  # responses, tokens of each
+CASES = ("1024x14000", "8192x8000")
 GROUP_SIZE, PROMPT_TOKENS, VOCAB_SIZE = 16, 128, 151_936
 FIELDS = ("input_ids", "labels", "position_ids", "loss_mask", "sequence_ids", "advantages", "engine_logprobs")
 
@@ -183,13 +183,15 @@ def checksum(microbatches: Sequence[Microbatch], field: str) -> float:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--microbatch-tokens", default=32_768, show_default=True)
 @click.option("--data-size", default=1, show_default=True, help="Data-parallel ranks that share the micro-batches.")
-@click.option("--divide-by", default=1, show_default=True, help="Fewer responses, for a machine with less memory.")
-def main(rounds: int, microbatch_tokens: int, data_size: int, divide_by: int) -> None:
+@click.option(
+    "--case", "cases", multiple=True, default=CASES, show_default=True, help="RESPONSESxTOKENS, several times."
+)
+def main(rounds: int, microbatch_tokens: int, data_size: int, cases: tuple[str, ...]) -> None:
     """Prints seconds, CPU seconds and peak memory of both, medians of the rounds, and their ratio."""
     plan = PackingPlan(0, data_size, microbatch_tokens)
     context = multiprocessing.get_context("spawn")
-    for full, length in CASES:
-        number = full // divide_by
+    for case in cases:
+        number, length = map(int, case.split("x"))
         measured: dict[str, list[Measured]] = {name: [] for name in PREPARE}
         for _ in range(rounds):
             for name in PREPARE:  # in turns, so that a busy machine slows both
