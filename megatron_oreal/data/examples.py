@@ -1,4 +1,4 @@
-"""Supervised examples: a prompt and the response to imitate."""
+"""Reads, writes and encodes supervised examples: a prompt and the response to imitate."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ def example_row(example: Example) -> Row:
 def encode_examples(
     examples: Sequence[Example], tokenizer: Tokenizer, config: SftDataConfig
 ) -> tuple[list[TrainingSequence], int]:
-    """Sequences whose response ends with the end-of-sequence token, and how many examples were skipped as too long.
+    """Returns sequences that end with the end-of-sequence token, and how many examples were skipped as too long.
 
-    Too long: the prompt alone beyond `config.max_prompt_tokens`, or the whole beyond `config.max_tokens`. Raises
-    ValueError when all are skipped, and where the tokenizer refuses the format.
+    An example is too long when its prompt has more than `config.max_prompt_tokens` tokens, or both together more than
+    `config.max_tokens`. Raises ValueError when all are skipped, when a prompt has no token, and where the tokenizer
+    refuses the format.
     """
     prompts = tokenizer.encode_many([tokenizer.render_prompt(example.messages, config) for example in examples])
     if [] in prompts:

@@ -12,7 +12,7 @@ from megatron_oreal.types import Group, Sample
 
 
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """One JSON object a sample; the file appears whole."""
+    """Writes one JSON object for each sample; readers never see a part of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         path, "".join(json.dumps(sample_row(group, sample)) + "\n" for group in groups for sample in group.samples)
