@@ -25,7 +25,7 @@ MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no token's bits are lost
 
 
 def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics of all samples; those about correct or about incorrect answers are left out where there is no such answer.
+    """Metrics of all samples; those about correct or about incorrect answers are left out where there are none.
 
     Reflection words are counted in `Sample.response_text`, which only the first rank has.
     """
