@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_oreal.engines.main_thread import MainThreadCalls
-from megatron_oreal.types import FinishReason
+from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,19 +36,26 @@ class SamplingParams:
             raise ValueError(f"rollout.max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
 
-@dataclass(slots=True, frozen=True)
-class Generation:
-    response_ids: list[int]  # the stop token included when one was produced
-    # Of the distribution that was sampled from: tempered, truncated; 0 when greedy. Empty where the engine cannot tell.
-    rollout_logprobs: list[float]
-    model_logprobs: list[float]  # of the untempered, untruncated model
-    finish_reason: FinishReason  # abort: given up, or cut by a change of weights; what is there may be continued
-    policy_versions: list[int] = field(default_factory=list)  # of the weights that made each token
+@dataclass(slots=True, frozen=True, eq=False)
+class Generation(TokenData):
+    """What an engine returns for one request.
+
+    Example: `Generation([15, 7, 1], [-0.5, -0.1, 0.0], [-0.5, -0.1, 0.0], "stop", [3, 3, 4])` ended with the stop
+    token 1, which weights of version 4 generated.
+    """
+
+    response_ids: Int32Array  # [R], the stop token included when one was produced
+    # [R], log-probs of the distribution that was sampled from: tempered, truncated; 0 when greedy. Empty where the
+    # engine cannot tell.
+    rollout_logprobs: Float32Array
+    model_logprobs: Float32Array  # [R], log-probs of the untempered, untruncated model
+    finish_reason: FinishReason  # abort: given up, or cut by a change of weights; the tokens so far may be continued
+    policy_versions: Int32Array = field(default_factory=no_ids)  # [R], of the weights that generated each token
 
 
-@dataclass(slots=True, frozen=True)
-class GenerationRequest:
-    prompt_ids: list[int]
+@dataclass(slots=True, frozen=True, eq=False)
+class GenerationRequest(TokenData):
+    prompt_ids: Int32Array  # [P]
     seed: int  # of this response alone; the samples of a group need different ones
     begun: Generation | None = None  # an aborted response to continue; the answer holds its tokens too
 
@@ -105,9 +112,9 @@ class RolloutEngine(Protocol):
 def check_prompts(requests: Sequence[GenerationRequest], vocab_size: int) -> None:
     """Raises ValueError for a prompt that is empty or holds a token that the model does not know."""
     for index, request in enumerate(requests):
-        if not request.prompt_ids:
+        if not len(request.prompt_ids):
             raise ValueError(f"request {index} has an empty prompt; give it at least one token")
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
+        if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= vocab_size:
             raise ValueError(
                 f"request {index} has a token id outside the model's vocabulary of {vocab_size}: "
                 "model.tokenizer and model.path do not fit"

@@ -20,7 +20,6 @@ import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -30,7 +29,7 @@ from typing_extensions import Self
 
 from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest, SamplingParams
 from megatron_oreal.observability.files import sync_folder, write_atomically
-from megatron_oreal.types import FinishReason
+from megatron_oreal.types import FinishReason, Int32Array
 
 STEP_FILE = re.compile(r"step_(\d+)\.bin")
 FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, checksum of both
@@ -58,10 +57,10 @@ class Record:
     @property
     def generation(self) -> Generation:
         header = self.header
-        ids = np.frombuffer(self.numbers, "<i4", header.num_tokens).tolist()
-        logprobs = np.frombuffer(self.numbers, "<f8", offset=4 * header.num_tokens).tolist()
+        ids = np.frombuffer(self.numbers, "<i4", header.num_tokens)
+        logprobs = np.frombuffer(self.numbers, "<f8", offset=4 * header.num_tokens).astype(np.float32)
         num_rollout = header.num_tokens if header.has_rollout_logprobs else 0
-        versions = [version for version, count in header.policy_versions for _ in range(count)]
+        versions = np.repeat(*np.array(header.policy_versions, dtype=np.int32).reshape(-1, 2).T)
         return Generation(ids, logprobs[:num_rollout], logprobs[num_rollout:], header.finish_reason, versions)
 
     @property
@@ -194,16 +193,16 @@ class Ledger:
     ) -> Record:
         header = Header(
             key=key,
-            weights=self.weights.get(max(generation.policy_versions), ""),
+            weights=self.weights.get(int(generation.policy_versions.max()), ""),
             is_carried=is_carried,
             finish_reason=generation.finish_reason,
             num_tokens=len(generation.response_ids),
-            has_rollout_logprobs=bool(generation.rollout_logprobs),
-            policy_versions=[(version, len(list(run))) for version, run in groupby(generation.policy_versions)],
+            has_rollout_logprobs=len(generation.rollout_logprobs) > 0,
+            policy_versions=runs(generation.policy_versions),
             batch=batch,
         )
-        ids = np.array(generation.response_ids, dtype="<i4")
-        logprobs = np.array([*generation.rollout_logprobs, *generation.model_logprobs], dtype="<f8")
+        ids = generation.response_ids.astype("<i4")
+        logprobs = np.concatenate([generation.rollout_logprobs, generation.model_logprobs]).astype("<f8")
         number = len(self.records.get(step, {}))
         record = Record(header, ids.tobytes() + logprobs.tobytes(), number, is_ours=True)
         if self.folder is not None:
@@ -227,8 +226,15 @@ class Ledger:
 
 def response_key(request: GenerationRequest, params: SamplingParams) -> str:
     """Returns a digest of what a response depends on besides the weights."""
-    parts = json.dumps([request.prompt_ids, request.seed, asdict(params)], sort_keys=True)
+    parts = json.dumps([request.prompt_ids.tolist(), request.seed, asdict(params)], sort_keys=True)
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+def runs(values: Int32Array) -> list[tuple[int, int]]:
+    """(value, how often it follows itself) of each run of equal values: 3 3 3 4 -> (3, 3), (4, 1)."""
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    lengths = np.diff(starts, append=len(values))
+    return list(zip(values[starts].tolist(), lengths.tolist(), strict=True))
 
 
 def read_records(path: Path) -> list[Record]:

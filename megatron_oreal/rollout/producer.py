@@ -129,7 +129,7 @@ class GroupProducer:
         keys = [response_key(request, self.sampling) for request in requests]
 
         def keep(number: int, generation: Generation, batch: BatchIndex) -> None:
-            if generation.response_ids:
+            if len(generation.response_ids):
                 self.ledger.add(step, keys[number], generation, batch)
 
         def judge(request: PromptRequest, generations: Sequence[Generation]) -> Group:
@@ -180,7 +180,7 @@ class GroupProducer:
     def _give_up(self, step: int, key: str, generation: Generation | None) -> None:
         """Drops a response of an incomplete group, or hands it to the next step where responses are resumed."""
         self.counts["given_up"] += generation is None or generation.finish_reason == "abort"
-        if generation is not None and generation.response_ids:
+        if generation is not None and len(generation.response_ids):
             self.counts["tokens_given_up"] += len(generation.response_ids)
             if self._resumes:
                 self.ledger.carry(step + 1, key, generation)

@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from megatron_oreal.config import AnswerRule
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
@@ -24,7 +26,7 @@ from megatron_oreal.rewards.answer import ANSWER_REGIONS
 from megatron_oreal.rollout.group_broadcast import in_thread, share
 from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest
-from megatron_oreal.types import Group, Sample, Verdict
+from megatron_oreal.types import Group, Int32Array, Sample, Verdict, no_ids
 
 MAX_FRUITLESS_CALLS = 20  # one after the other, in which the engine gave up every response without a new token
 
@@ -106,7 +108,7 @@ class Sampler:
         response_ids = generation.response_ids[:num_tokens]
         shown_ids = response_ids[:-1] if stopped_by_token else response_ids
         versions = generation.policy_versions[:num_tokens]
-        oldest = min(versions, default=self.engine.version)
+        oldest = int(versions.min()) if len(versions) else self.engine.version
         return Sample(
             prompt_id=prompt.prompt.id,
             prompt_ids=prompt.token_ids,
@@ -116,7 +118,7 @@ class Sampler:
             model_logprobs=generation.model_logprobs[:num_tokens],
             finish_reason=generation.finish_reason if num_tokens is None else "stop",
             policy_version=oldest,
-            policy_versions=versions if max(versions, default=oldest) > oldest else [],
+            policy_versions=versions if (versions > oldest).any() else no_ids(),
         )
 
     def _verify(self, samples: Sequence[Sample], answer: str) -> list[Verdict]:
@@ -145,24 +147,24 @@ class RequestIndexMap:
 
     def dated(self, index: int, generation: Generation) -> Generation:
         """Returns the generation with a policy version for each token."""
-        if generation.policy_versions:
+        if len(generation.policy_versions):
             return generation
         begun = self.requests[index][1]
-        before = [] if begun is None else begun.policy_versions
-        num_new = len(generation.response_ids) - len(before)
-        return replace(generation, policy_versions=before + [self.version] * num_new)
+        before = no_ids() if begun is None else begun.policy_versions
+        added = np.full(len(generation.response_ids) - len(before), self.version, dtype=np.int32)
+        return replace(generation, policy_versions=np.concatenate([before, added]))
 
 
 def continuation(request: GenerationRequest, generation: Generation) -> GenerationRequest:
     """Returns a request that goes on where `generation` ends."""
-    return replace(request, begun=generation) if generation.response_ids else request
+    return replace(request, begun=generation) if len(generation.response_ids) else request
 
 
 def num_begun_tokens(request: GenerationRequest) -> int:
     return len(request.begun.response_ids) if request.begun is not None else 0
 
 
-def tokens_to_stop_string(response_ids: Sequence[int], stop_strings: Sequence[str], tokenizer: Tokenizer) -> int | None:
+def tokens_to_stop_string(response_ids: Int32Array, stop_strings: Sequence[str], tokenizer: Tokenizer) -> int | None:
     """Returns the length of the shortest beginning whose text holds a stop string; None when the text holds none."""
 
     def holds_stop(count: int) -> bool:

@@ -22,6 +22,7 @@ from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prom
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
 from megatron_oreal.engines.local.engine import GENERATED_FAMILIES
+from megatron_oreal.types import Int32Array
 from megatron_oreal.weights.families import Architecture, read_architecture
 
 # Settings that may change between a run and its continuation.
@@ -58,8 +59,8 @@ def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
     return Inputs(architecture, tokenizer, sampling_params(config.rollout, tokenizer), datasets, notes)
 
 
-def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture) -> None:
-    largest = max(map(max, sequences))
+def check_vocabulary(sequences: Iterable[Int32Array], architecture: Architecture) -> None:
+    largest = max(int(token_ids.max()) for token_ids in sequences)
     if largest >= architecture.vocab_size:
         raise ValueError(
             f"model.tokenizer: its token {largest} is beyond the model's vocab_size={architecture.vocab_size}; "

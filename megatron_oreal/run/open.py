@@ -63,7 +63,7 @@ def open_sft(config: SftConfig) -> AbstractContextManager[Run[SftConfig, Trainin
     inputs = read_inputs(config)
     architecture = inputs.architecture
     sequences, num_skipped = encode_examples(read_examples(config.data.examples), inputs.tokenizer, config.data)
-    check_vocabulary((sequence.prompt_ids + sequence.response_ids for sequence in sequences), architecture)
+    check_vocabulary((sequence.token_ids for sequence in sequences), architecture)
     note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
     cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
     check_run_dir(config)

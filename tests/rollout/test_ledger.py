@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequest, SamplingParams
-from megatron_oreal.rollout.ledger import Ledger, response_key
+from megatron_oreal.rollout.ledger import Ledger, response_key, runs
 from megatron_oreal.weights.fingerprint import Fingerprint, bit_sums
 
 WHOLE = Generation([5, 6, 1], [-0.1, -0.2, -0.3], [-1.5, -2.5, -1 / 3], "stop", [3, 3, 4])
@@ -157,6 +158,13 @@ def test_the_key_is_all_that_a_response_depends_on() -> None:
     }
     assert len(keys) == 5
     assert response_key(GenerationRequest([1, 2], 7, begun=BEGUN), params) in keys
+
+
+def test_versions_are_written_as_runs() -> None:
+    values = [[], [3], [3, 3, 4], [4, 3, 3, 3, 4, 0, 0]]
+    expected = [[], [(3, 1)], [(3, 2), (4, 1)], [(4, 1), (3, 3), (4, 1), (0, 2)]]
+    assert [runs(np.array(one, np.int32)) for one in values] == expected
+    assert all(type(number) is int for run in runs(np.array([3, 4], np.int32)) for number in run)  # for JSON
 
 
 def digest(weights: list[tuple[str, Tensor]]) -> str:

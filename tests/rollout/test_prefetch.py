@@ -47,7 +47,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def ids_of(collected: list[Collected]) -> list[list[list[int]]]:
-    return [[sample.response_ids for group in c.groups for sample in group.samples] for c in collected]
+    return [[sample.response_ids.tolist() for group in c.groups for sample in group.samples] for c in collected]
 
 
 def no_training(step: int) -> None:
@@ -60,7 +60,9 @@ def test_on_policy_groups_are_those_of_the_producer_alone(tokenizer: Tokenizer) 
     producer, expected = make_producer(alone, tokenizer, Ledger(None)), []
     for step in range(6):
         alone.update_weights([], step)
-        expected.append([s.response_ids for placed in producer.produce(step).groups for s in placed.group.samples])
+        expected.append(
+            [s.response_ids.tolist() for placed in producer.produce(step).groups for s in placed.group.samples]
+        )
 
     def nothing_is_ahead(step: int) -> None:
         time.sleep(0.01)
@@ -120,7 +122,7 @@ def test_weights_change_in_the_middle_of_a_response(tokenizer: Tokenizer) -> Non
     pushed.set()
     second = [sample for group in collector.collect(2).groups for sample in group.samples]
     longer = [sample for sample in second if len(sample.response_ids) > 3]
-    assert longer and all(s.policy_versions == [1] * 3 + [2] * (len(s.response_ids) - 3) for s in longer)
+    assert longer and all(s.policy_versions.tolist() == [1] * 3 + [2] * (len(s.response_ids) - 3) for s in longer)
     assert {sample.policy_version for sample in second} == {1}
     collector.close()
 

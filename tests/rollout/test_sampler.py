@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.rewards import MathVerifier
-from megatron_oreal.rollout.metrics import nearest_rank, rollout_metrics, staleness_metrics
+from megatron_oreal.rollout.metrics import logprob_sum, nearest_rank, rollout_metrics, staleness_metrics
 from megatron_oreal.rollout.records import write_rollouts
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
@@ -36,6 +37,18 @@ def test_lengths_and_known_log_probs_by_hand() -> None:
     assert metrics["rollout/length_nine_tenths"] == metrics["rollout/length_max"] == 10
     assert metrics["rollout/logprob_mean"] == -0.5  # a token, of those that are known
     assert "rollout/logprob_mean" not in rollout_metrics([make_group(make_sample(4, logprob=None))])
+
+
+def test_log_probs_are_summed_in_double_precision_from_the_first_token_on() -> None:
+    logprobs = (-np.random.default_rng(0).exponential(size=1000)).astype(np.float32)
+    sample = make_sample(1000)
+    sample.rollout_logprobs = logprobs
+    total = 0.0
+    for value in logprobs.tolist():
+        total += value
+    assert logprob_sum(sample) == total
+    sample.rollout_logprobs = np.array([-0.0, -0.0], np.float32)
+    assert str(logprob_sum(sample)) == "0.0"
 
 
 def test_nearest_rank_by_hand() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
@@ -56,7 +57,7 @@ def engine_rival(engine: LocalEngine, requests: list[GenerationRequest], params:
 def generate_rival(
     model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams
 ) -> Callable[[], int]:
-    prompt_ids = torch.tensor([request.prompt_ids for request in requests])
+    prompt_ids = torch.from_numpy(np.stack([request.prompt_ids for request in requests])).long()
 
     def run() -> int:
         outputs = model.generate(

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from math import isfinite
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +30,7 @@ from megatron_oreal.engines.local.decoder import LLAMA_LIKE, LlamaDecoder
 from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
 from megatron_oreal.engines.main_thread import MainThreadCalls
+from megatron_oreal.types import Int32Array, no_ids, no_logprobs
 from megatron_oreal.weights.families import read_architecture
 from megatron_oreal.weights.initial import hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
@@ -121,7 +122,7 @@ class Responses:
 
 
 NO_RESPONSES = Responses(torch.zeros(0, 0).long(), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0).long())
-GIVEN_UP = Generation([], [], [], "abort")
+GIVEN_UP = Generation(no_ids(), no_logprobs(), no_logprobs(), "abort")
 Work = tuple[list[list[GenerationRequest]], SamplingParams]  # one wave: a list of requests for each rank
 
 
@@ -238,9 +239,9 @@ def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batc
     requests that the waves before it have left, and on nothing else: a resumed run that finds the responses of whole
     waves in the ledger decodes the others in the same batches as before, and so gets the same last digits.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(tuple(request.prompt_ids), []).append(index)
+        groups.setdefault(request.prompt_ids.tobytes(), []).append(index)
     waves: list[list[list[int]]] = []
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     for group in groups.values():
@@ -268,10 +269,11 @@ def decode_wave(
     decoder: Decoder, requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device
 ) -> Responses:
     """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch."""
-    prompts = {tuple(request.prompt_ids): None for request in requests}
-    place = {prompt: number for number, prompt in enumerate(prompts)}
-    prompt_of_row = torch.tensor([place[tuple(request.prompt_ids)] for request in requests], device=device)
-    prompt_ids, num_padding = pad_left(list(prompts), device)
+    keys = [request.prompt_ids.tobytes() for request in requests]
+    prompts = {key: request.prompt_ids for key, request in zip(keys, requests, strict=True)}
+    row_of_prompt = {key: row for row, key in enumerate(prompts)}
+    prompt_of_row = torch.tensor([row_of_prompt[key] for key in keys], device=device)
+    prompt_ids, num_padding = pad_left(list(prompts.values()), device)
     seeds = seed_tensor([request.seed for request in requests], device)
     stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
 
@@ -304,12 +306,14 @@ def decode_wave(
     return Responses(token_ids[:longest].T, logprobs[0, :longest].T, logprobs[1, :longest].T, lengths)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [U, P] with zeros before the shorter prompts, and their number [U]."""
+def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [U, P] with zeros before the shorter prompts, and the number of these zeros [U]."""
     length = max(map(len, prompts))
-    padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    padded = np.zeros((len(prompts), length), dtype=np.int64)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
     num_padding = [length - len(prompt) for prompt in prompts]
-    return torch.tensor(padded, device=device), torch.tensor(num_padding, device=device)
+    return torch.from_numpy(padded).to(device), torch.tensor(num_padding, device=device)
 
 
 def gather_responses(
@@ -363,13 +367,18 @@ def unpack(packed: Tensor) -> Responses:
 
 def to_generations(responses: Responses, params: SamplingParams) -> list[Generation]:
     """Raises FloatingPointError when a log-prob is not finite: the model is broken, its samples are noise."""
+    is_generated = (
+        torch.arange(responses.token_ids.shape[1], device=responses.lengths.device) < responses.lengths[:, None]
+    )
+    if not (responses.model_logprobs.isfinite() | ~is_generated).all():
+        raise FloatingPointError("the model's logits are not finite: the weights are broken")
+    token_ids = responses.token_ids.int().cpu().numpy()
+    rollout, model = responses.rollout_logprobs.cpu().numpy(), responses.model_logprobs.cpu().numpy()
     generations = []
-    columns = (responses.token_ids, responses.rollout_logprobs, responses.model_logprobs, responses.lengths)
-    for token_ids, rollout, model, length in zip(*(column.tolist() for column in columns), strict=True):
-        if not all(map(isfinite, model[:length])):
-            raise FloatingPointError("the model's logits are not finite: the weights are broken")
-        stopped = length > 0 and token_ids[length - 1] in params.stop_token_ids
-        generations.append(
-            Generation(token_ids[:length], rollout[:length], model[:length], "stop" if stopped else "length")
-        )
+    for row, length in enumerate(responses.lengths.tolist()):
+        # Copies, so that the padded arrays of all rows can be freed.
+        ids = token_ids[row, :length].copy()
+        logprobs = rollout[row, :length].copy(), model[row, :length].copy()
+        stopped = length > 0 and int(ids[-1]) in params.stop_token_ids
+        generations.append(Generation(ids, *logprobs, finish_reason="stop" if stopped else "length"))
     return generations

@@ -216,7 +216,7 @@ class SglangEngine:
                 if response.num_missing and not call.is_given_up:
                     # The server's own end token, which was not asked for, or somebody else's abort.
                     self.statistics.count("num_continued")
-                num_failures = 0 if answer.token_ids else num_failures + 1
+                num_failures = 0 if len(answer.token_ids) else num_failures + 1
             finally:
                 self.pool.release(server)
             if num_failures >= MAX_ATTEMPTS:
@@ -256,7 +256,7 @@ class SglangEngine:
         """Read at once: a hundred parsed answers that wait for their turn would keep the garbage collector busy."""
         body, seconds, version = response.body(request_id), self.pool.config.request_timeout_seconds, self.version
         answer = read_answer(await client.generate(body, seconds), response.num_missing, client.endpoint)
-        if min(answer.policy_versions, default=version) < version:
+        if (answer.policy_versions < version).any():
             raise ServerError(f"SGLang server {client.endpoint} has weights older than version {version}")
         return answer
 

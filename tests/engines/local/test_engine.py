@@ -51,7 +51,7 @@ def group_requests(prompts: list[list[int]] = PROMPTS, group_size: int = 6) -> l
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, prompt: list[int], generation: Generation) -> Tensor:
     """[response tokens, V], from one unpadded forward pass."""
-    ids = torch.tensor([prompt + generation.response_ids])
+    ids = torch.tensor([*prompt, *generation.response_ids])[None]
     return model(ids).logits[0, len(prompt) - 1 : -1]
 
 
@@ -68,8 +68,8 @@ def test_greedy_equals_transformers_generate(engine_and_model: tuple[LocalEngine
     for prompt, generation in zip(PROMPTS, generations, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
-        assert generation.response_ids == expected[0, len(prompt) :].tolist()
-        assert generation.rollout_logprobs == [0.0] * 12
+        assert generation.response_ids.tolist() == expected[0, len(prompt) :].tolist()
+        assert generation.rollout_logprobs.tolist() == [0.0] * 12
         assert generation.finish_reason == "length"
 
 
@@ -90,7 +90,7 @@ def test_logprobs_equal_a_full_forward(
     assert len(lengths) > 5, "rows should finish at different times"
     for request, generation in zip(requests, generations, strict=True):
         logits = reference_logits(model, request.prompt_ids, generation)
-        ids = torch.tensor(generation.response_ids)[:, None]
+        ids = torch.tensor(generation.response_ids).long()[:, None]
         model_logprobs = logits.log_softmax(dim=-1).gather(1, ids)[:, 0]
         filtered = truncate(logits / params.temperature, params.top_k, params.top_p).log_softmax(dim=-1)
         rollout_logprobs = filtered.gather(1, ids)[:, 0]
@@ -113,13 +113,13 @@ def test_stop_tokens_end_a_response_and_are_included(tied_path: Path) -> None:
 def test_a_response_depends_on_its_own_seed_only(tied_path: Path) -> None:
     params = SamplingParams(max_new_tokens=30, stop_token_ids=(2,))
     engine, requests = make_engine(tied_path), group_requests()
-    together = [generation.response_ids for generation in engine.generate(requests, params)]
-    assert together == [generation.response_ids for generation in engine.generate(requests, params)]
-    assert together[::5] == [engine.generate([request], params)[0].response_ids for request in requests[::5]]
+    together = [generation.response_ids.tolist() for generation in engine.generate(requests, params)]
+    assert together == [generation.response_ids.tolist() for generation in engine.generate(requests, params)]
+    assert together[::5] == [engine.generate([request], params)[0].response_ids.tolist() for request in requests[::5]]
     small_batches = make_engine(tied_path, batch_size=5)
-    assert together == [generation.response_ids for generation in small_batches.generate(requests, params)]
+    assert together == [generation.response_ids.tolist() for generation in small_batches.generate(requests, params)]
     backwards = engine.generate(requests[::-1], params)[::-1]
-    assert together == [generation.response_ids for generation in backwards]
+    assert together == [generation.response_ids.tolist() for generation in backwards]
     assert len({tuple(ids) for ids in together[:6]}) > 1
 
 
@@ -134,7 +134,7 @@ def test_long_responses_grow_the_cache(tied_path: Path, monkeypatch: pytest.Monk
     )
     assert len(generation.response_ids) > 70
     logits = reference_logits(model, request.prompt_ids, generation)
-    expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(generation.response_ids)[:, None])[:, 0]
+    expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(generation.response_ids).long()[:, None])[:, 0]
     assert torch.allclose(torch.tensor(generation.model_logprobs), expected, atol=1e-4)
 
 
@@ -191,10 +191,12 @@ def test_update_weights_takes_effect(tied_path: Path, general: bool) -> None:
     engine.update_weights(((name, tensor.double()) for name, tensor in stream), version=3)
     assert engine.version == 3
     after = engine.generate(group_requests(), params)
-    assert [generation.response_ids for generation in before] != [generation.response_ids for generation in after]
+    assert [generation.response_ids.tolist() for generation in before] != [
+        generation.response_ids.tolist() for generation in after
+    ]
     model.load_state_dict(dict(stream), strict=False)
     logits = reference_logits(model, PROMPTS[0], after[0]).log_softmax(dim=-1)
-    expected = logits.gather(1, torch.tensor(after[0].response_ids)[:, None])[:, 0]
+    expected = logits.gather(1, torch.tensor(after[0].response_ids).long()[:, None])[:, 0]
     assert torch.allclose(torch.tensor(after[0].model_logprobs), expected, atol=1e-4)
 
 
@@ -315,9 +317,11 @@ def test_two_processes_give_what_one_gives(tied_path: Path, tmp_path: Path) -> N
     engine = make_engine(tied_path)
     whole = engine.generate(group_requests(), SAMPLED)
     for ours, theirs in zip(whole, together[0], strict=True):
-        assert (ours.response_ids, ours.finish_reason) == (theirs.response_ids, theirs.finish_reason)
+        assert (ours.response_ids.tolist(), ours.finish_reason) == (theirs.response_ids.tolist(), theirs.finish_reason)
         assert ours.model_logprobs == pytest.approx(theirs.model_logprobs, abs=1e-5)
         assert ours.rollout_logprobs == pytest.approx(theirs.rollout_logprobs, abs=1e-5)
     few = engine.generate(group_requests()[:3], SHORT)
-    assert [generation.response_ids for generation in few] == [generation.response_ids for generation in together[1]]
+    assert [generation.response_ids.tolist() for generation in few] == [
+        generation.response_ids.tolist() for generation in together[1]
+    ]
     assert together[2] == []

@@ -127,10 +127,10 @@ def transformers_results(path: Path) -> tuple[dict[tuple[int, ...], Tensor], dic
     model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
     logits, loss = {}, torch.zeros(())
     for sequence in SEQUENCES:
-        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        ids = torch.tensor(sequence.token_ids)[None]
         response = model(ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
         logits[tuple(ids[0].tolist())] = response.detach()
-        chosen = response.log_softmax(-1).gather(-1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
+        chosen = response.log_softmax(-1).gather(-1, torch.tensor(sequence.response_ids).long()[:, None])[:, 0]
         loss = loss - sequence.advantage * chosen.sum() / DENOMINATOR
     loss.backward()
     return logits, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
