@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,55 @@ def mean_entropy(outputs: TokenOutputs, batch: Batch) -> Tensor:
     return outputs.entropy.sum() / batch.num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyTerms:
+    """What the losses of all policies are made of: one micro-batch's log-probs, old and new, and means over tokens.
+
+    The first pass over the batch was made with keep="old_logprobs": the old log-probs are those of that pass, so its
+    ratio to the old policy is 1 and only the ratio's gradient matters.
+    """
+
+    outputs: TokenOutputs
+    microbatch: Microbatch
+    batch: Batch
+    importance_cap: float | None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+
+    @property
+    def logprobs(self) -> Tensor:
+        """[T], with a gradient."""
+        return self.outputs.values
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """[T], of the policy before the step's first update."""
+        assert self.microbatch.old_logprobs is not None, 'the first pass needs keep="old_logprobs"'
+        return self.microbatch.old_logprobs
+
+    def corrected(self, coefficients: Tensor) -> Tensor:
+        """[T]: the coefficients, times the importance weights where samples may be off-policy."""
+        if self.importance_cap is None:
+            return coefficients
+        return coefficients * importance_weights(self.microbatch, self.importance_cap)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """This micro-batch's share of the mean of values [T] over all trained tokens of the batch."""
+        return values[self.microbatch.loss_mask].sum() / self.batch.num_tokens
+
+    def kl(self, kind: str, target_logprobs: Tensor) -> Tensor:
+        """This micro-batch's share of the mean KL divergence to the target, in nats a token."""
+        return self.mean(KL_KINDS[kind](self.logprobs, target_logprobs))
+
+    def entropy(self) -> Tensor:
+        return mean_entropy(self.outputs, self.batch)
+
+    def output(self, loss: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
+        """The loss with its own metrics and those of every policy, detached."""
+        metrics = metrics | {"loss": loss} | engine_mismatch(self.microbatch, self.batch)
+        if self.importance_cap is not None:
+            metrics |= importance_metrics(self.microbatch, self.batch, self.importance_cap)
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
 def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
     """How far the trainer's log-probs of the sampled tokens, before its update, are from those of the engine.
 
@@ -106,7 +156,7 @@ def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict
 
 def log_ratio_to_engine(microbatch: Microbatch) -> Tensor:
     """[trained tokens] log(pi_old / pi_engine) in nats; 0 where the engine's log-prob is not known."""
-    assert microbatch.old_logprobs is not None, "the first pass fills them"
+    assert microbatch.old_logprobs is not None, 'the first pass needs keep="old_logprobs"'
     known = microbatch.engine_logprobs[microbatch.loss_mask]
     difference = microbatch.old_logprobs[microbatch.loss_mask] - known
     return torch.where(known.isnan(), 0.0, difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -19,17 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import ADVANTAGES
-from megatron_oreal.algorithms.losses import (
-    KL_KINDS,
-    engine_mismatch,
-    importance_metrics,
-    importance_weights,
-    mean_entropy,
-    outcome_cross_entropy,
-)
-from megatron_oreal.algorithms.model import Metrics, Model
+from megatron_oreal.algorithms.losses import PolicyTerms, outcome_cross_entropy
+from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
-from megatron_oreal.config import OrealConfig
+from megatron_oreal.config import OrealConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
@@ -50,8 +43,30 @@ class Oreal:
         pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
         assert self.reference is not None or not pulled, "a KL to the initial policy needs the reference"
 
+    @classmethod
+    def build(cls, config: OrealConfig, run: TrainConfig, models: ModelSource) -> Oreal:
+        """OREAL with the models that its configuration asks for."""
+        learns_scores, is_pulled = config.reward_model.enabled, config.kl_coef > 0 and config.kl_target == "initial"
+        policy_steps = max(1, run.num_steps - config.policy_freeze_steps * learns_scores)
+        policy = models.policy(policy_steps * run.policy.updates_per_step)
+        reward_model = None
+        if learns_scores:
+            num_updates = run.num_steps * config.reward_model.updates_per_step
+            reward_model = models.scalar("reward_model", config.reward_model, num_updates)
+        return cls(
+            config=config,
+            plan=models.plan,
+            seed=run.seed,
+            policy=policy,
+            reference=models.reference() if is_pulled else None,
+            reward_model=reward_model,
+            policy_updates=run.policy.updates_per_step,
+            reward_model_updates=config.reward_model.updates_per_step,
+            importance_cap=run.importance_cap,
+        )
+
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """All optimizer steps on these groups; without a group of both kinds, only the metric that says so."""
+        """Takes all optimizer steps on these groups; without a group of both kinds, only says that it skipped."""
         sequences = select_sequences(groups, self.config, random.Random(f"{self.seed}-{step}"))
         if not sequences:
             return {"train/skipped": 1.0}
@@ -64,23 +79,25 @@ class Oreal:
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
         if self.reward_model is not None:
-            for _ in range(self.reward_model_updates):
-                metrics |= self.reward_model.train_step(batch, partial(self.reward_loss, batch=batch))
+            reward_loss = partial(self.reward_loss, batch=batch)
+            # The token weights come from the scores of the first pass: those before the reward model's own update.
+            metrics |= self.reward_model.train_step(batch, reward_loss, keep="token_scores")
+            for _ in range(1, self.reward_model_updates):
+                metrics |= self.reward_model.train_step(batch, reward_loss)
         for microbatch in batch.microbatches:
             fill_coefficients(microbatch, batch, self.config)
         policy_loss = partial(self.policy_loss, batch=batch)
         # The freeze lets the reward model learn first; without one there is nothing to wait for.
         if self.reward_model is not None and step < self.config.policy_freeze_steps:
-            return metrics | self.policy.measure(batch, policy_loss)
-        for _ in range(self.policy_updates):
+            return metrics | self.policy.measure(batch, policy_loss, keep="old_logprobs")
+        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        for _ in range(1, self.policy_updates):
             metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
 
     def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Eq. 12. The first pass also keeps the scores, which are those before the reward model's own update."""
+        """Eq. 12: the cross entropy of each sequence's mean score with its outcome."""
         scores = align(outputs.values, self.config)
-        if microbatch.token_scores is None:
-            microbatch.token_scores = scores.detach()
         output = outcome_cross_entropy(scores, microbatch, batch.num_sequences)
         correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
         incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
@@ -92,13 +109,10 @@ class Oreal:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Eq. 11: cloning of the correct, reshaped policy gradient of the incorrect, KL to the target."""
-        logprobs = outputs.values
-        if microbatch.old_logprobs is None:
-            microbatch.old_logprobs = logprobs.detach()
-        coefficients, old_logprobs = microbatch.coefficients, microbatch.old_logprobs
-        assert coefficients is not None
-        if self.importance_cap is not None:
-            coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
+        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        logprobs, old_logprobs = terms.logprobs, terms.old_logprobs
+        assert microbatch.coefficients is not None
+        coefficients = terms.corrected(microbatch.coefficients)
         correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
         incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
         positive = -(coefficients * logprobs)[correct].sum()
@@ -106,19 +120,15 @@ class Oreal:
         is_initial = self.config.kl_target == "initial"
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
-        divergence = KL_KINDS[self.config.kl_kind](logprobs, target)[microbatch.loss_mask].sum() / batch.num_tokens
+        divergence = terms.kl(self.config.kl_kind, target)
         loss = positive + negative + self.config.kl_coef * divergence
         metrics = {
-            "loss": loss,
             "loss_positive": positive,
             "loss_negative": negative,
             "kl": divergence,
-            "entropy": mean_entropy(outputs, batch),
+            "entropy": terms.entropy(),
         }
-        metrics |= engine_mismatch(microbatch, batch) | weight_metrics(microbatch, batch, correct, incorrect)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return terms.output(loss, metrics | weight_metrics(microbatch, batch, correct, incorrect))
 
 
 def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.Random) -> list[TrainingSequence]:
@@ -166,12 +176,15 @@ def align(scores: Tensor, config: OrealConfig) -> Tensor:
 
 
 def fill_coefficients(microbatch: Microbatch, batch: Batch, config: OrealConfig) -> None:
-    """Token weights from the scores, and the coefficients of eq. 11: advantage x token weight (x eta) / count."""
+    """Fills token weights, and the coefficients of eq. 11: advantage x token weight (x eta) / count.
+
+    The token weights come from the scores that the reward model's first pass kept; without a reward model they are 1.
+    """
     correct = microbatch.is_correct[microbatch.sequence_ids]
     if microbatch.token_scores is None:
         weights = torch.ones_like(microbatch.advantages)
     else:
-        scores, mask = pad_responses(microbatch.token_scores, microbatch)
+        scores, mask = pad_responses(align(microbatch.token_scores, config), microbatch)
         positive, negative = TOKEN_WEIGHTS[config.token_weights](scores, mask, config)
         weights = unpad_responses(torch.where(microbatch.is_correct[:, None], positive, negative), microbatch)
     scale = torch.where(

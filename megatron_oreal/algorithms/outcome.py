@@ -18,19 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_oreal.algorithms.losses import (
-    KL_KINDS,
-    engine_mismatch,
-    importance_metrics,
-    importance_weights,
-    mean_entropy,
-    sequence_mean,
-    trained_tokens,
-)
-from megatron_oreal.algorithms.model import Metrics, Model
+from megatron_oreal.algorithms.losses import PolicyTerms, sequence_mean, trained_tokens
+from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
 from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
-from megatron_oreal.config import OutcomeConfig
+from megatron_oreal.config import OutcomeConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
@@ -50,8 +42,21 @@ class Outcome:
         assert self.reference is not None or self.config.kl_coef == 0, "a KL to the initial policy needs the reference"
         check_objective(self.config, self.group_size)
 
+    @classmethod
+    def build(cls, config: OutcomeConfig, run: TrainConfig, models: ModelSource) -> Outcome:
+        """The objective with the models that its configuration asks for."""
+        return cls(
+            config=config,
+            plan=models.plan,
+            group_size=run.rollout.group_size,
+            policy=models.policy(run.num_steps * run.policy.updates_per_step),
+            reference=models.reference() if config.kl_coef > 0 else None,
+            policy_updates=run.policy.updates_per_step,
+            importance_cap=run.importance_cap,
+        )
+
     def update(self, groups: Sequence[Group], _step: int) -> Metrics:
-        """All optimizer steps on these groups; where no sample has a weight, only the metric that says so."""
+        """Takes all optimizer steps on these groups; where no sample has a weight, only says that it skipped."""
         used = [group for group in groups if is_mixed(group) or not self.config.dynamic_sampling]
         sequences = [sequence for group in used for sequence in self.weigh(group)]
         weighted = [sequence for sequence in sequences if sequence.advantage != 0]
@@ -70,8 +75,10 @@ class Outcome:
         }
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
-        for _ in range(self.policy_updates):
-            metrics |= self.policy.train_step(batch, partial(self.policy_loss, batch=batch))
+        policy_loss = partial(self.policy_loss, batch=batch)
+        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        for _ in range(1, self.policy_updates):
+            metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
 
     def weigh(self, group: Group) -> list[TrainingSequence]:
@@ -92,29 +99,22 @@ class Outcome:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """The clipped, weighted log-prob loss, and the KL to the initial policy where asked for."""
-        logprobs, mask, coefficients = outputs.values, microbatch.loss_mask, microbatch.coefficients
-        if microbatch.old_logprobs is None:
-            microbatch.old_logprobs = logprobs.detach()
-        assert coefficients is not None
-        if self.importance_cap is not None:
-            coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
-        ratio = self.ratio(logprobs - microbatch.old_logprobs, microbatch)
+        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        assert microbatch.coefficients is not None
+        coefficients = terms.corrected(microbatch.coefficients)
+        ratio = self.ratio(terms.logprobs - terms.old_logprobs, microbatch)
         clipped = ratio.clamp(*self.clip_bounds)
-        loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[mask].sum()
+        loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[microbatch.loss_mask].sum()
         metrics = {
             "loss_surrogate": surrogate,
-            "entropy": mean_entropy(outputs, batch),
+            "entropy": terms.entropy(),
             "ratio_max": ratio.max(),
-            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
+            "clip_share": terms.mean(ratio != clipped),
         }
         if microbatch.reference_logprobs is not None:
-            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            metrics["kl"] = kl = terms.kl(self.config.kl_kind, microbatch.reference_logprobs)
             loss = loss + self.config.kl_coef * kl
-            metrics["kl"] = kl
-        metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return terms.output(loss, metrics)
 
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
         """[T], each token's ratio to the old policy, or the geometric mean of those of its sequence."""

@@ -16,17 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import gae
-from megatron_oreal.algorithms.losses import (
-    KL_KINDS,
-    engine_mismatch,
-    importance_metrics,
-    importance_weights,
-    mean_entropy,
-)
-from megatron_oreal.algorithms.model import Metrics, Model
-from megatron_oreal.config import PpoConfig
+from megatron_oreal.algorithms.losses import PolicyTerms
+from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
+from megatron_oreal.algorithms.sample_selection import training_sequence
+from megatron_oreal.config import PpoConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
-from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TrainingSequence
+from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream, TrainingSequence
 
 
 @dataclass(slots=True)
@@ -43,8 +38,25 @@ class Ppo:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
         assert self.reference is not None or not pulled, "a KL to the initial policy needs the reference"
 
+    @classmethod
+    def build(cls, config: PpoConfig, run: TrainConfig, models: ModelSource) -> Ppo:
+        """PPO with the models that its configuration asks for."""
+        policy_steps = max(1, run.num_steps - config.policy_freeze_steps)
+        policy = models.policy(policy_steps * config.policy_epochs * config.policy_minibatches)
+        critic_updates = run.num_steps * config.critic_epochs * config.critic_minibatches
+        critic = models.scalar("critic", config.critic, critic_updates, config.critic.head_init)
+        return cls(
+            config=config,
+            plan=models.plan,
+            seed=run.seed,
+            policy=policy,
+            critic=critic,
+            reference=models.reference() if config.kl_coef > 0 or config.kl_reward_coef > 0 else None,
+            importance_cap=run.importance_cap,
+        )
+
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """All updates on these groups: every judged sample is used, also of groups of one kind."""
+        """Takes all updates on these groups; it uses every judged sample, also of groups of one kind."""
         sequences = [sequence for group in groups for sequence in judged_sequences(group)]
         if not sequences:
             return {"train/skipped": 1.0}
@@ -58,8 +70,11 @@ class Ppo:
         self.critic.forward(batch, "values")
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
-        if self.config.policy_minibatches * self.config.policy_epochs > 1 or self.config.kl_reward_coef > 0:
+        # Where later mini-batches or the rewards need them; else the only pass over the batch keeps them.
+        needs_old_logprobs = self.num_policy_updates > 1 or self.config.kl_reward_coef > 0
+        if needs_old_logprobs:
             self.policy.forward(batch, "old_logprobs")
+        keep: TokenStream | None = None if needs_old_logprobs else "old_logprobs"
         for microbatch in batch.microbatches:
             fill_advantages(microbatch, self.config)
         metrics |= self.whiten(batch)
@@ -67,11 +82,16 @@ class Ppo:
             for minibatch in grouped(parts, self.config.critic_minibatches):
                 metrics |= self.critic.train_step(minibatch, partial(self.value_loss, batch=minibatch))
         if step < self.config.policy_freeze_steps:
-            return metrics | self.policy.measure(batch, partial(self.policy_loss, batch=batch))
+            return metrics | self.policy.measure(batch, partial(self.policy_loss, batch=batch), keep)
         for _ in range(self.config.policy_epochs):
             for minibatch in grouped(parts, self.config.policy_minibatches):
-                metrics |= self.policy.train_step(minibatch, partial(self.policy_loss, batch=minibatch))
+                metrics |= self.policy.train_step(minibatch, partial(self.policy_loss, batch=minibatch), keep)
         return metrics
+
+    @property
+    def num_policy_updates(self) -> int:
+        """The policy's optimizer steps on one set of groups."""
+        return self.config.policy_minibatches * self.config.policy_epochs
 
     @property
     def num_parts(self) -> int:
@@ -93,32 +113,24 @@ class Ppo:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """-min(ratio A, clip(ratio) A), averaged over the mini-batch's tokens; KL and entropy where asked for."""
-        logprobs, mask = outputs.values, microbatch.loss_mask
-        if microbatch.old_logprobs is None:
-            microbatch.old_logprobs = logprobs.detach()
-        ratio = (logprobs - microbatch.old_logprobs).exp()
+        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        ratio = (terms.logprobs - terms.old_logprobs).exp()
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
-        advantages = microbatch.advantages
-        if self.importance_cap is not None:
-            advantages = advantages * importance_weights(microbatch, self.importance_cap)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)[mask].sum() / batch.num_tokens
-        entropy = mean_entropy(outputs, batch)
+        advantages = terms.corrected(microbatch.advantages)
+        surrogate = terms.mean(torch.minimum(ratio * advantages, clipped * advantages))
+        entropy = terms.entropy()
         loss = -surrogate - self.config.entropy_coef * entropy
         metrics = {
             "loss_surrogate": -surrogate,
             "entropy": entropy,
             "ratio_max": ratio.max(),
-            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
-            "kl_old": KL_KINDS["k3"](logprobs, microbatch.old_logprobs)[mask].sum() / batch.num_tokens,
+            "clip_share": terms.mean(ratio != clipped),
+            "kl_old": terms.kl("k3", terms.old_logprobs),
         }
         if microbatch.reference_logprobs is not None:
-            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            metrics["kl"] = kl = terms.kl(self.config.kl_kind, microbatch.reference_logprobs)
             loss = loss + self.config.kl_coef * kl
-            metrics["kl"] = kl
-        metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return terms.output(loss, metrics)
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Half the squared error of the value; with clipping, the larger of the clipped and the free value's."""
@@ -139,17 +151,8 @@ class Ppo:
 
 
 def judged_sequences(group: Group) -> list[TrainingSequence]:
-    """`advantage` holds the sequence's reward, 1 or 0, until the critic has been asked."""
-    return [
-        TrainingSequence(
-            prompt_ids=sample.prompt_ids,
-            response_ids=sample.response_ids,
-            advantage=float(sample.is_correct),
-            is_correct=sample.is_correct,
-            model_logprobs=sample.model_logprobs,
-        )
-        for sample in group.judged_samples
-    ]
+    """The group's sequences; `advantage` holds the reward, 1 or 0, until the critic has been asked."""
+    return [training_sequence(sample, float(sample.is_correct)) for sample in group.judged_samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:

@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
-from megatron_oreal.config.algorithms import OrealConfig, OutcomeConfig, PpoConfig
-from megatron_oreal.config.runs import ModelRunConfig
-from megatron_oreal.config.section import Section
+from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS
+from megatron_oreal.config.runs import ModelRunConfig, TrainConfig
 
-ALGORITHMS: dict[str, type[Section]] = {"oreal": OrealConfig, "outcome": OutcomeConfig, "ppo": PpoConfig}
 ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
+# Where sections of `train` stood before, and where they stand now.
+MOVED = {"reward_model": "algorithm.reward_model", "critic": "algorithm.critic"}
+# Settings that never had an effect, and what takes their place.
+WITHDRAWN = {"algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs"}
 
 
 def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:
@@ -77,7 +80,9 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
     location = without_tag(first["loc"])
     where = ".".join(str(part) for part in location)
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and kind is TrainConfig and where in MOVED:
+        message = moved(where, first["input"])
+    elif first["type"] == "extra_forbidden":
         message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
     elif first["type"] == "missing":
         message = f"{where} is required: set it in the file or as {where}=..."
@@ -94,9 +99,24 @@ def without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return location[:1] + location[2:] if location[:1] == ("algorithm",) and len(location) > 1 else location
 
 
+def moved(name: str, value: object) -> str:
+    """For a section at its old place, for example `reward_model: {enabled: false}`."""
+    settings = flatten(value, f"{MOVED[name]}.") if isinstance(value, dict) else {}
+    example = next(iter(settings), MOVED[name])
+    owners = [owner for owner, section in ALGORITHM_SECTIONS.items() if name in section.model_fields]
+    return f"unknown key {name!r}: it is a section of algorithm.name={' or '.join(owners)} now, write {example}=..."
+
+
 def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
+    """What may have been meant by an unknown key: the setting that took its place, its algorithm, or a near name."""
+    if place := WITHDRAWN.get(".".join(str(part) for part in without_tag(location))):
+        return f"; set {place}"
     if location[0] == "algorithm" and len(location) > 1:
-        kind, location = ALGORITHMS[str(location[1])], location[2:]
+        algorithm, location = str(location[1]), location[2:]
+        kind = ALGORITHM_SECTIONS[algorithm]
+        owners = [name for name, section in ALGORITHM_SECTIONS.items() if location[0] in section.model_fields]
+        if owners and algorithm not in owners:
+            return f"; it belongs to algorithm.name={' or '.join(owners)}"
     for part in location[:-1]:
         field = kind.model_fields.get(str(part)) if kind else None
         kind = field.annotation if field and isinstance(field.annotation, type) else None
@@ -109,3 +129,44 @@ def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) ->
 
 def to_yaml(config: ModelRunConfig) -> str:
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def flatten(settings: object, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.")
+    return flat
+
+
+def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
+    """The settings of a config.yaml that a run has written, perhaps an older version of it, as {"rollout.top_p": 1.0}.
+
+    Sections are read where they stand now, those that the algorithm leaves alone are left out, and a setting that the
+    file lacks, because it did not exist when the run began, has its default in `config`.
+    """
+    found = flatten(at_new_places(yaml.safe_load(text), config))
+    for name in flatten(yaml.safe_load(to_yaml(config))).keys() - found.keys():
+        try:
+            found[name] = json.loads(to_json(config.default_at(name)))
+        except KeyError:  # an entry of a mapping such as eval.prompts
+            continue
+    return found
+
+
+def at_new_places(settings: Any, config: ModelRunConfig) -> Any:
+    if not isinstance(settings, dict) or not isinstance(config, TrainConfig):
+        return settings
+    algorithm = settings.get("algorithm")
+    sections = dict(algorithm) if isinstance(algorithm, dict) else {}
+    for name, section in ((name, settings[name]) for name in MOVED if name in settings):
+        if name in config.algorithm.scalar_models:
+            sections[name] = section
+    for name in WITHDRAWN:
+        _, section_name, setting = name.split(".")
+        if isinstance(section := sections.get(section_name), dict):
+            sections[section_name] = {key: value for key, value in section.items() if key != setting}
+    others = {name: value for name, value in settings.items() if name not in MOVED}
+    return others | ({"algorithm": sections} if isinstance(algorithm, dict) else {})

@@ -221,7 +221,7 @@ def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) 
     oreal.reference.forward(batch, "reference_logprobs")  # type: ignore[union-attr]
     for microbatch in batch.microbatches:
         fill_coefficients(microbatch, batch, config)
-    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch))
+    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch), keep="old_logprobs")
     return {name: gradient.clone() for name, gradient in gradient_stream(model)}
 
 
@@ -237,8 +237,8 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
         fill_advantages(microbatch, config)
     ppo.whiten(batch)
     gradients = {}
-    for model, loss in ((policy, ppo.policy_loss), (critic, ppo.value_loss)):
-        model.accumulate_gradients(batch, partial(loss, batch=batch))
+    for model, loss, keep in ((policy, ppo.policy_loss, "old_logprobs"), (critic, ppo.value_loss, None)):
+        model.accumulate_gradients(batch, partial(loss, batch=batch), keep)
         gradients |= {f"{model.head.kind} {name}": gradient.clone() for name, gradient in gradient_stream(model)}
     return gradients
 
