@@ -25,8 +25,7 @@ CONFIG = Path("examples/quickstart/config.yaml")
 PASS_AT_1, GREEDY = "eval/heldout/pass@1", "eval/heldout/greedy"
 # Student's t for a two-sided 95 % interval of the mean, by number of seeds.
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
-# The section is replaced as a whole, and the policy need not wait for the reward model.
-NO_REWARD_MODEL = ["algorithm.reward_model={enabled: false}", "algorithm.policy_freeze_steps=null"]
+NO_REWARD_MODEL = ["algorithm.reward_model.enabled=false", "algorithm.policy_freeze_steps=0"]
 ALGORITHMS: dict[str, list[str]] = {
     "OREAL paper": [],
     "OREAL paper, no reward model": NO_REWARD_MODEL,

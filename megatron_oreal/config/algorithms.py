@@ -81,8 +81,15 @@ class OrealConfig(AlgorithmConfig):
         ),
         (("negative_weight",), positive("negative_coef")),
         (
-            ("prefix_mean", "score_position", "token_weights", "top_k_ratio", "policy_freeze_steps"),
+            ("prefix_mean", "score_position", "token_weights", "top_k_ratio"),
             choice("reward_model.enabled", True),
+        ),
+        (
+            ("policy_freeze_steps",),
+            condition(
+                lambda oreal: oreal.reward_model.enabled or oreal.policy_freeze_steps == 0,
+                "for {at}reward_model.enabled=false: drop it, or set it to 0, or {at}reward_model.enabled to true",
+            ),
         ),
         (("top_k_ratio",), choice("token_weights", "top_k")),
         (("kl_kind", "kl_target"), positive("kl_coef")),

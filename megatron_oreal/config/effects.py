@@ -3,6 +3,10 @@
 Each section of the configuration has a table `effects`: its rows name settings and the condition under which they act.
 Settings in no row always act. A row of a section sees that section alone; TrainConfig, SftConfig and EvalRunConfig have
 the rows whose condition lies in another section.
+
+Two kinds of settings are no errors although they do nothing: values that ask for nothing (null, no frozen steps), and
+what stands in a section that is switched off as a whole, for it waits there until the section is switched on again. The
+switches are rollout.engine, eval.prompts and algorithm.reward_model.enabled.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Sequence
@@ -80,10 +81,12 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
     location = without_tag(first["loc"])
     where = ".".join(str(part) for part in location)
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden" and kind is TrainConfig and where in MOVED:
+    if first["type"] == "extra_forbidden" and where in MOVED and kind is not None and issubclass(kind, TrainConfig):
         message = moved(where, first["input"])
     elif first["type"] == "extra_forbidden":
         message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
+    elif first["type"] == "union_tag_invalid":
+        message = f"algorithm.name {first['ctx']['tag']!r} is not known; known: {', '.join(ALGORITHM_SECTIONS)}"
     elif first["type"] == "missing":
         message = f"{where} is required: set it in the file or as {where}=..."
     elif first["type"] == "value_error":
@@ -104,7 +107,7 @@ def moved(name: str, value: object) -> str:
     settings = flatten(value, f"{MOVED[name]}.") if isinstance(value, dict) else {}
     example = next(iter(settings), MOVED[name])
     owners = [owner for owner, section in ALGORITHM_SECTIONS.items() if name in section.model_fields]
-    return f"unknown key {name!r}: it is a section of algorithm.name={' or '.join(owners)} now, write {example}=..."
+    return f"unknown key {name!r}: it is a section of algorithm.name={' or '.join(owners)}, write {example}=..."
 
 
 def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
@@ -144,29 +147,23 @@ def flatten(settings: object, prefix: str = "") -> dict[str, object]:
 def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     """The settings of a config.yaml that a run has written, perhaps an older version of it, as {"rollout.top_p": 1.0}.
 
-    Sections are read where they stand now, those that the algorithm leaves alone are left out, and a setting that the
+    Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
     file lacks, because it did not exist when the run began, has its default in `config`.
     """
-    found = flatten(at_new_places(yaml.safe_load(text), config))
+    settings = yaml.safe_load(text)
+    if isinstance(settings, dict) and isinstance(config, TrainConfig):
+        settings = at_new_places(settings, config)
+    found = {name: value for name, value in flatten(settings).items() if name not in WITHDRAWN}
     for name in flatten(yaml.safe_load(to_yaml(config))).keys() - found.keys():
-        try:
+        with contextlib.suppress(KeyError):  # an entry of a mapping such as eval.prompts has no default
             found[name] = json.loads(to_json(config.default_at(name)))
-        except KeyError:  # an entry of a mapping such as eval.prompts
-            continue
     return found
 
 
-def at_new_places(settings: Any, config: ModelRunConfig) -> Any:
-    if not isinstance(settings, dict) or not isinstance(config, TrainConfig):
-        return settings
-    algorithm = settings.get("algorithm")
-    sections = dict(algorithm) if isinstance(algorithm, dict) else {}
-    for name, section in ((name, settings[name]) for name in MOVED if name in settings):
-        if name in config.algorithm.scalar_models:
-            sections[name] = section
-    for name in WITHDRAWN:
-        _, section_name, setting = name.split(".")
-        if isinstance(section := sections.get(section_name), dict):
-            sections[section_name] = {key: value for key, value in section.items() if key != setting}
+def at_new_places(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The same settings with each section of MOVED where it stands now, if the algorithm has it."""
+    algorithm = settings.get("algorithm") or {}
+    moved_sections = {name: settings[name] for name in MOVED if name in settings}
+    ours = {name: section for name, section in moved_sections.items() if name in config.algorithm.scalar_models}
     others = {name: value for name, value in settings.items() if name not in MOVED}
-    return others | ({"algorithm": sections} if isinstance(algorithm, dict) else {})
+    return others | {"algorithm": algorithm | ours}

@@ -127,7 +127,6 @@ class CriticConfig(ScalarModelConfig):
 class RewardModelConfig(ScalarModelConfig):
     """OREAL's token-level reward model: it learns which tokens speak for a correct answer, and weighs them."""
 
-    enabled: bool = True  # false trains without a reward model: every token weight is 1.
+    # false trains without a reward model: every token weight is 1, and the settings below wait until it is true again.
+    enabled: bool = True
     updates_per_step: PositiveInt = 1  # Optimizer steps on one set of groups.
-
-    effects: ClassVar[Effects] = ((("path", "optimizer", "updates_per_step"), choice("enabled", True)),)

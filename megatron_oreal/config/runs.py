@@ -81,13 +81,6 @@ class EvalConfig(Section):
     max_prompts: PositiveInt | None = None  # Only the first so many prompts of each dataset are used; null: all.
     num_examples: int = Field(default=3, ge=0)  # Greedy responses that are written out at each evaluation.
 
-    effects: ClassVar[Effects] = (
-        (
-            ("every", "num_samples", "max_prompts", "num_examples"),
-            condition(lambda held_out: bool(held_out.prompts), "without {at}prompts: drop it, or give {at}prompts"),
-        ),
-    )
-
 
 class CheckpointConfig(Section):
     """What a run writes besides its metrics, and how often."""
@@ -189,17 +182,10 @@ class TrainConfig(RunConfig):
                 "for an algorithm that does not correct for the age of samples: drop it",
             ),
         ),
-        (
-            ("rollout.unfinished",),
-            condition(
-                lambda run: run.rollout.oversampling > 1,
-                "for rollout.oversampling=1, which gives no response up: drop it, or raise rollout.oversampling",
-            ),
-        ),
     )
 
     def effect_rows(self) -> Effects:
-        return self.effects + ENGINE_EFFECTS + self.algorithm.run_effects
+        return self.effects + self.algorithm.run_effects
 
     @property
     def is_off_policy(self) -> bool:
@@ -254,9 +240,6 @@ class SftConfig(RunConfig):
         GREEDY_ONLY,
     )
 
-    def effect_rows(self) -> Effects:
-        return self.effects + ENGINE_EFFECTS
-
     @model_validator(mode="after")
     def check(self) -> Self:
         check_best_metric(self.checkpoint, self.eval)
@@ -288,21 +271,11 @@ class EvalRunConfig(ModelRunConfig):
         GREEDY_ONLY,
     )
 
-    def effect_rows(self) -> Effects:
-        return self.effects + ENGINE_EFFECTS
-
     @model_validator(mode="after")
     def check(self) -> Self:
         if self.rollout.temperature == 0 and self.eval.num_samples:
             raise ValueError("rollout.temperature=0 makes all samples alike: set eval.num_samples=0, or raise it")
         return self
-
-
-# Which of the two engines a setting belongs to; every command generates with one of them.
-ENGINE_EFFECTS: Effects = (
-    (("rollout.batch_size",), choice("rollout.engine", "local")),
-    (("rollout.sglang",), choice("rollout.engine", "sglang")),
-)
 
 
 def check_best_metric(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> None:

@@ -35,16 +35,14 @@ class Section(BaseModel):
         return type(self).model_fields[name].get_default(call_default_factory=True)
 
     def default_at(self, path: str) -> Any:
-        """The default of "policy.optimizer.lr", seen from this section. Raises KeyError for what is no setting."""
+        """The default of "policy.optimizer.lr", seen from this section. Raises KeyError for what has no default."""
         name, _, rest = path.partition(".")
-        if name not in type(self).model_fields:
+        field = type(self).model_fields.get(name)
+        if rest and field is not None and isinstance(section := getattr(self, name), Section):
+            return section.default_at(rest)
+        if rest or field is None or field.is_required():
             raise KeyError(path)
-        section = getattr(self, name)
-        if not rest:
-            return self.default_of(name)
-        if not isinstance(section, Section):
-            raise KeyError(path)
-        return section.default_at(rest)
+        return self.default_of(name)
 
     def idle_settings(self, where: str = "") -> Iterator[IdleSetting]:
         """The settings of this section and of those within it that have no effect here, given or not."""
