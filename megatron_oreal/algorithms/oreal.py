@@ -1,11 +1,12 @@
-"""OREAL: outcome rewards, best-of-N behaviour cloning, reshaped negatives and a token-level reward model.
+"""OREAL: it clones correct samples, pushes incorrect ones away, and weighs tokens with a learned reward model.
 
-Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weights), 11 (policy loss), 12 (reward model loss). The
-presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists; each is free.
+The source is Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weights), 11 (policy loss) and 12 (reward
+model loss). The presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists, and
+each choice can be made alone.
 
-The three denominators (correct tokens, incorrect tokens, all tokens) are counts over all ranks. The paper leaves them
-open: its preset takes those of the code. With one update a step the ratio to the old policy is 1, and only its gradient
-matters.
+The three denominators (correct tokens, incorrect tokens, all tokens) are counts over all ranks. The paper does not say
+what they are, so its preset takes those of the code. With one update a step the ratio to the old policy is 1, and only
+the ratio's gradient matters.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, T
 
 @dataclass(slots=True)
 class Oreal:
+    """The algorithm with its models; `update` is algorithm 1 of the paper after the rollout."""
+
     config: OrealConfig
     plan: PackingPlan
     seed: int
     policy: Model
-    reference: Model | None  # None where nothing pulls towards the initial policy
-    reward_model: Model | None  # None: every token weight is 1
-    policy_updates: int = 1  # optimizer steps on one set of groups
+    reference: Model | None  # None where no KL to the initial policy is asked for.
+    reward_model: Model | None  # None: every token weight is 1.
+    policy_updates: int = 1  # Optimizer steps on one set of groups.
     reward_model_updates: int = 1
-    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
+    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
@@ -132,7 +135,7 @@ class Oreal:
 
 
 def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.Random) -> list[TrainingSequence]:
-    """What is trained on; nothing when no group has both correct and incorrect samples.
+    """Returns the sequences to train on; none where no group has both correct and incorrect samples.
 
     Advantages and pass rates are those of the full group. Samples without a verdict count nowhere.
     """
@@ -163,7 +166,7 @@ def group_advantages(samples: Sequence[Sample], config: OrealConfig) -> list[flo
 
 
 def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: OrealConfig) -> float:
-    """What the sequence's tokens are weighted with before token weights and denominators: > 0 if correct, else < 0."""
+    """Returns the weight of the sequence before token weights and denominators: above 0 if correct, else below."""
     if sample.is_correct:
         return {"advantage": advantage, "one": 1.0}[config.positive_weight]
     reshaped = {"advantage": abs(advantage), "one_minus_pass_rate": 1.0 - pass_rate, "one": 1.0}
@@ -171,7 +174,7 @@ def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: 
 
 
 def align(scores: Tensor, config: OrealConfig) -> Tensor:
-    """Scores [T] beside the token that they weigh: position t speaks about token t + 1."""
+    """Moves scores [T] beside the token that they weigh: position t speaks about token t + 1."""
     return scores if config.score_position == "before" else scores.roll(-1)
 
 
@@ -217,7 +220,7 @@ def threshold_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tupl
 
 
 def mean_one_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """Those of eq. 10, scaled to mean one over each sequence; all ones where all are zero."""
+    """Scales the weights of eq. 10 to mean one over each sequence; they are all one where all were zero."""
     positive, negative = token_weights(scores, mask, config.prefix_mean)
     return mean_one(positive, mask), mean_one(negative, mask)
 
@@ -228,18 +231,18 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_k_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """The `top_k_ratio` tokens that speak most for (against) success, min-max normalised among themselves."""
+    """Keeps the share `top_k_ratio` of tokens that speak most for (against) success, min-max normalised."""
     probability = torch.sigmoid(effective_scores(scores, mask, config.prefix_mean))
     return top_share(probability, mask, config.top_k_ratio), top_share(1.0 - probability, mask, config.top_k_ratio)
 
 
 def top_share(values: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """[N, T] in [0, 1]: floor(ratio * length) tokens of each row, at least one, keep their normalised value.
+    """Returns [N, T] in [0, 1]: floor(ratio * length) tokens of each row, at least one, keep their normalised value.
 
     The normalisation runs over the kept tokens only, as in the reference code: the last of them gets 0. All are 1 where
     all are equal.
     """
-    # Stable: of equal values the earlier token is kept, on every device.
+    # The order is stable, so that the earlier of two equal tokens is kept on every device.
     order = torch.where(mask, values, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
     counts = (mask.sum(dim=-1, keepdim=True).double() * ratio).long().clamp_min(1)

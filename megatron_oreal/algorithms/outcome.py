@@ -1,9 +1,9 @@
 """Outcome objectives: any h(p) of the pass rate p over one weighted log-prob loss.
 
-Davis & Recht 2025, arXiv:2510.13651: the weights Z of the samples say what is optimised (objectives.py). On top: the
-clipped surrogate of PPO with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024),
-DAPO (Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), a KL to the initial
-policy, DAPO's filter of groups of one kind.
+The weights Z of the samples say what is optimised (objectives.py; Davis & Recht 2025, arXiv:2510.13651). Settings add
+PPO's clipped surrogate with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024), DAPO
+(Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), a KL to the initial policy,
+and DAPO's filter of groups that are all correct or all incorrect.
 
 The loss is -sum_i sum_t c_it min(ratio_it Z_i, clip(ratio_it) Z_i), where c_it is 1/(N |y_i|), 1/(number of tokens) or
 1/(N constant): N samples, over all ranks and all groups that are used, the samples of weight 0 too.
@@ -29,14 +29,16 @@ from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, T
 
 @dataclass(slots=True)
 class Outcome:
+    """The algorithm with its models and the weights of its objective."""
+
     config: OutcomeConfig
     plan: PackingPlan
-    group_size: int  # of a group whose samples all have a verdict
+    group_size: int  # The size of a group whose samples all have a verdict.
     policy: Model
-    reference: Model | None = None  # None where no KL asks for it
-    policy_updates: int = 1  # optimizer steps on one set of groups
-    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
-    tables: dict[int, Table] = field(default_factory=dict)  # the weights for each number of judged samples met so far
+    reference: Model | None = None  # None where no KL asks for it.
+    policy_updates: int = 1  # Optimizer steps on one set of groups.
+    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    tables: dict[int, Table] = field(default_factory=dict)  # The weights for each number of judged samples met so far.
 
     def __post_init__(self) -> None:
         assert self.reference is not None or self.config.kl_coef == 0, "a KL to the initial policy needs the reference"
@@ -82,15 +84,16 @@ class Outcome:
         return metrics
 
     def weigh(self, group: Group) -> list[TrainingSequence]:
-        """The samples that count, each with its weight Z; samples without a verdict count nowhere."""
+        """Returns the samples that count, each with its weight Z; samples without a verdict count nowhere."""
         samples = group.judged_samples
         if self.config.objective == "pure_rejection_sampling":
             return [training_sequence(sample, 1.0) for sample in first_correct(samples, self.config.num_correct)]
-        if len(samples) < min(2, self.group_size):  # too few are left for what was configured
+        if len(samples) < min(2, self.group_size):  # Too few samples are left for what was configured.
             return []
         return [training_sequence(sample, weight) for sample, weight in zip(samples, self.z(samples), strict=True)]
 
     def z(self, samples: Sequence[Sample]) -> list[float]:
+        """Returns the weight Z of each sample of a group."""
         size, num_correct = len(samples), sum(sample.is_correct for sample in samples)
         if size not in self.tables:
             self.tables[size] = objective_table(self.config, size)
@@ -98,7 +101,7 @@ class Outcome:
         return [float(b[num_correct - 1] if sample.is_correct else a[num_correct]) for sample in samples]
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """The clipped, weighted log-prob loss, and the KL to the initial policy where asked for."""
+        """Returns the clipped, weighted log-prob loss, with the KL to the initial policy where it is asked for."""
         terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
         assert microbatch.coefficients is not None
         coefficients = terms.corrected(microbatch.coefficients)
@@ -117,7 +120,7 @@ class Outcome:
         return terms.output(loss, metrics)
 
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
-        """[T], each token's ratio to the old policy, or the geometric mean of those of its sequence."""
+        """Returns each token's ratio to the old policy, or the geometric mean of those of its sequence: [T]."""
         if self.config.ratio == "sequence":
             return sequence_mean(difference, microbatch).exp()[microbatch.sequence_ids]
         return difference.exp()
@@ -129,7 +132,7 @@ class Outcome:
 
 
 def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: int, config: OutcomeConfig) -> None:
-    """Z times the share of the token in the loss. The counts are those of all ranks, samples of weight 0 included."""
+    """Fills Z times the token's share in the loss. The counts are those of all ranks, samples of weight 0 included."""
     if config.normalisation == "token":
         share: Tensor | float = 1.0 / num_tokens
     elif config.normalisation == "constant":
@@ -149,9 +152,10 @@ def check_objective(config: OutcomeConfig, group_size: int) -> None:
 
 
 def objective_table(config: OutcomeConfig, group_size: int) -> Table:
-    """(a, b) of the configured objective for `group_size` judged samples."""
+    """Returns (a, b) of the configured objective for `group_size` judged samples."""
     names = option_names(OBJECTIVES[config.objective])
     options = config.model_dump(include=set(names))
     if "n" in options:
-        options["n"] = min(config.n, group_size)  # fewer than n samples have a verdict: the nearest that they can say
+        # Where fewer than n samples have a verdict, n is the largest that they allow.
+        options["n"] = min(config.n, group_size)
     return weights(config.objective, group_size, **options)

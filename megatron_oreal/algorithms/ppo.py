@@ -1,8 +1,8 @@
 """PPO with a critic, as Open-Reasoner-Zero uses it: outcome reward on the last token, discount = lambda = 1.
 
-Hu et al. 2025, arXiv:2503.24290; Schulman et al. 2017, eq. 7 (clipped surrogate) and 2016 (GAE). The critic is updated
-before the policy, on several mini-batches, with advantages and returns from before its update. Advantages are whitened
-over all tokens of the step, on all ranks.
+The sources are Hu et al. 2025, arXiv:2503.24290, and Schulman et al. 2017, eq. 7 (clipped surrogate), and 2016 (GAE).
+The critic is updated before the policy, on several mini-batches, with advantages and returns from before its update.
+Advantages are whitened over all tokens of the step, on all ranks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutp
 
 @dataclass(slots=True)
 class Ppo:
+    """The algorithm with its models."""
+
     config: PpoConfig
     plan: PackingPlan
     seed: int
     policy: Model
     critic: Model
-    reference: Model | None  # None where no KL asks for it
-    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
+    reference: Model | None  # None where no KL asks for it.
+    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
@@ -95,11 +97,11 @@ class Ppo:
 
     @property
     def num_parts(self) -> int:
-        """The finer of the two divisions; the configuration holds that one divides the other."""
+        """The finer of the two divisions into mini-batches; the configuration checks that one divides the other."""
         return max(self.config.critic_minibatches, self.config.policy_minibatches)
 
     def whiten(self, batch: Batch) -> Metrics:
-        """Advantages to mean 0 and variance 1 over the step's tokens; the metrics are those before."""
+        """Gives the advantages mean 0 and variance 1 over the step's tokens; the metrics are those from before."""
         chosen = torch.cat([microbatch.advantages[microbatch.loss_mask] for microbatch in batch.microbatches]).double()
         sums = torch.stack([chosen.sum(), chosen.square().sum()])
         total, squares = self.policy.sum_over_data(sums).tolist()
@@ -112,7 +114,7 @@ class Ppo:
         return {"train/advantage_mean": mean, "train/advantage_std": deviation}
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """-min(ratio A, clip(ratio) A), averaged over the mini-batch's tokens; KL and entropy where asked for."""
+        """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
         terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
         ratio = (terms.logprobs - terms.old_logprobs).exp()
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
@@ -133,7 +135,7 @@ class Ppo:
         return terms.output(loss, metrics)
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Half the squared error of the value; with clipping, the larger of the clipped and the free value's."""
+        """Returns half the squared error of the value; with clipping, the larger of the clipped and the free error."""
         values, old_values, returns, mask = outputs.values, microbatch.values, microbatch.returns, microbatch.loss_mask
         assert old_values is not None and returns is not None
         errors = (values - returns).square()
@@ -151,12 +153,12 @@ class Ppo:
 
 
 def judged_sequences(group: Group) -> list[TrainingSequence]:
-    """The group's sequences; `advantage` holds the reward, 1 or 0, until the critic has been asked."""
+    """Returns the group's sequences; `advantage` holds the reward, 1 or 0, until the critic has been asked."""
     return [training_sequence(sample, float(sample.is_correct)) for sample in group.judged_samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:
-    """`count` shuffled parts of nearly equal numbers of sequences; fewer when there are fewer sequences."""
+    """Returns `count` shuffled parts of nearly equal size, or fewer where there are fewer sequences."""
     order = list(range(len(sequences)))
     if count > 1:
         rng.shuffle(order)
@@ -165,13 +167,13 @@ def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random)
 
 
 def grouped(parts: Sequence[Batch], count: int) -> list[Batch]:
-    """The parts merged to at most `count` mini-batches."""
+    """Merges the parts to at most `count` mini-batches."""
     count = min(count, len(parts))
     return [merge(parts[number::count]) for number in range(count)]
 
 
 def fill_advantages(microbatch: Microbatch, config: PpoConfig) -> None:
-    """GAE of each sequence: its reward on the last token, less the KL on each token where asked for."""
+    """Fills GAE of each sequence, with its reward on the last token, less the KL on each token where asked for."""
     assert microbatch.values is not None
     values, mask = pad_responses(microbatch.values, microbatch)
     token_rewards = last_token_rewards(microbatch.advantages, microbatch)
@@ -187,7 +189,7 @@ def fill_advantages(microbatch: Microbatch, config: PpoConfig) -> None:
 
 
 def last_token_rewards(rewards: Tensor, microbatch: Microbatch) -> Tensor:
-    """[T], the reward where a sequence's last trained token is, else 0."""
+    """Returns the reward at each sequence's last trained token and 0 elsewhere: [T]."""
     mask = microbatch.loss_mask
     following = torch.cat([mask[1:], mask.new_zeros(1)])
     return torch.where(mask & ~following, rewards, 0.0)

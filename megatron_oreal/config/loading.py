@@ -47,6 +47,7 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Writes "section.key=value" into the settings."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} must read section.key=value")
@@ -64,7 +65,7 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def parse_scalar(text: str) -> Any:
-    """YAML, and numbers such as 1e-6 that YAML 1.1 takes for strings."""
+    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings."""
     value = yaml.safe_load(text)
     if isinstance(value, str):
         try:
@@ -75,7 +76,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
-    """The first thing that is wrong, in one line, and how many more there are."""
+    """Says in one line what the first mistake is, and how many more there are."""
     errors = error.errors()
     first = errors[0]
     location = without_tag(first["loc"])
@@ -98,12 +99,12 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
 
 
 def without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """pydantic puts an algorithm's name behind "algorithm" in the paths of its fields."""
+    """Removes the algorithm's name, which pydantic puts behind "algorithm" in the paths of its fields."""
     return location[:1] + location[2:] if location[:1] == ("algorithm",) and len(location) > 1 else location
 
 
 def moved(name: str, value: object) -> str:
-    """For a section at its old place, for example `reward_model: {enabled: false}`."""
+    """Names the new place of a section that is given at its old one, e.g. `reward_model: {enabled: false}`."""
     settings = flatten(value, f"{MOVED[name]}.") if isinstance(value, dict) else {}
     example = next(iter(settings), MOVED[name])
     owners = [owner for owner, section in ALGORITHM_SECTIONS.items() if name in section.model_fields]
@@ -111,7 +112,7 @@ def moved(name: str, value: object) -> str:
 
 
 def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
-    """What may have been meant by an unknown key: the setting that took its place, its algorithm, or a near name."""
+    """Says what an unknown key may mean: the setting that took its place, its algorithm, or a key of a near name."""
     if place := WITHDRAWN.get(".".join(str(part) for part in without_tag(location))):
         return f"; set {place}"
     if location[0] == "algorithm" and len(location) > 1:
@@ -131,11 +132,12 @@ def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) ->
 
 
 def to_yaml(config: ModelRunConfig) -> str:
+    """Writes the resolved configuration: every setting with its value."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
 def flatten(settings: object, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Turns nested settings into dotted ones: {"a": {"b": 1}} -> {"a.b": 1}."""
     if not isinstance(settings, dict):
         return {prefix.removesuffix("."): settings}
     flat: dict[str, object] = {}
@@ -145,7 +147,7 @@ def flatten(settings: object, prefix: str = "") -> dict[str, object]:
 
 
 def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
-    """The settings of a config.yaml that a run has written, perhaps an older version of it, as {"rollout.top_p": 1.0}.
+    """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
 
     Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
     file lacks, because it did not exist when the run began, has its default in `config`.
@@ -161,7 +163,7 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
 
 
 def at_new_places(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """The same settings with each section of MOVED where it stands now, if the algorithm has it."""
+    """Puts each section of MOVED where it stands now, and drops it where the algorithm does not have it."""
     algorithm = settings.get("algorithm") or {}
     moved_sections = {name: settings[name] for name in MOVED if name in settings}
     ours = {name: section for name, section in moved_sections.items() if name in config.algorithm.scalar_models}

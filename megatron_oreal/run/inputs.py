@@ -1,4 +1,4 @@
-"""What every kind of run reads and checks before it builds anything."""
+"""Reads and checks what every kind of run needs before it builds anything."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ CHANGEABLE_IN_EVAL = (
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
+    """What was read: the same for every kind of run."""
+
     architecture: Architecture
     tokenizer: Tokenizer
     sampling: SamplingParams
     eval_prompts: Mapping[str, list[EncodedPrompt]]
-    notes: list[str]  # what was left out, for the log
+    notes: list[str]  # What was left out, for the log.
 
 
 def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
+    """Reads architecture, tokenizer and held-out prompts, and checks them against each other. Raises ValueError."""
     check_lengths(config, check_layout(config, GENERATED_FAMILIES))
     architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
     datasets: dict[str, list[EncodedPrompt]] = {}
@@ -61,6 +64,7 @@ def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
 
 
 def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture) -> None:
+    """Refuses a tokenizer whose tokens the model does not have."""
     largest = max(map(max, sequences))
     if largest >= architecture.vocab_size:
         raise ValueError(
@@ -129,6 +133,6 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
 
 
 def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
-    """Whether a learning rate's cosine ends with the run: then more steps are another schedule."""
+    """Says whether the cosine of a learning rate ends with the run: then more steps are another schedule."""
     cosines = [name.removesuffix(".decay") for name, value in settings.items() if value == "cosine"]
     return any(settings[f"{name}.decay_steps"] is None for name in cosines)
