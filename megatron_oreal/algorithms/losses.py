@@ -19,7 +19,7 @@ def kl_k3(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
 
 
 def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
-    """Estimates it as d^2 / 2, the same to second order; its gradient is an unbiased estimate of the KL's gradient."""
+    """Estimates the same as d^2 / 2, equal to second order; its gradient estimates that of the KL without bias."""
     return 0.5 * (target_logprobs - logprobs).square()
 
 

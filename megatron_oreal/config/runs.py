@@ -145,12 +145,12 @@ TRAINING_ROLLOUTS = tuple(
     )
 )
 
-# In an evaluation without samples; a temperature of 0 says what is the case.
-GREEDY_ONLY = (
-    ("rollout.temperature", "rollout.top_p", "rollout.top_k"),
-    condition(
-        lambda run: run.eval.num_samples > 0 or run.rollout.temperature == 0,
-        "for eval.num_samples=0, which is greedy: drop it, or raise eval.num_samples",
+GREEDY_WORDS = "for eval.num_samples=0, which is greedy: drop it, or raise eval.num_samples"
+GREEDY_ONLY: Effects = (
+    (("rollout.top_p", "rollout.top_k"), condition(lambda run: run.eval.num_samples > 0, GREEDY_WORDS)),
+    (
+        ("rollout.temperature",),  # A temperature of 0 says what is the case.
+        condition(lambda run: run.eval.num_samples > 0 or run.rollout.temperature == 0, GREEDY_WORDS),
     ),
 )
 
@@ -237,7 +237,7 @@ class SftConfig(RunConfig):
 
     effects: ClassVar[Effects] = (
         (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
-        GREEDY_ONLY,
+        *GREEDY_ONLY,
     )
 
     @model_validator(mode="after")
@@ -268,7 +268,7 @@ class EvalRunConfig(ModelRunConfig):
             ),
             never("for eval, which does not train: drop it"),
         ),
-        GREEDY_ONLY,
+        *GREEDY_ONLY,
     )
 
     @model_validator(mode="after")

@@ -208,6 +208,8 @@ def test_what_asks_for_nothing_is_not_refused(tmp_path: Path, overrides: list[st
 def test_a_greedy_evaluation_may_say_that_it_is_greedy(tmp_path: Path) -> None:
     load(tmp_path, EvalRunConfig, ["rollout.temperature=0", "eval.num_samples=0"])
     load(tmp_path, SftConfig, ["rollout.temperature=0", "eval.num_samples=0"])
+    with pytest.raises(ValueError, match=r"^rollout\.top_p has no meaning for eval\.num_samples=0, which is greedy"):
+        load(tmp_path, EvalRunConfig, ["rollout.temperature=0", "rollout.top_p=0.9", "eval.num_samples=0"])
 
 
 @pytest.mark.parametrize(
