@@ -154,6 +154,16 @@ def test_algorithms_are_pure() -> None:
     assert not banned & set(modules_of("algorithms"))
 
 
+def test_only_the_registry_knows_the_algorithms() -> None:
+    """What assembles and drives a run asks an algorithm's configuration what it needs, not which algorithm it is."""
+    registry = f"{PACKAGE}.algorithms.registry"
+    shared = {"AlgorithmConfig", "TrainConfig", "model"}
+    listed = {name for name in IMPORTS[registry] if name.startswith((f"{PACKAGE}.algorithms.", f"{PACKAGE}.config."))}
+    named = {name for name in listed if name.split(".")[-1] not in shared and ".model." not in name}
+    assert {f"{PACKAGE}.algorithms.oreal", f"{PACKAGE}.config.OrealConfig"} <= named
+    assert not importers_of(*named) & set(modules_of("train", "run", "rollout", "models", "engines", "evaluation"))
+
+
 def test_only_models_and_the_packages_of_weights_import_megatron() -> None:
     assert importers_of("megatron") <= set(modules_of("models", "weights", "checkpoint", "conversion"))
 

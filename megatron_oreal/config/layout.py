@@ -14,7 +14,7 @@ from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig,
 
 
 class ModelShape(BaseModel):
-    """What the layout checks need of a Hugging Face config.json."""
+    """The part of a Hugging Face config.json that the layout checks need."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
     model_type: str
@@ -26,7 +26,7 @@ class ModelShape(BaseModel):
 
 
 def read_model_shape(path: Path) -> ModelShape:
-    """Raises ValueError when `path` holds no readable config.json."""
+    """Reads the shape of the model in `path`. Raises ValueError when it holds no readable config.json."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json")
@@ -37,9 +37,9 @@ def read_model_shape(path: Path) -> ModelShape:
 
 
 def data_parallel_size(parallel: ParallelConfig) -> int:
-    """Replicas of the model; raises ValueError where a launcher's world size does not fit the layout."""
+    """Returns the number of replicas. Raises ValueError where a launcher's world size does not fit the layout."""
     model_size = parallel.tensor * parallel.pipeline
-    world_size = os.environ.get("WORLD_SIZE")  # torchrun's and Slurm scripts' contract
+    world_size = os.environ.get("WORLD_SIZE")  # torchrun and the Slurm scripts set it.
     if world_size is None:
         return parallel.data or 1
     if not world_size.isdecimal() or int(world_size) == 0:
@@ -58,11 +58,12 @@ def data_parallel_size(parallel: ParallelConfig) -> int:
 
 
 def num_processes(parallel: ParallelConfig) -> int:
+    """Returns the number of processes of the whole run."""
     return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
 
 
 def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:
-    """Refuses a layout that the model cannot have. Reads config.json only."""
+    """Refuses a layout that the model cannot have. It reads config.json only, no weights."""
     shape, parallel = read_model_shape(config.model.path), config.parallel
     if shape.model_type not in known_model_types:
         raise ValueError(
@@ -82,6 +83,7 @@ def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> Mo
 
 
 def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelShape) -> None:
+    """Refuses sequences that are longer than the model's positions. Raises ValueError with the setting to lower."""
     limit = f"exceeds the model's max_position_embeddings={shape.max_position_embeddings}: lower"
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings and (isinstance(config, TrainConfig) or config.eval.prompts):
@@ -91,7 +93,7 @@ def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelS
 
 
 def describe_layout(config: ModelRunConfig) -> str:
-    """The parallel layout as a table: Megatron's rank order is tensor, data, pipeline."""
+    """Returns the parallel layout as a table, in Megatron's order of ranks: tensor, data, pipeline."""
     parallel, data = config.parallel, data_parallel_size(config.parallel)
     lines = [
         f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x "

@@ -122,24 +122,26 @@ class TrainableModel:
 
         with self._timed("forward"):
             values = self._run(batch, collect, forward_only=True)
-        for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
-            setattr(microbatch, stream, tensor)
+        self._fill_stream(batch, stream, values)
 
     @torch.no_grad()
-    def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """The loss's metrics without an update."""
+    def measure(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        """Returns the loss's metrics and updates nothing. `keep`: see `_run_loss`."""
         with self._timed("forward"):
-            outputs: list[LossOutput] = self._run(batch, loss, forward_only=True)
+            outputs: list[LossOutput] = self._run_loss(batch, loss, keep, forward_only=True)
         return self._reduce([output.metrics for output in outputs])
 
-    def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """One optimizer step. Raises NonFiniteLossError, before the weights change, naming the component."""
-        with self._timed("train"):
-            return self._train_step(batch, loss)
+    def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        """Takes one optimizer step and returns the loss's metrics from before it. `keep`: see `_run_loss`.
 
-    def _train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        Raises NonFiniteLossError, before the weights change, naming the component.
+        """
+        with self._timed("train"):
+            return self._train_step(batch, loss, keep)
+
+    def _train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None) -> dict[str, float]:
         training = self._training
-        metrics = self.accumulate_gradients(batch, loss)
+        metrics = self.accumulate_gradients(batch, loss, keep)
         for component, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(f"{component} is {value}")
@@ -152,18 +154,41 @@ class TrainableModel:
         metrics[f"{self.name}/lr"] = float(training.optimizer.param_groups[0]["lr"])
         return metrics
 
-    def accumulate_gradients(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """The loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
+    def accumulate_gradients(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        """Returns the loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
         training = self._training
         for chunk in training.chunks:
             chunk.zero_grad_buffer()
         training.optimizer.zero_grad()
-        return self._reduce(self._run(batch, loss, forward_only=False))
+        return self._reduce(self._run_loss(batch, loss, keep, forward_only=False))
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         if self.layout.data_size > 1:
             dist.all_reduce(values, group=self.layout.data_group)
         return values
+
+    def _run_loss(self, batch: Batch, loss: Loss, keep: TokenStream | None, *, forward_only: bool) -> list[Any]:
+        """Evaluates the loss on every micro-batch.
+
+        With `keep`, the stream of that name holds the head's detached values of this pass: on the last pipeline stage,
+        where the losses are, from before the loss is evaluated, and on the other stages from the end of the pass.
+        """
+        if keep is None:
+            return self._run(batch, loss, forward_only=forward_only)
+
+        def keep_and_evaluate(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+            setattr(microbatch, keep, outputs.values.detach())
+            return loss(outputs, microbatch)
+
+        results = self._run(batch, keep_and_evaluate, forward_only=forward_only)
+        kept = [getattr(microbatch, keep) for microbatch in batch.microbatches] if results else []
+        self._fill_stream(batch, keep, kept)
+        return results
+
+    def _fill_stream(self, batch: Batch, stream: TokenStream, values: list[Tensor]) -> None:
+        """Writes the last stage's values of each micro-batch to its stream, on every pipeline stage."""
+        for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
+            setattr(microbatch, stream, tensor)
 
     def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""

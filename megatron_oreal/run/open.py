@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
+from megatron_oreal.algorithms.model import GroupAlgorithm
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.train_state import TrainState
 from megatron_oreal.config import (
@@ -27,7 +28,7 @@ from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.run.algorithms import GroupAlgorithm, build_algorithm, build_sft
+from megatron_oreal.run.algorithms import build_algorithm, build_sft
 from megatron_oreal.run.devices import device_sharing
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_oreal.config import EvalRunConfig, OrealConfig, OutcomeConfig, SftConfig, TrainConfig, VerifierConfig
+from megatron_oreal.algorithms.model import GroupAlgorithm
+from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig, VerifierConfig
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import RolloutEngine
@@ -11,7 +12,6 @@ from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.rollout.producer import GroupProducer
 from megatron_oreal.rollout.sampler import Sampler
-from megatron_oreal.run.algorithms import GroupAlgorithm
 from megatron_oreal.run.run import Run
 
 
@@ -34,20 +34,15 @@ def build_sampler(
 
 
 def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> PrefetchingCollector:
-    config, algorithm = run.config, run.config.algorithm
-    num_correct, needs_mixed = 0, isinstance(algorithm, OrealConfig) and algorithm.selection != "all"
-    if isinstance(algorithm, OutcomeConfig):
-        needs_mixed = algorithm.dynamic_sampling
-        if algorithm.objective == "pure_rejection_sampling":
-            num_correct = algorithm.num_correct
+    config, needs = run.config, run.config.algorithm.sample_needs
     producer = GroupProducer(
         sampler=run.sampler,
         cursor=run.cursor.copy(),
         sampling=run.sampling,
         config=config.rollout,
         prompts_per_step=config.data.prompts_per_step,
-        num_correct=num_correct,
-        needs_mixed=needs_mixed,
+        num_correct=needs.num_correct,
+        needs_mixed=needs.needs_mixed,
         seed=config.seed,
         ledger=run.ledger,
     )

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from safetensors import SafetensorError
 
+from megatron_oreal.algorithms.model import GroupAlgorithm
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
 from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
@@ -20,7 +21,6 @@ from megatron_oreal.observability.progress import ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.sampler import Sampler
-from megatron_oreal.run.algorithms import GroupAlgorithm
 from megatron_oreal.run.devices import DeviceSharing
 from megatron_oreal.types import TrainingSequence
 from megatron_oreal.weights.hf_directory import save_hf

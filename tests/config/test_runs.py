@@ -138,6 +138,7 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
         "num_steps=1e3",
         "policy.optimizer.lr=1e-6",
         "policy.optimizer.min_lr=1E-7",
+        "policy.optimizer.decay=cosine",
         "rollout.stop_tokens=['<|im_end|>', '</s>']",
         "data.repeats_by_pass_rate=[[0.2, 6], [0.6, 4]]",
         "data.suffix=' = ?'",
@@ -160,7 +161,7 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
 def test_a_number_that_yaml_takes_for_text_is_one_in_the_file_too(tmp_path: Path) -> None:
     text = TRAIN + "policy: {optimizer: {lr: 1e-5}}\n"
     assert load(tmp_path, text=text).policy.optimizer.lr == 1e-5
-    assert load(tmp_path, "reward_model.optimizer.lr=2e-5", text=text).policy.optimizer.lr == 1e-5
+    assert load(tmp_path, "algorithm.reward_model.optimizer.lr=2e-5", text=text).policy.optimizer.lr == 1e-5
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,8 @@ def train_config(task: Path, warm_model: Path) -> dict[str, Any]:
             "max_prompt_tokens": 8,
         },
         "rollout": {"group_size": 4, "max_new_tokens": 8},
-        "algorithm": {"policy_freeze_steps": 1},
+        "algorithm": {"policy_freeze_steps": 1, "reward_model": {"optimizer": {"lr": 0.01}}},
         "policy": {"optimizer": {"lr": 0.001}},
-        "reward_model": {"optimizer": {"lr": 0.01}},
         "eval": {"prompts": {"heldout": str(task / "heldout.jsonl")}, "every": 3},
         "checkpoint": {"every": 2, "keep_last": 2, "keep_best": 1, "best_metric": "eval/heldout/greedy"},
     }

@@ -26,7 +26,8 @@ def test_a_run_starts_from_a_torch_dist_directory(
     mcore = tmp_path / "mcore"
     conversion.hf_to_megatron(warm_model, mcore, Options())
     settings = train_config | {"run_dir": str(tmp_path / "run"), "model": {"path": str(mcore)}, "num_steps": 1}
-    settings["reward_model"] = train_config["reward_model"] | {"path": str(mcore)}
+    reward_model = train_config["algorithm"]["reward_model"] | {"path": str(mcore)}
+    settings["algorithm"] = train_config["algorithm"] | {"reward_model": reward_model}
     done = command_line("train", settings, tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
     before = load_file(warm_model / "model.safetensors")

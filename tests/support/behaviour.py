@@ -111,13 +111,13 @@ def configuration(folder: Path, name: str) -> dict[str, Any]:
         settings["data"]["examples"] = str(folder / "data" / "sft.jsonl")
         settings["num_steps"] = 600 if name == "sft" else 5
         settings["checkpoint"]["every"] = settings["num_steps"]
+        settings["policy"]["optimizer"].pop("min_lr")
         settings["policy"]["optimizer"]["decay"] = "constant"
         return settings
     settings["model"]["path"] = str(folder / "sft" / "hf")
     settings["data"]["prompts"] = str(folder / "data" / "train.jsonl")
     settings["num_steps"] = 20 if name == "oreal" else 5
     settings["policy"]["optimizer"] |= {"decay": "constant", "warmup_steps": 0}
-    reward_model = settings.pop("reward_model", None)
     if name == "ppo":
         critic = {"optimizer": {"lr": 5.0e-4}}
         settings["algorithm"] = {"name": "ppo", "policy_minibatches": 2, "kl_coef": 0.01, "critic": critic}
@@ -125,8 +125,6 @@ def configuration(folder: Path, name: str) -> dict[str, Any]:
     elif name == "grpo":
         settings["algorithm"] = {"name": "outcome", "objective": "grpo", "kl_coef": 0.01}
         settings["parallel"] = {"data": 2}
-    elif reward_model is not None:
-        settings["algorithm"]["reward_model"] = reward_model
     if name == "sglang":
         python = Path(".venv-sglang/bin/python").absolute()
         settings["rollout"] |= {"engine": "sglang", "sglang": {"python": str(python)}}

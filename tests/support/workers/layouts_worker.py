@@ -77,6 +77,7 @@ def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: Para
         compare(folder / model_name, "none", 48, wanted, f"{name} {model_name} packed", layout)
         compare(folder / model_name, "full", 1, wanted, f"{name} {model_name} alone, recomputed", layout)
     frozen(folder / "untied", layout)
+    keeps(folder / "untied", layout)
     return {
         "oreal": {
             f"{model_name}, micro-batches of {tokens}": oreal_gradients(folder / model_name, tokens, layout)
@@ -221,7 +222,7 @@ def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) 
     oreal.reference.forward(batch, "reference_logprobs")  # type: ignore[union-attr]
     for microbatch in batch.microbatches:
         fill_coefficients(microbatch, batch, config)
-    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch))
+    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch), keep="old_logprobs")
     return {name: gradient.clone() for name, gradient in gradient_stream(model)}
 
 
@@ -237,8 +238,8 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
         fill_advantages(microbatch, config)
     ppo.whiten(batch)
     gradients = {}
-    for model, loss in ((policy, ppo.policy_loss), (critic, ppo.value_loss)):
-        model.accumulate_gradients(batch, partial(loss, batch=batch))
+    for model, loss, keep in ((policy, ppo.policy_loss, "old_logprobs"), (critic, ppo.value_loss, None)):
+        model.accumulate_gradients(batch, partial(loss, batch=batch), keep)
         gradients |= {f"{model.head.kind} {name}": gradient.clone() for name, gradient in gradient_stream(model)}
     return gradients
 
@@ -300,6 +301,34 @@ def frozen(path: Path, layout: ParallelLayout) -> None:
     batch = pack([TrainingSequence([1, 2], [3], 0.0, False)], plan_of(layout))
     model.forward(batch, "reference_logprobs")
     assert all(microbatch.reference_logprobs is not None for microbatch in batch.microbatches)
+
+
+def keeps(path: Path, layout: ParallelLayout) -> None:
+    """A pass with `keep` fills that stream with its own values, on every pipeline stage; one without fills nothing."""
+    model = build(path, layout, head=ScalarHead(layout, "normal", seed=1))
+    batch = pack(SEQUENCES, plan_of(layout))
+    model.forward(batch, "values")
+
+    def loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+        if microbatch.returns is None:  # the first pass: the loss finds the values of this very pass
+            assert microbatch.token_scores is not None and not microbatch.token_scores.requires_grad
+            assert torch.equal(microbatch.token_scores, outputs.values.detach())
+        return LossOutput(outputs.values.square()[microbatch.loss_mask].sum() / DENOMINATOR, {})
+
+    model.train_step(batch, loss, keep="token_scores")
+    first = [microbatch.token_scores for microbatch in batch.microbatches]
+    for microbatch in batch.microbatches:
+        assert microbatch.token_scores is not None and microbatch.values is not None
+        close(microbatch.token_scores, microbatch.values, 1e-6, "scores kept by a training pass")
+        microbatch.returns = microbatch.values
+    model.train_step(batch, loss)
+    assert all(microbatch.token_scores is kept for microbatch, kept in zip(batch.microbatches, first, strict=True))
+    assert all(microbatch.old_logprobs is None for microbatch in batch.microbatches)
+    model.forward(batch, "values")
+    model.measure(batch, loss, keep="old_logprobs")
+    for microbatch in batch.microbatches:
+        assert microbatch.old_logprobs is not None and microbatch.values is not None
+        close(microbatch.old_logprobs, microbatch.values, 1e-6, "values kept by an evaluation pass")
 
 
 def close(actual: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
