@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows
 from megatron_oreal.weights.mapping import Direct, Place, Row, find_row
@@ -68,8 +69,7 @@ class WeightStream:
                 local.append(PlannedParameter(name, tuple(parameter.shape), parameter.dtype, row, place))
         if self.expert_size > 1:  # else the two kinds would alternate, and with them the buckets
             local.sort(key=lambda item: item.place.expert is not None)
-        self.plan: list[list[PlannedParameter]] = [[] for _ in range(layout.pipeline_size)]
-        dist.all_gather_object(self.plan, local, group=layout.pipeline_group)
+        self.plan = all_gather_object(local, layout.pipeline_group)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for stage, planned in enumerate(self.plan):

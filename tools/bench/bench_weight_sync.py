@@ -175,19 +175,20 @@ def measure(
     ratios: dict[str, list[float]] = {}
     speeds: dict[str, list[float]] = {}
     version = 0
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
     for round_number in range(rounds + 1):
         for name, (transport, plain) in transports.items():
             version += 1
             plain_seconds = seconds_of(plain)
-            report = transport.push(weights.items(), version, clients)
-            speed = report.num_bytes / 1e9 / report.seconds
+            seconds = seconds_of(partial(transport.push, weights.items(), version, clients))
+            speed = num_bytes / 1e9 / seconds
             first = " (the first: it connects)" if round_number == 0 else ""
             click.echo(
-                f"round {round_number}, {name}: {report.seconds:.2f} s, {speed:.2f} GB/s, "
-                f"{plain_seconds / report.seconds:.0%} of the plain transfer's {plain_seconds:.2f} s{first}"
+                f"round {round_number}, {name}: {seconds:.2f} s, {speed:.2f} GB/s, "
+                f"{plain_seconds / seconds:.0%} of the plain transfer's {plain_seconds:.2f} s{first}"
             )
             if round_number > 0:
-                ratios.setdefault(name, []).append(plain_seconds / report.seconds)
+                ratios.setdefault(name, []).append(plain_seconds / seconds)
                 speeds.setdefault(name, []).append(speed)
     for name, values in ratios.items():
         low, high = min(values), max(values)

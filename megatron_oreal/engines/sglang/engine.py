@@ -46,8 +46,8 @@ from megatron_oreal.engines.sglang.server_pool import (
     end_orphans,
 )
 from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
-from megatron_oreal.engines.sglang.weights.transport import WeightTransport, clients_of_rank, raise_together
-from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.engines.sglang.weights.transport import WeightTransport, clients_of_rank, raise_push_failure
+from megatron_oreal.parallel.collectives import broadcast_object
 
 MAX_ATTEMPTS = 12  # of one request without a new token, over all servers
 REPEAT_ABORT_SECONDS = 1.0  # a server forgets the abort of a request that it has not read yet
@@ -313,7 +313,7 @@ class SglangEngine:
             failure = None
             if self.pool.servers and not servers:
                 failure = WeightSyncError(f"no SGLang server is left; {self.pool.obituaries()}", [])
-            raise_together(failure, f"weights of version {version}: ")
+            raise_push_failure(failure, f"weights of version {version}: ")
             for client in self.pool.take_lost():
                 self.transport.forget(client)
             try:
@@ -329,7 +329,7 @@ class SglangEngine:
     def _clients_of_this_rank(self, servers: Sequence[Server]) -> list[SglangClient]:
         """Collective. The first `weight_senders` ranks share the first rank's servers out."""
         clients = {server.client.endpoint: server.client for server in servers}
-        endpoints = exchanged(list(clients))[0]
+        endpoints = broadcast_object(list(clients))
         rank = dist.get_rank() if dist.is_initialized() else 0
         mine = clients_of_rank(endpoints, rank, self.pool.config.weight_senders)
         if rank == 0:

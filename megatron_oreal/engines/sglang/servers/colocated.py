@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import TypeVar
 
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import ServerError
@@ -16,10 +14,9 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.servers.fleet import Notify, ServerFleet, has_answered, start_servers
 from megatron_oreal.engines.sglang.servers.node import address_towards
 from megatron_oreal.engines.sglang.servers.process import ServerSettings
-from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.parallel.collectives import run_on_all
 from megatron_oreal.parallel.nodes import Node, this_node
 
-Result = TypeVar("Result")
 DEFAULT_HOST = SglangConfig().host
 
 
@@ -61,10 +58,10 @@ def open_colocated_servers(settings: ServerSettings, notify: Notify) -> Iterator
                 check_reachable(elsewhere)
                 fleets[0].publish(settings.run_dir / "servers.json", elsewhere)
 
-        _, *others = agreed(start)
+        _, *others = run_on_all(start, ServerError)
         elsewhere, node = [*chain(*others)], this_node()
         is_first = node.index == node.local_rank == 0
-        agreed(publish)
+        run_on_all(publish, ServerError)
         yield fleets[0] if is_first else None
 
 
@@ -88,21 +85,3 @@ def on_node(settings: ServerSettings, node: Node) -> ServerSettings:
         )
     host = address_towards(os.environ["MASTER_ADDR"])
     return replace(settings, config=settings.config.model_copy(update={"host": host}))
-
-
-def agreed(attempt: Callable[[], Result]) -> Sequence[Result]:
-    """Collective. What the attempt gives on each rank, in their order; what it raises on one, all of them raise."""
-    results: list[Result] = []
-    failure: ValueError | OSError | None = None
-    try:
-        results.append(attempt())
-    except (ValueError, OSError) as error:
-        failure = error
-    told = [] if failure is None else [(isinstance(failure, ValueError), str(failure))]
-    met = exchanged((results, told, socket.gethostname()))
-    has_several_hosts = len({host for _, _, host in met}) > 1
-    for _, problems, host in met:
-        for is_mistake, message in problems:
-            where = f"on {host}: " if has_several_hosts else ""
-            raise (ValueError if is_mistake else ServerError)(where + message) from failure
-    return [result for each, _, _ in met for result in each]

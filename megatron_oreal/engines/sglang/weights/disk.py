@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.weights.requests import Deadline, WeightSyncError
-from megatron_oreal.engines.sglang.weights.transport import ServerTransport, raise_together
-from megatron_oreal.parallel.collectives import exchanged
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.engines.sglang.weights.transport import ServerTransport, raise_push_failure
+from megatron_oreal.parallel.collectives import wait_for_all_ranks
 from megatron_oreal.weights.hf_directory import save_hf
 
 
@@ -32,19 +32,21 @@ class DiskTransport(ServerTransport):
         super().__init__(loop, timeout_seconds, check_weights)
         self.folder, self.model_path, self.writes = folder.resolve(), model_path, writes
 
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
         path = self.folder / f"version_{version:06d}"
         failure = None
         try:
             save_hf(tensors, self.model_path, self.model_path, path, self.writes)
         except (OSError, SafetensorError) as error:
             failure = WeightSyncError(f"{path} cannot be written: {error}", [])
-        raise_together(failure)
+        raise_push_failure(failure)
         body = {"model_path": str(path), "weight_version": str(version), "flush_cache": True}
         try:
             self.post("/update_weights_from_disk", dict.fromkeys(clients, body), deadline).answers()
         finally:
-            exchanged(None)  # until all servers have read
+            wait_for_all_ranks()  # until all servers have read
         if self.writes:
             self.remove_others(path)
 

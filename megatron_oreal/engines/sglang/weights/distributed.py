@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from datetime import timedelta
 from functools import partial
@@ -30,7 +30,6 @@ from megatron_oreal.engines.sglang.servers.node import address_towards
 from megatron_oreal.engines.sglang.weights.buckets import buckets
 from megatron_oreal.engines.sglang.weights.requests import CLEAN_UP_SECONDS, Collective, Deadline, Requests
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
-from megatron_oreal.weights.fingerprint import CountedStream
 
 CPU_BUCKET_BYTES = 32 * 2**20  # faster than larger ones: it stays in the cache until it is loaded
 
@@ -49,10 +48,12 @@ class DistributedTransport(ServerTransport):
         self.device = device
         self.bucket_bytes = bucket_bytes if device.type == "cuda" else min(bucket_bytes, CPU_BUCKET_BYTES)
         self.buffers = TwoBuffers(self.bucket_bytes)
-        self.group: ServerGroup | None = None
+        self.group: BroadcastGroup | None = None
         self.endings: list[threading.Thread] = []
 
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
         if not clients:
             return
         try:
@@ -64,7 +65,9 @@ class DistributedTransport(ServerTransport):
             self.close_group()
             raise
 
-    def send_buckets(self, group: ServerGroup, tensors: CountedStream, version: int, deadline: Deadline) -> None:
+    def send_buckets(
+        self, group: BroadcastGroup, tensors: Iterator[tuple[str, Tensor]], version: int, deadline: Deadline
+    ) -> None:
         """While a bucket travels, the next one is filled, and the servers load the one before."""
         travelling: Collective[None] | None = None
         loading: Requests | None = None
@@ -93,11 +96,11 @@ class DistributedTransport(ServerTransport):
         if self.device.type == "cuda":
             self.buffers.buffers.clear()
 
-    def open_group(self, clients: Sequence[SglangClient], deadline: Deadline) -> ServerGroup:
+    def open_group(self, clients: Sequence[SglangClient], deadline: Deadline) -> BroadcastGroup:
         if self.group is not None and self.group.clients == tuple(clients):
             return self.group
         self.close_group()
-        group = self.group = ServerGroup(clients, self.device, deadline)
+        group = self.group = BroadcastGroup(clients, self.device, deadline)
         group.invited = self.post("/init_weights_update_group", group.invitations(), deadline)
         Collective(partial(group.join, deadline), group.invited).result(deadline)
         group.invited.answers()
@@ -124,7 +127,7 @@ class DistributedTransport(ServerTransport):
             thread.join(CLEAN_UP_SECONDS)
 
 
-class ServerGroup:
+class BroadcastGroup:
     """A process group of ours with servers: they are invited first, then we join."""
 
     def __init__(self, clients: Sequence[SglangClient], device: torch.device, deadline: Deadline) -> None:

@@ -21,7 +21,7 @@ CLEAN_UP_SECONDS = 5.0  # for requests whose failure changes nothing
 class WeightSyncError(ServerError):
     """A push failed. The message names the version, the servers and what they answered."""
 
-    def __init__(self, message: str, urls: Sequence[str]) -> None:
+    def __init__(self, message: str, urls: Sequence[str] = ()) -> None:  # unpickling passes the message alone
         super().__init__(message)
         self.urls = list(urls)  # of the servers at fault; those without an answer before those that refused
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +26,7 @@ from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.weights.buckets import Bucket, buckets
 from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
-from megatron_oreal.parallel.collectives import exchanged
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.parallel.collectives import all_gather_object
 
 DEVICE = 6  # the argument of torch's rebuild_cuda_tensor that says which
 Receiver = tuple[str, int]  # URL of the server, its tensor-parallel rank
@@ -47,7 +46,9 @@ class TensorTransport(ServerTransport):
         super().__init__(loop, timeout_seconds, check_weights)
         self.bucket_bytes, self.ranks_of = bucket_bytes, ranks_of
 
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
         """Goes on after a failure: the other ranks offer their buckets all the same."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         wanted = {
@@ -55,7 +56,7 @@ class TensorTransport(ServerTransport):
             for client in clients
             for number, trainer_rank in enumerate(self.ranks_of(client))
         }
-        mine = [receiver for each in exchanged(wanted) for receiver, owner in each.items() if owner == rank]
+        mine = [receiver for each in all_gather_object(wanted) for receiver, owner in each.items() if owner == rank]
         failure: WeightSyncError | None = None
         under_way: tuple[Requests, Bucket] | None = None
         try:
@@ -63,7 +64,7 @@ class TensorTransport(ServerTransport):
         except WeightSyncError as error:
             failure = error
         for bucket in buckets(tensors, self.bucket_bytes, shared_memory, copies_all=True):
-            offered = exchanged({receiver: serialised(bucket) for receiver in mine})
+            offered = all_gather_object({receiver: serialised(bucket) for receiver in mine})
             handles = {receiver: handle for each in offered for receiver, handle in each.items()}
             try:
                 if failure is None and under_way is not None:

@@ -12,22 +12,22 @@ is refused.
 from __future__ import annotations
 
 import hashlib
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
-from megatron_oreal.engines.weight_sync import PushReport
-from megatron_oreal.parallel.collectives import Result, exchanged
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.parallel.collectives import Result, all_gather_object, raise_on_all
+from megatron_oreal.weights.fingerprint import MeasuredStream, drain
 from megatron_oreal.weights.stream_filters import Stream
 
 
 class WeightTransport(Protocol):
-    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> PushReport:
+    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         """Collective. `clients`: the servers that this rank sends to; see `clients_of_rank`. Raises WeightSyncError."""
 
     def forget(self, client: SglangClient) -> None:
@@ -49,24 +49,29 @@ class ServerTransport(ABC):
         self.checksums = Checksums() if check_weights else None
         self.without_session: set[SglangClient] = set()  # older releases, which update without begin and end
 
-    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> PushReport:
+    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         deadline = Deadline(self.timeout_seconds)
-        tensors = CountedStream(stream, fingerprints=self.checksums is not None)
+        measured = MeasuredStream.of(stream, has_fingerprint=self.checksums is not None)
+        tensors = iter(measured)
         failure: WeightSyncError | None = None
         try:
             self.send(tensors, version, clients, deadline)
             self.check_version(version, clients, deadline)
         except WeightSyncError as error:
             failure = error
-        tensors.drain()
-        raise_together(failure, f"weights of version {version}: ")
+        drain(tensors)
+        raise_push_failure(failure, f"weights of version {version}: ")
         if self.checksums is not None:
-            self.check_weights(tensors.fingerprint, version, clients, deadline)
-        return PushReport(tensors.num_bytes, time.monotonic() - deadline.begin)
+            self.check_weights(measured.fingerprint, version, clients, deadline)
 
     @abstractmethod
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
-        """Raises WeightSyncError; a rank without clients never does so alone."""
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
+        """Sends one pass of the stream to this rank's servers; what it leaves of the pass is consumed afterwards.
+
+        Raises WeightSyncError. On a rank without clients it raises only when another rank raises too.
+        """
 
     def forget(self, client: SglangClient) -> None:
         self.without_session.discard(client)
@@ -118,8 +123,8 @@ class ServerTransport(ABC):
             found = {client.endpoint.url: checksum_of(answer) for client, answer in answers.answers().items()}
         except WeightSyncError as error:
             failure = error
-        raise_together(failure, f"weights of version {version}: ")
-        everywhere = {url: checksum for each in exchanged(found) for url, checksum in each.items()}
+        raise_push_failure(failure, f"weights of version {version}: ")
+        everywhere = {url: checksum for of_rank in all_gather_object(found) for url, checksum in of_rank.items()}
         self.checksums.compare(fingerprint, everywhere, version)
 
 
@@ -151,11 +156,11 @@ class Checksums:
         self.fingerprint, self.of_server = fingerprint, found
 
 
-def raise_together(failure: WeightSyncError | None, prefix: str = "") -> None:
-    """Collective. Raises on every rank what one of them has met."""
-    met = exchanged((str(failure), failure.urls) if failure is not None else None)
-    failures = [each for each in met if each is not None]
-    if failures:
-        message = "; ".join(dict.fromkeys(text for text, _ in failures))
-        urls = list(dict.fromkeys(url for _, each in failures for url in each))
-        raise WeightSyncError(prefix + message, urls) from failure
+def raise_push_failure(failure: WeightSyncError | None, prefix: str = "") -> None:
+    """Collective. Raises on every rank, as one error, what any of the ranks has met; `prefix` begins its message."""
+
+    def merge(failures: Sequence[WeightSyncError]) -> WeightSyncError:
+        message = "; ".join(dict.fromkeys(map(str, failures)))
+        return WeightSyncError(prefix + message, list(dict.fromkeys(url for met in failures for url in met.urls)))
+
+    raise_on_all(failure, merge)

@@ -24,7 +24,7 @@ from megatron_oreal.engines.sglang.weights.buckets import buckets
 from megatron_oreal.engines.sglang.weights.distributed import TwoBuffers, address_for
 from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import Checksums, clients_of_rank
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.weights.fingerprint import MeasuredStream, drain
 from tests.support.paths import ROOT, SGLANG_PYTHON
 from tests.support.weight_checks import check_outputs, noisy_weights, open_transport, signalling_stream
 
@@ -90,8 +90,8 @@ def test_checksums_must_agree_and_change_with_what_was_sent() -> None:
 
 def test_a_stream_has_a_size_and_a_fingerprint_of_names_and_values() -> None:
     def fingerprint(**tensors: torch.Tensor) -> tuple[int, str]:
-        stream = CountedStream(tensors.items(), fingerprints=True)
-        stream.drain()
+        stream = MeasuredStream(tensors.items(), has_fingerprint=True)
+        drain(stream)
         return stream.num_bytes, stream.fingerprint
 
     ones = torch.ones(3, dtype=torch.bfloat16)
@@ -125,8 +125,9 @@ def test_a_push_makes_the_server_generate_as_transformers_does(
     transport = open_transport(kind, loop, sglang_model, tmp_path)
     for version in (1, 2, 3):
         weights = noisy_weights(sglang_model, seed=max(version, 2))  # the last two alike
-        report = transport.push(weights.items(), version, [client])
-        assert report.num_bytes == sum(tensor.nbytes for tensor in weights.values())
+        measured = MeasuredStream(weights.items())
+        transport.push(measured, version, [client])
+        assert measured.num_bytes == sum(tensor.nbytes for tensor in weights.values())
         check_outputs(loop, client, sglang_model, weights, version)
     transport.close()
     if kind == "disk":
