@@ -35,19 +35,10 @@ from megatron_oreal.parallel.collectives import broadcast_object, raise_on_all, 
 from megatron_oreal.parallel.layout import ParallelLayout
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
-WRITE_ERRORS = (
-    OSError,
-    RuntimeError,
-    SafetensorError,
-)  # a full disk raises any of these, in Python, torch or safetensors
-READ_ERRORS = (
-    *WRITE_ERRORS,
-    ValueError,
-    KeyError,
-    TypeError,
-    EOFError,
-    pickle.UnpicklingError,
-)  # raised when a damaged file is read
+# A full disk raises one of these: Python, torch and safetensors differ.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# Reading a damaged file raises one of these.
+READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
 
 
 class Trainable(Protocol):

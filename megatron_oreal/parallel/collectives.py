@@ -67,14 +67,14 @@ def run_on_all(action: Callable[[], Result], os_error: type[OSError] = OSError) 
     When it raises a ValueError or an OSError on one rank, every rank raises it: as a ValueError, or as `os_error`. The
     message names the host where the ranks run on several.
     """
-    result: Result | None = None
+    results: list[Result] = []
     error: ValueError | OSError | None = None
     has_several_hosts = len(set(all_gather_object(socket.gethostname()))) > 1
     try:
-        result = action()
+        results.append(action())
     except (ValueError, OSError) as caught:
         message = f"on {socket.gethostname()}: {caught}" if has_several_hosts else str(caught)
         error = ValueError(message) if isinstance(caught, ValueError) else os_error(message)
         error.__cause__ = caught
     raise_on_all(error)
-    return all_gather_object(result)  # type: ignore[return-value]  # no rank has raised
+    return all_gather_object(results[0])
