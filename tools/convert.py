@@ -25,11 +25,11 @@ from megatron_oreal.conversion import conversion
 from megatron_oreal.conversion.conversion import Options, Report
 from megatron_oreal.conversion.processes import available_cores
 from megatron_oreal.launch import fail, is_ours
-from megatron_oreal.weights.families import Head, parameters, read_architecture
+from megatron_oreal.weights.families import HeadKind, parameters, read_architecture
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HEADS: dict[str | None, Head | None] = {None: None, "lm": "lm", "reward": "scalar", "value": "scalar"}
+HEADS: dict[str | None, HeadKind | None] = {None: None, "lm": "lm", "reward": "scalar", "value": "scalar"}
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 

@@ -17,22 +17,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_oreal.config.model_files import ModelSettings, copy_model_file, read_model_settings
 from megatron_oreal.conversion.processes import CountBytes, map_pages, run_in_processes
 from megatron_oreal.conversion.safetensors_files import Slot, create_files, fill
 from megatron_oreal.conversion.trainer_shards import HEAD_OF_ROLE, TrainerReader, is_trainer_model, model_path_of_run
 from megatron_oreal.observability.files import temporary_directory
 from megatron_oreal.weights import torch_dist
-from megatron_oreal.weights.families import Architecture, Head, Settings, parameters, read_architecture, read_settings
+from megatron_oreal.weights.families import Architecture, HeadKind, parameters, read_architecture
 from megatron_oreal.weights.hf_directory import INDEX, SHARD_BYTES, HfReader
 from megatron_oreal.weights.mapping import Place, Row, padded_vocabulary
-from megatron_oreal.weights.stream_filters import FP8_BLOCK, fp8_settings, quantise_fp8
+from megatron_oreal.weights.stream_filters import FP8_BLOCK, Stream, cast, fp8_settings, quantise_fp8
 from megatron_oreal.weights.torch_dist import StoredChunk
 from megatron_oreal.weights.torch_dist_reader import TorchDistReader, is_torch_dist, noted_head
 
 SMALLEST_ITEM, LARGEST_ITEM = 2**26, 2**29  # bytes that a process takes at a time
 COMPANIONS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")  # tokenizer, configuration, code of the model
+INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to compare the bits of any dtype
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel")
-INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Parameter = tuple[Row, Place]
 
@@ -61,7 +62,7 @@ class Report:
 
 
 def hf_to_megatron(
-    hf: Path, out: Path, options: Options, head: Head | None = None, pad_to: int | None = None
+    hf: Path, out: Path, options: Options, head: HeadKind | None = None, pad_to: int | None = None
 ) -> Report:
     """Writes `out` in torch_dist format, with config.json and the tokenizer beside. Raises ValueError for bad input."""
     prepare_output(out)
@@ -127,7 +128,7 @@ class WriteMegatron:
         return chunks
 
 
-def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, head: Head) -> dict[str, torch.dtype]:
+def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, head: HeadKind) -> dict[str, torch.dtype]:
     """Every tensor's dtype. Raises ValueError for missing, extra and misshapen tensors, naming the first."""
     reader = open_hf(hf)
     reader.check_index()
@@ -151,7 +152,7 @@ def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, he
 
 
 def megatron_to_hf(
-    mcore: Path, out: Path, options: Options, hf: Path | None = None, head: Head | None = None
+    mcore: Path, out: Path, options: Options, hf: Path | None = None, head: HeadKind | None = None
 ) -> Report:
     """Writes `out` as Hugging Face has it; `hf` is where config.json and the tokenizer come from."""
     prepare_output(out)
@@ -197,7 +198,9 @@ def plan_hf(
 
 def as_stored(name: str, tensor: Tensor, options: Options) -> Iterable[tuple[str, Tensor]]:
     """A Hugging Face tensor as it is written: cast, and maybe in blocks, followed by their scales."""
-    stream = [(name, tensor if options.dtype is None else tensor.to(options.dtype))]
+    stream: Stream = [(name, tensor)]
+    if options.dtype is not None:
+        stream = cast(stream, options.dtype)
     return quantise_fp8(stream) if options.fp8_blocks else stream
 
 
@@ -219,9 +222,11 @@ class WriteHf:
                 count_bytes(tensor.nbytes)
 
 
-def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype, quantisation: Settings | None) -> None:
+def write_config(
+    hf: Path, directory: Path, head: HeadKind, dtype: torch.dtype, quantisation: ModelSettings | None
+) -> None:
     """config.json with the weights' dtype and, for a scalar head, the class that transformers loads it with."""
-    settings = read_settings(hf)
+    settings = read_model_settings(hf)
     for name in {"torch_dtype", "dtype"} & settings.keys():
         settings[name] = str(dtype).removeprefix("torch.")
     if head == "scalar":
@@ -236,7 +241,7 @@ def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype, quan
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def verify(hf: Path, mcore: Path, num_workers: int, head: Head | None = None) -> Report:
+def verify(hf: Path, mcore: Path, num_workers: int, head: HeadKind | None = None) -> Report:
     """Raises ValueError, naming the first tensor, unless both hold the same bits, cast to the coarser dtype."""
     architecture = read_architecture(hf)
     head = head or head_of_hf(hf)
@@ -281,14 +286,14 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         if same_bits(smaller, larger.to(smaller.dtype)):
             return True
         return smaller.dtype.itemsize == larger.dtype.itemsize and same_bits(smaller.to(larger.dtype), larger)
-    bits = INT_OF_SIZE[one.dtype.itemsize]
+    bits = INTEGER_OF_SIZE[one.dtype.itemsize]
     return torch.equal(one.view(bits), other.view(bits))
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 
-def exported(architecture: Architecture, head: Head) -> list[Parameter]:
+def exported(architecture: Architecture, head: HeadKind) -> list[Parameter]:
     """Layer by layer, as files have them: what is outside of the layers comes first."""
     found = [(row, place) for row, place in parameters(architecture, head) if row.exported]
     return sorted(found, key=lambda parameter: -1 if parameter[1].layer is None else parameter[1].layer)
@@ -339,13 +344,13 @@ def config_source(mcore: Path) -> Path:
     return path
 
 
-def head_of_hf(hf: Path) -> Head:
+def head_of_hf(hf: Path) -> HeadKind:
     """What its config.json declares."""
-    names = read_settings(hf).get("architectures") or []
+    names = read_model_settings(hf).get("architectures") or []
     return "scalar" if any(str(name).endswith(CLASSIFIERS) for name in names) else "lm"
 
 
-def head_of_megatron(mcore: Path) -> Head:
+def head_of_megatron(mcore: Path) -> HeadKind:
     """What the conversion noted, or the role of the trainer's model."""
     if is_trainer_model(mcore):
         if mcore.resolve().name not in HEAD_OF_ROLE:
@@ -367,4 +372,4 @@ def prepare_output(out: Path) -> None:
 def copy_companions(source: Path, directory: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in COMPANIONS and file.name != INDEX and file.name != torch_dist.TRACKER:
-            shutil.copyfile(file, directory / file.name)
+            copy_model_file(file, directory / file.name)

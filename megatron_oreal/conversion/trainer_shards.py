@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_oreal.weights.families import Head, canonical_name
+from megatron_oreal.weights.families import HeadKind, canonical_name
 from megatron_oreal.weights.hf_directory import SAFETENSORS_DTYPES
 from megatron_oreal.weights.mapping import Place, Row
 
 SHARD_FILE = re.compile(r"parameters_t(\d+)_p(\d+)\.safetensors")
 # Chosen by the model's role, never by its shapes.
-HEAD_OF_ROLE: dict[str, Head] = {"policy": "lm", "reference": "lm", "reward_model": "scalar", "critic": "scalar"}
+HEAD_OF_ROLE: dict[str, HeadKind] = {"policy": "lm", "reference": "lm", "reward_model": "scalar", "critic": "scalar"}
 
 
 class TrainerReader:

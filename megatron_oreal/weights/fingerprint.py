@@ -14,8 +14,6 @@ from torch import Tensor
 
 from megatron_oreal.weights.stream_filters import Stream
 
-# The integer type whose elements are as large as those of the key, to compare or sum the bits of any dtype.
-INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 COLUMNS = 1024  # words in a row of the matrix that a tensor's bits are summed in
 
 

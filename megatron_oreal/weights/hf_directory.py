@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_oreal.config.model_files import copy_model_file
 from megatron_oreal.observability.files import temporary_directory
-from megatron_oreal.weights.families import Head
+from megatron_oreal.weights.families import HeadKind
 from megatron_oreal.weights.mapping import Place, Row, pad_rows, rows_of_rank
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -85,7 +85,7 @@ class HfReader:
         part = slice(rank * length, (rank + 1) * length)
         return stored[part] if axis == 0 else stored[:, part]
 
-    def has_head(self, head: Head) -> bool:
+    def has_head(self, head: HeadKind) -> bool:
         return head == "lm" or "score.weight" in self.file_of
 
     def hf_tensors(self, row: Row, place: Place) -> list[Tensor]:
@@ -178,4 +178,4 @@ class ShardWriter:
 def copy_companions(source: Path, directory: Path, names: Sequence[str]) -> None:
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+            copy_model_file(source / name, directory / name)

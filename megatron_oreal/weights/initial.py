@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.parallel.layout import ParallelLayout
-from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows, parameters
+from megatron_oreal.weights.families import Architecture, HeadKind, canonical_name, parameter_rows, parameters
 from megatron_oreal.weights.hf_directory import HfReader
 from megatron_oreal.weights.mapping import Place, Row, find_row, padded_vocabulary
 from megatron_oreal.weights.torch_dist_reader import TorchDistReader, is_torch_dist
 
 
 class WeightsReader(Protocol):
-    def has_head(self, head: Head) -> bool: ...
+    def has_head(self, head: HeadKind) -> bool: ...
     def hf_tensors(self, row: Row, place: Place) -> list[Tensor]: ...
     def shard(self, row: Row, place: Place, padded_rows: int, rank: int, size: int) -> Tensor: ...
 
@@ -31,7 +31,7 @@ def open_weights(path: Path, architecture: Architecture) -> WeightsReader:
 
 
 def load_parameters(
-    named: Iterable[tuple[str, Tensor]], path: Path, architecture: Architecture, head: Head, layout: ParallelLayout
+    named: Iterable[tuple[str, Tensor]], path: Path, architecture: Architecture, head: HeadKind, layout: ParallelLayout
 ) -> None:
     """Fills this rank's parameters, named by Megatron's global names; a scalar head that is not there stays as it is.
 

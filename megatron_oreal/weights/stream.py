@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
-from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows
+from megatron_oreal.weights.families import Architecture, HeadKind, canonical_name, parameter_rows
 from megatron_oreal.weights.mapping import Direct, Place, Row, find_row
 
 BUCKET_BYTES = 512 * 2**20  # of whole parameters, gathered in one collective
@@ -49,7 +49,7 @@ class WeightStream:
         self,
         parameters: Sequence[tuple[str, Tensor]],
         architecture: Architecture,
-        head: Head,
+        head: HeadKind,
         layout: ParallelLayout,
         bucket_bytes: int = BUCKET_BYTES,
         expert_group: dist.ProcessGroup | None = None,

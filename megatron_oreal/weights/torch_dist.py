@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_oreal.weights.families import TRANSFORMER_ENGINE_ALIASES, Architecture, Head
+from megatron_oreal.weights.families import TRANSFORMER_ENGINE_ALIASES, Architecture, HeadKind
 from megatron_oreal.weights.mapping import Place, Row, pad_rows
 
 TRACKER, ITERATION = "latest_checkpointed_iteration.txt", "release"
@@ -150,7 +150,7 @@ def write_metadata(
         pickle.dump(metadata, file)
 
 
-def write_companions(directory: Path, architecture: Architecture, head: Head, padded_rows: int) -> None:
+def write_companions(directory: Path, architecture: Architecture, head: HeadKind, padded_rows: int) -> None:
     """Megatron-LM's own files."""
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(
@@ -166,7 +166,7 @@ def write_companions(directory: Path, architecture: Architecture, head: Head, pa
     torch.save(common, directory / "common.pt")
 
 
-def megatron_arguments(architecture: Architecture, head: Head, padded_rows: int) -> Namespace:
+def megatron_arguments(architecture: Architecture, head: HeadKind, padded_rows: int) -> Namespace:
     """What Megatron-LM compares its arguments with, and what it sets them from with --use-checkpoint-args.
 
     --norm-epsilon, --qk-layernorm and --use-rope-scaling it takes from no checkpoint: they are noted to be looked up.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_oreal.weights.families import Architecture, Head
+from megatron_oreal.weights.families import Architecture, HeadKind
 from megatron_oreal.weights.mapping import Place, Row, pad_rows, rows_of_rank
 from megatron_oreal.weights.torch_dist import ITERATION, TRACKER, stacked_offsets, stacked_sizes, stored_keys
 
@@ -121,7 +121,7 @@ class TorchDistReader:
         whole = self._read(*self._find(row, place))
         return row.op.split(whole[: row.shape[0]] if row.pads_vocabulary else whole)
 
-    def has_head(self, head: Head) -> bool:
+    def has_head(self, head: HeadKind) -> bool:
         return noted_head(self.directory) == head
 
     def shard(self, row: Row, place: Place, padded_rows: int, rank: int, size: int) -> Tensor:
@@ -264,7 +264,7 @@ def read_common(path: Path) -> dict[str, Any]:
     return common if isinstance(common, dict) else {}
 
 
-def noted_head(path: Path) -> Head:
+def noted_head(path: Path) -> HeadKind:
     """What the conversion noted; Megatron's own checkpoints are language models."""
     arguments = read_common(path).get("args")
     noted = vars(arguments).get("head") if isinstance(arguments, Namespace) else None

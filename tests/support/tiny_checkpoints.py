@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_oreal.weights.families import Head, parameters, read_architecture
+from megatron_oreal.weights.families import HeadKind, parameters, read_architecture
 
 COMMON = {
     "num_hidden_layers": 4,
@@ -65,7 +65,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed:
     }
 
 
-def hf_shapes(path: Path, head: Head = "lm") -> dict[str, tuple[int, ...]]:
+def hf_shapes(path: Path, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
     rows = [(row, place) for row, place in parameters(read_architecture(path), head) if row.exported]
     return {
         name: shape for row, place in rows for name, shape in zip(row.hf_names(place), row.hf_shapes(), strict=True)
@@ -73,7 +73,12 @@ def hf_shapes(path: Path, head: Head = "lm") -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(
-    path: Path, model: str, dtype: torch.dtype = torch.float32, head: Head = "lm", num_files: int = 2, **changes: Any
+    path: Path,
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    head: HeadKind = "lm",
+    num_files: int = 2,
+    **changes: Any,
 ) -> Path:
     """A directory with config.json, weights in `num_files` files with their index, and a tokenizer's file."""
     path.mkdir(parents=True)

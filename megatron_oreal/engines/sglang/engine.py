@@ -8,7 +8,6 @@ what their log-probs mean, is in `sglang_answers`.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.config import SglangConfig
+from megatron_oreal.config import SglangConfig, read_model_shape
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch, check_prompts
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint
@@ -96,7 +95,7 @@ class SglangEngine:
         self.statistics = RequestStatistics()
         self.as_sender: dict[Endpoint, SglangClient] = {}  # on the other ranks: the servers that they send weights to
         self.pool = ServerPool(config, endpoints, fleet, self.statistics, notify, router)
-        self.vocab_size: int = json.loads((model_path / "config.json").read_bytes())["vocab_size"]
+        self.vocab_size = read_model_shape(model_path).vocab_size
         try:
             self.served = thread.run(self._open(model_path, health_every_seconds, health_timeout_seconds))
         except BaseException:

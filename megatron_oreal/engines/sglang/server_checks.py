@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.generate_api import UNSTAMPED
 
@@ -88,11 +88,11 @@ async def check_admin_key(client: SglangClient) -> None:
 
 def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
     """Compares the kind of model, and its size where the server's files can be read from here."""
-    ours = json.loads((model_path / "config.json").read_bytes())
+    ours = read_model_settings(model_path)
     theirs = {"model_type": info["model_type"]} if info.get("model_type") else {}
-    file = Path(info["model_path"]) / "config.json"
-    if file.is_file():
-        config = json.loads(file.read_bytes())
+    served = Path(info["model_path"])
+    if (served / "config.json").is_file():
+        config = read_model_settings(served)
         theirs |= {key: config[key] for key in ("hidden_size", "num_hidden_layers") if key in config}
     for key, value in theirs.items():
         if key in ours and ours[key] != value:
