@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_oreal.weights.families import HeadKind, parameters, read_architecture
+from megatron_oreal.weights.families import FAMILIES, HeadKind, parameters, read_architecture
 
 COMMON = {
     "num_hidden_layers": 4,
@@ -34,7 +34,8 @@ LLAMA3_SCALING = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,  # within the tests' sequences, so that it matters
 }
-MODELS: dict[str, dict[str, Any]] = {
+# Every family is tested, a new one with COMMON alone; what a family has of its own is added here.
+MODELS: dict[str, dict[str, Any]] = {model_type: {"model_type": model_type} for model_type in FAMILIES} | {
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
     "qwen2-tied": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
@@ -53,7 +54,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
-DENSE = [name for name in MODELS if name != "qwen3_moe"]
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:

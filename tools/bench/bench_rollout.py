@@ -14,6 +14,7 @@ import asyncio
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import uuid
@@ -27,9 +28,11 @@ import aiohttp
 import click
 import torch
 from aiohttp import web
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
 from megatron_oreal.engines.sglang.client import EventLoopThread
@@ -45,21 +48,8 @@ Rival = Callable[[], int]  # gives the tokens that were made
 
 
 def make_model(path: Path, max_tokens: int) -> None:
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=max_tokens,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype="float32",
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": max_tokens}
+    write_random_model(path, tiny_config(vocab_size=VOCAB_SIZE, pad_token_id=0, eos_token_id=1, **shape), seed=0)
 
 
 def serve_at_once(port: Connection, num_tokens: int, num_most: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +25,12 @@ from pathlib import Path
 import click
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
@@ -42,22 +46,14 @@ KINDS = ("distributed", "tensor", "disk")
 
 def make_model(path: Path, num_layers: int) -> Weights:
     """Wide, with few tokens: nearly all bytes are in the layers, 128 MiB each."""
-    config = Qwen2Config(
-        vocab_size=1024,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=num_layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config = tiny_config(
+        vocab_size=1024, num_hidden_layers=num_layers, tie_word_embeddings=False, dtype="bfloat16", **shape
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen2ForCausalLM(config)
+    write_random_model(path, config, seed=0)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(path)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return load_file(path / "model.safetensors")
 
 
 def receive(port: int, sizes: list[int], num_rounds: int) -> None:
