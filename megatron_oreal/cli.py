@@ -101,17 +101,13 @@ def serve(config: Path, overrides: tuple[str, ...]) -> None:
     """
     resolved = load_config(TrainConfig, config, overrides)
     check_lengths(resolved, check_layout(resolved, trainable_families()))
+    import torch
+
     from megatron_oreal.engines.sglang.servers.fleet import serve_until_stopped
     from megatron_oreal.run.engines import server_settings
 
-    serve_until_stopped(
-        server_settings(resolved),
-        resolved.model.path,
-        resolved.model.dtype,
-        resolved.run_dir,
-        context_length=resolved.data.max_prompt_tokens + resolved.rollout.max_new_tokens,
-        notify=click.echo,
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    serve_until_stopped(server_settings(resolved, device), click.echo)
 
 
 @cli.command()

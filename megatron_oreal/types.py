@@ -6,12 +6,15 @@ A per-token field at position t speaks about the prediction of token t + 1, `lab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+Metrics = dict[str, float]  # e.g. {"policy/grad_norm": 0.7, "time/rollout_seconds": 12.5}
+Notify = Callable[[str], None]  # takes a line for the user; any thread may call it
 TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]  # filled by a forward pass
 # "judged" statuses carry a verdict on the answer; the others say why there is none.
 VerdictStatus = Literal["correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash"]

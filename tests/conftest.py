@@ -53,8 +53,10 @@ def sglang_fleet(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """One server of `sglang_model`. Who changes its weights puts them back."""
     from megatron_oreal.config import SglangConfig
     from megatron_oreal.engines.sglang.servers.fleet import open_servers
+    from megatron_oreal.engines.sglang.servers.process import ServerSettings
 
     config = SglangConfig(python=SGLANG_PYTHON, start_timeout_seconds=280)
     run_dir = tmp_path_factory.mktemp("sglang_fleet")
-    with open_servers(config, sglang_model, "float32", run_dir, "cpu", context_length=512, notify=print) as fleet:
+    settings = ServerSettings(config, sglang_model, "float32", run_dir, "cpu", context_length=512)
+    with open_servers(settings, print) as fleet:
         yield fleet

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
+from megatron_oreal.types import Metrics as Metrics
 
 Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
-Metrics = dict[str, float]
 
 
 class Model(Protocol):

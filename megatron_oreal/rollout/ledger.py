@@ -20,13 +20,12 @@ import zlib
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import numpy as np
-from typing_extensions import Self
 
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import sync_folder, write_atomically
 from megatron_oreal.types import FinishReason
 
@@ -85,7 +84,7 @@ class Record:
         return FRAME.pack(len(head), len(self.numbers), checksum) + head + self.numbers
 
 
-class Ledger:
+class Ledger(Closing):
     """Safe to call from several threads. Without a folder it keeps nothing but what a step hands to the next."""
 
     def __init__(self, folder: Path | None, start_step: int = 0) -> None:
@@ -157,14 +156,6 @@ class Ledger:
             for file in self.files.values():
                 file.close()
             self.files = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _find(self, step: int, key: str, oldest_version: int) -> Record | None:
         records = self.records.get(step, {}).get(key, [])

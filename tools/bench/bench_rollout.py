@@ -40,6 +40,7 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.sglang.generate_api import Response
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 
 PROMPT_TOKENS = 32
@@ -118,7 +119,7 @@ def server_at_once(num_tokens: int) -> Iterator[Endpoint]:
 @contextmanager
 def opened_engine(model_path: Path, endpoints: Sequence[Endpoint], concurrency: int) -> Iterator[SglangEngine]:
     thread = EventLoopThread("bench")
-    transport = DiskTransport(thread, 60, model_path / "unused", model_path, writes=False)
+    transport = DiskTransport(thread, 60, model_path / "unused", model_path, is_main=False)
     config = SglangConfig(max_concurrent_requests=concurrency)
     engine = SglangEngine(config, model_path, endpoints, transport, thread, notify=click.echo)
     try:
@@ -243,7 +244,8 @@ def main(
         else:
             config, path = SglangConfig(python=python), small
             context = PROMPT_TOKENS + max_new_tokens
-            fleet = open_servers(config, small, "float32", folder / "run", "cpu", context, notify=click.echo)
+            settings = ServerSettings(config, small, "float32", folder / "run", "cpu", context)
+            fleet = open_servers(settings, click.echo)
             endpoints = stack.enter_context(fleet).endpoints
         engine = stack.enter_context(opened_engine(path, endpoints, concurrency))
         params, requests = SamplingParams(max_new_tokens=max_new_tokens), requests_of(num_requests)

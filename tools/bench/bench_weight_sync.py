@@ -34,6 +34,7 @@ from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
 from megatron_oreal.engines.sglang.weights.shared_memory import TensorTransport
@@ -123,7 +124,8 @@ def main(
         weights = make_model(root / "model", layers)
         loop = EventLoopThread("bench")
         config = SglangConfig(python=python)
-        with open_servers(config, root / "model", "bfloat16", root, "cpu", 64, notify=click.echo) as fleet:
+        settings = ServerSettings(config, root / "model", "bfloat16", root, "cpu", 64)
+        with open_servers(settings, click.echo) as fleet:
             clients = [SglangClient(endpoint) for endpoint in fleet.endpoints]
             for each in bucket_mib:
                 bench_buckets(each * 2**20, rounds, transport, weights, root, clients, loop)

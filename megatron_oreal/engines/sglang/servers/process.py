@@ -146,7 +146,7 @@ class ServerProcess:
         errors = [match[1] for match in map(CAUSE.match, lines) if match]
         return (errors or lines or ["it wrote nothing"])[-1][:500]
 
-    def let_go(self) -> None:
+    def ask_to_end(self) -> None:
         """Asks for an orderly end."""
         assert self.supervisor.stdin is not None
         self.supervisor.stdin.close()
@@ -157,7 +157,7 @@ class ServerProcess:
 
     def end(self, timeout_seconds: float) -> None:
         """Returns when all processes of the server are gone. Before the timeout the server may end by itself."""
-        self.let_go()
+        self.ask_to_end()
         try:
             self.supervisor.wait(timeout_seconds)
         except subprocess.TimeoutExpired:

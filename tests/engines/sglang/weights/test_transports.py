@@ -20,6 +20,7 @@ from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint, write_endpoints
 from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.buckets import buckets
 from megatron_oreal.engines.sglang.weights.distributed import TwoBuffers, address_for
 from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
@@ -275,7 +276,8 @@ def test_every_layout_of_the_trainer_makes_the_server_generate_as_transformers_d
 @pytest.mark.timeout(900)
 def test_two_senders_share_two_servers(sglang_model: Path, tmp_path: Path) -> None:
     config = SglangConfig(python=SGLANG_PYTHON, num_servers=2, start_timeout_seconds=500)
-    with open_servers(config, sglang_model, "float32", tmp_path, "cpu", context_length=512, notify=print) as fleet:
+    settings = ServerSettings(config, sglang_model, "float32", tmp_path, "cpu", context_length=512)
+    with open_servers(settings, print) as fleet:
         run_layouts(fleet.endpoints, 2, sglang_model, tmp_path)
 
 
