@@ -22,7 +22,7 @@ import click
 import torch
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options, Report
+from megatron_oreal.conversion.conversion import ConversionOptions
 from megatron_oreal.conversion.processes import available_cores
 from megatron_oreal.launch import fail, is_ours
 from megatron_oreal.weights.families import HeadKind, parameters, read_architecture
@@ -72,7 +72,7 @@ def hf2mcore(
     verify: bool,
 ) -> None:
     """Hugging Face -> torch_dist, which every parallel layout loads."""
-    options = Options(DTYPES[dtype] if dtype else None, num_workers(workers), verify)
+    options = ConversionOptions(DTYPES[dtype] if dtype else None, num_workers(workers), verify)
     told(lambda: conversion.hf_to_megatron(hf, out, options, HEADS[head], pad_vocab_to), f"{out}")
 
 
@@ -92,7 +92,7 @@ def mcore2hf(
     fp8_blocks: bool,
 ) -> None:
     """torch_dist, or a model of the trainer's own checkpoints, -> Hugging Face."""
-    options = Options(DTYPES[dtype] if dtype else None, num_workers(workers), verify, fp8_blocks)
+    options = ConversionOptions(DTYPES[dtype] if dtype else None, num_workers(workers), verify, fp8_blocks)
     told(lambda: conversion.megatron_to_hf(mcore, out, options, hf, HEADS[head]), f"{out}")
 
 

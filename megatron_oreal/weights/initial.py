@@ -1,6 +1,6 @@
-"""The weights that a run starts from: a Hugging Face directory, or a torch_dist one that tools/convert.py wrote.
+"""Reads the weights that a run starts from: a Hugging Face directory, or a torch_dist one that tools/convert.py wrote.
 
-Either is read by name and slice: a tensor- and pipeline-parallel rank reads its own part, without collectives.
+Both are read by name and slice: each tensor- and pipeline-parallel rank reads its own part, without collectives.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class WeightsReader(Protocol):
 
 
 def open_weights(path: Path, architecture: Architecture) -> WeightsReader:
-    """Raises ValueError for a directory that holds neither kind of weights."""
+    """Opens either kind of directory. Raises ValueError when it holds neither kind of weights."""
     return TorchDistReader(path, architecture, "model.path") if is_torch_dist(path) else HfReader(path)
 
 
 def load_parameters(
     named: Iterable[tuple[str, Tensor]], path: Path, architecture: Architecture, head: HeadKind, layout: ParallelLayout
 ) -> None:
-    """Fills this rank's parameters, named by Megatron's global names; a scalar head that is not there stays as it is.
+    """Fills this rank's parameters, which have Megatron's global names; a scalar head that the file lacks stays.
 
     Raises ValueError for a missing or misshapen tensor, naming it.
     """
@@ -55,7 +55,7 @@ def load_parameters(
 
 
 def hf_weights(path: Path, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """A language model's whole tensors by their Hugging Face names, one at a time."""
+    """Yields a language model's whole tensors with their Hugging Face names, one at a time."""
     reader = open_weights(path, architecture)
     for row, place in parameters(architecture, "lm"):
         if row.exported:

@@ -1,12 +1,11 @@
-"""Weights into SGLang servers: what the transports share.
+"""The common part of the weight transports, which send a weight stream to SGLang servers.
 
 A push is collective. Every trainer rank calls it and consumes the stream, whose tensors are whole on every rank; the
-ranks with clients send. It fails on all ranks or on none. A failed push leaves old, new or mixed weights: nothing may
-be generated until another one has succeeded.
+ranks that have clients send. It fails on all ranks or on none. After a failed push a server may have old, new or mixed
+weights, so nothing may be generated until another push has succeeded.
 
-Servers must be paused, or idle: a server that generates makes the push wait until its responses end. The mode of the
-pause is the engine's choice between "abort" and "retract"; with "in_place" the cache cannot be flushed, and the push
-is refused.
+Servers must be paused or idle: a server that generates makes the push wait until its responses end. The engine pauses
+servers with "abort" or "retract"; with "in_place" they could not flush their cache, and would refuse the push.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ class WeightTransport(Protocol):
         """Collective. `clients`: the servers that this rank sends to; see `clients_of_rank`. Raises WeightSyncError."""
 
     def forget(self, client: SglangClient) -> None:
-        """The server has died or was started again: what was agreed with it is void."""
+        """Drops what was agreed with a server that has died or was started again."""
 
     def close(self) -> None: ...
 
 
 def clients_of_rank(clients: Sequence[Result], rank: int, num_senders: int) -> list[Result]:
-    """The first `num_senders` trainer ranks share the servers out."""
+    """Returns the servers that a trainer rank sends to: the first `num_senders` ranks share them out."""
     return list(clients[rank::num_senders]) if rank < num_senders else []
 
 
 class ServerTransport(ABC):
-    """A push with its timeout, its checks, and its common end on all ranks."""
+    """Does what every push needs: the timeout, the checks, and the same end on all ranks."""
 
     def __init__(self, loop: EventLoopThread, timeout_seconds: float, check_weights: bool = False) -> None:
         self.loop, self.timeout_seconds = loop, timeout_seconds
         self.checksums = Checksums() if check_weights else None
-        self.without_session: set[SglangClient] = set()  # older releases, which update without begin and end
+        self.without_session: set[SglangClient] = set()  # of older releases, which know no begin and end of an update
 
     def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         deadline = Deadline(self.timeout_seconds)
@@ -76,11 +75,11 @@ class ServerTransport(ABC):
     def forget(self, client: SglangClient) -> None:
         self.without_session.discard(client)
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing
+    def close(self) -> None:  # noqa: B027  # most transports hold nothing
         pass
 
     def post(self, path: str, bodies: Mapping[SglangClient, dict[str, Any]], deadline: Deadline) -> Requests:
-        """Under way when it returns."""
+        """Sends a request to each client, and returns while they are under way."""
         seconds = deadline.left()
         return Requests(self.loop, {client: client.control(path, body, seconds) for client, body in bodies.items()})
 
@@ -98,7 +97,7 @@ class ServerTransport(ABC):
                 return
             if refusal.status != 400:
                 raise
-            # A push that failed, or whose sender died, has left its session open.
+            # 400: a push that failed, or whose sender died, has left its session open.
             await client.control("/end_weight_update", {}, deadline.left())
             await client.control("/begin_weight_update", {}, deadline.left())
 
@@ -115,7 +114,7 @@ class ServerTransport(ABC):
     def check_weights(
         self, fingerprint: str, version: int, clients: Sequence[SglangClient], deadline: Deadline
     ) -> None:
-        """Collective. All servers hold the same, and what changed here changed there."""
+        """Collective. Checks that all servers hold the same weights, which changed if what was sent has changed."""
         assert self.checksums is not None
         failure, found = None, {}
         try:
@@ -129,18 +128,22 @@ class ServerTransport(ABC):
 
 
 def checksum_of(answer: dict[str, Any]) -> str:
-    """Of one server: of all its ranks' tensors."""
+    """Returns one checksum of the tensors of all ranks of a server."""
     return hashlib.sha256("".join(rank["per_gpu_checksum"] for rank in answer["ranks"]).encode()).hexdigest()
 
 
 @dataclass(slots=True)
 class Checksums:
-    """Of the last push."""
+    """Remembers the last push, to compare it with the next one."""
 
-    fingerprint: str = ""  # of what was sent
-    of_server: dict[str, str] = field(default_factory=dict)  # URL to what is held there
+    fingerprint: str = ""  # of the stream that was sent
+    of_server: dict[str, str] = field(default_factory=dict)  # URL -> checksum of the weights that the server holds
 
     def compare(self, fingerprint: str, found: dict[str, str], version: int) -> None:
+        """Raises WeightSyncError for servers that differ from most, or whose weights changed when they should not.
+
+        found: the servers' checksums by URL, after the stream with this fingerprint was sent.
+        """
         values = list(found.values())
         common = max(set(values), key=values.count) if values else ""
         odd = [url for url, checksum in found.items() if checksum != common]
