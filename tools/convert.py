@@ -129,7 +129,7 @@ def inspect(path: Path, hf: Path | None) -> None:
         click.echo(f"  {name}: {getattr(architecture, name)}")
 
 
-def told(convert: Callable[[], Report], what: str) -> None:
+def told(convert: Callable[[], ConversionReport], what: str) -> None:
     begin = time.monotonic()
     report = convert()
     seconds = time.monotonic() - begin
