@@ -22,7 +22,7 @@ import click
 import torch
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import ConversionOptions
+from megatron_oreal.conversion.conversion import ConversionOptions, ConversionReport
 from megatron_oreal.conversion.processes import available_cores
 from megatron_oreal.launch import fail, is_ours
 from megatron_oreal.weights.families import HeadKind, parameters, read_architecture

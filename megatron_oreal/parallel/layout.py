@@ -33,10 +33,6 @@ class ParallelLayout:
         return self.rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    @property
     def last_stage_rank(self) -> int:
         """The global rank of this pipeline's last stage."""
         return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
