@@ -10,6 +10,7 @@ array stands for values that are not known.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Literal, get_type_hints
@@ -21,6 +22,8 @@ from torch import Tensor
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "abort"]
+Metrics = dict[str, float]  # e.g. {"policy/grad_norm": 0.7, "time/rollout_seconds": 12.5}
+Notify = Callable[[str], None]  # takes a line for the user; any thread may call it
 # The fields of a micro-batch that a forward pass fills.
 TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]
 # With "timeout" and "crash" the verifier could not decide; every other status is a decision.

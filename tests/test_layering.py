@@ -139,10 +139,10 @@ def test_config_imports_no_torch_and_nothing_of_the_package() -> None:
         assert {part_of(name) for name in IMPORTS[module]} <= {None, "config"}
 
 
-def test_config_leaves_torch_unloaded() -> None:
-    code = (
-        f"import sys, {PACKAGE}.config; print([n for n in ('torch', 'transformers', 'megatron') if n in sys.modules])"
-    )
+@pytest.mark.parametrize("module", ["config", "cli", "weights.families"])
+def test_what_a_dry_run_needs_leaves_torch_unloaded(module: str) -> None:
+    loaded = "[name for name in ('torch', 'transformers', 'megatron') if name in sys.modules]"
+    code = f"import sys, {PACKAGE}.{module}; print({loaded})"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from megatron_oreal.config import HeadInit, ScalarModelConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream
+from megatron_oreal.types import Metrics as Metrics
 
 Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
-Metrics = dict[str, float]
 
 
 class Model(Protocol):

@@ -1,14 +1,16 @@
-"""Checks a configuration against the model's shape and the number of processes, without loading a model."""
+"""Checks a configuration against the model's shape and the number of processes, without loading the model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from megatron_oreal.config.loading import describe
+from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.config.models import ParallelConfig
 from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig, TrainConfig
 
@@ -18,22 +20,26 @@ class ModelShape(BaseModel):
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
     model_type: str
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    max_position_embeddings: int = 1 << 30
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt  # as many as attention heads where config.json does not say, as Llama's may
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt = 1 << 30
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in_key_value_heads(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if settings.get("num_key_value_heads") is None and "num_attention_heads" in settings:
+            return settings | {"num_key_value_heads": settings["num_attention_heads"]}
+        return settings
 
 
 def read_model_shape(path: Path) -> ModelShape:
-    """Reads the shape of the model in `path`. Raises ValueError when it holds no readable config.json."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json")
+    """Reads the shape from `path`/config.json. Raises ValueError when the file is not there or lacks a setting."""
     try:
-        return ModelShape.model_validate_json(file.read_bytes())
+        return ModelShape.model_validate(read_model_settings(path))
     except ValidationError as error:
-        raise ValueError(f"model.path: {file}: {describe(error)}") from None
+        raise ValueError(f"model.path: {path / 'config.json'}: {describe(error)}") from None
 
 
 def data_parallel_size(parallel: ParallelConfig) -> int:

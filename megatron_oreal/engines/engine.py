@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
+from megatron_oreal.config.loading import describe
+from megatron_oreal.config.rollout import SamplingConfig
 from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids
 
@@ -26,14 +29,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"rollout.temperature must be >= 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"rollout.top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"rollout.max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        """Raises ValueError where the configuration of the same settings would."""
+        settings = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        try:
+            SamplingConfig(**settings)
+        except ValidationError as error:
+            raise ValueError(f"rollout.{describe(error)}") from None
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -22,7 +22,7 @@ from megatron_oreal.kernels.gemms import Gemms, Precision
 from megatron_oreal.kernels.precision import make_fp8_gemms, make_products
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
-from megatron_oreal.weights.families import Head as HeadKind
+from megatron_oreal.weights.families import HeadKind
 
 
 class Head(Protocol):

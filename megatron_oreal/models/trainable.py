@@ -29,6 +29,7 @@ from megatron_oreal.models.build import (
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
+from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
 from megatron_oreal.weights.families import Architecture
@@ -245,13 +246,12 @@ class TrainableModel:
 
     def _reduce(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums (or maxima, for names in _max) over micro-batches and data parallelism, known to every stage."""
-        names = [sorted(metrics[0]) if metrics else []]
-        if self.layout.pipeline_size > 1:
-            dist.broadcast_object_list(names, self.layout.last_stage_rank, group=self.layout.pipeline_group)
-        is_max = torch.tensor([name.endswith("_max") for name in names[0]], device=self.layout.device)
-        sums = torch.zeros(len(names[0]), dtype=torch.float64, device=self.layout.device)
+        names = sorted(metrics[0]) if metrics else []
+        names = broadcast_object(names, self.layout.last_stage_rank, self.layout.pipeline_group)
+        is_max = torch.tensor([name.endswith("_max") for name in names], device=self.layout.device)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
         for microbatch in metrics:
-            values = torch.stack([microbatch[name].detach().double() for name in names[0]])
+            values = torch.stack([microbatch[name].detach().double() for name in names])
             sums = torch.where(is_max, torch.maximum(sums, values), sums + values)
         maxima = sums.clone()
         if self.layout.pipeline_size > 1:
@@ -261,7 +261,7 @@ class TrainableModel:
             dist.all_reduce(sums, group=self.layout.data_group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.layout.data_group)
         reduced = torch.where(is_max, maxima, sums).tolist()
-        return {f"{self.name}/{name}": value for name, value in zip(names[0], reduced, strict=True)}
+        return {f"{self.name}/{name}": value for name, value in zip(names, reduced, strict=True)}
 
 
 def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:

@@ -9,14 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
-from typing_extensions import Self
-
+from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.tensorboard import TensorBoard
-
-Metrics = dict[str, float]
+from megatron_oreal.types import Metrics as Metrics
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -64,7 +61,7 @@ class PhaseTimer:
         return self.clock()
 
 
-class MetricsLog:
+class MetricsLog(Closing):
     """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard.
 
     JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf". A line is on disk when
@@ -104,14 +101,6 @@ class MetricsLog:
     def close(self) -> None:
         self.file.close()
         self.tensorboard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class SilentMetricsLog(MetricsLog):

@@ -21,13 +21,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import numpy as np
-from typing_extensions import Self
 
 from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest, SamplingParams
+from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import sync_folder, write_atomically
 from megatron_oreal.types import FinishReason, Int32Array
 
@@ -87,7 +86,7 @@ class Record:
         return FRAME.pack(len(head), len(self.numbers), checksum) + head + self.numbers
 
 
-class Ledger:
+class Ledger(Closing):
     """Any thread may call any method. Without a folder, a ledger keeps only what a step hands to the next."""
 
     def __init__(self, folder: Path | None, start_step: int = 0) -> None:
@@ -168,14 +167,6 @@ class Ledger:
             for file in self.files.values():
                 file.close()
             self.files = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _find(self, step: int, key: str, oldest_version: int) -> Record | None:
         records = self.records.get(step, {}).get(key, [])

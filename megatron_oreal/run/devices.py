@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.models.trainable import TrainableModel
-from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.parallel.collectives import wait_for_all_ranks
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.run.engines import AnyConfig
 
@@ -36,7 +36,7 @@ class DeviceSharing:
             return
         if self.frees_servers:
             self.engine.release_memory(["kv_cache", "weights"] if pushes else ["kv_cache"])
-        exchanged(None)  # until the first rank has freed the devices of all
+        wait_for_all_ranks()  # until the first rank has freed the devices of all
         for model in self.models:
             model.restore()
         yield
@@ -53,7 +53,7 @@ class DeviceSharing:
             return
         for model in self.models:
             model.offload()
-        exchanged(None)  # until all ranks' devices are free
+        wait_for_all_ranks()  # until all ranks' devices are free
         if self.frees_servers:
             self.engine.resume_memory(["kv_cache"])
 

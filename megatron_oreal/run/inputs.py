@@ -23,9 +23,8 @@ from megatron_oreal.config import (
 from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prompts
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
-from megatron_oreal.engines.local.engine import GENERATED_FAMILIES
 from megatron_oreal.types import Int32Array
-from megatron_oreal.weights.families import Architecture, read_architecture
+from megatron_oreal.weights.families import Architecture, read_architecture, trainable_families
 
 # Settings that may change between a run and its continuation.
 CHANGEABLE = (
@@ -51,7 +50,7 @@ class Inputs:
 
 def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
     """Reads architecture, tokenizer and held-out prompts, and checks them against each other. Raises ValueError."""
-    check_lengths(config, check_layout(config, GENERATED_FAMILIES))
+    check_lengths(config, check_layout(config, trainable_families()))
     architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
     datasets: dict[str, list[EncodedPrompt]] = {}
     notes: list[str] = []

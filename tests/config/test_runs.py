@@ -1,3 +1,4 @@
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_oreal.config import (
     read_model_shape,
     to_yaml,
 )
+from megatron_oreal.config.model_files import copy_model_file
 
 TRAIN = """
 run_dir: runs/a
@@ -280,6 +282,47 @@ def test_a_layout_that_fits_gives_the_models_shape(tmp_path: Path) -> None:
 def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model\.path: .*config\.json does not exist"):
         read_model_shape(tmp_path)
+
+
+@pytest.mark.parametrize("absent", [{}, {"num_key_value_heads": None}])
+def test_without_key_value_heads_there_are_as_many_as_attention_heads(tmp_path: Path, absent: dict[str, None]) -> None:
+    settings = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"} | absent
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_model_shape(tmp_path).num_key_value_heads == SHAPE["num_attention_heads"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(codecs.BOM_UTF8 + json.dumps(SHAPE).encode())
+    assert read_model_shape(tmp_path).model_dump() == SHAPE
+
+
+def test_a_copied_file_has_no_byte_order_mark(tmp_path: Path) -> None:
+    for name, content in (("a.json", b"{}"), ("a.model", b"\x00")):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+        copy_model_file(tmp_path / name, tmp_path / f"copy-{name}")
+    assert (tmp_path / "copy-a.json").read_bytes() == b"{}"
+    assert (tmp_path / "copy-a.model").read_bytes() == codecs.BOM_UTF8 + b"\x00"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "it is not JSON; save the model again"),
+        (b"[" * 100_000, "it is not JSON; save the model again"),
+        (b"\xff\xfe{", "it is not JSON; save the model again"),
+        (b"3", "it is not a mapping; save the model again"),
+        (
+            json.dumps(SHAPE | {"num_attention_heads": 0}).encode(),
+            "num_attention_heads: Input should be greater than 0",
+        ),
+    ],
+)
+def test_a_config_that_is_none_is_refused_in_one_short_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        read_model_shape(tmp_path)
+    said = str(raised.value).removeprefix(f"model.path: {tmp_path / 'config.json'}: ")
+    assert said.startswith(message) and "\n" not in said and len(said) < 120
 
 
 def test_lengths_must_fit_the_model(tmp_path: Path) -> None:

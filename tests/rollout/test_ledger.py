@@ -4,12 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequest, SamplingParams
 from megatron_oreal.rollout.ledger import Ledger, response_key, runs
-from megatron_oreal.weights.fingerprint import Fingerprint, bit_sums
 
 WHOLE = Generation([5, 6, 1], [-0.1, -0.2, -0.3], [-1.5, -2.5, -1 / 3], "stop", [3, 3, 4])
 BEGUN = Generation([7, 8], [], [-0.5, -0.25], "abort", [4, 4])
@@ -165,60 +162,3 @@ def test_versions_are_written_as_runs() -> None:
     expected = [[], [(3, 1)], [(3, 2), (4, 1)], [(4, 1), (3, 3), (4, 1), (0, 2)]]
     assert [runs(np.array(one, np.int32)) for one in values] == expected
     assert all(type(number) is int for run in runs(np.array([3, 4], np.int32)) for number in run)  # for JSON
-
-
-def digest(weights: list[tuple[str, Tensor]]) -> str:
-    fingerprint = Fingerprint(weights)
-    passed = list(fingerprint)
-    assert all(ours is theirs for (_, ours), (_, theirs) in zip(passed, weights, strict=True))
-    return fingerprint.digest()
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (64, 100), (257, 129)])
-def test_one_changed_bit_changes_the_fingerprint(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    weights = torch.randn(shape).to(dtype)
-    before = digest([("a", weights)])
-    octets = weights.view(-1).view(torch.uint8)
-    for place in {0, len(octets) // 2, len(octets) - 1}:
-        octets[place] ^= 1 << (place % 8)
-        assert digest([("a", weights)]) != before
-        octets[place] ^= 1 << (place % 8)
-    assert digest([("a", weights)]) == before
-
-
-def test_the_fingerprint_knows_order_names_and_shapes() -> None:
-    a, b = torch.randn(4000), torch.randn(4000)
-    swapped = a.clone()
-    swapped[[10, 3500]] = a[[3500, 10]]
-    weights = [("a", a), ("b", b)]
-    others = [
-        [("a", b), ("b", a)],
-        [("a", a), ("c", b)],
-        [("a", swapped), ("b", b)],
-        [("a", a.view(40, 100)), ("b", b)],
-        [("a", a)],
-    ]
-    assert len({digest(weights), *map(digest, others)}) == 6
-
-
-def test_the_fingerprint_is_that_of_the_values_however_they_lie_in_memory() -> None:
-    """Whole, as a slice of a flat buffer, transposed, and in another order of the stream."""
-    a, b = torch.randn(33, 77), torch.randn(1000).bfloat16()
-    flat = torch.cat([torch.zeros(1), a.reshape(-1)])
-    transposed = a.t().contiguous().t()
-    expected = digest([("a", a), ("b", b)])
-    assert digest([("a", flat[1:].view(33, 77)), ("b", b)]) == expected
-    assert digest([("a", transposed), ("b", b)]) == expected
-    assert digest([("b", b), ("a", a)]) == expected
-
-
-def test_bit_sums_by_hand() -> None:
-    """Words 1, 2, ..., 2000, and three octets at positions 2001 to 2003."""
-    words = torch.arange(1, 2001)
-    octets = torch.cat([words.view(torch.uint8), torch.tensor([9, 0, 4], dtype=torch.uint8)])
-    weighted = sum(n * n for n in range(1, 2001)) + 9 * 2001 + 4 * 2003
-    assert bit_sums(octets).tolist() == [2000 * 2001 // 2 + 13, weighted]

@@ -19,7 +19,7 @@ from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.producer import GroupProducer
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import FinishReason, Message, Prompt
-from tests.integration.conftest import write_tokenizer
+from tests.support.tiny_task import write_tokenizer
 
 END, FIRST_DIGIT, BOX, CLOSE = 1, 2, 15, 16  # token ids
 PARAMS = SamplingParams(max_new_tokens=32, stop_token_ids=(END,))

@@ -18,7 +18,6 @@ from torch import Tensor
 from megatron_oreal.weights.families import Architecture
 from megatron_oreal.weights.rotary import rotary_frequencies
 
-LLAMA_LIKE = ("qwen2", "llama")  # families whose layers are exactly these
 PREFILL_TOKENS = 16384  # padding included, of prompts that go through the layers together
 MIN_CACHE_GROWTH = 64  # tokens
 KEPT_CACHE_ELEMENTS = 2**24  # a cache up to this size stays allocated between calls

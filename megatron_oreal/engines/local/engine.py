@@ -26,17 +26,15 @@ from megatron_oreal.engines.engine import (
     Watch,
     check_prompts,
 )
-from megatron_oreal.engines.local.decoder import LLAMA_LIKE, LlamaDecoder
+from megatron_oreal.engines.local.decoder import LlamaDecoder
 from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
 from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.types import Int32Array, no_ids, no_logprobs
-from megatron_oreal.weights.families import read_architecture
+from megatron_oreal.weights.families import FAMILIES, read_architecture
 from megatron_oreal.weights.initial import hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
-# Families that the decoder or transformers runs with the weight stream's names; the others are only converted.
-GENERATED_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 # Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
 DROP_BELOW = 0.9
 
@@ -70,7 +68,7 @@ def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> 
             raise
         return TransformersDecoder(model_path, device, dtype)  # a family or a setting that only transformers knows
     decoder: Decoder
-    if architecture.family in LLAMA_LIKE:
+    if FAMILIES[architecture.family].decoder == "llama":
         decoder = LlamaDecoder(architecture, device, dtype)
     else:
         decoder = TransformersDecoder(model_path, device, dtype)

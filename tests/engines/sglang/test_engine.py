@@ -35,6 +35,7 @@ from megatron_oreal.engines.sglang.generate_api import (
 )
 from megatron_oreal.engines.sglang.server_checks import differ
 from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 from tests.support.paths import SGLANG_PYTHON
 
@@ -48,7 +49,8 @@ END_TOKEN_ID = 1  # of the model
 def fleet(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
     config = SglangConfig(python=SGLANG_PYTHON, num_servers=2, max_restarts=2, start_timeout_seconds=280)
     run_dir = tmp_path_factory.mktemp("engine")
-    with open_servers(config, sglang_model, "float32", run_dir, "cpu", context_length=512, notify=print) as fleet:
+    settings = ServerSettings(config, sglang_model, "float32", run_dir, "cpu", context_length=512)
+    with open_servers(settings, print) as fleet:
         yield fleet
 
 
@@ -70,13 +72,14 @@ def opened(
     fleet: ServerFleet | None = None,
     health_timeout_seconds: float = 30,
     router: Endpoint | None = None,
+    rank: int = 0,
     **settings: Any,
 ) -> Iterator[SglangEngine]:
     config = SglangConfig(**{"request_timeout_seconds": 1000} | settings)
     thread = EventLoopThread("test")
-    transport = DiskTransport(thread, 60, model_path.parent / "pushed", model_path, writes=True)
+    transport = DiskTransport(thread, 60, model_path.parent / "pushed", model_path, is_main=True)
     engine = SglangEngine(
-        config, model_path, endpoints, transport, thread, fleet, print, router, 1, health_timeout_seconds
+        config, model_path, endpoints, transport, thread, fleet, print, router, 1, health_timeout_seconds, rank
     )
     try:
         yield engine
@@ -351,7 +354,7 @@ def test_bad_requests(fleet: ServerFleet, sglang_model: Path) -> None:
         assert len(longest[0].response_ids) == 500
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate(requests_of(1), GREEDY)
-    with opened(sglang_model, []) as other_rank, pytest.raises(RuntimeError, match="not on the first rank"):
+    with opened(sglang_model, [], rank=1) as other_rank, pytest.raises(RuntimeError, match="not on the first rank"):
         other_rank.generate(requests_of(1), GREEDY)
 
 
