@@ -51,7 +51,7 @@ def open_sampler(folder: Path, rank: int, name: str, num_ranks: int = 2) -> Samp
 
 
 def tokens_of(groups: list[Group]) -> list[list[int]]:
-    return [list(sample.response_ids) for group in groups for sample in group.samples]
+    return [sample.response_ids.tolist() for group in groups for sample in group.samples]
 
 
 def sample_on_rank(rank: int, folder: str) -> None:
