@@ -19,7 +19,8 @@ import struct
 import threading
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -44,6 +45,9 @@ class Header:
     has_rollout_logprobs: bool
     policy_versions: list[tuple[int, int]]  # runs of (version, number of tokens)
     batch: BatchIndex = ALONE  # the records of a batch stand one after the other
+
+
+HEADER_FIELDS = tuple(field.name for field in fields(Header))
 
 
 @dataclass(slots=True, frozen=True)
@@ -81,7 +85,7 @@ class Record:
         return not self.header.is_carried, self.number
 
     def encode(self) -> bytes:
-        head = json.dumps(asdict(self.header)).encode()
+        head = json.dumps({name: getattr(self.header, name) for name in HEADER_FIELDS}).encode()
         checksum = zlib.crc32(self.numbers, zlib.crc32(head))
         return FRAME.pack(len(head), len(self.numbers), checksum) + head + self.numbers
 
@@ -217,8 +221,13 @@ class Ledger(Closing):
 
 def response_key(request: GenerationRequest, params: SamplingParams) -> str:
     """Returns a digest of what a response depends on besides the weights."""
-    parts = json.dumps([request.prompt_ids.tolist(), request.seed, asdict(params)], sort_keys=True)
+    parts = f"[{json.dumps(request.prompt_ids.tolist())}, {request.seed}, {params_text(params)}]"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+
+@cache
+def params_text(params: SamplingParams) -> str:
+    return json.dumps(asdict(params), sort_keys=True)
 
 
 def runs(values: Int32Array) -> list[tuple[int, int]]:

@@ -85,8 +85,10 @@ class Sampler:
             watch = RequestIndexMap(pending, [(number, left[number].begun) for number in numbers], version)
             num_tokens = sum(map(num_begun_tokens, left.values()))
             for index, generation in enumerate(self.engine.generate(list(left.values()), params, watch)):
-                watch(index, generation)  # an engine may leave out to tell of the last ones
-                left[numbers[index]] = continuation(left[numbers[index]], watch.dated(index, generation))
+                number = numbers[index]
+                if number not in pending.finished:  # it was given up, or the engine has not told of it
+                    watch(index, generation)
+                    left[number] = continuation(left[number], watch.dated(index, generation))
             left = {number: request for number, request in left.items() if number not in pending.finished}
             has_grown = len(left) < len(numbers) or sum(map(num_begun_tokens, left.values())) > num_tokens
             num_fruitless = 0 if has_grown else num_fruitless + 1
