@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,9 @@ def mean_entropy(outputs: TokenOutputs, batch: Batch) -> Tensor:
 class PolicyTerms:
     """What the losses of all policies are made of: one micro-batch's log-probs, old and new, and means over tokens.
 
-    The first pass over the batch was made with keep="old_logprobs": the old log-probs are those of that pass, so its
-    ratio to the old policy is 1 and only the ratio's gradient matters.
+    The first pass over a batch keeps its log-probs as the old ones (keep="old_logprobs"): its ratio to the old policy
+    is 1, and only the ratio's gradient matters. A loss on a micro-batch for which nothing was kept takes its own pass
+    as the first one; it writes nothing.
     """
 
     outputs: TokenOutputs
@@ -78,36 +79,42 @@ class PolicyTerms:
     batch: Batch
     importance_cap: float | None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
 
+    def __post_init__(self) -> None:
+        if self.microbatch.old_logprobs is None:
+            first = replace(self.microbatch, old_logprobs=self.outputs.values.detach())
+            object.__setattr__(self, "microbatch", first)
+
     @property
     def logprobs(self) -> Tensor:
-        """[T], with a gradient."""
+        """The policy's log-probs, [T], with a gradient."""
         return self.outputs.values
 
     @property
     def old_logprobs(self) -> Tensor:
-        """[T], of the policy before the step's first update."""
-        assert self.microbatch.old_logprobs is not None, 'the first pass needs keep="old_logprobs"'
+        """The log-probs of the policy before the step's first update, [T]."""
+        assert self.microbatch.old_logprobs is not None
         return self.microbatch.old_logprobs
 
     def corrected(self, coefficients: Tensor) -> Tensor:
-        """[T]: the coefficients, times the importance weights where samples may be off-policy."""
+        """Returns the coefficients [T], times the importance weights where samples may be off-policy."""
         if self.importance_cap is None:
             return coefficients
         return coefficients * importance_weights(self.microbatch, self.importance_cap)
 
     def mean(self, values: Tensor) -> Tensor:
-        """This micro-batch's share of the mean of values [T] over all trained tokens of the batch."""
+        """Returns this micro-batch's share of the mean of values [T] over all trained tokens of the batch."""
         return values[self.microbatch.loss_mask].sum() / self.batch.num_tokens
 
     def kl(self, kind: str, target_logprobs: Tensor) -> Tensor:
-        """This micro-batch's share of the mean KL divergence to the target, in nats a token."""
+        """Returns this micro-batch's share of the mean KL divergence to the target, in nats a token."""
         return self.mean(KL_KINDS[kind](self.logprobs, target_logprobs))
 
     def entropy(self) -> Tensor:
+        """Returns this micro-batch's share of the mean entropy over trained tokens, in nats."""
         return mean_entropy(self.outputs, self.batch)
 
     def output(self, loss: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
-        """The loss with its own metrics and those of every policy, detached."""
+        """Returns the loss with its own metrics and with those that every policy has, detached."""
         metrics = metrics | {"loss": loss} | engine_mismatch(self.microbatch, self.batch)
         if self.importance_cap is not None:
             metrics |= importance_metrics(self.microbatch, self.batch, self.importance_cap)

@@ -185,7 +185,8 @@ class TrainConfig(RunConfig):
     )
 
     def effect_rows(self) -> Effects:
-        return self.effects + self.algorithm.run_effects
+        """Those of the algorithm for other sections too."""
+        return super().effect_rows() + self.algorithm.run_effects
 
     @property
     def is_off_policy(self) -> bool:

@@ -28,7 +28,8 @@ class Section(BaseModel):
         return settings | {name: {} for name in empty if is_section(cls.model_fields[name].annotation)}
 
     def effect_rows(self) -> Effects:
-        return self.effects
+        """The rows of this section's table, and of the tables of the sections that it extends."""
+        return tuple(row for section in type(self).__mro__ for row in section.__dict__.get("effects", ()))
 
     def default_of(self, name: str) -> Any:
         """The value that the setting has where neither file nor command line gives one."""

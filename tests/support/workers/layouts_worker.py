@@ -313,7 +313,8 @@ def keeps(path: Path, layout: ParallelLayout) -> None:
         if microbatch.returns is None:  # the first pass: the loss finds the values of this very pass
             assert microbatch.token_scores is not None and not microbatch.token_scores.requires_grad
             assert torch.equal(microbatch.token_scores, outputs.values.detach())
-        return LossOutput(outputs.values.square()[microbatch.loss_mask].sum() / DENOMINATOR, {})
+        squared = outputs.values.square()[microbatch.loss_mask].sum() / DENOMINATOR
+        return LossOutput(squared, {"loss": squared.detach()})
 
     model.train_step(batch, loss, keep="token_scores")
     first = [microbatch.token_scores for microbatch in batch.microbatches]
