@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oreal.weights.families import parameters, read_architecture
+from megatron_oreal.config.model_files import ModelSettings
+from megatron_oreal.weights.families import (
+    FAMILIES,
+    Architecture,
+    Family,
+    llama_rows,
+    parameters,
+    read_architecture,
+    read_common,
+    trainable_families,
+)
 from megatron_oreal.weights.mapping import pad_rows, padded_vocabulary, slice_along
 from tests.support.tiny_checkpoints import COMMON, MODELS, random_tensors
 
@@ -141,6 +151,21 @@ def test_settings_that_are_not_carried_over_are_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_architecture(write_config(tmp_path, COMMON | changes))
+
+
+def test_a_new_family_is_one_line_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(settings: ModelSettings) -> Architecture:
+        return read_common(settings, "example", qk_norm=True)
+
+    path = write_config(tmp_path, COMMON | {"model_type": "example"})
+    with pytest.raises(ValueError, match=r"^model\.path: model_type 'example' is not supported; known: qwen2, "):
+        read_architecture(path)
+    monkeypatch.setitem(FAMILIES, "example", Family(read, llama_rows))
+    names = [name for row, place in parameters(read_architecture(path), "lm") for name in row.hf_names(place)]
+    assert "model.layers.3.self_attn.q_norm.weight" in names
+    assert "example" not in trainable_families()
+    monkeypatch.setitem(FAMILIES, "example", Family(read, llama_rows, decoder="transformers"))
+    assert trainable_families() == ["qwen2", "qwen3", "llama", "mistral", "example"]
 
 
 @pytest.mark.parametrize("absent", [{}, {"num_key_value_heads": None}])

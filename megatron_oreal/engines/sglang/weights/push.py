@@ -30,7 +30,8 @@ class WeightPusher:
     """
 
     def __init__(self, pool: ServerPool, transport: WeightTransport, thread: EventLoopThread, rank: int) -> None:
-        self.pool, self.transport, self.thread, self.rank = pool, transport, thread, rank
+        self.pool, self.transport, self.thread = pool, transport, thread
+        self.rank, self.is_main = rank, rank == 0
         self.sender_clients: dict[Endpoint, SglangClient] = {}  # of this rank's servers; empty on the first rank
 
     def push(self, stream: Stream, version: int) -> None:
@@ -38,7 +39,7 @@ class WeightPusher:
         for attempt in range(1, MAX_PUSHES + 1):
             servers = self.thread.run(self._reachable_servers())
             failure = None
-            if self.rank == 0 and not servers:
+            if self.is_main and not servers:
                 failure = WeightSyncError(f"no SGLang server is left; {self.pool.failure_reasons()}")
             raise_push_failure(failure, f"weights of version {version}: ")
             for client in self.pool.pop_dead():
@@ -58,7 +59,7 @@ class WeightPusher:
         clients = {server.client.endpoint: server.client for server in servers}
         endpoints = broadcast_object(list(clients))
         mine = clients_of_rank(endpoints, self.rank, self.pool.config.weight_senders)
-        if self.rank == 0:
+        if self.is_main:
             return [clients[endpoint] for endpoint in mine]
         for endpoint in self.sender_clients.keys() - {*endpoints}:  # this server has died
             client = self.sender_clients.pop(endpoint)
