@@ -282,12 +282,10 @@ def test_a_diverged_run_names_the_step_and_keeps_its_checkpoints(
 
 def test_several_processes_say_it_once(base_config: Settings, bad: Path, command_line: Run, tmp_path: Path) -> None:
     settings = base_config | {"run_dir": str(tmp_path / "run"), "parallel": {"data": 2}}
-    start = time.monotonic()
     override = f"data.prompts={bad}/malformed.jsonl"
     done = command_line("train", settings, tmp_path / "config.yaml", override)
     assert done.returncode == 2
     assert re.match(r"data\.prompts: .*malformed\.jsonl line 3 is not JSON", only_error(done.stderr))
-    assert time.monotonic() - start < 60  # twelve on two idle cores
     assert files_in(tmp_path) == {"config.yaml"}
 
 
