@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_BYTES = 2**20
@@ -131,12 +132,13 @@ def fp8_gradient_of_kept(
     entropy: Tensor | None,
     scales: Tensor,
     bounds: Tensor,  # [t], at least the size of the gradients of a token
-    out: Tensor,  # [t, v] e4m3
-    transposed: Tensor,  # [v, t] e4m3
+    out: Tensor,  # [t or more, v or more] e4m3; multiples of 16
+    transposed: Tensor,  # its transpose
 ) -> None:
-    """(d loss / d logits) E4M3_MAX / bounds, from kept exponentials, in both layouts."""
+    """(d loss / d logits) E4M3_MAX / bounds, from kept exponentials, in both layouts; 0 beyond t and v."""
     gradient = _gradient_of_kept(kept, target, num_valid, logsumexp, entropy, scales)
-    out.copy_(gradient.mul_((E4M3_MAX / bounds)[:, None]).clamp_(-E4M3_MAX, E4M3_MAX))
+    values = gradient.mul_((E4M3_MAX / bounds)[:, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    out.copy_(padded(values, *out.shape))
     transposed.copy_(out.T)
 
 
@@ -161,9 +163,13 @@ def _gradient_of_kept(
 
 
 def cast_transpose(matrix: Tensor, factors: Tensor | None, scale: Tensor, out: Tensor) -> None:
-    """out [n, m] e4m3 = (matrix [m, n] * factors [m, 1] / scale).T"""
+    """out e4m3 = (matrix [m, n] * factors [m, 1] / scale).T; 0 beyond n and m. `out` has multiples of 16."""
     product = matrix.float() if factors is None else matrix.float() * factors[:, None]
-    out.copy_((product / scale).clamp_(-E4M3_MAX, E4M3_MAX).T)
+    out.copy_(padded((product / scale).clamp_(-E4M3_MAX, E4M3_MAX).T, *out.shape))
+
+
+def padded(matrix: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    return F.pad(matrix, (0, num_columns - matrix.shape[1], 0, num_rows - matrix.shape[0]))
 
 
 def local_target(target: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:

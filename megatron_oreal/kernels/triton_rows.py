@@ -48,7 +48,8 @@ def reduce_kernel(
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_valid
-        values = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32) * inverse_temperature
+        values = tl.load(logits + columns, mask=columns < num_columns, other=0.0).to(tl.float32) * inverse_temperature
+        values = tl.where(inside, values, float("-inf"))
         higher = tl.maximum(maximum, tl.max(values, axis=0))
         rescale = tl.exp(maximum - higher)
         shifted = values - higher
@@ -93,7 +94,7 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_valid
-    values = tl.load(logits + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(logits + row * row_stride + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     shifted = values * inverse_temperature - tl.load(logsumexp + row)
     scale = tl.load(probs_scale + row)
     if WITH_ENTROPY:
@@ -126,7 +127,7 @@ def kept_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < num_valid
-    exponentials = tl.load(kept + row * kept_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    exponentials = tl.load(kept + row * kept_stride + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     lower = tl.load(shifts + row * shifts_stride + tl.program_id(1)) - tl.load(logsumexp + row)
     scale = tl.load(probs_scale + row)
     if WITH_ENTROPY:
@@ -145,9 +146,9 @@ def fp8_gradient_kernel(
     kept_stride: int,
     shifts: tl.tensor,  # [num_rows, num_columns / SHIFT_COLUMNS] float32
     shifts_stride: int,
-    gradient: tl.tensor,  # [num_rows, num_columns] e4m3
+    gradient: tl.tensor,  # [stored_rows, stored_columns] e4m3
     gradient_stride: int,
-    transposed: tl.tensor,  # [num_columns, num_rows] e4m3
+    transposed: tl.tensor,  # [stored_columns, stored_rows] e4m3
     transposed_stride: int,
     target: tl.tensor,  # these are [num_rows]
     logsumexp: tl.tensor,
@@ -159,21 +160,27 @@ def fp8_gradient_kernel(
     num_rows: int,
     num_columns: int,
     num_valid: int,
+    stored_rows: int,  # multiples of 16, so that 16 bytes are stored at a time
+    stored_columns: int,
     WITH_ENTROPY: tl.constexpr,
     SHIFT_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first_row = tl.program_id(1) * ROWS
+    first_column = tl.program_id(0) * COLUMNS
+    # Offsets within a program's part need 32 bits only.
+    local_rows, local_columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    rows, columns = first_row + local_rows, first_column + local_columns
     is_row = rows < num_rows
-    inside = is_row[:, None] & (columns < num_valid)[None, :]
-    exists = is_row[:, None] & (columns < num_columns)[None, :]
-    wide_rows = rows.to(tl.int64)
-    exponentials = tl.load(kept + (wide_rows * kept_stride)[:, None] + columns[None, :], mask=inside, other=0.0)
-    exponentials = exponentials.to(tl.float32)
-    shift_column = tl.program_id(0) * COLUMNS // SHIFT_COLUMNS  # the same for all columns of this program
-    lower = tl.load(shifts + wide_rows * shifts_stride + shift_column, mask=is_row, other=0.0)
+    kept += first_row.to(tl.int64) * kept_stride + first_column
+    exponentials = tl.load(
+        kept + local_rows[:, None] * kept_stride + local_columns[None, :],
+        mask=is_row[:, None] & (columns < num_columns)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    shift_column = first_column // SHIFT_COLUMNS  # the same for all columns of this program
+    lower = tl.load(shifts + rows.to(tl.int64) * shifts_stride + shift_column, mask=is_row, other=0.0)
     lower -= tl.load(logsumexp + rows, mask=is_row, other=0.0)
     unit = E4M3_MAX / tl.load(bounds + rows, mask=is_row, other=1.0)
     factor = tl.exp(lower) * unit
@@ -186,11 +193,16 @@ def fp8_gradient_kernel(
         grads -= exponentials * entropy_factor[:, None] * surprise
     onehot = unit * tl.load(onehot_scale + rows, mask=is_row, other=0.0)
     column = tl.load(target + rows, mask=is_row, other=-1)
-    grads += tl.where(columns[None, :] == column[:, None], onehot[:, None], 0.0)
-    quantized = tl.where(inside, grads, 0.0).to(gradient.dtype.element_ty)
-    tl.store(gradient + (wide_rows * gradient_stride)[:, None] + columns[None, :], quantized, mask=exists)
-    places = transposed + (columns.to(tl.int64) * transposed_stride)[:, None] + rows[None, :]
-    tl.store(places, tl.trans(quantized), mask=(columns < num_columns)[:, None] & is_row[None, :])
+    column = tl.where(column < num_valid, column - first_column, -1).to(tl.int32)
+    grads += tl.where(local_columns[None, :] == column[:, None], onehot[:, None], 0.0)
+    quantized = tl.where(is_row[:, None] & (columns < num_valid)[None, :], grads, 0.0).to(gradient.dtype.element_ty)
+    gradient += first_row.to(tl.int64) * gradient_stride + first_column
+    is_row, is_column = rows < stored_rows, columns < stored_columns
+    places = gradient + local_rows[:, None] * gradient_stride + local_columns[None, :]
+    tl.store(places, quantized, mask=is_row[:, None] & is_column[None, :])
+    transposed += first_column.to(tl.int64) * transposed_stride + first_row
+    places = transposed + local_columns[:, None] * transposed_stride + local_rows[None, :]
+    tl.store(places, tl.trans(quantized), mask=is_column[:, None] & is_row[None, :])
 
 
 @triton.jit
@@ -199,27 +211,37 @@ def cast_transpose_kernel(
     matrix_stride: int,
     factors: tl.tensor,  # [num_rows] float32; with HAS_FACTORS
     scale: tl.tensor,  # one float32
-    transposed: tl.tensor,  # [num_columns, num_rows] e4m3
+    transposed: tl.tensor,  # [stored_columns, stored_rows] e4m3
     transposed_stride: int,
     num_rows: int,
     num_columns: int,
+    stored_rows: int,  # multiples of 16
+    stored_columns: int,
     HAS_FACTORS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    is_row, is_column = rows < num_rows, columns < num_columns
-    places = matrix + (rows.to(tl.int64) * matrix_stride)[:, None] + columns[None, :]
-    values = tl.load(places, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+    first_row = tl.program_id(1) * ROWS
+    first_column = tl.program_id(0) * COLUMNS
+    local_rows, local_columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    rows, columns = first_row + local_rows, first_column + local_columns
+    is_row = rows < num_rows
+    matrix += first_row.to(tl.int64) * matrix_stride + first_column
+    values = tl.load(
+        matrix + local_rows[:, None] * matrix_stride + local_columns[None, :],
+        mask=is_row[:, None] & (columns < num_columns)[None, :],
+        other=0.0,
+    ).to(tl.float32)
     factor = 1.0 / tl.load(scale)
     if HAS_FACTORS:
         values *= (tl.load(factors + rows, mask=is_row, other=0.0) * factor)[:, None]
     else:
         values *= factor
-    places = transposed + (columns.to(tl.int64) * transposed_stride)[:, None] + rows[None, :]
     quantized = values.to(transposed.dtype.element_ty)
-    tl.store(places, tl.trans(quantized), mask=is_column[:, None] & is_row[None, :])
+    transposed += first_column.to(tl.int64) * transposed_stride + first_row
+    places = transposed + local_columns[:, None] * transposed_stride + local_rows[None, :]
+    mask = (columns < stored_columns)[:, None] & (rows < stored_rows)[None, :]
+    tl.store(places, tl.trans(quantized), mask=mask)
 
 
 def block_of(num_columns: int) -> int:
@@ -247,12 +269,12 @@ def reduce_rows(
             numbers if kept is None else kept.shifts,
             0 if kept is None else kept.shifts.stride(0),
             num_rows,
-            num_valid if kept is None else num_columns,
+            num_columns,
             num_valid,
             1 / temperature,
             WITH_ENTROPY=with_entropy,
             KEEPS=kept is not None,
-            BLOCK=block_of(num_valid if kept is None else num_columns),
+            BLOCK=block_of(num_columns),
             num_warps=NUM_WARPS,
         )
     return numbers
@@ -339,9 +361,11 @@ def fp8_gradient_of_kept(
     out: Tensor,
     transposed: Tensor,
 ) -> None:
-    num_rows, num_columns = out.shape
+    num_rows, num_columns = kept.values.shape
+    stored_rows, stored_columns = out.shape
+    assert transposed.shape == (stored_columns, stored_rows)
     onehot_scale, probs_scale, entropy_scale = scales.contiguous().unbind()
-    grid = (triton.cdiv(num_columns, TRANSPOSE_COLUMNS), triton.cdiv(num_rows, TRANSPOSE_ROWS))
+    grid = (triton.cdiv(stored_columns, TRANSPOSE_COLUMNS), triton.cdiv(stored_rows, TRANSPOSE_ROWS))
     with torch.cuda.device_of(out):
         fp8_gradient_kernel[grid](
             kept.values,
@@ -362,6 +386,8 @@ def fp8_gradient_of_kept(
             num_rows,
             num_columns,
             num_valid,
+            stored_rows,
+            stored_columns,
             WITH_ENTROPY=entropy is not None,
             SHIFT_COLUMNS=SHIFT_COLUMNS,
             ROWS=TRANSPOSE_ROWS,
@@ -372,7 +398,8 @@ def fp8_gradient_of_kept(
 
 def cast_transpose(matrix: Tensor, factors: Tensor | None, scale: Tensor, out: Tensor) -> None:
     num_rows, num_columns = matrix.shape
-    grid = (triton.cdiv(num_columns, TRANSPOSE_COLUMNS), triton.cdiv(num_rows, TRANSPOSE_ROWS))
+    stored_columns, stored_rows = out.shape
+    grid = (triton.cdiv(stored_columns, TRANSPOSE_COLUMNS), triton.cdiv(stored_rows, TRANSPOSE_ROWS))
     with torch.cuda.device_of(matrix):
         cast_transpose_kernel[grid](
             matrix,
@@ -383,6 +410,8 @@ def cast_transpose(matrix: Tensor, factors: Tensor | None, scale: Tensor, out: T
             out.stride(0),
             num_rows,
             num_columns,
+            stored_rows,
+            stored_columns,
             HAS_FACTORS=factors is not None,
             ROWS=TRANSPOSE_ROWS,
             COLUMNS=TRANSPOSE_COLUMNS,

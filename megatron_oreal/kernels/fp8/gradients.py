@@ -20,7 +20,6 @@ from megatron_oreal.kernels.fp8.scaled import (
     E4M3,
     E4M3_MAX,
     aligned,
-    clear_padding,
     new_matrix,
     scale_of,
     scaled_product,
@@ -72,13 +71,12 @@ class TorchFp8Gradients:
                 upstream.entropy,
                 upstream.scales,
                 factors * E4M3_MAX,
-                gradient[: len(hidden), columns],
-                transposed[: columns.stop - columns.start, : len(hidden)],
+                gradient[:, columns.start : columns.start + len(transposed)],
+                transposed,
             )
             if of_weight is not None and columns_of is not None:
                 columns_of.product(transposed, of_weight[columns], accumulate)
             del tile, transposed
-        clear_padding(gradient, len(hidden), len(weight))
         if of_hidden is not None:
             self._product_of_hidden(call, gradient, weight, of_hidden)
             of_hidden.mul_(factors[:, None])
@@ -96,9 +94,7 @@ class TorchFp8Gradients:
         step = max(ALIGNMENT, WEIGHT_BYTES // aligned(width) // ALIGNMENT * ALIGNMENT)
         for columns in slices(num_columns, step):
             part = new_matrix(width, columns.stop - columns.start, weight.device)
-            call.rows.cast_transpose(
-                weight[columns], None, self.weight_scale, part[:width, : columns.stop - columns.start]
-            )
+            call.rows.cast_transpose(weight[columns], None, self.weight_scale, part)
             left = gradient[:, columns.start : columns.start + part.shape[1]]
             product = scaled_product(left, part, self.weight_scale, torch.float32)[: len(out), :width]
             if columns.start:
@@ -115,7 +111,7 @@ class HiddenColumns:
         largest = torch.linalg.vector_norm(hidden, ord=torch.inf, dim=1, dtype=torch.float32)
         self.scale = scale_of((largest * factors).amax())
         self.values = new_matrix(self.width, num_tokens, hidden.device)
-        call.rows.cast_transpose(hidden, factors, self.scale, self.values[: self.width, :num_tokens])
+        call.rows.cast_transpose(hidden, factors, self.scale, self.values)
 
     def product(self, transposed: Tensor, out: Tensor, accumulate: bool) -> None:
         """out [v, H] = or += transposed [v, t] @ these."""

@@ -50,16 +50,8 @@ def aligned(size: int) -> int:
 
 
 def new_matrix(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-    """[R, C] e4m3 in memory whose dimensions are aligned, with zeros beyond R and C."""
-    memory = torch.empty(aligned(num_rows), aligned(num_columns), dtype=E4M3, device=device)
-    clear_padding(memory, num_rows, num_columns)
-    return memory
-
-
-def clear_padding(memory: Tensor, num_rows: int, num_columns: int) -> None:
-    bits = memory.view(torch.uint8)  # not every operation exists for float8
-    bits[num_rows:].zero_()
-    bits[:, num_columns:].zero_()
+    """e4m3 memory of aligned dimensions, to be filled."""
+    return torch.empty(aligned(num_rows), aligned(num_columns), dtype=E4M3, device=device)
 
 
 def scaled_product(
