@@ -11,11 +11,9 @@ from typing_extensions import Self
 from megatron_oreal.config.section import Section
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
-HeadPrecision = Literal["fp32", "bf16", "fp8_grad", "fp8"]
-# Who multiplies, and how many numbers share a scale: a tensor's, a row's, a block's of 128 or (mx) of 32.
-HeadFp8 = Literal[
-    "torch_row", "torch_tensor", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"
-]
+HeadPrecision = Literal["fp32", "bf16", "fp8_grad"]
+# Who multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
+HeadFp8 = Literal["torch", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"]
 
 
 class ModelConfig(Section):
@@ -26,10 +24,9 @@ class ModelConfig(Section):
     recompute: Literal["none", "full"] = "none"  # activations of whole layers computed again in the backward pass
     fp8: Fp8Recipe | None = None  # of the transformer's linear layers, through Transformer Engine; null: model.dtype
     fp8_bf16_ends: int = Field(default=0, ge=0)  # layers at the start, and as many at the end, that stay in bfloat16
-    # Of the log-probs' products, float32 sums always: fp8_grad, FP8 for gradients alone; fp8, for values too, as long
-    # as they stay near those of bf16 on the run's own batches.
+    # Of the log-probs' products, which are always summed in float32. fp8_grad: bf16 values, gradients by FP8 products.
     head_precision: HeadPrecision = "bf16"
-    head_fp8: HeadFp8 = "torch_row"  # the FP8 products of head_precision
+    head_fp8: HeadFp8 = "torch"  # the FP8 products of head_precision=fp8_grad
 
     @property
     def tokenizer_path(self) -> Path:
@@ -39,8 +36,8 @@ class ModelConfig(Section):
     def check(self) -> Self:
         if self.fp8_bf16_ends and self.fp8 in (None, "delayed"):
             raise ValueError(f"model.fp8_bf16_ends={self.fp8_bf16_ends} needs model.fp8=tensorwise, blockwise or mxfp8")
-        if self.head_fp8 != "torch_row" and self.head_precision not in ("fp8_grad", "fp8"):
-            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad or fp8")
+        if self.head_fp8 != "torch" and self.head_precision != "fp8_grad":
+            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad")
         return self
 
 

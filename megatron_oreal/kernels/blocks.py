@@ -35,26 +35,18 @@ class BlockSizes:
     tokens: int
     columns: int  # of this rank, with padding
     hidden: int
-    total_bytes: int  # of blocks, a tile and what the gradients take beside them
-    fixed_bytes: int  # of the gradients, whatever the block
-    token_bytes: int  # of the gradients
+    total_bytes: int  # of blocks and of what one block takes beside them
+    fixed_bytes: int  # of the gradients of a block, whatever its tokens
+    token_bytes: int  # of the gradients of a block, a token
     weight_bytes: int  # of one number of the weight's gradient
     num_processors: int  # multiprocessors of the GPU
     keeps: bool  # blocks are kept from the forward to the backward pass; without it, one block exists at a time
 
-    def tile_bytes(self, block: int) -> int:
-        return min(4 * block * self.columns, max(TILE_BYTES, 4 * block * COLUMN_ALIGNMENT))
-
     def num_fitting(self, block: int) -> int:
-        """Blocks of so many tokens that fit into memory together."""
-        left = self.total_bytes - self.fixed_bytes - self.token_bytes * block - self.tile_bytes(block)
+        """Blocks of so many tokens that fit into memory together, beside a tile of logits or the gradients of one."""
+        tile = min(4 * block * self.columns, max(TILE_BYTES, 4 * block * COLUMN_ALIGNMENT))
+        left = self.total_bytes - max(tile, self.fixed_bytes + self.token_bytes * block)
         return max(0, left // (2 * block * self.columns))
-
-    def seconds(self, block: int, num_blocks: int) -> float:
-        """What the blocks cost beyond three products: products again, and sums of the weight's gradient again."""
-        num_again = max(0, num_blocks - self.num_fitting(block)) if self.keeps else 0
-        products = 2 * num_again * block * self.columns * self.hidden / OPERATIONS_PER_SECOND
-        return products + (num_blocks - 1) * 2 * self.weight_bytes * self.columns * self.hidden / BYTES_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +58,37 @@ class BlockPlan:
     def columns(self, num_columns: int) -> list[slice]:
         return slices(num_columns, self.tile_columns)
 
+    def seconds(self, sizes: BlockSizes) -> float:
+        """What the blocks cost beyond three products: products again, and sums of the weight's gradient again."""
+        weight = sizes.columns * sizes.hidden
+        again = sum(rows.stop - rows.start for rows in self.tokens[self.num_kept :]) if sizes.keeps else 0
+        num_sums = max(0, len(self.tokens) - 1)
+        return 2 * again * weight / OPERATIONS_PER_SECOND + num_sums * 2 * sizes.weight_bytes * weight / BYTES_PER_SECOND
+
     @staticmethod
     @cache
     def choose(sizes: BlockSizes) -> BlockPlan:
-        """The cheapest number of blocks of which at least one fits; the smallest blocks where none does."""
+        """The cheapest plan, over all numbers of equal blocks; the smallest blocks where not even one of them fits."""
         most = min(MOST_BLOCKS, ceil(sizes.tokens / TOKEN_ALIGNMENT))
-        best_block, best_seconds = TOKEN_ALIGNMENT, float("inf")
-        for number in range(1, most + 1):
-            block = ceil(sizes.tokens / number / TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
-            seconds = sizes.seconds(block, ceil(sizes.tokens / block))
-            if sizes.num_fitting(block) >= 1 and seconds < best_seconds:
-                best_block, best_seconds = block, seconds
-        tokens = tuple(slices(sizes.tokens, best_block))
-        num_kept = min(len(tokens), sizes.num_fitting(best_block)) if sizes.keeps else 0
-        return BlockPlan(tokens, num_kept, tile_columns(best_block, sizes.num_processors))
+        blocks = {aligned(ceil(sizes.tokens / number)) for number in range(1, most + 1)} | {TOKEN_ALIGNMENT}
+        plans = [BlockPlan.of(sizes, block) for block in sorted(blocks, reverse=True) if sizes.num_fitting(block)]
+        if not plans:
+            return BlockPlan.of(sizes, TOKEN_ALIGNMENT)
+        return min(plans, key=lambda plan: plan.seconds(sizes))
+
+    @staticmethod
+    def of(sizes: BlockSizes, block: int) -> BlockPlan:
+        """Blocks of so many tokens, of which as many are kept as fit; those grow into the memory that is left over."""
+        num_blocks = ceil(sizes.tokens / block)
+        num_kept = min(num_blocks, sizes.num_fitting(block)) if sizes.keeps else 0
+        while 0 < num_kept < num_blocks and sizes.num_fitting(block + TOKEN_ALIGNMENT) >= num_kept:
+            block += TOKEN_ALIGNMENT
+        tokens = tuple(slices(sizes.tokens, block))
+        return BlockPlan(tokens, min(num_kept, len(tokens)), tile_columns(block, sizes.num_processors))
+
+
+def aligned(num_tokens: int) -> int:
+    return ceil(num_tokens / TOKEN_ALIGNMENT) * TOKEN_ALIGNMENT
 
 
 def tile_columns(block: int, num_processors: int) -> int:

@@ -53,8 +53,8 @@ def linear_logprob(
     are padding and have no probability. A token whose hidden state is not finite has NaN.
 
     `precision="bf16"` multiplies half-precision inputs as they are, into float32 logits; float32 inputs, and all inputs
-    on a CPU, are multiplied in float32. "fp8_grad" computes the gradients by FP8 products, of half-precision inputs;
-    the log-probs are those of "bf16". An arithmetic with options of its own is passed as an object.
+    on a CPU, are multiplied in float32. "fp8_grad" computes the gradients by FP8 products; the log-probs are
+    those of "bf16". An arithmetic with options of its own is passed as an object.
 
     `mode="eager"` is for a loss of sum_t token_scale[t] * logprobs[t] times any one number: supervised fine-tuning,
     REINFORCE, a policy gradient at ratio 1. Only logprobs is differentiable then, and once. A gradient that is not a

@@ -37,14 +37,12 @@ def make_arithmetic(
     in_float32 = precision == "fp32" or device.type == "cpu" or dtype not in HALF_PRECISION
     products = Products(torch.float32 if in_float32 else dtype)
     if precision == "fp8_grad":
-        return Arithmetic(products, fp8_gradients(device, dtype, fp8 or Fp8Options()))
+        return Arithmetic(products, fp8_gradients(device, fp8 or Fp8Options()))
     return Arithmetic(products, None if in_float32 else partial(HalfPrecisionGradients, products, dtype))
 
 
-def fp8_gradients(device: torch.device, dtype: torch.dtype, options: Fp8Options) -> Callable[[], BlockGradients]:
+def fp8_gradients(device: torch.device, options: Fp8Options) -> Callable[[], BlockGradients]:
     """Raises ValueError naming what is missing."""
-    if dtype not in HALF_PRECISION:
-        raise ValueError(f"precision=fp8_grad needs half-precision hidden states and weights, got {dtype}: use bf16")
     check_fp8(device, options)
     if options.backend == "torch":
         return TorchFp8Gradients

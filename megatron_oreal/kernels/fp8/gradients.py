@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_oreal.kernels.blocks import Block
+from megatron_oreal.kernels.blocks import TILE_BYTES, Block
 from megatron_oreal.kernels.fp8.scaled import (
     ALIGNMENT,
     E4M3,
@@ -28,8 +28,8 @@ from megatron_oreal.kernels.tiles import slices
 from megatron_oreal.kernels.torch_rows import Exponentials
 from megatron_oreal.kernels.vocabulary_reduction import Call, Upstream
 
-WEIGHT_BYTES = 256 * 2**20  # of quantised weights at a time
-SUM_BYTES = 64 * 2**20  # of a product that is added to the weight's gradient afterwards
+WEIGHT_BYTES = 128 * 2**20  # of quantised weights at a time
+SUM_BYTES = 32 * 2**20  # of a product that is added to the weight's gradient afterwards
 LARGEST_SURPRISE = 0.37  # p (logsumexp - z) <= 1 / e
 
 
@@ -41,9 +41,10 @@ class TorchFp8Gradients:
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
         num_columns, width = weight.shape
-        quantized = min(WEIGHT_BYTES, num_columns * width)
-        # Of a token: two float32 gradients of its hidden state, one to be added, and that state in e4m3.
-        return quantized + SUM_BYTES, 9 * width
+        # For the weight's gradient: a tile's exponentials and its transposed gradient, 3 bytes a logit, and a product.
+        # For the hidden states': some quantised columns. A token has its float32 gradient, and a part of that in half.
+        of_columns = min(WEIGHT_BYTES, num_columns * width)
+        return max(of_columns, 3 * TILE_BYTES // 4 + SUM_BYTES), 6 * width
 
     def add(
         self,
@@ -77,6 +78,7 @@ class TorchFp8Gradients:
             if of_weight is not None and columns_of is not None:
                 columns_of.product(transposed, of_weight[columns], accumulate)
             del tile, transposed
+        del columns_of  # before memory for the other product is made
         if of_hidden is not None:
             self._product_of_hidden(call, gradient, weight, of_hidden)
             of_hidden.mul_(factors[:, None])
@@ -96,11 +98,13 @@ class TorchFp8Gradients:
             part = new_matrix(width, columns.stop - columns.start, weight.device)
             call.rows.cast_transpose(weight[columns], None, self.weight_scale, part)
             left = gradient[:, columns.start : columns.start + part.shape[1]]
-            product = scaled_product(left, part, self.weight_scale, torch.float32)[: len(out), :width]
+            # Rounded to bfloat16: the error of FP8 is ten times as large, and half as much is written and read.
+            product = scaled_product(left, part, self.weight_scale, torch.bfloat16)[: len(out), :width]
             if columns.start:
                 out.add_(product)
             else:
                 out.copy_(product)
+            del part, product  # before the next ones are made
 
 
 class HiddenColumns:
@@ -120,7 +124,6 @@ class HiddenColumns:
             return
         rows_at_a_time = max(ALIGNMENT, SUM_BYTES // (2 * len(self.values)) // ALIGNMENT * ALIGNMENT)
         for rows in slices(len(transposed), rows_at_a_time):
-            # Rounded to bfloat16: the error of FP8 is ten times as large, and half as much is written and read.
             product = scaled_product(transposed[rows], self.values, self.scale, torch.bfloat16)
             part = out[rows]
             product = product[: len(part), : self.width]
