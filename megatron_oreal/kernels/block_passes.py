@@ -82,9 +82,7 @@ class BlockPasses:
         for columns in self.columns:
             logits = call.products.logits(hidden, weight[columns])
             place = call.place(target, columns)
-            parts.append(
-                call.rows.reduce_rows(logits, *place, call.temperature, with_entropy, kept.get(columns.start))
-            )
+            parts.append(call.rows.reduce_rows(logits, *place, call.temperature, with_entropy, kept.get(columns.start)))
             del logits  # before the next tile is made
         return call.merged(parts, target)
 

@@ -63,7 +63,9 @@ class BlockPlan:
         weight = sizes.columns * sizes.hidden
         again = sum(rows.stop - rows.start for rows in self.tokens[self.num_kept :]) if sizes.keeps else 0
         num_sums = max(0, len(self.tokens) - 1)
-        return 2 * again * weight / OPERATIONS_PER_SECOND + num_sums * 2 * sizes.weight_bytes * weight / BYTES_PER_SECOND
+        return (
+            2 * again * weight / OPERATIONS_PER_SECOND + num_sums * 2 * sizes.weight_bytes * weight / BYTES_PER_SECOND
+        )
 
     @staticmethod
     @cache

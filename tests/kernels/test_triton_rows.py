@@ -57,10 +57,7 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
         WHOLE_ROWS,
     ),
     "kept_gradient_kernel": (
-        KEPT
-        | {"gradient": "*bf16", "gradient_stride": "i32"}
-        | UPSTREAM
-        | {"num_columns": "i32", "num_valid": "i32"},
+        KEPT | {"gradient": "*bf16", "gradient_stride": "i32"} | UPSTREAM | {"num_columns": "i32", "num_valid": "i32"},
         WHOLE_ROWS,
     ),
     "fp8_gradient_kernel": (

@@ -1,4 +1,4 @@
-"""What the modes of linear_logprob should cost on a GPU: operations, bytes, and which mode can win, before anything runs.
+"""What the modes of linear_logprob should cost on a GPU: operations, bytes, and which mode can win. Nothing runs.
 
     python tools/bench/bench_fused_loss.py --model
 

@@ -54,9 +54,7 @@ def new_matrix(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
     return torch.empty(aligned(num_rows), aligned(num_columns), dtype=E4M3, device=device)
 
 
-def scaled_product(
-    left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """(left [m, k] @ right [n, k].T) * scale in `dtype`, summed in float32; in `out` [m, n] if it is given.
 
     Of e4m3 matrices with aligned dimensions whose rows are contiguous.
