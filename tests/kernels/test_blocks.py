@@ -121,8 +121,8 @@ def test_values_and_gradients(
     assert found[4][options.get("valid_vocab", len(weight)) :].eq(0).all()
 
 
-def test_kept_and_recomputed_blocks_give_the_same_bits() -> None:
-    """And so does a second backward pass, which finds nothing kept."""
+def test_what_is_kept_changes_nothing() -> None:
+    """A second backward pass, which finds nothing kept, has the same bits; another number of blocks, other rounding."""
     hidden, weight, target = make(256, 700)
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
     results = []
@@ -132,9 +132,8 @@ def test_kept_and_recomputed_blocks_give_the_same_bits() -> None:
         )
         loss = (logprobs + 0.1 * entropy).sum()  # type: ignore[operator]
         results += [torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2)]
-    for gradients in zip(*results, strict=True):
-        first = gradients[0]
-        assert all(torch.allclose(first.float(), other.float(), rtol=2**-7, atol=1e-6) for other in gradients[1:])
+    for mine, other in zip(results[0], results[2], strict=True):
+        assert float((mine - other).float().norm() / mine.float().norm()) <= 4e-3
     for once, again in ((results[0], results[1]), (results[2], results[3])):
         assert all(torch.equal(mine, other) for mine, other in zip(once, again, strict=True))
 
