@@ -12,11 +12,9 @@ from megatron_oreal.config.effects import Effects, choice
 from megatron_oreal.config.section import Section
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
-HeadPrecision = Literal["fp32", "bf16", "fp8_grad", "fp8"]
-# Who multiplies, and how many numbers share a scale: a tensor's, a row's, a block's of 128 or (mx) of 32.
-HeadFp8 = Literal[
-    "torch_row", "torch_tensor", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"
-]
+HeadPrecision = Literal["fp32", "bf16", "fp8_grad"]
+# Who multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
+HeadFp8 = Literal["torch", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"]
 
 
 class ModelConfig(Section):
@@ -32,10 +30,9 @@ class ModelConfig(Section):
     # The FP8 recipe of the transformer's linear layers, through Transformer Engine; null computes in model.dtype.
     fp8: Fp8Recipe | None = None
     fp8_bf16_ends: int = Field(default=0, ge=0)  # So many layers at the start and at the end stay in bfloat16.
-    # The products of the log-probs; their sums are always float32. fp8_grad uses FP8 for gradients alone, fp8 for
-    # values too, as long as they stay near those of bf16 on the run's own batches.
+    # The products of the log-probs; their sums are always float32. fp8_grad has bf16 values and FP8 gradients.
     head_precision: HeadPrecision = "bf16"
-    head_fp8: HeadFp8 = "torch_row"  # Which FP8 products head_precision uses.
+    head_fp8: HeadFp8 = "torch"  # Which FP8 products head_precision=fp8_grad uses.
 
     @property
     def tokenizer_path(self) -> Path:
@@ -45,8 +42,8 @@ class ModelConfig(Section):
     def check(self) -> Self:
         if self.fp8_bf16_ends and self.fp8 in (None, "delayed"):
             raise ValueError(f"model.fp8_bf16_ends={self.fp8_bf16_ends} needs model.fp8=tensorwise, blockwise or mxfp8")
-        if self.head_fp8 != "torch_row" and self.head_precision not in ("fp8_grad", "fp8"):
-            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad or fp8")
+        if self.head_fp8 != "torch" and self.head_precision != "fp8_grad":
+            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad")
         return self
 
 

@@ -101,7 +101,7 @@ def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path, key: str, m
         ("data.repeats_by_pass_rate=[[0.2, x]]", "data.repeats_by_pass_rate.0.1: Input should be a valid integer"),
         ("model=small", "model: Input should be a valid dictionary"),
         ("model.fp8_bf16_ends=-1", "model.fp8_bf16_ends: Input should be greater than or equal to 0, got -1"),
-        ("model.head_fp8=torch_block", "model.head_fp8: Input should be 'torch_row', 'torch_tensor', 'transformer_"),
+        ("model.head_fp8=torch_block", "model.head_fp8: Input should be 'torch', 'transformer_engine_tensor', "),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -209,7 +209,7 @@ def test_a_single_choice_overrides_the_preset(tmp_path: Path) -> None:
         (["data.repeats_by_pass_rate=[[0.6, -1]]"], "data.repeats_by_pass_rate needs rising bounds and repeats >= 0"),
         (["model.fp8_bf16_ends=1"], "model.fp8_bf16_ends=1 needs model.fp8=tensorwise, blockwise or mxfp8"),
         (["model.fp8_bf16_ends=1", "model.fp8=delayed"], "model.fp8_bf16_ends=1 needs model.fp8=tensorwise, "),
-        (["model.head_fp8=torch_tensor"], "model.head_fp8=torch_tensor needs model.head_precision=fp8_grad or fp8"),
+        (["model.head_fp8=transformer_engine_mx"], "model.head_fp8=transformer_engine_mx needs model.head_precision="),
         (["checkpoint.best_metric=eval/a/greedy"], "checkpoint.best_metric 'eval/a/greedy' is not measured here"),
         (
             ["checkpoint.best_metric=eval/a/maj", "eval.prompts.a=a.jsonl"],
