@@ -54,7 +54,7 @@ def outcome_cross_entropy(scores: Tensor, microbatch: Microbatch, num_sequences:
 
 def cross_entropy(outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
     """Mean negative log-prob of the trained tokens."""
-    loss = -outputs.values[microbatch.loss_mask].sum() / batch.num_tokens
+    loss = -outputs.values.index_select(0, microbatch.trained).sum() / batch.num_tokens
     return LossOutput(loss, {"loss": loss.detach(), "entropy": mean_entropy(outputs, batch).detach()})
 
 
@@ -90,8 +90,8 @@ def importance_weights(microbatch: Microbatch, cap: float) -> Tensor:
     training"): corrects for samples of other weights, or of other kernels, than those that are trained.
     """
     weights = torch.ones_like(microbatch.engine_logprobs)
-    weights[microbatch.loss_mask] = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
-    return weights
+    ratios = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
+    return weights.index_copy_(0, microbatch.trained, ratios)
 
 
 def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict[str, Tensor]:
@@ -107,8 +107,8 @@ def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict
 def log_ratio_to_engine(microbatch: Microbatch) -> Tensor:
     """[trained tokens] log(pi_old / pi_engine) in nats; 0 where the engine's log-prob is not known."""
     assert microbatch.old_logprobs is not None, "the first pass fills them"
-    known = microbatch.engine_logprobs[microbatch.loss_mask]
-    difference = microbatch.old_logprobs[microbatch.loss_mask] - known
+    known = microbatch.engine_logprobs.index_select(0, microbatch.trained)
+    difference = microbatch.old_logprobs.index_select(0, microbatch.trained) - known
     return torch.where(known.isnan(), 0.0, difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

@@ -82,11 +82,10 @@ class Oreal:
         if microbatch.token_scores is None:
             microbatch.token_scores = scores.detach()
         output = outcome_cross_entropy(scores, microbatch, batch.num_sequences)
-        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
-        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
+        correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
         output.metrics |= {
-            "score_correct": scores.detach()[correct].sum() / max(1, batch.num_correct_tokens),
-            "score_incorrect": scores.detach()[incorrect].sum() / max(1, batch.num_incorrect_tokens),
+            "score_correct": scores.detach().index_select(0, correct).sum() / max(1, batch.num_correct_tokens),
+            "score_incorrect": scores.detach().index_select(0, incorrect).sum() / max(1, batch.num_incorrect_tokens),
         }
         return output
 
@@ -99,14 +98,14 @@ class Oreal:
         assert coefficients is not None
         if self.importance_cap is not None:
             coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
-        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
-        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
-        positive = -(coefficients * logprobs)[correct].sum()
-        negative = -(coefficients * (logprobs - old_logprobs).exp())[incorrect].sum()
+        correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
+        positive = -(coefficients * logprobs).index_select(0, correct).sum()
+        negative = -(coefficients * (logprobs - old_logprobs).exp()).index_select(0, incorrect).sum()
         is_initial = self.config.kl_target == "initial"
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
-        divergence = KL_KINDS[self.config.kl_kind](logprobs, target)[microbatch.loss_mask].sum() / batch.num_tokens
+        divergences = KL_KINDS[self.config.kl_kind](logprobs, target).index_select(0, microbatch.trained)
+        divergence = divergences.sum() / batch.num_tokens
         loss = positive + negative + self.config.kl_coef * divergence
         metrics = {
             "loss": loss,
@@ -248,8 +247,8 @@ def weight_metrics(microbatch: Microbatch, batch: Batch, correct: Tensor, incorr
     weights = microbatch.token_weights
     assert weights is not None
     return {
-        "weight_positive": weights[correct].sum() / max(1, batch.num_correct_tokens),
-        "weight_negative": weights[incorrect].sum() / max(1, batch.num_incorrect_tokens),
-        "weight_zero_share": (weights[microbatch.loss_mask] == 0).sum() / batch.num_tokens,
+        "weight_positive": weights.index_select(0, correct).sum() / max(1, batch.num_correct_tokens),
+        "weight_negative": weights.index_select(0, incorrect).sum() / max(1, batch.num_incorrect_tokens),
+        "weight_zero_share": (weights.index_select(0, microbatch.trained) == 0).sum() / batch.num_tokens,
         "weight_max": weights.max(),
     }

@@ -92,7 +92,7 @@ class Outcome:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """The clipped, weighted log-prob loss, and the KL to the initial policy where asked for."""
-        logprobs, mask, coefficients = outputs.values, microbatch.loss_mask, microbatch.coefficients
+        logprobs, trained, coefficients = outputs.values, microbatch.trained, microbatch.coefficients
         if microbatch.old_logprobs is None:
             microbatch.old_logprobs = logprobs.detach()
         assert coefficients is not None
@@ -100,15 +100,17 @@ class Outcome:
             coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
         ratio = self.ratio(logprobs - microbatch.old_logprobs, microbatch)
         clipped = ratio.clamp(*self.clip_bounds)
-        loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[mask].sum()
+        gains = torch.minimum(coefficients * ratio, coefficients * clipped)
+        loss = surrogate = -gains.index_select(0, trained).sum()
         metrics = {
             "loss_surrogate": surrogate,
             "entropy": mean_entropy(outputs, batch),
             "ratio_max": ratio.max(),
-            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
+            "clip_share": (ratio != clipped).index_select(0, trained).sum() / batch.num_tokens,
         }
         if microbatch.reference_logprobs is not None:
-            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            divergences = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)
+            kl = divergences.index_select(0, trained).sum() / batch.num_tokens
             loss = loss + self.config.kl_coef * kl
             metrics["kl"] = kl
         metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)

@@ -80,7 +80,7 @@ class Ppo:
 
     def whiten(self, batch: Batch) -> Metrics:
         """Advantages to mean 0 and variance 1 over the step's tokens; the metrics are those before."""
-        chosen = torch.cat([microbatch.advantages[microbatch.loss_mask] for microbatch in batch.microbatches]).double()
+        chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
         sums = torch.stack([chosen.sum(), chosen.square().sum()])
         total, squares = self.policy.sum_over_data(sums).tolist()
         mean = total / batch.num_tokens
@@ -93,7 +93,7 @@ class Ppo:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """-min(ratio A, clip(ratio) A), averaged over the mini-batch's tokens; KL and entropy where asked for."""
-        logprobs, mask = outputs.values, microbatch.loss_mask
+        logprobs, trained = outputs.values, microbatch.trained
         if microbatch.old_logprobs is None:
             microbatch.old_logprobs = logprobs.detach()
         ratio = (logprobs - microbatch.old_logprobs).exp()
@@ -101,18 +101,21 @@ class Ppo:
         advantages = microbatch.advantages
         if self.importance_cap is not None:
             advantages = advantages * importance_weights(microbatch, self.importance_cap)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)[mask].sum() / batch.num_tokens
+        gains = torch.minimum(ratio * advantages, clipped * advantages)
+        surrogate = gains.index_select(0, trained).sum() / batch.num_tokens
         entropy = mean_entropy(outputs, batch)
         loss = -surrogate - self.config.entropy_coef * entropy
         metrics = {
             "loss_surrogate": -surrogate,
             "entropy": entropy,
             "ratio_max": ratio.max(),
-            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
-            "kl_old": KL_KINDS["k3"](logprobs, microbatch.old_logprobs)[mask].sum() / batch.num_tokens,
+            "clip_share": (ratio != clipped).index_select(0, trained).sum() / batch.num_tokens,
+            "kl_old": KL_KINDS["k3"](logprobs, microbatch.old_logprobs).index_select(0, trained).sum()
+            / batch.num_tokens,
         }
         if microbatch.reference_logprobs is not None:
-            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            divergences = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)
+            kl = divergences.index_select(0, trained).sum() / batch.num_tokens
             loss = loss + self.config.kl_coef * kl
             metrics["kl"] = kl
         metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
@@ -122,18 +125,18 @@ class Ppo:
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Half the squared error of the value; with clipping, the larger of the clipped and the free value's."""
-        values, old_values, returns, mask = outputs.values, microbatch.values, microbatch.returns, microbatch.loss_mask
+        values, old_values, returns, trained = outputs.values, microbatch.values, microbatch.returns, microbatch.trained
         assert old_values is not None and returns is not None
         errors = (values - returns).square()
         if self.config.value_clip is not None:
             near = old_values + (values - old_values).clamp(-self.config.value_clip, self.config.value_clip)
             errors = torch.maximum(errors, (near - returns).square())
-        loss = 0.5 * errors[mask].sum() / batch.num_tokens
+        loss = 0.5 * errors.index_select(0, trained).sum() / batch.num_tokens
         metrics = {
             "loss": loss.detach(),
-            "value_mean": values.detach()[mask].sum() / batch.num_tokens,
-            "return_mean": returns[mask].sum() / batch.num_tokens,
-            "error": (values.detach() - returns).square()[mask].sum() / batch.num_tokens,
+            "value_mean": values.detach().index_select(0, trained).sum() / batch.num_tokens,
+            "return_mean": returns.index_select(0, trained).sum() / batch.num_tokens,
+            "error": (values.detach() - returns).square().index_select(0, trained).sum() / batch.num_tokens,
         }
         return LossOutput(loss, metrics)
 

@@ -133,6 +133,10 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
     logprobs = [value for sequence in sequences for value in known_logprobs(sequence)]
     engine_logprobs = torch.zeros(total, dtype=torch.float32)
     engine_logprobs[loss_mask] = torch.tensor(logprobs, dtype=torch.float32)
+    is_correct = torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding))
+    trained = loss_mask.nonzero()[:, 0]
+    trained_sequences = sequence_ids[trained]
+    places = position_ids[trained] - (prompt_lengths[trained_sequences] - 1).clamp_min(0)
     microbatch = Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
@@ -142,8 +146,14 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
         loss_mask=loss_mask,
         sequence_ids=sequence_ids,
         advantages=torch.where(loss_mask, advantages[sequence_ids], 0.0),
-        is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
+        is_correct=is_correct,
         engine_logprobs=engine_logprobs,
+        lengths=tuple(lengths),
+        trained=trained,
+        trained_correct=trained[is_correct[trained_sequences]],
+        trained_incorrect=trained[~is_correct[trained_sequences]],
+        trained_places=places,
+        longest_response=int(places.max()) + 1 if len(places) else 1,
     )
     return to_device(microbatch, device)
 
@@ -153,37 +163,34 @@ def known_logprobs(sequence: TrainingSequence) -> list[float]:
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """Copies from pinned memory, which does not wait for what the device is doing."""
     if device.type != "cpu":
         for name in Microbatch.__slots__:
             value = getattr(microbatch, name)
             if isinstance(value, Tensor):
-                setattr(microbatch, name, value.to(device, non_blocking=True))
+                pinned = value.pin_memory() if device.type == "cuda" else value
+                setattr(microbatch, name, pinned.to(device, non_blocking=True))
     return microbatch
-
-
-def response_index(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """For each trained token, in packed order: its sequence [T'] and its place in the response [T']."""
-    trained = microbatch.loss_mask.nonzero()[:, 0]
-    sequence = microbatch.sequence_ids[trained]
-    first = torch.full((microbatch.num_sequences,), len(microbatch.labels), device=trained.device)
-    first = first.scatter_reduce(0, sequence, trained, "amin")
-    return sequence, trained - first[sequence]
 
 
 def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
     """Per-token values [T] -> [N, longest response], and the mask of what is a response token there."""
-    sequence, place = response_index(microbatch)
-    longest = int(place.max()) + 1 if place.numel() else 1
-    padded = torch.zeros(microbatch.num_sequences, longest, dtype=values.dtype, device=values.device)
-    mask = torch.zeros_like(padded, dtype=torch.bool)
-    padded[sequence, place] = values[microbatch.loss_mask]
-    mask[sequence, place] = True
+    shape = (microbatch.num_sequences, microbatch.longest_response)
+    slots = response_slots(microbatch)
+    padded = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=values.device)
+    padded.view(-1).index_copy_(0, slots, values.index_select(0, microbatch.trained))
+    mask.view(-1).index_fill_(0, slots, True)
     return padded, mask
 
 
 def unpad_responses(padded: Tensor, microbatch: Microbatch) -> Tensor:
     """The inverse of pad_responses: [N, longest] -> [T], 0 outside the loss mask."""
-    sequence, place = response_index(microbatch)
     values = torch.zeros(len(microbatch.labels), dtype=padded.dtype, device=padded.device)
-    values[microbatch.loss_mask] = padded[sequence, place]
-    return values
+    return values.index_copy_(0, microbatch.trained, padded.reshape(-1).index_select(0, response_slots(microbatch)))
+
+
+def response_slots(microbatch: Microbatch) -> Tensor:
+    """[T'] int64: where each trained token stands in a flattened [N, longest response]."""
+    sequences = microbatch.sequence_ids.index_select(0, microbatch.trained)
+    return sequences * microbatch.longest_response + microbatch.trained_places

@@ -29,6 +29,7 @@ from megatron_oreal.models.build import (
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
+from megatron_oreal.models.parallel import deterministic_algorithms
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
 from megatron_oreal.weights.families import Architecture
@@ -108,9 +109,13 @@ class TrainableModel:
         return {f"time/in_update/{self.name}_{kind}": value for kind, value in seconds.items()}
 
     @contextmanager
-    def _timed(self, kind: str) -> Iterator[None]:
+    def _pass(self, kind: str) -> Iterator[None]:
+        """Around one pass over a batch. Each model pays for its own work: the device is waited for at the end."""
         start = time.perf_counter()
-        yield
+        with deterministic_algorithms(self.layout.deterministic_updates):
+            yield
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
     @torch.no_grad()
@@ -120,7 +125,7 @@ class TrainableModel:
         def collect(outputs: TokenOutputs, _microbatch: Microbatch) -> Tensor:
             return outputs.values
 
-        with self._timed("forward"):
+        with self._pass("forward"):
             values = self._run(batch, collect, forward_only=True)
         for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
             setattr(microbatch, stream, tensor)
@@ -128,13 +133,13 @@ class TrainableModel:
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """The loss's metrics without an update."""
-        with self._timed("forward"):
+        with self._pass("forward"):
             outputs: list[LossOutput] = self._run(batch, loss, forward_only=True)
         return self._reduce([output.metrics for output in outputs])
 
     def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """One optimizer step. Raises NonFiniteLossError, before the weights change, naming the component."""
-        with self._timed("train"):
+        with self._pass("train"):
             return self._train_step(batch, loss)
 
     def _train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
@@ -204,7 +209,8 @@ class TrainableModel:
     def _packed_parameters(self, microbatch: Microbatch) -> PackedSeqParams:
         if not self.transformer_engine:
             if microbatch.packed is None:
-                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.max_seqlen)
+                dtype = self.megatron_config.params_dtype
+                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.lengths, dtype)
             return microbatch.packed  # type: ignore[return-value]
         lengths = {"cu_seqlens_q": microbatch.cu_seqlens, "cu_seqlens_kv": microbatch.cu_seqlens}
         longest = {"max_seqlen_q": microbatch.max_seqlen, "max_seqlen_kv": microbatch.max_seqlen}
