@@ -13,6 +13,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # A padded batch holds segments of at least this share of its longest: the padding is bounded by 1 / share.
 SHORTEST_SHARE = 0.6
@@ -194,8 +196,16 @@ def causal_batch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Ten
     if grouped and query.is_cuda:  # the fused kernels take equal numbers of heads; without them scores are O(S^2)
         key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
         grouped = False
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    with deterministic_backend(query):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def deterministic_backend(query: Tensor) -> AbstractContextManager[Any]:
+    """The memory-efficient kernel, CUDA's only fused one for float32, has no deterministic backward pass."""
+    if query.is_cuda and query.dtype is torch.float32 and torch.are_deterministic_algorithms_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class PackedAttention(MegatronModule):

@@ -5,11 +5,12 @@ Every rank of the process group holds the whole model and decodes its share of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,19 +18,20 @@ from torch import Tensor
 
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch, check_prompts
 from megatron_oreal.engines.local.decoder import LLAMA_LIKE, LlamaDecoder
-from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
+from megatron_oreal.engines.local.token_sampling import draw_with, seed_tensor, uniforms_of_positions
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
 from megatron_oreal.weights.families import read_architecture
 from megatron_oreal.weights.initial import hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
-if TYPE_CHECKING:
-    pass
-
+LOG = logging.getLogger(__name__)
 # Families that the decoder or transformers runs with the weight stream's names; the others are only converted.
 GENERATED_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 # Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
 DROP_BELOW = 0.9
+# Tokens between two looks at which rows have finished: on a GPU a look waits for all that was launched.
+TOKENS_BETWEEN_LOOKS = {"cuda": 8, "cpu": 1}
+USABLE_SHARE = 0.9  # of the free memory of a GPU, for the rows that are decoded together
 
 
 class Decoding(Protocol):
@@ -44,8 +46,16 @@ class Decoder(Protocol):
     vocab_size: int
     parameters: dict[str, Tensor]  # writable, by Hugging Face name
 
-    def start(self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, Decoding]:
-        """Prompts [U, P] padded on the left by num_padding [U], prompt_of_row [B] -> first logits [B, V], decoding."""
+    def bytes_of_row(self, num_tokens: int) -> int:
+        """Device memory of one row while it is decoded to `num_tokens` tokens, its prompt included."""
+
+    def start(
+        self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor, max_length: int | None = None
+    ) -> tuple[Tensor, Decoding]:
+        """Prompts [U, P] padded on the left by num_padding [U], prompt_of_row [B] -> first logits [B, V], decoding.
+
+        max_length: tokens of a row at most, its prompt included.
+        """
 
 
 def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -135,6 +145,7 @@ class LocalEngine:
         self.decoder: Decoder | None = load_decoder(model_path, device, dtype)
         self.version = 0
         self.is_paused = False
+        self.has_told_of_memory = False
         self.has_whole_weights = True  # False after an update that failed half-way
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -200,12 +211,48 @@ class LocalEngine:
 
     @torch.inference_mode()
     def _decode(self, requests: list[GenerationRequest], params: SamplingParams) -> Responses:
-        """This rank's share, `batch_size` requests at a time."""
+        """This rank's share: `batch_size` requests at a time, or as many as the free memory of the GPU holds."""
+        decoder, size = self._open_decoder(), self.batch_size
+        if self.device.type == "cuda" and requests:
+            longest = max(len(request.prompt_ids) for request in requests) + params.max_new_tokens
+            size = self._rows_that_fit(decoder.bytes_of_row(longest), min(size, len(requests)), longest)
         waves = [
-            decode_wave(self._open_decoder(), requests[begin : begin + self.batch_size], params, self.device)
-            for begin in range(0, len(requests), self.batch_size)
+            decode_wave(decoder, requests[begin : begin + size], params, self.device)
+            for begin in range(0, len(requests), size)
         ]
         return concatenate(waves, self.device)
+
+    def _rows_that_fit(self, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
+        """Says once when the rows are fewer than wanted. Raises ValueError where not even one fits."""
+        size = rows_within(free_bytes(self.device), bytes_of_row, wanted, num_tokens)
+        if size < wanted and not self.has_told_of_memory:
+            self.has_told_of_memory = True
+            LOG.warning(
+                "the local engine decodes %d sequences at a time instead of rollout.batch_size=%d: its keys and values "
+                "of %d tokens would not fit the free memory of the GPU",
+                size,
+                self.batch_size,
+                num_tokens,
+            )
+        return size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU: what the driver has, and what torch's allocator keeps without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def rows_within(num_bytes: int, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
+    """`wanted` rows, or as many as fit USABLE_SHARE of the bytes. Raises ValueError where not even one fits."""
+    size = int(USABLE_SHARE * num_bytes) // bytes_of_row
+    if size < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens: one sequence of {num_tokens} tokens takes {bytes_of_row / 2**30:.1f} GiB of GPU "
+            f"memory in the local engine, and {num_bytes / 2**30:.1f} GiB are free: lower it, or set "
+            "rollout.engine=sglang"
+        )
+    return min(size, wanted)
 
 
 def share_requests(requests: Sequence[GenerationRequest], size: int) -> list[list[int]]:
@@ -227,35 +274,77 @@ def decode_wave(
     place = {prompt: number for number, prompt in enumerate(prompts)}
     prompt_of_row = torch.tensor([place[tuple(request.prompt_ids)] for request in requests], device=device)
     prompt_ids, num_padding = pad_left(list(prompts), device)
-    seeds = seed_tensor([request.seed for request in requests], device)
-    stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
-
-    num_rows, max_length = len(requests), params.max_new_tokens
-    token_ids = torch.zeros(max_length, num_rows, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(2, max_length, num_rows, dtype=torch.float32, device=device)
-    lengths = torch.full((num_rows,), max_length, device=device)
-    rows = torch.arange(num_rows, device=device)  # [B], the batch's rows among all
-    is_live = torch.ones(num_rows, dtype=torch.bool, device=device)  # [B]
-    logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row)
-    for position in range(max_length):
-        draws = draw(logits, seeds, position, params)
-        token_ids[position, rows] = draws.token_ids
-        logprobs[0, position, rows], logprobs[1, position, rows] = draws.rollout_logprobs, draws.model_logprobs
+    rows = Rows.begin(requests, params, device)
+    wave = Responses(
+        token_ids=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.int64, device=device),
+        rollout_logprobs=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.float32, device=device),
+        model_logprobs=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.float32, device=device),
+        lengths=torch.full((len(requests),), params.max_new_tokens, device=device),
+    )  # [L, N] until they are complete
+    max_length = prompt_ids.shape[1] + params.max_new_tokens
+    logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row, max_length)
+    look_every = TOKENS_BETWEEN_LOOKS[device.type]
+    uniform = torch.empty(0, 0)
+    for position in range(params.max_new_tokens):
+        if position % look_every == 0:
+            count = min(look_every, params.max_new_tokens - position)
+            uniform = uniforms_of_positions(rows.seeds, position, count)
+        draws = draw_with(logits, uniform[position % look_every], params)
         next_ids = draws.token_ids
+        wave.token_ids[position].index_copy_(0, rows.numbers, next_ids)
+        wave.rollout_logprobs[position].index_copy_(0, rows.numbers, draws.rollout_logprobs)
+        wave.model_logprobs[position].index_copy_(0, rows.numbers, draws.model_logprobs)
         if params.stop_token_ids:
-            has_stopped = is_live & torch.isin(next_ids, stop_ids)
-            lengths[rows[has_stopped]] = position + 1
-            is_live &= ~has_stopped
-            num_live = int(is_live.sum())
-            if num_live == 0:
-                break
-            if num_live <= DROP_BELOW * len(rows):
-                kept = is_live.nonzero()[:, 0]
-                rows, seeds, next_ids, is_live = rows[kept], seeds[kept], next_ids[kept], is_live[kept]
-                decoding.keep(kept)
-        if position + 1 < max_length:
+            rows.stop(next_ids, position)
+            if (position + 1) % look_every == 0:
+                kept = rows.live()
+                if len(kept) == 0:
+                    break
+                if len(kept) <= DROP_BELOW * len(rows.numbers):
+                    kept = kept.to(device, non_blocking=True)
+                    wave.lengths.index_copy_(0, rows.numbers, rows.lengths)
+                    rows, next_ids = rows.only(kept), next_ids.index_select(0, kept)
+                    decoding.keep(kept)
+        if position + 1 < params.max_new_tokens:
             logits = decoding.advance(next_ids)
-    return Responses(token_ids.T, logprobs[0].T, logprobs[1].T, lengths)
+    wave.lengths.index_copy_(0, rows.numbers, rows.lengths)
+    return Responses(wave.token_ids.T, wave.rollout_logprobs.T, wave.model_logprobs.T, wave.lengths)
+
+
+@dataclass(slots=True, frozen=True)
+class Rows:
+    """The rows that are decoded: B of the N of a wave. Rows that have stopped stay until the next look."""
+
+    numbers: Tensor  # [B] int64, rising indices into [N]
+    seeds: Tensor  # [B] int64
+    lengths: Tensor  # [B] int64: of the response, with its stop token; the longest allowed until there is one
+    is_live: Tensor  # [B] bool
+    stop_ids: Tensor  # int64
+
+    @staticmethod
+    def begin(requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device) -> Rows:
+        return Rows(
+            numbers=torch.arange(len(requests), device=device),
+            seeds=seed_tensor([request.seed for request in requests], device),
+            lengths=torch.full((len(requests),), params.max_new_tokens, device=device),
+            is_live=torch.ones(len(requests), dtype=torch.bool, device=device),
+            stop_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
+        )
+
+    def stop(self, token_ids: Tensor, position: int) -> None:
+        """Notes which rows end with the token at `position`; does not wait for the device."""
+        has_stopped = (token_ids[:, None] == self.stop_ids).any(dim=1).logical_and_(self.is_live)
+        self.lengths.masked_fill_(has_stopped, position + 1)
+        self.is_live.logical_and_(~has_stopped)
+
+    def live(self) -> Tensor:
+        """Indices into [B] of the rows that go on, on the host: waits for the device."""
+        return self.is_live.cpu().nonzero()[:, 0]
+
+    def only(self, kept: Tensor) -> Rows:
+        """kept: rising indices into [B]."""
+        selected = (part.index_select(0, kept) for part in (self.numbers, self.seeds, self.lengths, self.is_live))
+        return Rows(*selected, self.stop_ids)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
