@@ -33,6 +33,7 @@ from megatron_oreal.launch import (
     launch,
     on_interrupt,
     set_threads,
+    use_expandable_segments,
 )
 
 # rollout.local.GENERATED_FAMILIES, which needs torch; a test holds them equal
@@ -103,13 +104,17 @@ def serve(config: Path, overrides: tuple[str, ...]) -> None:
     """
     resolved = load_config(TrainConfig, config, overrides)
     check_lengths(resolved, check_layout(resolved, SUPPORTED_MODEL_TYPES))
+    import torch
+
     from megatron_oreal.engines.sglang.servers.fleet import serve_until_stopped
+    from megatron_oreal.models.build import resolved_for
     from megatron_oreal.run.engines import server_settings
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     serve_until_stopped(
         server_settings(resolved),
         resolved.model.path,
-        resolved.model.dtype,
+        resolved_for(resolved.model, device).dtype,
         resolved.run_dir,
         context_length=resolved.data.max_prompt_tokens + resolved.rollout.max_new_tokens,
         notify=click.echo,
@@ -168,6 +173,8 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         launch(config)
     else:
         set_threads(1 if "RANK" not in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if config.rollout.engine == "local" or config.rollout.sglang.weight_transport != "tensor":
+            use_expandable_segments()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_launcher()
         run(config)

@@ -12,6 +12,7 @@ from megatron_oreal.config.section import Section
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
 HeadPrecision = Literal["fp32", "bf16", "fp8_grad", "fp8"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 # Who multiplies, and how many numbers share a scale: a tensor's, a row's, a block's of 128 or (mx) of 32.
 HeadFp8 = Literal[
     "torch_row", "torch_tensor", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"
@@ -21,9 +22,13 @@ HeadFp8 = Literal[
 class ModelConfig(Section):
     path: Path  # Hugging Face directory: config.json and safetensors
     tokenizer: Path | None = None  # defaults to model.path
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights
+    # bfloat16 keeps float32 master weights; auto: bfloat16 on CUDA, float32 on a CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TE on CUDA when importable
-    recompute: Literal["none", "full"] = "none"  # activations of whole layers computed again in the backward pass
+    # Activations that the backward pass computes again: those of whole layers, or of recompute_modules. auto: none on a
+    # CPU; on CUDA none, selective or full, whichever is the first to fit the memory.
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    recompute_modules: list[RecomputeModule] = ["mlp"]  # of recompute=selective
     fp8: Fp8Recipe | None = None  # of the transformer's linear layers, through Transformer Engine; null: model.dtype
     fp8_bf16_ends: int = Field(default=0, ge=0)  # layers at the start, and as many at the end, that stay in bfloat16
     # Of the log-probs' products, float32 sums always: fp8_grad, FP8 for gradients alone; fp8, for values too, as long
@@ -73,7 +78,11 @@ class OptimizerConfig(Section):
     beta2: float = Field(default=0.999, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)  # global norm; 0: no clipping
-    distributed: bool = False  # optimizer state sharded over data parallel ranks
+    # Optimizer state sharded over data-parallel ranks; auto: on CUDA with more than one of them
+    distributed: bool | Literal["auto"] = "auto"
+    # Gradients are summed over data parallelism while the backward pass goes on; auto: as above, but not for experts
+    overlap_grad_reduce: bool | Literal["auto"] = "auto"
+    moments: Literal["float32", "bfloat16"] = "float32"  # Adam's; bfloat16 needs distributed and Transformer Engine
 
     @model_validator(mode="after")
     def check(self) -> Self:

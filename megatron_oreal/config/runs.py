@@ -85,7 +85,8 @@ class ModelRunConfig(Section):
 
     run_dir: Path
     seed: int = 0
-    deterministic: bool = True  # deterministic torch algorithms where the device has them
+    # Updates give the same numbers each time; auto: on a CPU, where it costs little, and not on CUDA
+    deterministic: bool | Literal["auto"] = "auto"
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
 

@@ -30,8 +30,8 @@ ON_CUDA = "cpu:gloo,cuda:nccl"  # backends of the group of all processes
 def initialize(parallel: ParallelConfig, seed: int, deterministic: bool | Literal["auto"] = "auto") -> ParallelLayout:
     """Starts torch.distributed (a world of one without a launcher) and Megatron's process groups.
 
-    `deterministic`: whether updates give the same numbers each time; "auto" is True on a CPU, where it costs little, and
-    False on CUDA. Raises ValueError where the launcher's number of processes does not fit the layout.
+    `deterministic`: whether updates give the same numbers each time; "auto" is True on a CPU, where it costs little,
+    and False on CUDA. Raises ValueError where the launcher's number of processes does not fit the layout.
     """
     quiet_megatron()
     on_cpu = megatron_on_cpu.enable()
@@ -88,7 +88,7 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool | Litera
 def set_cuda_environment(parallel: ParallelConfig, deterministic: bool) -> None:
     """Variables that CUDA's libraries read when they start; what the user has set stays.
 
-    `PYTORCH_CUDA_ALLOC_CONF` must be set before torch is imported: see cuda_environment.py.
+    `PYTORCH_CUDA_ALLOC_CONF` must be set before torch is imported: see use_expandable_segments of launch.py.
     """
     if parallel.tensor > 1:
         # One hardware queue: a gradient's all-reduce starts before the product that hides it, as Megatron intends.

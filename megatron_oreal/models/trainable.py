@@ -23,6 +23,7 @@ from megatron_oreal.models.build import (
     PackedGPTModel,
     build_chunks,
     global_parameters,
+    resolved_for,
     transformer_config,
     uses_transformer_engine,
 )
@@ -55,6 +56,7 @@ class TrainableModel:
         num_updates: int = 1,
     ) -> None:
         self.name, self.architecture, self.head, self.layout = name, architecture, head, layout
+        config = resolved_for(config, layout.device)
         self.transformer_engine = uses_transformer_engine(config, layout.device)
         self.megatron_config = transformer_config(architecture, config, layout, self.transformer_engine)
         self.chunks: list[PackedGPTModel] = build_chunks(
@@ -64,7 +66,7 @@ class TrainableModel:
         self.memory = DeviceMemory()
         self.training: Training | None = None
         if training is not None:
-            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates)
+            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates, layout)
         else:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)

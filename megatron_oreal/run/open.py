@@ -30,7 +30,8 @@ from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import GroupAlgorithm, build_algorithm, build_sft
-from megatron_oreal.run.devices import device_sharing
+from megatron_oreal.run.device_defaults import describe, with_device_defaults
+from megatron_oreal.run.devices import device_sharing, make_room_for_models
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     CHANGEABLE_IN_EVAL,
@@ -51,6 +52,7 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     """Everything of a reinforcement learning run, resumed where its folder says. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    config = with_device_defaults(config, architecture)
     prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
     encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
@@ -59,6 +61,7 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     check_initial_weights(config, architecture)
     check_run_dir(config)
     with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
+        make_room_for_models(config, layout, engine)
         algorithm, models = build_algorithm(config, layout)
         with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
             yield run
@@ -69,12 +72,14 @@ def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft
     """Everything of a supervised run. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    config = with_device_defaults(config, architecture)
     sequences, num_skipped = encode_examples(read_examples(config.data.examples), inputs.tokenizer, config.data)
     check_vocabulary((sequence.prompt_ids + sequence.response_ids for sequence in sequences), architecture)
     note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
     cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
     check_run_dir(config)
     with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
+        make_room_for_models(config, layout, engine)
         algorithm, models = build_sft(config, layout)
         with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
             yield run
@@ -84,6 +89,7 @@ def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft
 def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
     """Everything of an evaluation: no trainer, the engine's own copy of the model answers. Raises ValueError."""
     inputs = read_inputs(config)
+    config = with_device_defaults(config, inputs.architecture)
     check_run_dir(config, CHANGEABLE_IN_EVAL)
     with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce), ExitStack() as stack:
         verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
@@ -176,7 +182,7 @@ def assembled(
         )
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
-        for note in inputs.notes:
+        for note in (describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
         run.push_weights(start_step)
         run.devices.generate()

@@ -134,7 +134,7 @@ class LlamaDecoder:
         return self.output_logits(F.rms_norm(hidden[:, -1], hidden_shape, self.final_norm, eps))
 
     def output_logits(self, hidden: Tensor) -> Tensor:
-        """[B, H] -> [B, V]; float32 on CUDA, as the trainer computes log-probs: bfloat16 would round what is sampled."""
+        """[B, H] -> [B, V]; float32 on CUDA, as in the trainer: bfloat16 would round what is sampled from."""
         if hidden.is_cuda and hidden.dtype is not torch.float32:
             return torch.mm(hidden, self.output_weight.T, out_dtype=torch.float32)
         return F.linear(hidden, self.output_weight)

@@ -4,8 +4,8 @@ The uniform of a token depends on its row's seed and its position in the respons
 what else is in the batch, on the process that decodes it or on the device. The generator is splitmix64 (Steele, Lea and
 Flood, 2014, "Fast splittable pseudorandom number generators"), read at `position` instead of being stepped.
 
-The functions here are the definition, and what runs on a CPU. On a GPU with Triton, triton_sampling.py computes the same
-without sorting the vocabulary.
+The functions here are the definition, and what runs on a CPU. On a GPU with Triton, triton_sampling.py computes the
+same without sorting the vocabulary.
 """
 
 from __future__ import annotations

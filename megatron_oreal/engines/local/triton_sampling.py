@@ -29,7 +29,7 @@ MASS_ONE = 2**30  # of top_p, as an integer
 
 
 @triton.jit
-def keys_of(values):  # type: ignore[no-untyped-def]
+def keys_of(values: tl.tensor) -> tl.tensor:
     """int32 in the order of the floats; the two zeros are one."""
     values = tl.where(values == 0.0, 0.0, values)
     bits = values.to(tl.int32, bitcast=True)
@@ -37,21 +37,21 @@ def keys_of(values):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def masses_of(values, maximum, inverse_temperature):  # type: ignore[no-untyped-def]
+def masses_of(values: tl.tensor, maximum: tl.tensor, inverse_temperature: float) -> tl.tensor:
     """Probabilities in units of 2^-44 of the largest one, int64."""
     return (tl.exp((values - maximum) * inverse_temperature) * UNIT).to(tl.int64)
 
 
 @triton.jit
 def measures_of(
-    values,
-    keys,
-    inside,
-    maximum,
-    inverse_temperature,
-    lowest,
+    values: tl.tensor,
+    keys: tl.tensor,
+    inside: tl.tensor,
+    maximum: tl.tensor,
+    inverse_temperature: float,
+    lowest: tl.tensor,
     COUNTS: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+) -> tl.tensor:
     """What a token adds to its upper sets: 1, or its probability if it is above the key `lowest`."""
     if COUNTS:
         return inside.to(tl.int64)
@@ -60,16 +60,16 @@ def measures_of(
 
 @triton.jit
 def find_key(
-    logits,
-    vocab_size,
-    maximum,
-    inverse_temperature,
-    needed,  # the measure that the upper set must have
-    lowest,  # key: the measure of all tokens at it is `at_lowest`, and those below have none
-    at_lowest,
+    logits: tl.tensor,
+    vocab_size: int,
+    maximum: tl.tensor,
+    inverse_temperature: float,
+    needed: tl.tensor,  # the measure that the upper set must have
+    lowest: tl.tensor,  # key: the measure of all tokens at it is `at_lowest`, and those below have none
+    at_lowest: tl.tensor,
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+) -> tl.tensor:
     """The largest key whose upper set has a measure of at least `needed`."""
     found = LOWEST_KEY
     found = found.to(tl.int32)
@@ -123,7 +123,14 @@ def find_key(
 
 
 @triton.jit
-def measure_at(logits, vocab_size, maximum, inverse_temperature, key, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def measure_at(
+    logits: tl.tensor,
+    vocab_size: int,
+    maximum: tl.tensor,
+    inverse_temperature: float,
+    key: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """(tokens above the key, their mass, tokens at it, their mass), int64."""
     count_above = tl.zeros((BLOCK,), tl.int64)
     mass_above = tl.zeros((BLOCK,), tl.int64)
@@ -145,24 +152,8 @@ def measure_at(logits, vocab_size, maximum, inverse_temperature, key, BLOCK: tl.
 
 
 @triton.jit
-def sample_kernel(
-    logits,  # [N, vocab_size], any float type
-    row_stride,
-    uniform,  # [N] float64 in [0, 1)
-    token_ids,  # [N] int64
-    rollout_logprobs,  # [N] float32
-    model_logprobs,  # [N] float32
-    vocab_size,
-    inverse_temperature,
-    top_k,
-    top_p,  # in units of 2^-30
-    HAS_TOP_K: tl.constexpr,
-    HAS_TOP_P: tl.constexpr,
-    IS_MODEL: tl.constexpr,  # the distribution is the model's own
-    BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * row_stride
+def logsumexp_of(logits: tl.tensor, vocab_size: int, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(logsumexp, maximum) of the row."""
     # Finite, so that nothing seen yet times nothing is 0. A NaN may be skipped by the maximum, but stays in the sums.
     maximum = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -172,15 +163,72 @@ def sample_kernel(
         higher = tl.maximum(maximum, tl.max(values, axis=0))
         sums = sums * tl.exp(maximum - higher) + tl.exp(values - higher)
         maximum = higher
-    logsumexp = maximum + tl.log(tl.sum(sums, axis=0))
+    return maximum + tl.log(tl.sum(sums, axis=0)), maximum
 
+
+@triton.jit
+def token_at(
+    logits: tl.tensor,
+    vocab_size: int,
+    maximum: tl.tensor,
+    inverse_temperature: float,
+    key: tl.tensor,
+    num_at_key: tl.tensor,
+    target: tl.tensor,
+    TRUNCATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """The first token at which the kept tokens' mass, in the order of their ids, passes `target`."""
+    token = 0
+    before = tl.zeros((), tl.int64)
+    num_seen = tl.zeros((), tl.int64)  # tokens at the key
+    start = 0
+    while (start < vocab_size) & (before <= target):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < vocab_size
+        values = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        keys = keys_of(values)
+        is_kept = inside & (keys > key)
+        if TRUNCATES:
+            is_at = (inside & (keys == key)).to(tl.int64)
+            is_kept = is_kept | ((is_at > 0) & (num_seen + tl.cumsum(is_at, axis=0) <= num_at_key))
+            num_seen += tl.sum(is_at, axis=0)
+        masses = tl.where(is_kept, masses_of(values, maximum, inverse_temperature), 0)
+        token = start + tl.sum((before + tl.cumsum(masses, axis=0) <= target).to(tl.int32), axis=0)
+        before += tl.sum(masses, axis=0)
+        start += BLOCK
+    return tl.minimum(token, vocab_size - 1)
+
+
+@triton.jit
+def sample_kernel(
+    logits: tl.tensor,  # [N, vocab_size], any float type
+    row_stride: int,
+    uniform: tl.tensor,  # [N] float64 in [0, 1)
+    token_ids: tl.tensor,  # [N] int64
+    rollout_logprobs: tl.tensor,  # [N] float32
+    model_logprobs: tl.tensor,  # [N] float32
+    vocab_size: int,
+    inverse_temperature: float,
+    top_k: int,
+    top_p: int,  # in units of 2^-30
+    HAS_TOP_K: tl.constexpr,
+    HAS_TOP_P: tl.constexpr,
+    IS_MODEL: tl.constexpr,  # the distribution is the model's own
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * row_stride
+    logsumexp, maximum = logsumexp_of(logits, vocab_size, BLOCK)
     # Kept are all tokens above `key`, and the first `num_at_key` of those at it.
     key = LOWEST_KEY
     key = key.to(tl.int32)
     num_at_key = tl.zeros((), tl.int64)
     one_at_key = tl.zeros((), tl.int64)  # mass of a token at the key
     if HAS_TOP_K:
-        key = find_key(logits, vocab_size, maximum, inverse_temperature, top_k.to(tl.int64), key, num_at_key, True, BLOCK)
+        key = find_key(
+            logits, vocab_size, maximum, inverse_temperature, top_k.to(tl.int64), key, num_at_key, True, BLOCK
+        )
     count_above, mass_above, count_at, mass_at = measure_at(
         logits, vocab_size, maximum, inverse_temperature, key, BLOCK
     )
@@ -205,25 +253,9 @@ def sample_kernel(
         total = mass_above + num_at_key * one_at_key
 
     target = tl.minimum((tl.load(uniform + row) * total.to(tl.float64)).to(tl.int64), total - 1)
-    token = 0
-    before = tl.zeros((), tl.int64)
-    num_seen = tl.zeros((), tl.int64)  # tokens at the key
-    start = 0
-    while (start < vocab_size) & (before <= target):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocab_size
-        values = tl.load(logits + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        keys = keys_of(values)
-        is_kept = inside & (keys > key)
-        if HAS_TOP_K or HAS_TOP_P:
-            is_at = (inside & (keys == key)).to(tl.int64)
-            is_kept = is_kept | ((is_at > 0) & (num_seen + tl.cumsum(is_at, axis=0) <= num_at_key))
-            num_seen += tl.sum(is_at, axis=0)
-        masses = tl.where(is_kept, masses_of(values, maximum, inverse_temperature), 0)
-        token = start + tl.sum((before + tl.cumsum(masses, axis=0) <= target).to(tl.int32), axis=0)
-        before += tl.sum(masses, axis=0)
-        start += BLOCK
-    token = tl.minimum(token, vocab_size - 1)
+    token = token_at(
+        logits, vocab_size, maximum, inverse_temperature, key, num_at_key, target, HAS_TOP_K or HAS_TOP_P, BLOCK
+    )
     chosen = tl.load(logits + token).to(tl.float32)
     model_logprob = chosen - logsumexp
     tl.store(token_ids + row, token.to(tl.int64))

@@ -15,7 +15,11 @@ from megatron_oreal.engines.local.triton_sampling import sample_rows
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = not torch.cuda.is_available()
 NUM_DRAWS = 2 if IS_INTERPRETED else 997  # the interpreter takes half a second for one
-FEW = [SamplingParams(0.6, 1.0, 0), SamplingParams(1.0, 0.9, 0), SamplingParams(1.7, 0.8, 5)]  # temperature, top_p, top_k
+FEW = [
+    SamplingParams(0.6, 1.0, 0),
+    SamplingParams(1.0, 0.9, 0),
+    SamplingParams(1.7, 0.8, 5),
+]  # temperature, top_p, top_k
 MANY = [SamplingParams(*numbers) for numbers in product((1.0, 0.6, 1.7), (1.0, 0.9, 0.35, 1e-9), (0, 1, 5, 40))]
 TIES = [SamplingParams(1.0, top_p, top_k) for top_p, top_k in ((1.0, 3), (0.5, 0), (0.95, 7))]
 MANY_TIES = [SamplingParams(1.0, *numbers) for numbers in product((1.0, 0.95, 0.7, 0.5, 0.2), range(10))]
@@ -60,9 +64,7 @@ def check_special_values() -> None:
     rows = torch.tensor([[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [0.0, -math.inf, 0.0]])
     for params in (SamplingParams(), SamplingParams(1.0, 0.8, 2)):
         uniform = torch.full((4,), 0.999, dtype=torch.float64)
-        token_ids, rollout, model = (
-            part.cpu() for part in sample_rows(rows.to(DEVICE), uniform.to(DEVICE), params)
-        )
+        token_ids, rollout, model = (part.cpu() for part in sample_rows(rows.to(DEVICE), uniform.to(DEVICE), params))
         assert token_ids.min() >= 0 and token_ids.max() < 3
         assert model.isfinite().tolist() == rollout.isfinite().tolist() == [False, False, False, True], (model, rollout)
         assert token_ids[3] != 1
