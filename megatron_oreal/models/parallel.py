@@ -23,7 +23,6 @@ from megatron_oreal.config import ParallelConfig
 from megatron_oreal.models import megatron_on_cpu
 from megatron_oreal.parallel.layout import ParallelLayout
 
-
 ON_CUDA = "cpu:gloo,cuda:nccl"  # backends of the group of all processes
 
 

@@ -4,10 +4,11 @@ The definition is `draw` of token_sampling.py. Here each row is one program, whi
 writes three numbers. Probabilities are integers in units of 2^-44 of the most likely token's, so their sums are exact
 and the same in any order.
 
-A truncated distribution is described by two numbers: the logit of its least likely token, and how many tokens of exactly
-this logit, in the order of their ids, belong to it. The logit is the largest one whose upper set, all tokens that are
-at least as likely, still has the wanted count (top-k) or mass (top-p). It is found digit by digit in the floats' bits,
-whose order as integers is that of the floats: two bits in the first pass over the row, three in each of ten more.
+A truncated distribution is described by two numbers: the logit of its least likely token, and how many tokens of
+exactly this logit, in the order of their ids, belong to it. The logit is the largest one whose upper set, all tokens
+that are at least as likely, still has the wanted count (top-k) or mass (top-p). It is found digit by digit in the
+floats' bits, whose order as integers is that of the floats: two bits in the first pass over the row, three in each of
+ten more.
 
 Import this module only where Triton is. TRITON_INTERPRET=1, set before, runs it on a CPU.
 """
@@ -200,7 +201,8 @@ def token_at(
     return tl.minimum(token, vocab_size - 1)
 
 
-@triton.jit
+# Triton makes constants of integers that are 1, and a constant has no type to convert.
+@triton.jit(do_not_specialize=["top_k", "top_p"])
 def sample_kernel(
     logits: tl.tensor,  # [N, vocab_size], any float type
     row_stride: int,
