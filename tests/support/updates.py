@@ -34,7 +34,7 @@ def passes_over_microbatches(
 
     reward_model = build("reward_model", ScalarHead(layout), TrainableConfig())
     policy, reference = build("policy", policy_head, TrainableConfig()), build("reference", policy_head, None)
-    plan = PackingPlan(data_rank=0, data_size=1, microbatch_tokens=48, device=layout.device)
+    plan = PackingPlan(data_rank=0, data_size=1, microbatch_tokens=30, device=layout.device)
     oreal = Oreal(OrealConfig(), plan, 0, policy, reference, reward_model, importance_cap=2.0)
     batch = pack(random_sequences(12), plan)
     assert len(batch.microbatches) >= 5

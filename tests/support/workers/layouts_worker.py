@@ -247,8 +247,8 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
 
 
 def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
-    """1e-6 of the gradient's norm; in single entries cancellation leaves less. CUDA has other kernels for each shape."""
-    rounding = 10.0 if torch.cuda.is_available() else 1.0
+    """1e-6 of the gradient's norm; in single entries cancellation leaves less."""
+    rounding = 10.0 if torch.cuda.is_available() else 1.0  # CUDA has other kernels for other shapes
     first_name, first = next(iter(gradients.items()))
     norm = torch.cat([gradient.flatten() for gradient in first.values()]).norm()
     for name, other in gradients.items():
