@@ -29,6 +29,7 @@ SIGNATURE = {
 FLAGS = ("HAS_TOP_K", "HAS_TOP_P", "IS_MODEL")
 
 
+@pytest.mark.timeout(900)
 def test_interpreted_it_agrees_with_the_sort() -> None:
     """In a process of its own: Triton reads the variable when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
