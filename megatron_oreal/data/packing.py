@@ -163,14 +163,17 @@ def known_logprobs(sequence: TrainingSequence) -> list[float]:
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """Copies from pinned memory, which does not wait for what the device is doing."""
     if device.type != "cpu":
         for name in Microbatch.__slots__:
             value = getattr(microbatch, name)
             if isinstance(value, Tensor):
-                pinned = value.pin_memory() if device.type == "cuda" else value
-                setattr(microbatch, name, pinned.to(device, non_blocking=True))
+                setattr(microbatch, name, copy_to_device(value, device))
     return microbatch
+
+
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory: such a copy does not wait for what a GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:

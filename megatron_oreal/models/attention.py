@@ -25,6 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_oreal.data.packing import copy_to_device
+
 # A padded batch holds segments of at least this share of its longest: the padding is bounded by 1 / share.
 SHORTEST_SHARE = 0.6
 
@@ -55,8 +57,8 @@ def pack_segments(cu_seqlens: Tensor, lengths: Sequence[int], dtype: torch.dtype
     )
     if not takes_packed_tokens(cu_seqlens.device, dtype):
         indices, restore_index = padded_batches(lengths)
-        packed.padded_indices = [to_device(index, cu_seqlens.device) for index in indices]
-        packed.restore_index = to_device(restore_index, cu_seqlens.device)
+        packed.padded_indices = [copy_to_device(index, cu_seqlens.device) for index in indices]
+        packed.restore_index = copy_to_device(restore_index, cu_seqlens.device)
     return packed
 
 
@@ -78,10 +80,6 @@ def padded_batches(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         restore_index[index[within]] = slots[within]
         offset += index.numel()
     return padded_indices, restore_index
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:

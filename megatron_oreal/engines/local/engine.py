@@ -343,8 +343,13 @@ class Rows:
 
     def only(self, kept: Tensor) -> Rows:
         """kept: rising indices into [B]."""
-        selected = (part.index_select(0, kept) for part in (self.numbers, self.seeds, self.lengths, self.is_live))
-        return Rows(*selected, self.stop_ids)
+        return Rows(
+            numbers=self.numbers.index_select(0, kept),
+            seeds=self.seeds.index_select(0, kept),
+            lengths=self.lengths.index_select(0, kept),
+            is_live=self.is_live.index_select(0, kept),
+            stop_ids=self.stop_ids,
+        )
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ The uniform of a token depends on its row's seed and its position in the respons
 what else is in the batch, on the process that decodes it or on the device. The generator is splitmix64 (Steele, Lea and
 Flood, 2014, "Fast splittable pseudorandom number generators"), read at `position` instead of being stepped.
 
-The functions here are the definition, and what runs on a CPU. On a GPU with Triton, triton_sampling.py computes the
-same without sorting the vocabulary.
+The functions here are the definition, and what runs on a CPU. On a GPU with Triton, kernels/triton_sampling.py
+computes the same without sorting the vocabulary.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def draw_with(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Draws:
         return draw_greedily(logits.float())
     sample_rows = gpu_sampler() if logits.is_cuda and logits.shape[1] <= MAX_GPU_VOCABULARY else None
     if sample_rows is not None:
-        return Draws(*sample_rows(logits, uniform, params))
+        return Draws(*sample_rows(logits, uniform, params.temperature, params.top_k, params.top_p))
     logits = logits.float()
     model_logprobs = torch.log_softmax(logits, dim=-1)
     rollout_logprobs = model_logprobs
@@ -108,10 +108,10 @@ MAX_GPU_VOCABULARY = 2**18  # beyond it, the integer sums of triton_sampling.py 
 
 
 @functools.cache
-def gpu_sampler() -> Callable[[Tensor, Tensor, SamplingParams], tuple[Tensor, Tensor, Tensor]] | None:
+def gpu_sampler() -> Callable[[Tensor, Tensor, float, int, float], tuple[Tensor, Tensor, Tensor]] | None:
     """None where Triton is not installed."""
     try:
-        from megatron_oreal.engines.local.triton_sampling import sample_rows
+        from megatron_oreal.kernels.triton_sampling import sample_rows
     except ImportError:
         return None
     return sample_rows

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_oreal.engines.engine import SamplingParams
 from megatron_oreal.engines.local.token_sampling import truncate
-from megatron_oreal.engines.local.triton_sampling import sample_rows
+from megatron_oreal.kernels.triton_sampling import sample_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = not torch.cuda.is_available()
@@ -43,12 +43,17 @@ def random_logits(size: int) -> Tensor:
     return 3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
 
 
+def sample(rows: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, ...]:
+    results = sample_rows(rows.to(DEVICE), uniform.to(DEVICE), params.temperature, params.top_k, params.top_p)
+    return tuple(result.cpu() for result in results)
+
+
 def check(logits: Tensor, params: SamplingParams) -> None:
     """Each kept token is drawn in its share of evenly spaced numbers, and no other token is."""
     wanted = truncate(logits[None] / params.temperature, params.top_k, params.top_p)[0].double().softmax(0)
     uniform = (torch.arange(NUM_DRAWS, dtype=torch.float64) + 0.37) / NUM_DRAWS
-    rows = logits.expand(NUM_DRAWS, -1).contiguous().to(DEVICE)
-    token_ids, rollout, model = (part.cpu() for part in sample_rows(rows, uniform.to(DEVICE), params))
+    rows = logits.expand(NUM_DRAWS, -1).contiguous()
+    token_ids, rollout, model = sample(rows, uniform, params)
     cumulated = wanted.cumsum(0)
     expected = torch.searchsorted(cumulated, uniform, right=True)
     # A number within rounding of a border between two tokens may fall on either side.
@@ -64,7 +69,7 @@ def check_special_values() -> None:
     rows = torch.tensor([[math.nan, 0.0, 1.0], [math.inf, 0.0, 1.0], [-math.inf] * 3, [0.0, -math.inf, 0.0]])
     for params in (SamplingParams(), SamplingParams(1.0, 0.8, 0)):
         uniform = torch.full((4,), 0.999, dtype=torch.float64)
-        token_ids, rollout, model = (part.cpu() for part in sample_rows(rows.to(DEVICE), uniform.to(DEVICE), params))
+        token_ids, rollout, model = sample(rows, uniform, params)
         assert token_ids.min() >= 0 and token_ids.max() < 3
         assert model.isfinite().tolist() == rollout.isfinite().tolist() == [False, False, False, True], (model, rollout)
         assert token_ids[3] != 1

@@ -1,8 +1,8 @@
 """Samples one token a row on a GPU, without sorting the vocabulary: temperature, top-k, top-p and the inverse CDF.
 
-The definition is `draw` of token_sampling.py. Here each row is one program, which reads its logits several times and
-writes three numbers. Probabilities are integers in units of 2^-44 of the most likely token's, so their sums are exact
-and the same in any order.
+The definition is `draw_with` of engines/local/token_sampling.py. Here each row is one program, which reads its logits
+several times and writes three numbers. Probabilities are integers in units of 2^-44 of the most likely token's, so their
+sums are exact and the same in any order.
 
 A truncated distribution is described by two numbers: the logit of its least likely token, and how many tokens of
 exactly this logit, in the order of their ids, belong to it. The logit is the largest one whose upper set, all tokens
@@ -19,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from megatron_oreal.engines.engine import SamplingParams
 
 BLOCK = 1024  # columns at a time
 NUM_WARPS = 8
@@ -212,8 +210,8 @@ def sample_kernel(
     model_logprobs: tl.tensor,  # [N] float32
     vocab_size: int,
     inverse_temperature: float,
-    top_k: int,
-    top_p: int,  # in units of 2^-30
+    top_k: tl.tensor,
+    top_p: tl.tensor,  # in units of 2^-30
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     IS_MODEL: tl.constexpr,  # the distribution is the model's own
@@ -271,17 +269,19 @@ def sample_kernel(
         tl.store(rollout_logprobs + row, tl.where(model_logprob == model_logprob, rollout_logprob, model_logprob))
 
 
-def sample_rows(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+def sample_rows(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """(token_ids [N] int64, rollout_logprobs [N] float32, model_logprobs [N] float32) of logits [N, V].
 
-    uniform: [N] float64 in [0, 1). The temperature must be > 0. Rows whose logits are not finite get a token of the
-    vocabulary and log-probs that are not finite.
+    uniform: [N] float64 in [0, 1). temperature > 0; top_k 0 and top_p 1 keep every token. Rows whose logits are not
+    finite get a token of the vocabulary and log-probs that are not finite.
     """
     num_rows, vocab_size = logits.shape
-    assert params.temperature > 0 and vocab_size <= 2**18 and logits.stride(1) == 1
+    assert temperature > 0 and vocab_size <= 2**18 and logits.stride(1) == 1
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(2, num_rows, dtype=torch.float32, device=logits.device)
-    has_top_k, has_top_p = 0 < params.top_k < vocab_size, params.top_p < 1
+    has_top_k, has_top_p = 0 < top_k < vocab_size, top_p < 1
     sample_kernel[(num_rows,)](
         logits,
         logits.stride(0),
@@ -290,12 +290,12 @@ def sample_rows(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tupl
         logprobs[0],
         logprobs[1],
         vocab_size,
-        1.0 / params.temperature,
-        params.top_k,
-        round(params.top_p * MASS_ONE),
+        1.0 / temperature,
+        top_k,
+        round(top_p * MASS_ONE),
         HAS_TOP_K=has_top_k,
         HAS_TOP_P=has_top_p,
-        IS_MODEL=params.temperature == 1 and not has_top_k and not has_top_p,
+        IS_MODEL=temperature == 1 and not has_top_k and not has_top_p,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )

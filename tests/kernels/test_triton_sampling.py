@@ -52,7 +52,7 @@ def test_compiled_for_hopper_nothing_spills(truncates: tuple[bool, bool], tmp_pa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_oreal.engines.local import triton_sampling
+    from megatron_oreal.kernels import triton_sampling
 
     source = ASTSource(
         fn=triton_sampling.sample_kernel,
