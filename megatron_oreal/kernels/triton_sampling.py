@@ -1,8 +1,8 @@
 """Samples one token a row on a GPU, without sorting the vocabulary: temperature, top-k, top-p and the inverse CDF.
 
 The definition is `draw_with` of engines/local/token_sampling.py. Here each row is one program, which reads its logits
-several times and writes three numbers. Probabilities are integers in units of 2^-44 of the most likely token's, so their
-sums are exact and the same in any order.
+several times and writes three numbers. Probabilities are integers in units of 2^-44 of the most likely token's, so
+their sums are exact and the same in any order.
 
 A truncated distribution is described by two numbers: the logit of its least likely token, and how many tokens of
 exactly this logit, in the order of their ids, belong to it. The logit is the largest one whose upper set, all tokens

@@ -236,7 +236,7 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:  # [S, B, heads * head_dim]
         tokens, batch, heads, head_dim = query.shape
         if packed_seq_params is None:
-            out = causal_batch(*(x.transpose(0, 1) for x in (query, key, value)), self.softmax_scale)
+            out = causal_batch(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self.softmax_scale)
             return out.transpose(0, 1).reshape(tokens, batch, heads * head_dim)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if packed_seq_params.restore_index is None:
