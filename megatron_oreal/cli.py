@@ -33,6 +33,7 @@ from megatron_oreal.launch import (
     launch,
     on_interrupt,
     set_threads,
+    use_expandable_segments,
 )
 from megatron_oreal.weights.families import trainable_families
 
@@ -162,6 +163,8 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         launch(config)
     else:
         set_threads(1 if "RANK" not in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if config.rollout.engine == "local" or config.rollout.sglang.weight_transport != "tensor":
+            use_expandable_segments()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_launcher()
         run(config)

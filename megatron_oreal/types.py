@@ -223,6 +223,14 @@ class Microbatch:
     advantages: Tensor  # [T] float32, 0 outside the loss mask
     is_correct: Tensor  # [N] bool
     engine_logprobs: Tensor  # [T] float32, the engine's untempered log-probs of the sampled tokens, NaN where unknown
+    # The following say where the trained tokens are. Packing computes them on the host, so that selecting trained
+    # tokens never waits for the device, as selecting by a mask would.
+    lengths: tuple[int, ...]  # tokens of each sequence, the filler's included
+    trained: Tensor  # [T'] int64, rising positions t where loss_mask[t]
+    trained_correct: Tensor  # [C] int64, those of correct sequences
+    trained_incorrect: Tensor  # [I] int64, the others
+    trained_places: Tensor  # [T'] int64, each trained token's index in its sequence's response
+    longest_response: int  # trained tokens of the longest response, at least 1
     reference_logprobs: Tensor | None = None  # [T]
     old_logprobs: Tensor | None = None  # [T]
     token_scores: Tensor | None = None  # [T] the reward model's, before its update

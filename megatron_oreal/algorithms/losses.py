@@ -55,7 +55,7 @@ def outcome_cross_entropy(scores: Tensor, microbatch: Microbatch, num_sequences:
 
 def cross_entropy(outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
     """Returns the mean negative log-prob of the trained tokens."""
-    loss = -outputs.values[microbatch.loss_mask].sum() / batch.num_tokens
+    loss = -outputs.values.index_select(0, microbatch.trained).sum() / batch.num_tokens
     return LossOutput(loss, {"loss": loss.detach(), "entropy": mean_entropy(outputs, batch).detach()})
 
 
@@ -103,7 +103,7 @@ class PolicyTerms:
 
     def mean(self, values: Tensor) -> Tensor:
         """Returns this micro-batch's share of the mean of values [T] over all trained tokens of the batch."""
-        return values[self.microbatch.loss_mask].sum() / self.batch.num_tokens
+        return values.index_select(0, self.microbatch.trained).sum() / self.batch.num_tokens
 
     def kl(self, kind: str, target_logprobs: Tensor) -> Tensor:
         """Returns this micro-batch's share of the mean KL divergence to the target, in nats a token."""
@@ -147,8 +147,8 @@ def importance_weights(microbatch: Microbatch, cap: float) -> Tensor:
     RL training"). It corrects for samples of other weights, or of other kernels, than those that are trained.
     """
     weights = torch.ones_like(microbatch.engine_logprobs)
-    weights[microbatch.loss_mask] = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
-    return weights
+    ratios = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
+    return weights.index_copy_(0, microbatch.trained, ratios)
 
 
 def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict[str, Tensor]:
@@ -164,8 +164,8 @@ def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict
 def log_ratio_to_engine(microbatch: Microbatch) -> Tensor:
     """Returns log(pi_old / pi_engine) of the trained tokens, in nats; 0 where the engine's log-prob is unknown."""
     assert microbatch.old_logprobs is not None, 'the first pass needs keep="old_logprobs"'
-    known = microbatch.engine_logprobs[microbatch.loss_mask]
-    difference = microbatch.old_logprobs[microbatch.loss_mask] - known
+    known = microbatch.engine_logprobs.index_select(0, microbatch.trained)
+    difference = microbatch.old_logprobs.index_select(0, microbatch.trained) - known
     return torch.where(known.isnan(), 0.0, difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

@@ -49,7 +49,7 @@ class Oreal:
     @classmethod
     def build(cls, config: OrealConfig, run: TrainConfig, models: ModelSource) -> Oreal:
         """OREAL with the models that its configuration asks for."""
-        learns_scores, is_pulled = config.reward_model.enabled, config.kl_coef > 0 and config.kl_target == "initial"
+        learns_scores = config.reward_model.enabled
         policy_steps = max(1, run.num_steps - config.policy_freeze_steps * learns_scores)
         policy = models.policy(policy_steps * run.policy.updates_per_step)
         reward_model = None
@@ -61,7 +61,7 @@ class Oreal:
             plan=models.plan,
             seed=run.seed,
             policy=policy,
-            reference=models.reference() if is_pulled else None,
+            reference=models.reference() if config.uses_reference else None,
             reward_model=reward_model,
             policy_updates=run.policy.updates_per_step,
             reward_model_updates=config.reward_model.updates_per_step,
@@ -102,11 +102,10 @@ class Oreal:
         """Eq. 12: the cross entropy of each sequence's mean score with its outcome."""
         scores = align(outputs.values, self.config)
         output = outcome_cross_entropy(scores, microbatch, batch.num_sequences)
-        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
-        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
+        correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
         output.metrics |= {
-            "score_correct": scores.detach()[correct].sum() / max(1, batch.num_correct_tokens),
-            "score_incorrect": scores.detach()[incorrect].sum() / max(1, batch.num_incorrect_tokens),
+            "score_correct": scores.detach().index_select(0, correct).sum() / max(1, batch.num_correct_tokens),
+            "score_incorrect": scores.detach().index_select(0, incorrect).sum() / max(1, batch.num_incorrect_tokens),
         }
         return output
 
@@ -116,10 +115,9 @@ class Oreal:
         logprobs, old_logprobs = terms.logprobs, terms.old_logprobs
         assert microbatch.coefficients is not None
         coefficients = terms.corrected(microbatch.coefficients)
-        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
-        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
-        positive = -(coefficients * logprobs)[correct].sum()
-        negative = -(coefficients * (logprobs - old_logprobs).exp())[incorrect].sum()
+        correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
+        positive = -(coefficients * logprobs).index_select(0, correct).sum()
+        negative = -(coefficients * (logprobs - old_logprobs).exp()).index_select(0, incorrect).sum()
         is_initial = self.config.kl_target == "initial"
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
@@ -264,8 +262,8 @@ def weight_metrics(microbatch: Microbatch, batch: Batch, correct: Tensor, incorr
     weights = microbatch.token_weights
     assert weights is not None
     return {
-        "weight_positive": weights[correct].sum() / max(1, batch.num_correct_tokens),
-        "weight_negative": weights[incorrect].sum() / max(1, batch.num_incorrect_tokens),
-        "weight_zero_share": (weights[microbatch.loss_mask] == 0).sum() / batch.num_tokens,
+        "weight_positive": weights.index_select(0, correct).sum() / max(1, batch.num_correct_tokens),
+        "weight_negative": weights.index_select(0, incorrect).sum() / max(1, batch.num_incorrect_tokens),
+        "weight_zero_share": (weights.index_select(0, microbatch.trained) == 0).sum() / batch.num_tokens,
         "weight_max": weights.max(),
     }

@@ -52,7 +52,7 @@ class Outcome:
             plan=models.plan,
             group_size=run.rollout.group_size,
             policy=models.policy(run.num_steps * run.policy.updates_per_step),
-            reference=models.reference() if config.kl_coef > 0 else None,
+            reference=models.reference() if config.uses_reference else None,
             policy_updates=run.policy.updates_per_step,
             importance_cap=run.importance_cap,
         )
@@ -107,7 +107,8 @@ class Outcome:
         coefficients = terms.corrected(microbatch.coefficients)
         ratio = self.ratio(terms.logprobs - terms.old_logprobs, microbatch)
         clipped = ratio.clamp(*self.clip_bounds)
-        loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[microbatch.loss_mask].sum()
+        gains = torch.minimum(coefficients * ratio, coefficients * clipped)
+        loss = surrogate = -gains.index_select(0, microbatch.trained).sum()
         metrics = {
             "loss_surrogate": surrogate,
             "entropy": terms.entropy(),

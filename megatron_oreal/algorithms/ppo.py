@@ -53,7 +53,7 @@ class Ppo:
             seed=run.seed,
             policy=policy,
             critic=critic,
-            reference=models.reference() if config.kl_coef > 0 or config.kl_reward_coef > 0 else None,
+            reference=models.reference() if config.uses_reference else None,
             importance_cap=run.importance_cap,
         )
 
@@ -102,7 +102,7 @@ class Ppo:
 
     def whiten(self, batch: Batch) -> Metrics:
         """Gives the advantages mean 0 and variance 1 over the step's tokens; the metrics are those from before."""
-        chosen = torch.cat([microbatch.advantages[microbatch.loss_mask] for microbatch in batch.microbatches]).double()
+        chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
         sums = torch.stack([chosen.sum(), chosen.square().sum()])
         total, squares = self.policy.sum_over_data(sums).tolist()
         mean = total / batch.num_tokens
@@ -136,18 +136,18 @@ class Ppo:
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns half the squared error of the value; with clipping, the larger of the clipped and the free error."""
-        values, old_values, returns, mask = outputs.values, microbatch.values, microbatch.returns, microbatch.loss_mask
+        values, old_values, returns, trained = outputs.values, microbatch.values, microbatch.returns, microbatch.trained
         assert old_values is not None and returns is not None
         errors = (values - returns).square()
         if self.config.value_clip is not None:
             near = old_values + (values - old_values).clamp(-self.config.value_clip, self.config.value_clip)
             errors = torch.maximum(errors, (near - returns).square())
-        loss = 0.5 * errors[mask].sum() / batch.num_tokens
+        loss = 0.5 * errors.index_select(0, trained).sum() / batch.num_tokens
         metrics = {
             "loss": loss.detach(),
-            "value_mean": values.detach()[mask].sum() / batch.num_tokens,
-            "return_mean": returns[mask].sum() / batch.num_tokens,
-            "error": (values.detach() - returns).square()[mask].sum() / batch.num_tokens,
+            "value_mean": values.detach().index_select(0, trained).sum() / batch.num_tokens,
+            "return_mean": returns.index_select(0, trained).sum() / batch.num_tokens,
+            "error": (values.detach() - returns).square().index_select(0, trained).sum() / batch.num_tokens,
         }
         return LossOutput(loss, metrics)
 

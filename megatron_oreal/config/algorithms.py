@@ -41,6 +41,11 @@ class AlgorithmConfig(Section):
         return SampleNeeds()
 
     @property
+    def uses_reference(self) -> bool:
+        """Whether it holds the frozen initial policy."""
+        return False
+
+    @property
     def scalar_models(self) -> dict[str, ScalarModelConfig]:
         """The sections of the models that it trains besides the policy, by name: {"critic": ...}."""
         return {name: value for name, value in self if isinstance(value, ScalarModelConfig)}
@@ -109,6 +114,10 @@ class OrealConfig(AlgorithmConfig):
     @property
     def sample_needs(self) -> SampleNeeds:
         return SampleNeeds(needs_mixed=self.selection != "all")
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0 and self.kl_target == "initial"
 
 
 OREAL_PRESETS: dict[str, dict[str, Any]] = {
@@ -186,6 +195,10 @@ class PpoConfig(AlgorithmConfig):
             )
         return self
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0 or self.kl_reward_coef > 0
+
 
 OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # which objectives an option belongs to
     "h": ("expression",),
@@ -258,6 +271,10 @@ class OutcomeConfig(AlgorithmConfig):
     def sample_needs(self) -> SampleNeeds:
         is_pure = self.objective == "pure_rejection_sampling"
         return SampleNeeds(self.num_correct if is_pure else 0, self.dynamic_sampling)
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0
 
 
 # Adding an algorithm: its section joins this union, and its row ALGORITHMS in algorithms/registry.py.

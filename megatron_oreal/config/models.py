@@ -13,6 +13,7 @@ from megatron_oreal.config.section import Section
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
 HeadPrecision = Literal["fp32", "bf16", "fp8_grad"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 # Who multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
 HeadFp8 = Literal["torch", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"]
 
@@ -22,11 +23,14 @@ class ModelConfig(Section):
 
     path: Path  # The Hugging Face directory with config.json and the initial weights.
     tokenizer: Path | None = None  # The folder of the tokenizer; null takes model.path.
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights in the optimizer.
+    # bfloat16 keeps float32 master weights in the optimizer; auto is bfloat16 on CUDA and float32 on a CPU.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # Who computes attention and linear layers; auto takes Transformer Engine on CUDA where it can be imported.
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
-    # full keeps no activations of the layers and computes them again in the backward pass: less memory, more time.
-    recompute: Literal["none", "full"] = "none"
+    # Which activations the backward pass computes again: those of whole layers (full: least memory, most time), those
+    # of recompute_modules (selective), or none. auto is none on a CPU, and on CUDA the first that fits the memory.
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    recompute_modules: list[RecomputeModule] = ["mlp"]  # The modules of recompute=selective.
     # The FP8 recipe of the transformer's linear layers, through Transformer Engine; null computes in model.dtype.
     fp8: Fp8Recipe | None = None
     fp8_bf16_ends: int = Field(default=0, ge=0)  # So many layers at the start and at the end stay in bfloat16.
@@ -82,7 +86,12 @@ class OptimizerConfig(Section):
     beta2: float = Field(default=0.999, ge=0, lt=1)  # The decay of its running mean square.
     eps: float = Field(default=1e-8, gt=0)  # It is added to the root of the mean square.
     clip_grad: float = Field(default=1.0, ge=0)  # The largest global norm of the gradient; 0 does not clip.
-    distributed: bool = False  # The replicas share the optimizer's state instead of each holding all of it.
+    # The replicas share the optimizer's state instead of each holding all of it; auto: on CUDA with several replicas.
+    distributed: bool | Literal["auto"] = "auto"
+    # Gradients are summed over the replicas while the backward pass goes on; auto: as distributed, not for experts.
+    overlap_grad_reduce: bool | Literal["auto"] = "auto"
+    # Adam's running means; bfloat16 needs distributed and Transformer Engine.
+    moments: Literal["float32", "bfloat16"] = "float32"
 
     effects: ClassVar[Effects] = ((("min_lr", "decay_steps"), choice("decay", "cosine")),)
 

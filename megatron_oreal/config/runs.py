@@ -108,7 +108,8 @@ class ModelRunConfig(Section):
 
     run_dir: Path  # The folder of everything that the run writes; the same command again resumes what is there.
     seed: int = 0  # Everything that is drawn at random depends on it.
-    deterministic: bool = True  # Torch uses deterministic algorithms where the device has them.
+    # Updates give the same numbers each time; auto: on a CPU, where that costs little, and not on CUDA.
+    deterministic: bool | Literal["auto"] = "auto"
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
 

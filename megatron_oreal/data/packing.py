@@ -133,6 +133,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
     for number, (begin, end) in enumerate(pairwise(borders)):
         position_ids[begin:end] = positions[: end - begin]
         sequence_ids[begin:end] = number
+    places = []  # of each sequence: the trained tokens' indices in its response
     for begin, sequence in zip(borders, sequences, strict=False):
         known = sequence.model_logprobs
         assert len(sequence.prompt_ids), "the first response token is predicted by the last prompt token"
@@ -144,6 +145,11 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
         loss_mask[trained] = True
         advantages[trained] = sequence.advantage
         engine_logprobs.numpy()[trained] = known if len(known) else math.nan
+        places.append(positions[: end - response])
+    is_correct = torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding))
+    trained_tokens = loss_mask.nonzero()[:, 0]
+    of_correct = is_correct[sequence_ids[trained_tokens]]
+    trained_places = torch.cat(places) if places else trained_tokens
     microbatch = Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
@@ -153,8 +159,14 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
         loss_mask=loss_mask,
         sequence_ids=sequence_ids,
         advantages=advantages,
-        is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
+        is_correct=is_correct,
         engine_logprobs=engine_logprobs,
+        lengths=tuple(lengths),
+        trained=trained_tokens,
+        trained_correct=trained_tokens[of_correct],
+        trained_incorrect=trained_tokens[~of_correct],
+        trained_places=trained_places,
+        longest_response=int(trained_places.max()) + 1 if len(trained_places) else 1,
     )
     return to_device(microbatch, device)
 
@@ -164,33 +176,33 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
         for name in Microbatch.__slots__:
             value = getattr(microbatch, name)
             if isinstance(value, Tensor):
-                setattr(microbatch, name, value.to(device, non_blocking=True))
+                setattr(microbatch, name, copy_to_device(value, device))
     return microbatch
 
 
-def response_index(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """For each trained token, in packed order: its sequence [T'] and its position in the response [T']."""
-    trained = microbatch.loss_mask.nonzero()[:, 0]
-    sequence = microbatch.sequence_ids[trained]
-    first = torch.full((microbatch.num_sequences,), len(microbatch.labels), device=trained.device)
-    first = first.scatter_reduce(0, sequence, trained, "amin")
-    return sequence, trained - first[sequence]
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory: such a copy does not wait for what a GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Values [T] as rows [N, longest response], and the mask that is True where a row has a response token."""
-    sequence, position = response_index(microbatch)
-    longest = int(position.max()) + 1 if position.numel() else 1
-    padded = torch.zeros(microbatch.num_sequences, longest, dtype=values.dtype, device=values.device)
-    mask = torch.zeros_like(padded, dtype=torch.bool)
-    padded[sequence, position] = values[microbatch.loss_mask]
-    mask[sequence, position] = True
+    """Per-token values [T] -> [N, longest response], and the mask of what is a response token there."""
+    shape = (microbatch.num_sequences, microbatch.longest_response)
+    slots = response_slots(microbatch)
+    padded = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=values.device)
+    padded.view(-1).index_copy_(0, slots, values.index_select(0, microbatch.trained))
+    mask.view(-1).index_fill_(0, slots, True)
     return padded, mask
 
 
 def unpad_responses(padded: Tensor, microbatch: Microbatch) -> Tensor:
-    """The inverse of `pad_responses`: [N, longest response] -> [T], 0 outside the loss mask."""
-    sequence, position = response_index(microbatch)
+    """The inverse of pad_responses: [N, longest] -> [T], 0 outside the loss mask."""
     values = torch.zeros(len(microbatch.labels), dtype=padded.dtype, device=padded.device)
-    values[microbatch.loss_mask] = padded[sequence, position]
-    return values
+    return values.index_copy_(0, microbatch.trained, padded.reshape(-1).index_select(0, response_slots(microbatch)))
+
+
+def response_slots(microbatch: Microbatch) -> Tensor:
+    """[T'] int64: where each trained token stands in a flattened [N, longest response]."""
+    sequences = microbatch.sequence_ids.index_select(0, microbatch.trained)
+    return sequences * microbatch.longest_response + microbatch.trained_places

@@ -69,7 +69,7 @@ class LogprobHead:
     def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
         shared = model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
-        trained = microbatch.loss_mask.nonzero()[:, 0]
+        trained = microbatch.trained
         selected = whole_sequence(hidden, self.layout).index_select(0, trained)
         hidden = selected.to(weight.dtype)
         logprobs, _, entropy = linear_logprob(

@@ -23,12 +23,14 @@ from megatron_oreal.models.build import (
     PackedGPTModel,
     build_chunks,
     global_parameters,
+    resolved_for,
     transformer_config,
     uses_transformer_engine,
 )
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
+from megatron_oreal.models.parallel import deterministic_algorithms
 from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
@@ -55,6 +57,7 @@ class TrainableModel:
         num_updates: int = 1,
     ) -> None:
         self.name, self.architecture, self.head, self.layout = name, architecture, head, layout
+        config = resolved_for(config, layout.device)
         self.transformer_engine = uses_transformer_engine(config, layout.device)
         self.megatron_config = transformer_config(architecture, config, layout, self.transformer_engine)
         self.chunks: list[PackedGPTModel] = build_chunks(
@@ -64,7 +67,7 @@ class TrainableModel:
         self.memory = DeviceMemory()
         self.training: Training | None = None
         if training is not None:
-            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates)
+            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates, layout)
         else:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
@@ -109,9 +112,13 @@ class TrainableModel:
         return {f"time/in_update/{self.name}_{kind}": value for kind, value in seconds.items()}
 
     @contextmanager
-    def _timed(self, kind: str) -> Iterator[None]:
+    def _pass(self, kind: str) -> Iterator[None]:
+        """Around one pass over a batch. Each model pays for its own work: the device is waited for at the end."""
         start = time.perf_counter()
-        yield
+        with deterministic_algorithms(self.layout.deterministic_updates):
+            yield
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
     @torch.no_grad()
@@ -121,14 +128,14 @@ class TrainableModel:
         def collect(outputs: TokenOutputs, _microbatch: Microbatch) -> Tensor:
             return outputs.values
 
-        with self._timed("forward"):
+        with self._pass("forward"):
             values = self._run(batch, collect, forward_only=True)
         self._fill_stream(batch, stream, values)
 
     @torch.no_grad()
     def measure(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
         """Returns the loss's metrics and updates nothing. `keep`: see `_run_loss`."""
-        with self._timed("forward"):
+        with self._pass("forward"):
             outputs: list[LossOutput] = self._run_loss(batch, loss, keep, forward_only=True)
         return self._reduce([output.metrics for output in outputs])
 
@@ -137,7 +144,7 @@ class TrainableModel:
 
         Raises NonFiniteLossError, before the weights change, naming the component.
         """
-        with self._timed("train"):
+        with self._pass("train"):
             return self._train_step(batch, loss, keep)
 
     def _train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None) -> dict[str, float]:
@@ -230,7 +237,8 @@ class TrainableModel:
     def _packed_parameters(self, microbatch: Microbatch) -> PackedSeqParams:
         if not self.transformer_engine:
             if microbatch.packed is None:
-                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.max_seqlen)
+                dtype = self.megatron_config.params_dtype
+                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.lengths, dtype)
             return microbatch.packed  # type: ignore[return-value]
         lengths = {"cu_seqlens_q": microbatch.cu_seqlens, "cu_seqlens_kv": microbatch.cu_seqlens}
         longest = {"max_seqlen_q": microbatch.max_seqlen, "max_seqlen_kv": microbatch.max_seqlen}

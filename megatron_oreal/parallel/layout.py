@@ -26,6 +26,8 @@ class ParallelLayout:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    # Updates run under torch's deterministic algorithms; on a CPU everything does, see models/parallel.py.
+    deterministic_updates: bool = False
 
     @property
     def is_main(self) -> bool:

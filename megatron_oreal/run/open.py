@@ -29,7 +29,8 @@ from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
-from megatron_oreal.run.devices import device_sharing
+from megatron_oreal.run.device_defaults import describe, with_device_defaults
+from megatron_oreal.run.devices import device_sharing, make_room_for_models
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     CHANGEABLE_IN_EVAL,
@@ -49,6 +50,7 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
     """Opens a reinforcement learning run, resumed from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    config = with_device_defaults(config, architecture)
     prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
     encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
@@ -63,6 +65,7 @@ def open_sft(config: SftConfig) -> AbstractContextManager[Run[SftConfig, Trainin
     """Opens a supervised run, resumed from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    config = with_device_defaults(config, architecture)
     sequences, num_skipped = encode_examples(read_examples(config.data.examples), inputs.tokenizer, config.data)
     check_vocabulary((sequence.token_ids for sequence in sequences), architecture)
     note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
@@ -75,6 +78,7 @@ def open_sft(config: SftConfig) -> AbstractContextManager[Run[SftConfig, Trainin
 def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
     """Opens an evaluation: there is no trainer, the engine's own copy of the model answers. Raises ValueError."""
     inputs = read_inputs(config)
+    config = with_device_defaults(config, inputs.architecture)
     check_run_dir(config, CHANGEABLE_IN_EVAL)
     with ExitStack() as stack:
         layout = stack.enter_context(open_layout(config))
@@ -125,6 +129,7 @@ def open_run(
         layout = stack.enter_context(open_layout(config))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
         engine = stack.enter_context(open_engine(config, layout, announce))
+        make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)
         verifier = stack.enter_context(open_verifier(config.verifier))
         trained = {name: model for name, model in models.items() if model.training is not None}
@@ -162,7 +167,7 @@ def open_run(
         )
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
-        for note in inputs.notes:
+        for note in (describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
         run.push_weights(start_step)
         run.devices.generate()

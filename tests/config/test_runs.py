@@ -96,7 +96,7 @@ def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path, key: str, m
         ("policy.optimizer.lr=inf", "policy.optimizer.lr: Input should be a finite number"),
         ("rollout.top_p=.nan", "rollout.top_p: Input should be a finite number"),
         ("data.shuffle=perhaps", "data.shuffle: Input should be a valid boolean"),
-        ("model.dtype=float16", "model.dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
+        ("model.dtype=float16", "model.dtype: Input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
         ("rollout.stop_tokens=</s>", "rollout.stop_tokens: Input should be a valid list, got '</s>'"),
         ("data.repeats_by_pass_rate=[[0.2, x]]", "data.repeats_by_pass_rate.0.1: Input should be a valid integer"),
         ("model=small", "model: Input should be a valid dictionary"),

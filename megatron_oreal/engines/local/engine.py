@@ -6,14 +6,13 @@ responses.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import ceil
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,32 +26,16 @@ from megatron_oreal.engines.engine import (
     check_prompts,
 )
 from megatron_oreal.engines.local.decoder import LlamaDecoder
-from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
+from megatron_oreal.engines.local.waves import NO_RESPONSES, Decoder, Responses, decode_wave, to_generations
 from megatron_oreal.engines.main_thread import MainThreadCalls
-from megatron_oreal.types import Int32Array, no_ids, no_logprobs
+from megatron_oreal.types import no_ids, no_logprobs
 from megatron_oreal.weights.families import FAMILIES, read_architecture
 from megatron_oreal.weights.initial import hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
-# Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
-DROP_BELOW = 0.9
-
-
-class Decoding(Protocol):
-    def advance(self, token_ids: Tensor) -> Tensor:
-        """Appends token_ids [B]; the logits [B, V] of the next ones."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops all rows but `rows`, indices into [B]."""
-
-
-class Decoder(Protocol):
-    vocab_size: int
-    parameters: dict[str, Tensor]  # writable, by Hugging Face name
-
-    def start(self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, Decoding]:
-        """Prompts [U, P] padded on the left by num_padding [U], prompt_of_row [B] -> first logits [B, V], decoding."""
+LOG = logging.getLogger(__name__)
+USABLE_SHARE = 0.9  # of the free memory of a GPU, for the rows that are decoded together
 
 
 def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -109,17 +92,6 @@ def replace_weights(parameters: dict[str, Tensor], stream: Iterable[tuple[str, T
         raise WeightMismatch(problem)
 
 
-@dataclass(slots=True, frozen=True)
-class Responses:
-    """Responses cut at their lengths' maximum; what lies beyond a row's length is undefined."""
-
-    token_ids: Tensor  # [N, L] int64
-    rollout_logprobs: Tensor  # [N, L] float32
-    model_logprobs: Tensor  # [N, L] float32
-    lengths: Tensor  # [N] int64
-
-
-NO_RESPONSES = Responses(torch.zeros(0, 0).long(), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0).long())
 GIVEN_UP = Generation(no_ids(), no_logprobs(), no_logprobs(), "abort")
 Work = tuple[list[list[GenerationRequest]], SamplingParams]  # one wave: a list of requests for each rank
 
@@ -151,6 +123,7 @@ class LocalEngine:
         self.calls = MainThreadCalls()
         self.decoder: Decoder | None = load_decoder(model_path, device, dtype)
         self.version = 0
+        self.has_told_of_memory = False
         self.has_whole_weights = True  # False after an update that failed half-way
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -176,7 +149,7 @@ class LocalEngine:
         """
         check_prompts(requests, self._updated_decoder().vocab_size)
         generations = [GIVEN_UP] * len(requests)
-        for wave in split_into_waves(requests, self.num_ranks, self.batch_size):
+        for wave in split_into_waves(requests, self.num_ranks, self._rows_of_a_wave(requests, params)):
             shares = [[requests[index] for index in indices] for indices in wave]
             responses = self.calls.run(partial(self._lead, shares, params))
             for indices, part in zip(wave, responses, strict=True):
@@ -229,6 +202,46 @@ class LocalEngine:
             raise RuntimeError("the local engine is half updated: it cannot generate")
         return self._open_decoder()
 
+    def _rows_of_a_wave(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> int:
+        """Returns how many rows a rank decodes together: `batch_size`, or as many as the free memory of a GPU holds."""
+        if self.device.type != "cuda" or not requests:
+            return self.batch_size
+        longest = max(len(request.prompt_ids) for request in requests) + params.max_new_tokens
+        wanted = min(self.batch_size, ceil(len(requests) / self.num_ranks))
+        return self._rows_that_fit(self._open_decoder().bytes_of_row(longest), wanted, longest)
+
+    def _rows_that_fit(self, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
+        """Says once when the rows are fewer than wanted. Raises ValueError where not even one fits."""
+        size = rows_within(free_bytes(self.device), bytes_of_row, wanted, num_tokens)
+        if size < wanted and not self.has_told_of_memory:
+            self.has_told_of_memory = True
+            LOG.warning(
+                "the local engine decodes %d sequences at a time instead of rollout.batch_size=%d: its keys and values "
+                "of %d tokens would not fit the free memory of the GPU",
+                size,
+                self.batch_size,
+                num_tokens,
+            )
+        return size
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU: what the driver has, and what torch's allocator keeps without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def rows_within(num_bytes: int, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
+    """`wanted` rows, or as many as fit USABLE_SHARE of the bytes. Raises ValueError where not even one fits."""
+    size = int(USABLE_SHARE * num_bytes) // bytes_of_row
+    if size < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens: one sequence of {num_tokens} tokens takes {bytes_of_row / 2**30:.1f} GiB of GPU "
+            f"memory in the local engine, and {num_bytes / 2**30:.1f} GiB are free: lower it, or set "
+            "rollout.engine=sglang"
+        )
+    return min(size, wanted)
+
 
 def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batch_size: int) -> list[list[list[int]]]:
     """Divides the requests into waves; a wave holds at most `batch_size` indices of requests for each rank.
@@ -260,58 +273,6 @@ def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]
     size = len(indices)
     told = [watch(index, generations[index], BatchIndex(position, size)) for position, index in enumerate(indices)]
     return any(told)
-
-
-@torch.inference_mode()
-def decode_wave(
-    decoder: Decoder, requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device
-) -> Responses:
-    """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch."""
-    keys = [request.prompt_ids.tobytes() for request in requests]
-    prompts = {key: request.prompt_ids for key, request in zip(keys, requests, strict=True)}
-    row_of_prompt = {key: row for row, key in enumerate(prompts)}
-    prompt_of_row = torch.tensor([row_of_prompt[key] for key in keys], device=device)
-    prompt_ids, num_padding = pad_left(list(prompts.values()), device)
-    seeds = seed_tensor([request.seed for request in requests], device)
-    stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
-
-    num_rows, max_length = len(requests), params.max_new_tokens
-    token_ids = torch.zeros(max_length, num_rows, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(2, max_length, num_rows, dtype=torch.float32, device=device)
-    lengths = torch.full((num_rows,), max_length, device=device)
-    rows = torch.arange(num_rows, device=device)  # [B], the batch's rows among all
-    is_live = torch.ones(num_rows, dtype=torch.bool, device=device)  # [B]
-    logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row)
-    for position in range(max_length):
-        draws = draw(logits, seeds, position, params)
-        token_ids[position, rows] = draws.token_ids
-        logprobs[0, position, rows], logprobs[1, position, rows] = draws.rollout_logprobs, draws.model_logprobs
-        next_ids = draws.token_ids
-        if params.stop_token_ids:
-            has_stopped = is_live & torch.isin(next_ids, stop_ids)
-            lengths[rows[has_stopped]] = position + 1
-            is_live &= ~has_stopped
-            num_live = int(is_live.sum())
-            if num_live == 0:
-                break
-            if num_live <= DROP_BELOW * len(rows):
-                kept = is_live.nonzero()[:, 0]
-                rows, seeds, next_ids, is_live = rows[kept], seeds[kept], next_ids[kept], is_live[kept]
-                decoding.keep(kept)
-        if position + 1 < max_length:
-            logits = decoding.advance(next_ids)
-    longest = int(lengths.max())
-    return Responses(token_ids[:longest].T, logprobs[0, :longest].T, logprobs[1, :longest].T, lengths)
-
-
-def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [U, P] with zeros before the shorter prompts, and the number of these zeros [U]."""
-    length = max(map(len, prompts))
-    padded = np.zeros((len(prompts), length), dtype=np.int64)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
-    num_padding = [length - len(prompt) for prompt in prompts]
-    return torch.from_numpy(padded).to(device), torch.tensor(num_padding, device=device)
 
 
 def gather_responses(
@@ -361,22 +322,3 @@ def unpack(packed: Tensor) -> Responses:
     return Responses(
         token_ids.long(), logprobs[0].view(torch.float32), logprobs[1].view(torch.float32), packed[:, 0].long()
     )
-
-
-def to_generations(responses: Responses, params: SamplingParams) -> list[Generation]:
-    """Raises FloatingPointError when a log-prob is not finite: the model is broken, its samples are noise."""
-    is_generated = (
-        torch.arange(responses.token_ids.shape[1], device=responses.lengths.device) < responses.lengths[:, None]
-    )
-    if not (responses.model_logprobs.isfinite() | ~is_generated).all():
-        raise FloatingPointError("the model's logits are not finite: the weights are broken")
-    token_ids = responses.token_ids.int().cpu().numpy()
-    rollout, model = responses.rollout_logprobs.cpu().numpy(), responses.model_logprobs.cpu().numpy()
-    generations = []
-    for row, length in enumerate(responses.lengths.tolist()):
-        # Copies, so that the padded arrays of all rows can be freed.
-        ids = token_ids[row, :length].copy()
-        logprobs = rollout[row, :length].copy(), model[row, :length].copy()
-        stopped = length > 0 and int(ids[-1]) in params.stop_token_ids
-        generations.append(Generation(ids, *logprobs, finish_reason="stop" if stopped else "length"))
-    return generations

@@ -86,9 +86,12 @@ def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: Para
         },
         "ppo": {f"micro-batches of {n}": ppo_gradients(folder / "untied", n, layout) for n in (10_000, 1)},
         "updates": {
-            f"{dtype}, distributed {distributed}": updates(folder / "tied", distributed, dtype, layout)
+            f"{dtype}, distributed {distributed}, overlap {overlap}": updates(
+                folder / "tied", distributed, overlap, dtype, layout
+            )
             for dtype in ("float32", "bfloat16")
             for distributed in (False, True)
+            for overlap in (False, True)
         },
         "reward_losses": reward_losses(folder / "untied", layout),
     }
@@ -102,7 +105,7 @@ def build(path: Path, layout: ParallelLayout, head: object = None, **options: ob
         "model",
         architecture,
         head or LogprobHead(layout, architecture.vocab_size),  # type: ignore[arg-type]
-        ModelConfig(path=path, **model_options),  # type: ignore[arg-type]
+        ModelConfig(path=path, **{"dtype": "float32"} | model_options),  # type: ignore[arg-type]
         layout,
         training,  # type: ignore[arg-type]
     )
@@ -246,21 +249,31 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
 
 def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
     """1e-6 of the gradient's norm; in single entries cancellation leaves less."""
+    rounding = 10.0 if torch.cuda.is_available() else 1.0  # CUDA has other kernels for other shapes
     first_name, first = next(iter(gradients.items()))
     norm = torch.cat([gradient.flatten() for gradient in first.values()]).norm()
     for name, other in gradients.items():
         difference = torch.cat([(other[parameter] - gradient).flatten() for parameter, gradient in first.items()])
-        close(difference.norm() / norm, torch.zeros(()), 1e-6, f"gradient of {name} against {first_name}")
+        close(difference.norm() / norm, torch.zeros(()), 1e-6 * rounding, f"gradient of {name} against {first_name}")
         for parameter, gradient in first.items():
             scale = float(gradient.abs().max())
-            close(other[parameter] / scale, gradient / scale, 1e-5, f"{name} against {first_name}: {parameter}")
+            close(
+                other[parameter] / scale, gradient / scale, 1e-5 * rounding, f"{name} against {first_name}: {parameter}"
+            )
 
 
 def updates(
-    path: Path, distributed: bool, dtype: str, layout: ParallelLayout
+    path: Path, distributed: bool, overlap: bool, dtype: str, layout: ParallelLayout
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights after three optimizer steps, and the metrics of each."""
-    optimizer = OptimizerConfig(lr=1e-3, clip_grad=0.5, distributed=distributed, warmup_steps=2, decay="cosine")
+    optimizer = OptimizerConfig(
+        lr=1e-3,
+        clip_grad=0.5,
+        distributed=distributed,
+        overlap_grad_reduce=overlap,
+        warmup_steps=2,
+        decay="cosine",
+    )
     model = build(path, layout, training=TrainableConfig(optimizer=optimizer), dtype=dtype)
     batch = pack(SEQUENCES, plan_of(layout))
     metrics = [model.train_step(batch, weighted_loss) for _ in range(3)]

@@ -95,7 +95,7 @@ def write_model(path: Path, model: Path, seed: int, layout: ParallelLayout) -> P
 def load_policy(path: Path, layout: ParallelLayout) -> TrainableModel:
     architecture = read_architecture(path)
     head = LogprobHead(layout, architecture.vocab_size)
-    policy = TrainableModel("policy", architecture, head, ModelConfig(path=path), layout)
+    policy = TrainableModel("policy", architecture, head, ModelConfig(path=path, dtype="float32"), layout)
     policy.load_weights(path)
     return policy
 
