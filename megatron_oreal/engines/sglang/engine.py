@@ -290,8 +290,8 @@ class SglangEngine:
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Collective. The stream can be iterated again: where a server fails, the others get the weights once more.
 
-        Generation under way waits meanwhile. Raises ServerError naming the server, on every rank; after it the engine
-        is unhealthy until an update succeeds, and what is under way waits for that.
+        Generation under way waits meanwhile. Raises ServerError naming the server, on every rank; after that the engine
+        generates nothing until an update succeeds, and what is under way waits for it.
         """
         self.thread.run(self._hold())
         try:
