@@ -205,7 +205,8 @@ class Ledger(Closing):
                 self.files[step] = (self.folder / f"step_{step:06d}.bin").open("ab")
                 sync_folder(self.folder)
             self.files[step].write(record.encode())
-            self.files[step].flush()
+            if batch.position == batch.size - 1:  # a part of a batch is of no use
+                self.files[step].flush()
             self.unsynced.add(step)
         return record
 

@@ -221,6 +221,19 @@ def test_impossible_combinations_are_refused(tmp_path: Path, overrides: list[str
     assert refuse(tmp_path, *overrides).startswith(message)
 
 
+@pytest.mark.parametrize("override", ["rollout.staleness=1", "rollout.unfinished=resume"])
+def test_what_needs_servers_is_refused_without_them(tmp_path: Path, override: str) -> None:
+    name = override.partition("=")[0]
+    assert f"{name} needs servers: set rollout.engine=sglang, or drop it" in refuse(tmp_path, override)
+    load(tmp_path, override, "rollout.engine=sglang")
+
+
+def test_over_sampling_and_the_ledger_work_with_either_engine(tmp_path: Path) -> None:
+    for engine in ("local", "sglang"):
+        rollout = load(tmp_path, "rollout.oversampling=1.5", f"rollout.engine={engine}").rollout
+        assert (rollout.oversampling, rollout.ledger) == (1.5, True)
+
+
 def test_supervised_training_has_its_own_sections(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
     path.write_text("run_dir: a\nnum_steps: 1\nmodel: {path: m}\ndata: {examples: sft.jsonl}\n")

@@ -90,7 +90,6 @@ def test_a_run_killed_in_a_rollout_generates_only_what_is_missing(
     assert found[2] == len(samples(unbroken, 2).splitlines())
     whole = num_kept - num_kept % (4 * GROUP_SIZE)
     assert found.get(3, 0) == whole < NUM_PROMPTS * GROUP_SIZE
-    assert len(read_records(kept)) >= num_kept
     for step in range(4):
         assert samples(tmp_path / "run", step) == samples(unbroken, step)
     assert records(tmp_path / "run") == records(unbroken)

@@ -288,7 +288,7 @@ class SglangEngine:
         """Collective. The stream is iterated again when a server fails, to send the weights to the other servers.
 
         Requests under way wait meanwhile. Raises ServerError, which names the server, on every rank. After that the
-        engine is unhealthy and requests wait until an update succeeds.
+        engine generates nothing until an update succeeds, and requests under way wait for it.
         """
         self.thread.run(self._hold())
         try:
