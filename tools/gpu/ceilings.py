@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -35,6 +36,11 @@ def seconds_of(run: Callable[[], object], repeats: int = 20) -> float:
     return begin.elapsed_time(end) / 1000 / repeats
 
 
+def rate(run: Callable[[], object], flops: int) -> float:
+    """TFLOP/s."""
+    return round(flops / seconds_of(run) / 1e12, 3)
+
+
 def products(shape: Shape, device: torch.device) -> dict[str, Callable[[], object]]:
     """The products that the project rests on, by name; a CPU has the first alone."""
     rows, columns, inner = shape
@@ -49,10 +55,9 @@ def products(shape: Shape, device: torch.device) -> dict[str, Callable[[], objec
     if torch.cuda.get_device_capability() >= (8, 9):
         one = torch.ones((), device=device)
         left8, right8 = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn)
-        for fast in (True, False):
-            runs[f"FP8, {'fast' if fast else 'exact'} sums"] = lambda fast=fast: torch._scaled_mm(
-                left8, right8.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast
-            )
+        for name, fast in (("fast", True), ("exact", False)):
+            product = partial(torch._scaled_mm, left8, right8.T, one, one, use_fast_accum=fast)
+            runs[f"FP8, {name} sums"] = partial(product, out_dtype=torch.bfloat16)
     return runs
 
 
@@ -69,7 +74,7 @@ def main(findings: Path, step: str, tiny: bool) -> None:
         flops = 2 * rows * columns * inner
         for name, run in products(shape, device).items():
             label = f"{name}, {rows} x {columns} x {inner}, TFLOP/s"
-            recorder.attempt(label, lambda run=run, flops=flops: round(flops / seconds_of(run) / 1e12, 3))
+            recorder.attempt(label, partial(rate, run, flops))
     num_bytes = 2**24 if tiny else 2**32
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)

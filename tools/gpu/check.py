@@ -53,7 +53,7 @@ STEPS = (
         90,
         tuple(
             ("update", "--size", "0.5b", "--work", "{work}", f"model.head_precision={precision}")
-            for precision in ("bf16", "fp8_grad", "fp8")
+            for precision in ("bf16", "fp8_grad")
         ),
     ),
     Step(

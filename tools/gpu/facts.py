@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import click
@@ -39,9 +40,14 @@ def version_of(name: str) -> str:
     return str(getattr(module, "__version__", "present"))
 
 
+def imported(name: str) -> str:
+    importlib.import_module(name)
+    return "imported"
+
+
 def record_packages(recorder: Recorder) -> None:
     for name in PACKAGES:
-        recorder.attempt(name, lambda name=name: version_of(name))
+        recorder.attempt(name, partial(version_of, name))
     for name in OPTIONAL_PACKAGES:
         try:
             recorder.note(name, version_of(name))
@@ -72,10 +78,7 @@ def main(findings: Path, step: str) -> None:
     recorder.note("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
     record_packages(recorder)
     for name in MODULES:
-        recorder.attempt(
-            f"import megatron_oreal.{name}",
-            lambda name=name: "imported" if importlib.import_module(f"megatron_oreal.{name}") else "",
-        )
+        recorder.attempt(f"import megatron_oreal.{name}", partial(imported, f"megatron_oreal.{name}"))
     if not torch.cuda.is_available():
         recorder.skip("GPU", "torch finds no CUDA device")
         return

@@ -8,9 +8,12 @@ Python. Where the folder is missing, the environment's own Transformer Engine is
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import tempfile
 from pathlib import Path
 
 import click
@@ -46,11 +49,18 @@ def unpack(source: Path, site: Path) -> None:
 
 def build(source: Path, site: Path) -> None:
     """Compiles transformer_engine_torch: about two minutes with 12 jobs."""
-    settings = {"MAX_JOBS": "12", "NVTE_FRAMEWORK": "pytorch", "NVTE_PYTORCH_FORCE_BUILD": "TRUE"}
-    os.environ.update({**settings, "PYTHONPATH": f"{site}:{os.environ.get('PYTHONPATH', '')}"})
+    os.environ.update({"MAX_JOBS": "12", "NVTE_FRAMEWORK": "pytorch", "NVTE_PYTORCH_FORCE_BUILD": "TRUE"})
+    if Path("/usr/local/cuda/bin/nvcc").is_file():
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
+    # The headers of cuDNN and NCCL come with torch's own packages.
+    include = Path(sysconfig.get_path("purelib")).glob("nvidia/*/include")
+    os.environ["CPATH"] = ":".join([*map(str, sorted(include)), os.environ.get("CPATH", "")])
+    os.environ["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
-    for archive in sorted(source.glob("*.tar.gz")):
-        timed([*pip, "--target", str(site), str(archive)])
+    with tempfile.TemporaryDirectory() as folder:  # pip does not add to a package that --target already holds
+        for archive in sorted(source.glob("*.tar.gz")):
+            timed([*pip, "--target", folder, str(archive)])
+        shutil.copytree(folder, site, dirs_exist_ok=True)
 
 
 def check(site: Path) -> tuple[bool, str]:
