@@ -94,7 +94,7 @@ class Folders:
 
     @property
     def findings(self) -> Path:
-        return self.work / "findings.jsonl"
+        return self.work / f"findings-{os.getpid()}.jsonl"
 
     @property
     def te(self) -> Path:

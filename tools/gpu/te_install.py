@@ -82,7 +82,7 @@ def main(findings: Path, step: str, source: Path, site: Path) -> None:
     recorder = Recorder(findings, step)
     site.mkdir(parents=True, exist_ok=True)
     try:
-        if source.is_dir():
+        if source.is_dir() and not any(site.iterdir()):  # else an earlier check unpacked it
             unpack(source, site)
         works, said = check(site)
         if not works and any(source.glob("*.tar.gz")):
