@@ -13,7 +13,7 @@ from megatron_oreal.observability.metrics import read_metrics
 from tools.gpu.findings import Recorder, prepare_quickstart, timed
 
 WARM_UP_STEPS, STEPS = 800, 40
-MIN_RISE = 0.1  # of the greedy accuracy on held-out problems
+MIN_RISE = 0.2  # of the greedy accuracy on held-out problems
 MAX_MISMATCH = 1e-3  # nats between the engine's log-probs and the trainer's, both in float32
 COMMAND = [sys.executable, "-W", "ignore", "-m", "megatron_oreal.cli"]
 
