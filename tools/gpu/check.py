@@ -60,8 +60,15 @@ STEPS = (
         "te_tests",
         90,
         (
-            ("gpu_tests", "--report", "{work}/tests_te.xml", "--only", "transformer_engine", "tests/gpu/test_fp8.py"),
-            ("gpu_tests", "--report", "{work}/tests_te_layouts.xml", "--only", "layouts", "tests/gpu/test_cuda.py"),
+            ("gpu_tests", "--report", "{work}/tests_te.xml", "tests/gpu/test_transformer_engine.py"),
+            (
+                "gpu_tests",
+                "--report",
+                "{work}/tests_te_fp8.xml",
+                "--only",
+                "transformer_engine",
+                "tests/gpu/test_fp8.py",
+            ),
         ),
         with_te=True,
     ),

@@ -61,7 +61,7 @@ def opened(size: str, work: Path, num_prompts: int, settings: Sequence[str], row
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     prepare_quickstart(work / "tokenizer", num_examples=100)
-    write_model(size, work / f"model-{size}", device, dtype)
+    write_model(SHAPES[size], work / f"model-{size}", device, dtype)
     config = TrainConfig.model_validate(
         with_settings(
             {
@@ -71,7 +71,6 @@ def opened(size: str, work: Path, num_prompts: int, settings: Sequence[str], row
                     "path": str(work / f"model-{size}"),
                     "tokenizer": str(work / "tokenizer" / "model"),
                     "dtype": str(dtype).removeprefix("torch."),
-                    "recompute": "full",
                 },
                 "parallel": {"microbatch_tokens": 16384},
                 "data": {

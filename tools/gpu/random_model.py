@@ -46,11 +46,10 @@ SHAPES = {
 }
 
 
-def write_model(size: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def write_model(shape: ModelShape, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """A random model as a Hugging Face directory, unless it is there."""
     if (folder / "config.json").is_file():
         return
-    shape = SHAPES[size]
     config = Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
