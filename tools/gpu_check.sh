@@ -46,8 +46,8 @@ if ! "$python" -c 'import click, torch, megatron.core' 2>/dev/null; then
     echo "gpu_check: $python lacks torch, megatron-core or click: run tools/setup_env.sh, or give --wheels DIR" >&2
     exit 2
 fi
-# Where the loopback is the only network, NCCL and gloo have to be told.
-if "$python" -c 'import socket, sys; sys.exit([name for _, name in socket.if_nameindex()] != ["lo"])'; then
+# Everything stays on this machine, whose name and other networks may lead nowhere.
+if "$python" -c 'import socket, sys; sys.exit("lo" not in [name for _, name in socket.if_nameindex()])'; then
     export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo
 fi
 "$python" -W ignore -m tools.gpu.check --work "$work" "${arguments[@]+"${arguments[@]}"}"
