@@ -51,9 +51,10 @@ STEPS = (
     Step(
         "fp8",
         90,
-        tuple(
-            ("update", "--size", "0.5b", "--work", "{work}", f"model.head_precision={precision}")
-            for precision in ("bf16", "fp8_grad")
+        (
+            ("update", "--size", "0.5b", "--work", "{work}", "model.head_precision=bf16"),
+            ("update", "--size", "0.5b", "--work", "{work}", "model.head_precision=fp8_grad"),
+            ("ratio", "model.head_precision=fp8_grad", "model.head_precision=bf16"),
         ),
     ),
     Step(

@@ -21,35 +21,37 @@ PEAK_FLOPS = 989e12
 WANTED_MFU = {"1.5b": {False: 0.40, True: 0.45}}  # without and with Transformer Engine
 
 
-def measure(model: ModelRun, recorder: Recorder, steps: int, size: str) -> None:
-    """The fastest update counts; the first one compiles and tunes kernels."""
+def measure(model: ModelRun, recorder: Recorder, steps: int, size: str, label: str) -> None:
+    """The fastest update counts; the first one compiles and tunes kernels. `label` begins the names of all findings."""
     policy = model.run.models["policy"]
-    recorder.note("layers", "Transformer Engine" if policy.transformer_engine else "torch")
+    recorder.note(f"{label}layers", "Transformer Engine" if policy.transformer_engine else "torch")
     best = float("inf")
     for step in range(steps):
         reset_peak_memory()
         metrics, seconds = model.update(step)
         tokens = metrics["train/num_tokens"]
-        recorder.note(f"update {step}", tokens / seconds, "response tokens/s")
-        recorder.note(f"update {step}, seconds", seconds, "s")
-        for each in model.run.models.values():
-            for name, value in each.flush_seconds().items():
-                recorder.note(f"update {step}, {name.removeprefix('time/in_update/')}", value, "s")
+        phases = [
+            f"{name.removeprefix('time/in_update/')} {value:.3g}"
+            for each in model.run.models.values()
+            for name, value in each.flush_seconds().items()
+        ]
+        text = f"{seconds:.3g} s, {tokens / seconds:,.0f} response tokens/s; seconds: {', '.join(phases)}"
+        recorder.note(f"{label}update {step}", text)
         if step:
             best = min(best, seconds)
     if steps < 2:
         return
-    recorder.note("response tokens/s", 2 * sum(each.response for each in model.lengths) / best)
-    recorder.note("all tokens/s", sum(model.sequence_lengths) / best)
+    recorder.note(f"{label}response tokens/s", 2 * sum(each.response for each in model.lengths) / best)
+    recorder.note(f"{label}all tokens/s", sum(model.sequence_lengths) / best)
     if not torch.cuda.is_available():
         return
     mfu = model.update_flops() / best / PEAK_FLOPS
     if size in WANTED_MFU:
         wanted = WANTED_MFU[size][policy.transformer_engine]
-        recorder.check("MFU", mfu, mfu >= wanted, f">= {wanted}")
+        recorder.check(f"{label}MFU", mfu, mfu >= wanted, f">= {wanted}")
     else:
-        recorder.note("MFU", mfu)
-    recorder.note("peak memory", peak_gib(), "GiB")
+        recorder.note(f"{label}MFU", mfu)
+    recorder.note(f"{label}peak memory", peak_gib(), "GiB")
 
 
 @click.command()
@@ -65,7 +67,7 @@ def main(
 ) -> None:
     """Measures STEPS updates on synthetic groups of realistic lengths."""
     with opened(size, work, num_prompts, settings) as model:
-        measure(model, Recorder(findings, step), steps, size)
+        measure(model, Recorder(findings, step), steps, size, f"{' '.join(settings)}: " if settings else "")
 
 
 if __name__ == "__main__":
