@@ -24,6 +24,7 @@ import torch
 from tools.gpu.findings import ROOT, read_findings
 from tools.gpu.report import StepResult, step_status, write_report
 
+HOPPER = "Liger, Hopper"  # of bench_fused_loss.py
 MIN_SECONDS = 12  # with less left, a step is not begun
 KILL_AFTER_SECONDS = 8  # between SIGINT and SIGKILL
 
@@ -42,7 +43,14 @@ STEPS = (
     Step("facts", 60, (("facts",),)),
     Step("ceilings", 40, (("ceilings",),)),
     Step("tests", 170, (("gpu_tests", "--report", "{work}/tests_gpu.xml"),)),
-    Step("loss", 110, (("loss", "--out", "{out}/loss.json"),)),
+    Step(
+        "loss",
+        140,
+        (
+            ("loss", "--out", "{out}/loss.json"),
+            ("loss", "--out", "{work}/hopper.json", "--seconds", "20", "--method", "torch.mm", "--method", HOPPER),
+        ),
+    ),
     Step("quickstart", 140, (("quickstart", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
     Step("update_0.5b", 60, (("update", "--size", "0.5b", "--work", "{work}"),)),
     Step("update_1.5b", 90, (("update", "--size", "1.5b", "--work", "{work}"),)),
