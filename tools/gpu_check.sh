@@ -35,7 +35,8 @@ if [ -n "$wheels" ]; then
     wheels=$(cd "$wheels" && pwd)
     if mkdir "$work/site" 2>/dev/null; then # else an earlier check installed them
         if compgen -G "$wheels/*.whl" >/dev/null; then
-            "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$wheels"/*.whl
+            "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$wheels"/*.whl ||
+                echo "gpu_check: pip could not install $wheels/*.whl: going on with what the machine has" >&2
         fi
         for archive in "$wheels"/*.tar.xz; do [ ! -f "$archive" ] || tar -xJf "$archive" -C "$work/site"; done
     fi

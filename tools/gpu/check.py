@@ -91,7 +91,7 @@ TINY_STEPS = (
     Step("ceilings", 60, (("ceilings", "--tiny"),)),
     Step("tests", 60, (("gpu_tests", "--report", "{work}/tests_gpu.xml"),)),
     Step("loss", 100, (("loss", "--tiny", "--out", "{out}/loss.json"),)),
-    Step("quickstart", 200, (("quickstart", "--tiny", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
+    Step("quickstart", 300, (("quickstart", "--tiny", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
     Step("update_tiny", 100, (("update", "--size", "tiny", "--prompts", "4", "--work", "{work}", "--steps", "2"),)),
     Step(
         "profile",
@@ -276,7 +276,13 @@ def interrupt(_number: int, _frame: object) -> None:
 
 
 @click.command()
-@click.option("--minutes", default=9.0, show_default=True, help="For all steps together.")
+@click.option(
+    "--minutes",
+    default=9.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="For all steps together.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("gpu_check"), show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="For models and runs.")
 @click.option("--wheels", type=click.Path(path_type=Path), default=Path(), help="Folder whose te/ holds the engine.")
