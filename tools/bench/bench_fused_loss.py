@@ -34,15 +34,10 @@ from megatron_oreal.kernels import linear_logprob
 from megatron_oreal.kernels.fp8.scaled import quantize, scaled_product
 from megatron_oreal.models.parallel import quiet_megatron
 
-try:
-    from tools.bench.liger_hopper import make_liger_hopper
-except ImportError:  # started as a script: its folder is on the path, the repository's root is not
-    from liger_hopper import make_liger_hopper
-
 VOCABULARY = 152064
 CHECKED_TOKENS = CHECKED_COLUMNS = 256  # of every method, against float32
 Losses = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # hidden, weight, target, training -> [T] or their sum
-Grid = Literal["tiny", "cpu", "headline", "small", "full"]
+Grid = Literal["cpu", "small", "full"]
 Clock = Literal["wall", "cpu"]
 
 
@@ -67,13 +62,6 @@ class Shape:
 
 
 GRIDS: dict[Grid, list[Shape]] = {
-    "tiny": [Shape(128, 1024, 64, 1)],
-    # The head of a 32B model whole and as its share under TP 8, and that of a 1.5B model.
-    "headline": [
-        Shape(8192, VOCABULARY, 5120, 1),
-        Shape(8192, VOCABULARY, 5120, 8),
-        Shape(16384, 151936, 1536, 1),
-    ],
     "cpu": [Shape(tokens, 32768, hidden, 1) for hidden in (256, 512) for tokens in (512, 2048)],
     "small": [Shape(tokens, VOCABULARY, 5120, tensor) for tensor in (8, 1) for tokens in (4096, 8192, 16384)],
     "full": [
@@ -154,8 +142,7 @@ def make_megatron(device: torch.device) -> Losses:
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
 
     def losses(hidden: Tensor, weight: Tensor, target: Tensor, _training: bool) -> Tensor:
@@ -212,7 +199,6 @@ MAKERS: dict[str, Callable[[torch.device], Losses]] = {
     EAGER: make_eager,
     "torch.compile": make_compiled,
     "Liger": make_liger,
-    "Liger, Hopper": make_liger_hopper,
     "Transformer Engine": make_transformer_engine,
     "megatron-core": make_megatron,
     OURS: make_ours(precision="bf16"),

@@ -1,18 +1,24 @@
-"""The loss at three headline shapes, beside its rivals: tools/bench/bench_fused_loss.py with checks on its result."""
+"""The loss at three headline shapes, beside its rivals: what tools/bench/bench_fused_loss.py measures, with limits."""
 
 from __future__ import annotations
 
 import json
 import statistics
-import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
+import torch.distributed as dist
 
 from tools.bench import bench_fused_loss as bench
+from tools.bench.bench_fused_loss import Row, Shape
 from tools.gpu.findings import Recorder
+from tools.gpu.liger_hopper import make_liger_hopper
+
+# The head of a 32B model whole and as its share under TP 8, and that of a 1.5B model.
+SHAPES = [Shape(8192, 152064, 5120, 1), Shape(8192, 152064, 5120, 8), Shape(16384, 151936, 1536, 1)]
+TINY_SHAPES = [Shape(128, 1024, 64, 1)]
 
 MEMORY_LIMIT = 1.5 * 2**30  # beyond inputs and gradients
 FORWARD_SHARE = 0.92  # of torch.mm's rate
@@ -22,41 +28,40 @@ HOPPER = "Liger, Hopper"  # starts NVSHMEM, so it gets a process of its own
 FP8_SPEEDUP = 1.25  # of fp8_grad over bf16, forward and backward: with less it is not worth a setting
 
 
-def median_of(row: dict[str, Any] | None, kind: str) -> float:
-    return statistics.median(row[kind]) if row and row[kind] else 0.0
-
-
-def record_shape(recorder: Recorder, shape: str, rows: dict[str, dict[str, Any]], judged: bool) -> None:
-    """Milliseconds of every method, and whether ours keep to the limits."""
-    product = median_of(rows.get(bench.GEMM), "forward_seconds")
-    eager = median_of(rows.get(bench.EAGER), "training_seconds")
+def record_methods(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> None:
+    """Milliseconds of every method, and its ratio to torch."""
+    eager = bench.median(rows[bench.EAGER].training_seconds) if bench.EAGER in rows else 0.0
     for name, row in rows.items():
-        if row["failure"]:
-            recorder.skip(f"{shape}: {name}", row["failure"])
+        if row.failure:
+            recorder.skip(f"{shape}: {name}", row.failure)
             continue
-        forward, training = median_of(row, "forward_seconds"), median_of(row, "training_seconds")
-        text = f"forward {forward * 1e3:.1f} ms"
-        if training:
-            text += f", forward and backward {training * 1e3:.1f} ms, {row['training_bytes'] / 2**20:.0f} MiB"
-        if training and eager:
-            text += f", {training / eager:.2f} x torch eager"
+        text = f"forward {bench.median(row.forward_seconds) * 1e3:.1f} ms"
+        if row.training_seconds:
+            training = bench.median(row.training_seconds)
+            text += f", forward and backward {training * 1e3:.1f} ms, {row.training_bytes / 2**20:.0f} MiB"
+            text += f", {training / eager:.2f} x torch eager" if eager else ""
+            text += f", largest error {row.max_difference:.2g} nats"
         recorder.note(f"{shape}: {name}", text)
-    if not judged or not product:
-        return
+
+
+def record_limits(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> None:
+    """Whether ours keep to the limits."""
+    product = bench.median(rows[bench.GEMM].forward_seconds)
     for name, products in PRODUCTS.items():
-        if name not in rows or rows[name]["failure"]:
+        if name not in rows or rows[name].failure:
             continue
         row = rows[name]
-        share = product / median_of(row, "forward_seconds")
+        share = product / bench.median(row.forward_seconds)
         recorder.check(f"{shape}: {name}, forward / torch.mm", share, share >= FORWARD_SHARE, f">= {FORWARD_SHARE}")
-        share = products * product / median_of(row, "training_seconds")
+        share = products * product / bench.median(row.training_seconds)
         label = f"{shape}: {name}, forward and backward / {products} torch.mm"
         recorder.check(label, share, share >= TRAINING_SHARE, f">= {TRAINING_SHARE}")
-        peak = row["training_bytes"]
+        peak = row.training_bytes
         recorder.check(f"{shape}: {name}, memory", peak / 2**20, peak <= MEMORY_LIMIT, "<= 1536", "MiB")
-    ours, fp8 = (median_of(rows.get(name), "training_seconds") for name in ("ours, recompute", "ours, fp8_grad"))
-    if ours and fp8:
-        recorder.check(f"{shape}: fp8_grad over bf16", ours / fp8, ours / fp8 >= FP8_SPEEDUP, f">= {FP8_SPEEDUP}")
+    pair = [rows[name] for name in ("ours, recompute", "ours, fp8_grad") if name in rows and not rows[name].failure]
+    if len(pair) == 2:
+        ratio = statistics.median(pair[0].training_seconds) / statistics.median(pair[1].training_seconds)
+        recorder.check(f"{shape}: fp8_grad over bf16", ratio, ratio >= FP8_SPEEDUP, f">= {FP8_SPEEDUP}", "times")
 
 
 @click.command()
@@ -67,23 +72,27 @@ def record_shape(recorder: Recorder, shape: str, rows: dict[str, dict[str, Any]]
 @click.option("--seconds", default=60.0, help="Of measuring, in all.")
 @click.option("--method", "methods", multiple=True, help="Default: all but the one that may end the process.")
 def main(findings: Path, step: str, tiny: bool, out: Path, seconds: float, methods: tuple[str, ...]) -> None:
-    """Runs the benchmark, then records every method beside torch, and ours beside the limits."""
+    """Measures every method beside torch, and ours against the limits; what a shape gives is known when it ends."""
     recorder = Recorder(findings, step)
-    grid = "tiny" if tiny else "headline"
-    arguments = ["--grid", grid, "--rounds", "1" if tiny else "5", "--time-limit", str(seconds)]
-    names = methods or [name for name in bench.MAKERS if name != HOPPER]
-    arguments += [argument for name in names for argument in ("--method", name)]
-    with tempfile.TemporaryDirectory() as folder:
-        bench.main([*arguments, "--out", str(Path(folder) / "loss")], standalone_mode=False)
-        text = (Path(folder) / "loss.json").read_text()
-    out.write_text(text)
-    result = json.loads(text)
-    for name, reason in result["skipped"].items():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = methods or tuple(bench.MAKERS)
+    bench.MAKERS[HOPPER] = make_liger_hopper
+    made, skipped = bench.make_methods(names, device)
+    for name, reason in skipped.items():
         recorder.skip(name, reason)
-    shapes = list(dict.fromkeys(str(bench.Shape(**row["shape"])) for row in result["rows"]))
-    for shape in shapes:
-        rows = {row["method"]: row for row in result["rows"] if str(bench.Shape(**row["shape"])) == shape}
-        record_shape(recorder, shape, rows, judged=torch.cuda.is_available())
+    measured: list[Row] = []
+    for shape, deadline in bench.deadlines(TINY_SHAPES if tiny else SHAPES, seconds):
+        found = bench.measure(shape, made, device, 1 if tiny else 5, "wall", deadline)
+        bench.print_shape(shape, found)
+        measured += found
+        result = {"machine": bench.describe_machine(device), "skipped": skipped}
+        out.write_text(json.dumps(result | {"rows": [asdict(row) for row in measured]}) + "\n")
+        rows = {row.method: row for row in found}
+        record_methods(recorder, shape, rows)
+        if bench.GEMM in rows and device.type == "cuda":
+            record_limits(recorder, shape, rows)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

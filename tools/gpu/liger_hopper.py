@@ -1,4 +1,4 @@
-"""Liger's CUTLASS operator for Hopper (liger-cute-kernels) as a method of bench_fused_loss.py.
+"""Liger's CUTLASS operator for Hopper (liger-cute-kernels) as a method of tools/bench/bench_fused_loss.py.
 
 It is configured once a process for the largest problem, starts NVSHMEM over torch.distributed, and gives per-token
 losses and their gradients without logits. A wheel built for CUDA 12 needs libcudart.so.12 where the loader finds it.
