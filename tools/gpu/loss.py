@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import click
 import torch
 import torch.distributed as dist
 
-from tools.bench import bench_fused_loss as bench
-from tools.bench.bench_fused_loss import Row, Shape
-from tools.gpu.findings import Recorder
+from tools.gpu.findings import ROOT, Recorder
 from tools.gpu.liger_hopper import make_liger_hopper
+
+sys.path.insert(0, str(ROOT / "tools" / "bench"))  # the benchmarks are scripts, which import their neighbours by name
+import bench_fused_loss as bench
+from bench_fused_loss import Row, Shape
 
 # The head of a 32B model whole and as its share under TP 8, and that of a 1.5B model.
 SHAPES = [Shape(8192, 152064, 5120, 1), Shape(8192, 152064, 5120, 8), Shape(16384, 151936, 1536, 1)]
