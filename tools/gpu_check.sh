@@ -43,7 +43,8 @@ if [ -n "$wheels" ]; then
     [ ! -d "$wheels/lib" ] || export LD_LIBRARY_PATH=$wheels/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     arguments=(--wheels "$wheels" "${arguments[@]+"${arguments[@]}"}")
 fi
-if ! "$python" -c 'import click, torch, megatron.core' 2>/dev/null; then
+if ! "$python" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
+    click torch megatron megatron.core 2>/dev/null; then
     echo "gpu_check: $python lacks torch, megatron-core or click: run tools/setup_env.sh, or give --wheels DIR" >&2
     exit 2
 fi
