@@ -109,6 +109,8 @@ def test_the_report_shows_every_finding(tmp_path: Path) -> None:
     recorder.note("torch | compiled", 12345.6, "ms")
     recorder.check("share", 0.815, passed=False, wanted=">= 0.92")
     recorder.skip("rival", "not installed")
+    with recorder.path.open("a") as file:
+        file.write('{"step": "loss", "name": "torn')
     findings = read_findings(recorder.path)
     text = as_markdown([StepResult("loss", "fail", 12.4, "1 failed")], findings, "GPU check")
     assert "| loss | **FAIL** | 12 | 1 failed |" in text

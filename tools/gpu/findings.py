@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -74,8 +75,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def read_findings(path: Path) -> list[Finding]:
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [Finding(**json.loads(line)) for line in lines]
+    """Without a line that its step was writing when it was ended."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(Finding(**json.loads(line)))
+    return found
 
 
 def timed(command: list[str]) -> float:

@@ -97,7 +97,6 @@ def main(findings: Path, step: str, source: Path, site: Path) -> None:
         recorder.check("Transformer Engine", said, works)
     else:
         recorder.skip("Transformer Engine", said)
-    sys.exit(0 if works else 3)
 
 
 if __name__ == "__main__":
