@@ -1,10 +1,11 @@
-r"""The worker process: compares pairs of LaTeX answers with math-verify, one JSON line in, one JSON line out.
+"""The worker process: decides comparisons that take algebra, one JSON line in, one or two JSON lines out.
 
-Run as a script by `worker_pool`, so that it imports neither torch nor this package: started in half a second.
-A comparison that spends its CPU budget ends the process, by a signal whose action nothing in Python can delay.
+Run as a script by `worker_pool`, so that it imports no torch: started in a fraction of a second. A comparison that
+spends its CPU budget ends the process, by a signal whose action nothing in Python can delay.
 
     in   {"answer": ..., "prediction": ...}
-    out  {"ready": true}, then {"is_equal": true} or {"is_equal": null} when the comparison itself failed
+    out  {"ready": true}; for each comparison {"answer": true} when the reference has been evaluated by itself, then
+         {"is_equal": true} or {"is_equal": null} when the comparison itself failed
 """
 
 from __future__ import annotations
@@ -12,64 +13,96 @@ from __future__ import annotations
 import sys
 
 sys.path.pop(0)  # this file's folder: its module names must not hide anyone's
+sys.dont_write_bytecode = True
 
 import argparse
 import ctypes
 import functools
+import importlib.util
 import json
 import logging
 import os
 import resource
 import signal
-from typing import Any
-
-import sympy
-from math_verify import LatexExtractionConfig, parse, verify
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-RELATIVE_TOLERANCE = 1e-5  # math-verify rounds floats to six decimals, whatever their size
-RECURSION_LIMIT = 5000  # the parser takes some twenty frames a nested group
-
-# The box is all we send, so only boxes are looked for: no "last number in the text".
-EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-
-
-def parse_boxed(latex: str) -> list[Any]:
-    return list(parse(rf"\boxed{{{latex}}}", EXTRACTION, parsing_timeout=None))
+PR_SET_NO_NEW_PRIVS = 38
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+RECURSION_LIMIT = 5000
+MAX_OPEN_FILES = 64
 
 
-# The samples of a group share their reference answer.
-parse_answer = functools.lru_cache(maxsize=256)(parse_boxed)
+def load_package() -> None:
+    """Makes `megatron_oreal` the package that this file belongs to, whatever else is installed."""
+    folder = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location(
+        folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[folder.name] = package
+    spec.loader.exec_module(package)
 
 
-def is_equal(answer: str, prediction: str) -> bool:
-    """The order matters to math-verify: it follows the reference's form."""
-    gold, candidate = parse_answer(answer), parse_boxed(prediction)
-    if not verify(gold, candidate, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=None):
-        return False
-    return not gold or not candidate or has_same_magnitude(gold[0], candidate[0])
+load_package()
+
+from megatron_oreal.rewards.algebra import ExactAlgebra, Fallback, math_verify_fallback
+from megatron_oreal.rewards.comparison import is_same
+from megatron_oreal.rewards.references import evaluate_alone
 
 
-def has_same_magnitude(gold: Any, candidate: Any) -> bool:
-    """False for two numbers that only rounding to absolute decimals makes equal, such as pi / 10^7 and 0.0."""
-    if not all(isinstance(value, sympy.Expr) and value.is_number for value in (gold, candidate)):
-        return True
-    try:
-        exact, approximate = complex(gold.evalf(30)), complex(candidate.evalf(30))
-    except (TypeError, ValueError, OverflowError):
-        return True  # infinite, or not a number after all
-    return abs(exact - approximate) <= RELATIVE_TOLERANCE * max(abs(exact), abs(approximate))
+class Worker:
+    def __init__(self, cpu_seconds: float) -> None:
+        self.cpu_seconds = cpu_seconds
+        self.algebra = ExactAlgebra(self.fallback)
+        self.evaluate_reference = functools.lru_cache(maxsize=1024)(self.evaluate_alone)
+
+    @functools.cached_property
+    def loaded_fallback(self) -> Fallback:
+        """Imported when first needed, outside of the comparison's budget."""
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        fallback = math_verify_fallback()
+        fallback("x+1", "x+2")  # builds the parser's tables
+        signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
+        return fallback
+
+    def fallback(self, prediction: str, reference: str) -> bool:
+        return self.loaded_fallback(prediction, reference)
+
+    def evaluate_alone(self, reference: str) -> None:
+        evaluate_alone(reference, self.algebra)
+
+    def run(self, replies: int) -> None:
+        for line in sys.stdin.buffer:
+            job = json.loads(line)
+            equal: bool | None = None
+            try:
+                signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
+                self.evaluate_reference(job["answer"])
+                os.write(replies, b'{"answer": true}\n')
+                signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
+                equal = is_same(job["prediction"], job["answer"], self.algebra)
+            except Exception:  # noqa: BLE001  # anything may come out of an algebra system; the caller counts it
+                equal = None
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            os.write(replies, json.dumps({"is_equal": equal}).encode() + b"\n")
 
 
 def confine(parent_pid: int, memory_bytes: int) -> None:
-    """Limits of this process; it ends with the thread that started it."""
+    """Limits of this process: memory, no files written, no processes, no network; it ends with its parent's thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing that is parsed here has a reason to write files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        system = ctypes.CDLL(None)
+        system.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        system.unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it: no network
+        system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last: other credentials clear it
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if os.getppid() != parent_pid:
         sys.exit(1)  # the parent ended before its worker was ready: nobody is there to be told
 
@@ -82,25 +115,18 @@ def main() -> None:
     options = parser.parse_args()
 
     # Whatever the libraries print must not reach the protocol.
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    replies = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     confine(options.parent_pid, options.memory_bytes)
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
-    is_equal(r"\frac{1}{2}", "1/2")  # builds the parser's tables outside of any budget
+    worker = Worker(options.cpu_seconds)
+    is_same(r"\sqrt{2}", "2^{1/2}", worker.algebra)
     os.dup2(null, 2)
 
-    replies.write(b'{"ready": true}\n')
-    for line in sys.stdin.buffer:
-        job = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)
-        try:
-            equal: bool | None = is_equal(job["answer"], job["prediction"])
-        except Exception:  # noqa: BLE001  # anything may come out of an algebra system; the caller counts it
-            equal = None
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(json.dumps({"is_equal": equal}).encode() + b"\n")
+    os.write(replies, b'{"ready": true}\n')
+    worker.run(replies)
 
 
 if __name__ == "__main__":
