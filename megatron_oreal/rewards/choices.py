@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from megatron_oreal.rewards.forms import split_list
 
-LETTER = r"(?:\\text\{ ?(?P<{0}>[A-J]) ?\}|\{{?(?P<{0}_plain>[A-J])\}}?)"
 INTRODUCTION = r"(?:\\text\{(?:[Tt]he )?(?:[Cc]orrect )?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)(?: is)?\}:? ?)?"
 ENCLOSED = r"[(\[]? ?(?:\\text\{ ?(?P<word>[A-Ja-j]) ?\}|\{?(?P<letter>[A-Ja-j])\}?) ?[)\]]?[.:]?"
 SINGLE = re.compile(rf"{INTRODUCTION}{ENCLOSED}")
@@ -16,7 +15,8 @@ INTRODUCED_WORD = re.compile(
 )
 # A label with something behind it; the mark or the space shows that it is no factor.
 WITH_REST = re.compile(
-    rf"{INTRODUCTION}(?:\( ?(?:\\text\{{ ?(?P<a>[A-J]) ?\}}|(?P<b>[A-J])) ?\)[.:]?|(?:\\text\{{ ?(?P<c>[A-J]) ?\}}|(?P<d>[A-J]))[).:]"
+    rf"{INTRODUCTION}(?:\( ?(?:\\text\{{ ?(?P<a>[A-J]) ?\}}|(?P<b>[A-J])) ?\)[.:]?"
+    r"|(?:\\text\{ ?(?P<c>[A-J]) ?\}|(?P<d>[A-J]))[).:]"
     r"|\\text\{ ?(?P<e>[A-J]) ?\}|(?P<f>[A-J])(?= )) ?(?P<rest>.+)",
     re.DOTALL,
 )
@@ -65,7 +65,7 @@ def parse_labels(text: str) -> tuple[str, ...] | None:
     return tuple(choice.label for choice in choices if choice is not None)
 
 
-def compare_choices(prediction: str, reference: str) -> bool | None | tuple[str, str]:
+def compare_choices(prediction: str, reference: str) -> bool | tuple[str, str] | None:
     """True or False where labels decide; the two values where only those are left; None where no labels are meant."""
     expected_labels = parse_labels(reference)
     if expected_labels is not None:
@@ -82,7 +82,7 @@ def compare_choices(prediction: str, reference: str) -> bool | None | tuple[str,
             return False
         return chosen.label == expected.label and not has_another_label(chosen.rest)
     if expected is not None and expected.rest and WITH_REST.fullmatch(reference):
-        if chosen is None or not WITH_REST.fullmatch(prediction) and not is_label(prediction):
+        if chosen is None or (not WITH_REST.fullmatch(prediction) and not is_label(prediction)):
             return prediction, expected.rest
         if chosen.label != expected.label or has_another_label(chosen.rest):
             return False

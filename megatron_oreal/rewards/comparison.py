@@ -28,22 +28,17 @@ from megatron_oreal.rewards.forms import (
 )
 from megatron_oreal.rewards.intervals import as_region, canonical_intervals
 from megatron_oreal.rewards.plain_numbers import parse_number, spell_out_eulers_number
-from megatron_oreal.rewards.spelling import TEXT, without_spaces
-from megatron_oreal.rewards.units import SI_SYMBOLS, Factors, unit_of_word, units_agree
-from megatron_oreal.rewards.words import as_word, same_word, segments
+from megatron_oreal.rewards.scalars import angles, same_scalar, spelled_alike
+from megatron_oreal.rewards.spelling import without_spaces
+from megatron_oreal.rewards.units import units_agree
+from megatron_oreal.rewards.words import as_word
 
 MAX_MATCHED = 40  # elements of lists that are not plain numbers, to be matched in any order
-BASED_NUMERAL = re.compile(
-    r"(?:\\text\{)?(?P<digits>[0-9A-F]+)\}?(?:_(?:(?P<base>\d)|\{\s*(?P<braced_base>\d{1,2})\s*\}))?"
-)
 CLOCK = re.compile(r"(?P<hour>\d{1,2}) ?: ?(?P<minute>\d{2})(?: ?: ?(?P<second>\d{2}))?")
 HALF_DAYS = (("a.m.", 1), ("p.m.", 1))
-DEGREES: Factors = (("degree", 1),)
-RADIANS: Factors = (("radian", 1),)
 DECLARED = re.compile(r"([a-zA-Z]) ?\\in ?(\\mathbb ?\{?[ZNQ]\}?)")
 LETTER_OR_COMMAND = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 FUNCTION_OF = re.compile(r"(?P<function>[a-zA-Z]) ?\( ?(?P<argument>[a-zA-Z]) ?\)(?= ?=)")
-PLAIN_UNIT_SYMBOL = re.compile(r"(?P<value>.*[\d})]) (?P<symbol>[a-zA-Z])(?:\^(?P<power>[23]))?")
 
 
 def is_same(prediction: str, reference: str, algebra: Algebra = NO_ALGEBRA) -> bool:
@@ -65,11 +60,17 @@ def is_same(prediction: str, reference: str, algebra: Algebra = NO_ALGEBRA) -> b
         spell_out_eulers_number(reference, prediction),
     )
     prediction = rename_bound_names(prediction, reference)
-    return same_form(parse_form(prediction), parse_form(reference), algebra)
+    one, other = parse_form(prediction), parse_form(reference)
+    if is_table_expression(one) and (isinstance(other, Table) or is_table_expression(other)):
+        return algebra.equal(prediction, reference)
+    if is_table_expression(other) and isinstance(one, Table):
+        return algebra.equal(prediction, reference)
+    return same_form(one, other, algebra)
 
 
-def spelled_alike(prediction: str, reference: str) -> bool:
-    return without_spaces(prediction) == without_spaces(reference)
+def is_table_expression(form: Form) -> bool:
+    """An expression with matrices, such as a product or a power of one."""
+    return isinstance(form, Scalar) and r"\begin" in form.text
 
 
 def rename_bound_names(prediction: str, reference: str) -> str:
@@ -84,8 +85,12 @@ def rename_bound_names(prediction: str, reference: str) -> str:
     for old, new in pairs:
         letters = set(LETTER_OR_COMMAND.findall(prediction))
         if old != new and new not in letters:
-            prediction = LETTER_OR_COMMAND.sub(lambda found: new if found[0] == old else found[0], prediction)
+            prediction = rename(prediction, old, new)
     return prediction
+
+
+def rename(text: str, old: str, new: str) -> str:
+    return LETTER_OR_COMMAND.sub(lambda found: new if found[0] == old else found[0], text)
 
 
 def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
@@ -154,35 +159,12 @@ def same_measure(prediction: Form, reference: Form, algebra: Algebra) -> bool:
         return same_assignment(prediction, reference, algebra)
     if isinstance(reference, Assignment) and unit is not None:
         return same_assignment(prediction, reference, algebra)
-    if isinstance(value, Scalar) and unit is None:
-        value, unit = plain_unit_symbol(value, expected)
     if not units_agree(unit, expected_unit):
         return False
     half_day = any(marker in (unit or ()) + (expected_unit or ()) for marker in HALF_DAYS)
     if half_day and isinstance(value, Ratio) and isinstance(expected, Ratio):
         return tuple(map(parse_number, value.parts)) == tuple(map(parse_number, expected.parts))
     return same_form(value, expected, algebra)
-
-
-def angles(value: str, unit: Factors | None, expected: str, expected_unit: Factors | None) -> tuple[str, str] | None:
-    r"""Both in radians where one is in degrees and the other, without that unit, in multiples of \pi."""
-    as_radians = rf"\cdot \frac{{\pi}}{{180}}"
-    if unit == DEGREES and expected_unit in (None, RADIANS) and r"\pi" in expected and r"\pi" not in value:
-        return f"({value}) {as_radians}", expected
-    if expected_unit == DEGREES and unit in (None, RADIANS) and r"\pi" in value and r"\pi" not in expected:
-        return value, f"({expected}) {as_radians}"
-    return None
-
-
-def plain_unit_symbol(value: Scalar, expected: Form) -> tuple[Scalar, Factors | None]:
-    """`5 m` without markup, where the reference is a plain number."""
-    found = PLAIN_UNIT_SYMBOL.fullmatch(value.text)
-    is_number = isinstance(expected, Scalar) and parse_number(expected.text) is not None
-    if found is None or not is_number or found["symbol"] not in SI_SYMBOLS:
-        return value, None
-    unit = unit_of_word(found["symbol"])
-    assert unit is not None
-    return Scalar(found["value"]), ((unit[0][0], int(found["power"] or 1)),)
 
 
 def same_assignment(prediction: Form, reference: Form, algebra: Algebra) -> bool:
@@ -238,7 +220,7 @@ def equations_agree(prediction: Form, reference: Form, algebra: Algebra) -> bool
 
 
 def same_equation(prediction: Form, reference: Form, algebra: Algebra) -> bool:
-    """Two equations by their ratio; one equation beside a value by what it says: its solution, or an identity's value."""
+    """Two equations by their ratio; one beside a value by its solution, or by the value of an identity."""
     if isinstance(prediction, Equation) and isinstance(reference, Equation):
         if len(prediction.operands) == len(reference.operands) and all(
             spelled_alike(one, other) for one, other in zip(prediction.operands, reference.operands, strict=True)
@@ -263,6 +245,8 @@ def same_collection(prediction: Form, reference: Form, algebra: Algebra) -> bool
     assert isinstance(prediction, Collection)
     if isinstance(reference, Region):
         return same_region(prediction, reference, algebra)
+    if isinstance(reference, Table) and prediction.kind == "tuple" and (column := column_of(reference)) is not None:
+        return same_in_order(prediction.elements, column, algebra)
     if is_mixed_number(prediction) and isinstance(reference, Scalar):
         parts = [element.text for element in prediction.elements if isinstance(element, Scalar)]
         return same_scalar("+".join(parts), reference.text, algebra)
@@ -274,9 +258,8 @@ def same_alone(prediction: Form, reference: Collection, algebra: Algebra) -> boo
     if isinstance(prediction, Region):
         return same_region(prediction, reference, algebra)
     if isinstance(prediction, Table) and reference.kind == "tuple":
-        column = tuple(Scalar(row[0]) for row in prediction.rows)
-        is_vector = prediction.kind == "matrix" and len(prediction.rows[0]) == 1
-        return is_vector and same_in_order(column, reference.elements, algebra)
+        column = column_of(prediction)
+        return column is not None and same_in_order(column, reference.elements, algebra)
     if isinstance(prediction, Scalar) and parse_number(prediction.text) is not None and "," in prediction.text:
         parts = tuple(Scalar(part) for part in prediction.text.split(","))
         return same_elements(Collection("list", parts), reference, algebra)  # 100,200,300
@@ -286,6 +269,13 @@ def same_alone(prediction: Form, reference: Collection, algebra: Algebra) -> boo
         parts_text = "+".join(element.text for element in reference.elements if isinstance(element, Scalar))
         return same_scalar(prediction.text, parts_text, algebra)
     return False
+
+
+def column_of(table: Table) -> tuple[Form, ...] | None:
+    """The elements of a column vector, which may also be written as a tuple."""
+    if table.kind != "matrix" or len(table.rows[0]) != 1:
+        return None
+    return tuple(parse_form(row[0]) for row in table.rows)
 
 
 def is_mixed_number(form: Collection) -> bool:
@@ -308,16 +298,18 @@ def same_elements(prediction: Collection, reference: Collection, algebra: Algebr
     if given is not None and expected is not None:
         return given.keys() == expected.keys() and all(same_form(given[n], expected[n], algebra) for n in expected)
     if expected is not None and prediction.kind != "set":
-        return same_in_order(prediction.elements, tuple(expected.values()), algebra)
+        # Coordinates stand in the order of the alphabet, other values in that of the reference.
+        is_point = prediction.kind == "tuple" and expected.keys() <= {"x", "y", "z"}
+        names = sorted(expected) if is_point else list(expected)
+        return same_in_order(prediction.elements, tuple(expected[name] for name in names), algebra)
     if given is not None and reference.kind == "tuple":
         return same_in_order(tuple(given[name] for name in sorted(given)), reference.elements, algebra)
     if given is not None:
         prediction = Collection(reference.kind, tuple(given.values()))
     if (prediction.kind == "tuple") != (reference.kind == "tuple"):
         return False
-    if prediction.kind == reference.kind == "list" and "or" in (prediction.joint, reference.joint):
-        if {prediction.joint, reference.joint} == {"or", "and"}:
-            return False
+    if {prediction.joint, reference.joint} == {"or", "and"}:
+        return False
     if reference.kind == "set":
         prediction, reference = distinct(prediction), distinct(reference)
     if reference.kind == "tuple" or (reference.kind == "list" and is_order_meant(reference)):
@@ -423,49 +415,3 @@ def same_region(prediction: Form, reference: Form, algebra: Algebra) -> bool:
         and same_scalar(piece.end, target.end, algebra)
         for piece, target in zip(pieces, expected, strict=True)
     )
-
-
-def same_scalar(prediction: str, reference: str, algebra: Algebra) -> bool:
-    """Two expressions or words."""
-    if spelled_alike(prediction, reference):
-        return True
-    values = parse_number(prediction), parse_number(reference)
-    if values[0] is not None and values[1] is not None:
-        return values[0] == values[1]
-    numerals = BASED_NUMERAL.fullmatch(prediction), BASED_NUMERAL.fullmatch(reference)
-    if numerals[0] and numerals[1]:
-        bases = {found["base"] or found["braced_base"] for found in numerals if found} - {None}
-        return numerals[0]["digits"] == numerals[1]["digits"] and len(bases) < 2
-    words = same_word(prediction, reference)
-    if words is not None:
-        return words
-    if single_letters_agree(prediction, reference):
-        return True
-    if TEXT.search(prediction) or TEXT.search(reference):
-        return same_segments(prediction, reference, algebra)
-    return algebra.equal(prediction, reference)
-
-
-def single_letters_agree(prediction: str, reference: str) -> bool:
-    letters = TEXT.sub(r"\1", prediction).strip(), TEXT.sub(r"\1", reference).strip()
-    return all(len(text) == 1 and text.isalpha() for text in letters) and letters[0].lower() == letters[1].lower()
-
-
-def same_segments(prediction: str, reference: str, algebra: Algebra) -> bool:
-    r"""Text and mathematics in turns, each the same: `5 \text{ft} 3 \text{in}`, `\text{May} 5`."""
-    mathematics, texts = segments(prediction)
-    expected_mathematics, expected_texts = segments(reference)
-    if single_symbols(texts) or single_symbols(expected_texts):
-        unwrapped = [TEXT.sub(r" \1 ", text) for text in (prediction, reference)]
-        return "text" not in "".join(unwrapped) and algebra.equal(*unwrapped)
-    if texts != expected_texts:
-        return False
-    return all(
-        one == other or (bool(one) and bool(other) and same_text(one, other, algebra))
-        for one, other in zip(mathematics, expected_mathematics, strict=True)
-    )
-
-
-def single_symbols(texts: Sequence[object]) -> bool:
-    r"""Whether each text is one letter: the e of `1-\frac{1}{\mathrm{e}}`."""
-    return bool(texts) and all(isinstance(text, str) and len(text) == 1 for text in texts)

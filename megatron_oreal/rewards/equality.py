@@ -198,7 +198,7 @@ def constant_ratio(one: Expression, other: Expression) -> Ratio:
     num_equal = 0
     for environment in environments(names, is_imaginary=False):
         try:
-            (left, right), tolerance = compute_both(one, other, environment)
+            (left, right), _ = compute_both(one, other, environment)
         except Undefined:
             continue
         except TooCostly:

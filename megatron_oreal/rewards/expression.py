@@ -11,24 +11,19 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_oreal.rewards.vocabulary import (
+    DECORATIONS,
+    FUNCTIONS,
+    LIST_FUNCTIONS,
+    NO_SYMBOLS,
+    STARTS_OF_FACTORS,
+    TRIGONOMETRIC,
+)
+
 MAX_TOKENS = 1500
 MAX_DEPTH = 120  # of calls of `sum`; text nested over 50 deep never comes here
 
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth exp ln log lg det arg Re Im deg sgn".split()
-)
-TRIGONOMETRIC = frozenset("sin cos tan cot sec csc".split())
-LIST_FUNCTIONS = frozenset("max min gcd lcm".split())
 INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
-DECORATIONS = frozenset(
-    "hat bar vec tilde dot ddot overline overrightarrow widehat widetilde overleftrightarrow mathbb".split()
-)
-NO_SYMBOLS = frozenset(
-    """frac sqrt binom cdot div pm mp leq geq neq in notin cup cap setminus subset subseteq supset to ldots cdots dots
-    approx equiv mod sum prod int lim begin end land lor text emptyset rightarrow Rightarrow implies iff forall exists
-    choose over atop root mathbb circ perp parallel sim cong propto infty pi nabla partial prime left right angle
-    triangle not iint iiint oint limsup liminf bigcup bigcap coprod""".split()
-)
 TOKEN = re.compile(
     r"""\s*(?:
     (?P<repeating>\d*\.\d*\\(?:overline|bar|dot)\s?(?:\{\d+\}|\d)(?:\d*\\dot\s?\{?\d\}?)?)
@@ -75,6 +70,8 @@ DEGREE = Expression("multiply", (Expression("pi"), number(Fraction(1, 180))))
 
 
 def negative(operand: Expression) -> Expression:
+    if operand.operation == "number":
+        return number(-operand.value)
     return Expression("multiply", (MINUS_ONE, operand))
 
 
@@ -183,6 +180,8 @@ class Parser:
                 factors.append(Expression("power", (product(self.juxtaposed()), MINUS_ONE)))
             else:
                 break
+        if sign < 0 and len(factors) == 1:
+            return negative(factors[0])
         return product([MINUS_ONE, *factors] if sign < 0 else factors)
 
     def juxtaposed(self) -> list[Expression]:
@@ -202,7 +201,7 @@ class Parser:
             return True
         if token.kind == "command":
             name = token.text[1:]
-            return name not in NO_SYMBOLS or name in ("frac", "sqrt", "binom", "infty", "pi", "partial", "angle")
+            return name not in NO_SYMBOLS or name in STARTS_OF_FACTORS
         return token.text in ("(", "{", "[") or (token.text == "|" and self.num_bars == 0)
 
     def power(self) -> Expression:

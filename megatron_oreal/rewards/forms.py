@@ -216,7 +216,7 @@ def split_list(text: str) -> tuple[list[str], list[str]]:
     if any(mark.startswith(r"\text") for mark in marks):
         parts[0] = re.sub(r"^\\text\{(?:both|either)\} ?", "", parts[0])
     elements = [part for part in parts if part]
-    is_list = 1 < len(elements) <= MAX_ELEMENTS and len(elements) == len(parts) or is_only_oxford(parts, marks)
+    is_list = (1 < len(elements) <= MAX_ELEMENTS and len(elements) == len(parts)) or is_only_oxford(parts, marks)
     if not is_list:
         return [text], []
     return elements, [JOINT_OF.get(mark, ",") for mark in marks]

@@ -12,10 +12,11 @@ from types import TracebackType
 
 from megatron_oreal.rewards.algebra_needed import AlgebraNeeded
 from megatron_oreal.rewards.answer import MAX_NESTING, extract_answer, nesting_depth
-from megatron_oreal.rewards.comparison import is_same, spelled_alike
+from megatron_oreal.rewards.comparison import is_same
 from megatron_oreal.rewards.hostile_input import is_hostile
 from megatron_oreal.rewards.plain_numbers import parse_number
 from megatron_oreal.rewards.references import prepare_reference
+from megatron_oreal.rewards.scalars import spelled_alike
 from megatron_oreal.rewards.spelling import normalize
 from megatron_oreal.rewards.worker_pool import Comparison, Outcome, WorkerPool
 from megatron_oreal.types import Verdict, VerdictStatus

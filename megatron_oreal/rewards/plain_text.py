@@ -9,11 +9,8 @@ from __future__ import annotations
 import re
 
 from megatron_oreal.rewards.units import is_unit_word
+from megatron_oreal.rewards.vocabulary import JOINING_WORDS, PLAIN_FUNCTIONS, SHORT_WORDS
 
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth asin acos atan exp ln log lg sqrt max min gcd lcm "
-    "det".split()
-)
 CONSTANTS = {
     "pi": r"\pi ", "infinity": r"\infty ", "infty": r"\infty ", "inf": r"\infty ", "oo": r"\infty ",
     "theta": r"\theta ", "alpha": r"\alpha ", "beta": r"\beta ", "gamma": r"\gamma ", "delta": r"\delta ",
@@ -21,11 +18,10 @@ CONSTANTS = {
     "mu": r"\mu ", "rho": r"\rho ", "union": r"\cup ", "intersection": r"\cap ",
 }  # fmt: skip
 INVERSES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-JOINING_WORDS = frozenset("and or to if for when where otherwise is not either both with but per".split())
-SHORT_WORDS = JOINING_WORDS | {"am", "pm", "no", "of", "in", "at", "by", "be", "we", "it", "as", "so", "the", "all"}
 # What is looked at: text, environments and commands as a whole, and runs of letters.
 TOKEN = re.compile(
-    r"\\text\{[^{}]*\}|\\(?:begin|end) ?\{[^{}]*\}(?:\{[lcr|]*\})?|\\[a-zA-Z]+|\\.|(?P<run>[^\W\d_]+(?:['-][^\W\d_]{2,})*)"
+    r"\\text\{[^{}]*\}|\\(?:begin|end) ?\{[^{}]*\}(?:\{[lcr|]*\})?|\\[a-zA-Z]+|\\."
+    r"|(?P<run>[^\W\d_]+(?:['-][^\W\d_]{2,})*)"
 )
 PHRASE = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*(?:,? [^\W\d_]+(?:['-][^\W\d_]+)*)+")
 CALL = re.compile(r"(?P<name>sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?P<argument>[a-z])")
@@ -60,12 +56,12 @@ def translate_text(token: str) -> str:
 
 
 def is_long_word(run: str) -> bool:
-    return len(run) > 2 and run not in FUNCTIONS and run.lower() not in CONSTANTS and run not in JOINING_WORDS
+    return len(run) > 2 and run not in PLAIN_FUNCTIONS and run.lower() not in CONSTANTS and run not in JOINING_WORDS
 
 
 def is_phrase(words: list[str]) -> bool:
     """Whether words in a row are language: `Option B` and `A and C`, but not `a b c` and not `sin x`."""
-    if any(word in FUNCTIONS or (word in CONSTANTS and word != "infinity") for word in words):
+    if any(word in PLAIN_FUNCTIONS or (word in CONSTANTS and word != "infinity") for word in words):
         return False
     return any(len(word) > 1 for word in words)
 
@@ -90,7 +86,10 @@ def run_text(run: str, before: str, after: str, is_sentence: bool) -> str:
         return rf" \text{{{CJK_JOINTS.get(run, run)}}} "
     if len(run) == 1:
         return run
-    if run in FUNCTIONS:
+    follows_value = before[-1:].isdigit() or before.endswith(("}", ")", "%")) or before[:1].isdigit()
+    if run == "min" and follows_value and not after.lstrip().startswith(("(", "{", "\\")):
+        return r" \text{min}"
+    if run in PLAIN_FUNCTIONS:
         return rf"\{INVERSES.get(run, run)} "
     if run.lower() in CONSTANTS and (run.islower() or len(run) > 4):
         return CONSTANTS[run.lower()]
@@ -100,7 +99,6 @@ def run_text(run: str, before: str, after: str, is_sentence: bool) -> str:
         return rf"\{call['name']} {call['argument']}"
     if mixed := PLAIN_MIXED_FUNCTION.fullmatch(run):
         return rf"{mixed['factor']}\{mixed['name']} {mixed['argument']}"
-    follows_value = before[-1:].isdigit() or before.endswith(("}", ")", "%")) or before[:1].isdigit()
     if follows_value and is_unit_word(run) and not after.startswith(("_", "(", "{")):
         return rf" \text{{{run}}}"
     is_apart = before[-1:] in ("", " ") and after[:1] in ("", " ", ".", ",", ":")

@@ -50,7 +50,7 @@ def prepare_reference(answer: str) -> Reference:
 def check_reference(answer: str) -> None:
     """Refuses what no response could be judged by, when prompts are read.
 
-    Errors: ValueError for an empty, oversized, unbalanced, hostile or contradictory answer, with the reason and the fix.
+    Errors: ValueError for an empty, oversized, unbalanced, hostile or contradictory answer, with the fix.
     """
     shown = answer if len(answer) <= 60 else answer[:60] + "..."
     if len(answer) > MAX_ANSWER_CHARACTERS:

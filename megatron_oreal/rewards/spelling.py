@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable
 
 from megatron_oreal.rewards.plain_text import mark_plain_text
 
@@ -94,7 +93,7 @@ LAYOUT = rules(
     (rf"(?<!\\)\\[,;:> ]|\\(?:q?quad|enspace|thinspace|thickspace|medspace|nobreakspace|hfill){END}", " "),
     (rf"\\[dtc]frac{END}", r"\\frac"),
     (rf"\\[dt]binom{END}", r"\\binom"),
-    (rf"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|mbox|hbox|mathrm|mathsf|mathtt|textcircled) ?\{{", r"\\text{"),
+    (r"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|mbox|hbox|mathrm|mathsf|mathtt|textcircled) ?\{", r"\\text{"),
     (r"\{ ?\\rm ([^{}\\]*)\}", r"\\text{\1}"),
     (rf"\\(?:mathbf|mathit|mathcal|mathscr|mathfrak|boldsymbol|bm|pmb|bold){END} ?", ""),  # never units
     (rf"\\(?:rm|bf|it|tt|sf|large|Large|small|normalsize){END} ?", ""),
@@ -131,6 +130,7 @@ LAYOUT = rules(
 MATHEMATICS = rules(
     (r" +", " "),
     (r" ?(?:\\?%|\\text\{(?:percent|per cent|pct|percentage)\})", r"\\%"),
+    (r"\\text\{(sin|cos|tan|cot|ln|log|exp|max|min|gcd|lcm|Re|Im|arg|det)\}(?= ?[({\\])", r"\\\1 "),
     (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
     (r"\\frac ?(\d) ?(?=\{)", r"\\frac{\1}"),
     (r"\\frac ?(\{[^{}]*\}) ?(\d)", r"\\frac\1{\2}"),

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_oreal.rewards.vocabulary import ADJECTIVES, IGNORED_WORDS, LEADING_WORDS, NOT_NOUNS, word_set
+
 SI_SYMBOLS = {
     "m": "meter", "g": "gram", "s": "second", "L": "liter", "l": "liter", "N": "newton", "J": "joule", "W": "watt",
     "V": "volt", "A": "ampere", "Hz": "hertz", "Pa": "pascal", "K": "kelvin", "mol": "mole", "cal": "calorie",
@@ -39,13 +41,13 @@ OTHER_UNITS = {
     "平方厘米": "square centimeter", "平方米": "square meter", "人": "person",
 }  # fmt: skip
 IRREGULAR_PLURALS = {"feet": "foot", "inches": "inch", "men": "man", "women": "woman", "children": "child",
-                     "people": "person", "geese": "goose", "mice": "mouse", "dice": "die", "lbs": "lb", "pence": "penny",
-                     "centuries": "century", "halves": "half", "loaves": "loaf", "knives": "knife",
+                     "people": "person", "geese": "goose", "mice": "mouse", "dice": "die", "lbs": "lb",
+                     "pence": "penny", "centuries": "century", "halves": "half", "loaves": "loaf", "knives": "knife",
                      "vertices": "vertex"}  # fmt: skip
 COMPOUND_UNITS = {"mph": (("mile", 1), ("hour", -1)), "kmh": (("kilometer", 1), ("hour", -1)),
                   "kph": (("kilometer", 1), ("hour", -1)), "fps": (("foot", 1), ("second", -1)),
                   "cc": (("centimeter", 3),), "sqm": (("meter", 2),), "sqft": (("foot", 2),)}  # fmt: skip
-CURRENCIES = frozenset("dollar cent euro pound penny yen rupee won ruble peso franc".split())
+CURRENCIES = word_set("dollar cent euro pound penny yen rupee won ruble peso franc")
 MULTIPLIERS = {
     "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6), "billion": Fraction(10**9),
     "trillion": Fraction(10**12), "dozen": Fraction(12), "k": Fraction(1000), "half": Fraction(1, 2),
@@ -54,19 +56,6 @@ MULTIPLIERS = {
     "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000),
     "millionth": Fraction(1, 10**6), "permille": Fraction(1, 1000),
 }  # fmt: skip
-# What changes or takes back the value that stands before it.
-NOT_NOUNS = frozenset(
-    """and or if only mod not no more less fewer than is are was isn't maybe perhaps probably possibly unless except but
-    either neither nor both least most below above under over negative minus plus positive factorial squared cubed square
-    cube cubic root roots wrong incorrect false invalid impossible undefined unknown none never else otherwise approximately
-    about to from through until between without with twice double triple pair pairs couple score gross mille percent pct
-    percentage ago before after early late short away off deficit debt times half per base modulo radians and/or where when
-    for while the a an any all some every plusminus then also too error errors guess infinity first second last next
-    correct right true yes""".split()
-) - {"second", "radians"}
-ADJECTIVES = frozenset("different distinct possible unique total whole full such more".split()) - {"more"}
-IGNORED_WORDS = frozenset("old of long wide tall high deep each in".split())
-LEADING_WORDS = frozenset("approximately about around roughly approx nearly exactly".split())
 DEGREE_SCALES = {"C": "celsius", "F": "fahrenheit", "K": "kelvin"}
 
 Factors = tuple[tuple[str, int], ...]
@@ -117,7 +106,7 @@ def unit_of_word(word: str) -> Factors | None:
 def is_unit_word(word: str) -> bool:
     """Whether a plain word of two letters or more is a unit, or a scale word, that may stand behind a number."""
     lower = word.lower()
-    if len(word) < 2 or lower in ("re", "in", "pt", "mo", "ce", "ad", "mm") and lower not in ("mm", "in"):
+    if len(word) < 2 or (lower in ("re", "in", "pt", "mo", "ce", "ad", "mm") and lower not in ("mm", "in")):
         return False
     return lower in ("sq", "square", "cubic", "cu") or unit_of_word(word) is not None or singular(lower) in MULTIPLIERS
 

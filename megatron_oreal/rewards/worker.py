@@ -13,11 +13,9 @@ from __future__ import annotations
 import sys
 
 sys.path.pop(0)  # this file's folder: its module names must not hide anyone's
-sys.dont_write_bytecode = True
 
 import argparse
 import ctypes
-import functools
 import importlib.util
 import json
 import logging
@@ -35,6 +33,7 @@ MAX_OPEN_FILES = 64
 
 def load_package() -> None:
     """Makes `megatron_oreal` the package that this file belongs to, whatever else is installed."""
+    sys.dont_write_bytecode = True
     folder = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location(
         folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -45,48 +44,17 @@ def load_package() -> None:
     spec.loader.exec_module(package)
 
 
-load_package()
+class CpuBudget:
+    """Ends the process when more CPU time than this has been spent since the last start."""
 
-from megatron_oreal.rewards.algebra import ExactAlgebra, Fallback, math_verify_fallback
-from megatron_oreal.rewards.comparison import is_same
-from megatron_oreal.rewards.references import evaluate_alone
-
-
-class Worker:
     def __init__(self, cpu_seconds: float) -> None:
         self.cpu_seconds = cpu_seconds
-        self.algebra = ExactAlgebra(self.fallback)
-        self.evaluate_reference = functools.lru_cache(maxsize=1024)(self.evaluate_alone)
 
-    @functools.cached_property
-    def loaded_fallback(self) -> Fallback:
-        """Imported when first needed, outside of the comparison's budget."""
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        fallback = math_verify_fallback()
-        fallback("x+1", "x+2")  # builds the parser's tables
+    def start(self) -> None:
         signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
-        return fallback
 
-    def fallback(self, prediction: str, reference: str) -> bool:
-        return self.loaded_fallback(prediction, reference)
-
-    def evaluate_alone(self, reference: str) -> None:
-        evaluate_alone(reference, self.algebra)
-
-    def run(self, replies: int) -> None:
-        for line in sys.stdin.buffer:
-            job = json.loads(line)
-            equal: bool | None = None
-            try:
-                signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
-                self.evaluate_reference(job["answer"])
-                os.write(replies, b'{"answer": true}\n')
-                signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)
-                equal = is_same(job["prediction"], job["answer"], self.algebra)
-            except Exception:  # noqa: BLE001  # anything may come out of an algebra system; the caller counts it
-                equal = None
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            os.write(replies, json.dumps({"is_equal": equal}).encode() + b"\n")
+    def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def confine(parent_pid: int, memory_bytes: int) -> None:
@@ -121,12 +89,26 @@ def main() -> None:
     confine(options.parent_pid, options.memory_bytes)
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
-    worker = Worker(options.cpu_seconds)
-    is_same(r"\sqrt{2}", "2^{1/2}", worker.algebra)
+    load_package()
+    from megatron_oreal.rewards.comparer import Comparer
+
+    comparer = Comparer(CpuBudget(options.cpu_seconds))
+    comparer.is_same(r"\sqrt{2}", "2^{1/2}")
+    comparer.budget.stop()
     os.dup2(null, 2)
 
     os.write(replies, b'{"ready": true}\n')
-    worker.run(replies)
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        equal: bool | None = None
+        try:
+            comparer.evaluate_reference(job["answer"])
+            os.write(replies, b'{"answer": true}\n')
+            equal = comparer.is_same(job["prediction"], job["answer"])
+        except Exception:  # noqa: BLE001  # anything may come out of an algebra system; the caller counts it
+            equal = None
+        comparer.budget.stop()
+        os.write(replies, json.dumps({"is_equal": equal}).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ class WorkerProcess:
             is_reference_done = True
         ran_on = self.process.poll() is None and not self.is_closed
         self.end()
-        if not ran_on and self.process.returncode != -signal.SIGPROF:
+        if ran_on:
+            return "timeout"
+        if self.process.returncode != -signal.SIGPROF:
             return "crash"
         return "timeout" if is_reference_done else "slow_reference"
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from megatron_oreal.rewards.answer import answer_key, compare, extract_answer, nesting_depth, normalize, parse_number
+from megatron_oreal.rewards.answer import answer_key, extract_answer, nesting_depth
 
 
 @pytest.mark.parametrize(
