@@ -59,6 +59,8 @@ AnswerRule = Literal["last_box", "answer_tags", "conclusion"]
 class VerifierConfig(Section):
     num_workers: PositiveInt = 4  # processes for comparisons that take algebra; started when there is one
     cpu_seconds: float = Field(default=3.0, gt=0)  # of one comparison, then the worker is ended
+    # Timeouts among the samples of one prompt that are left out of training; where there are more, all count as wrong.
+    max_timeouts: int = Field(default=1, ge=0)
     # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
     answer_rule: AnswerRule = "last_box"
     require_stop: bool = True  # a response cut at the length limit is wrong, whatever it says

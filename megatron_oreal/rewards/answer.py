@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from megatron_oreal.rewards.choices import parse_choice
 from megatron_oreal.rewards.equality import short_value
 from megatron_oreal.rewards.forms import Assignment, Collection, Form, Measured, Scalar, parse_form
-from megatron_oreal.rewards.plain_numbers import parse_number
 from megatron_oreal.rewards.spelling import normalize, without_spaces
 from megatron_oreal.rewards.words import as_word
 
@@ -118,11 +117,10 @@ def answer_key(text: str) -> str:
 def form_key(form: Form) -> str:
     """A name and a unit are left aside, but for halves of a day; the order of a list too."""
     if isinstance(form, Scalar):
-        value = parse_number(form.text)
-        if value is not None:
-            return f"number {value.numerator:x}/{value.denominator:x}"  # hexadecimal has no limit on its length
-        word = as_word(form.text)
-        return word or short_value(form.text) or letter_key(without_spaces(form.text))
+        choice = parse_choice(form.text)
+        if choice is not None and not choice.rest:
+            return choice.label
+        return as_word(form.text) or short_value(form.text) or without_spaces(form.text)
     if isinstance(form, Measured):
         halves = [name for name, _ in form.unit if name in ("a.m.", "p.m.", "B.C.")]
         return " ".join([form_key(form.value), *halves])
@@ -132,9 +130,3 @@ def form_key(form: Form) -> str:
         keys = [form_key(element) for element in form.elements]
         return f"({', '.join(keys)})" if form.kind == "tuple" else ", ".join(sorted(keys))
     return without_spaces(repr(form))
-
-
-def letter_key(spelled: str) -> str:
-    """One key for b, B and (B)."""
-    choice = parse_choice(spelled)
-    return choice.label if choice is not None and not choice.rest else spelled

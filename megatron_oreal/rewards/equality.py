@@ -288,11 +288,13 @@ def order_key(text: str) -> float | None:
 
 
 def short_value(text: str) -> str | None:
-    """Thirty digits of a number without symbols; None where that is not enough, or not to be had at once."""
+    """A fraction exactly, thirty digits of another number; None where that is not enough, or not to be had at once."""
     try:
         expression = parse_expression(text)
         if symbols(expression):
             return None
+        if (exact := rational(expression)) is not None:
+            return f"number {exact.numerator:x}/{exact.denominator:x}"  # hexadecimal has no limit on its length
         context = MPContext()
         context.prec = FIRST_PRECISION
         evaluator = Evaluator(FIRST_PRECISION, {}, context)

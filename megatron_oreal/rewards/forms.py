@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, TypeAlias
 
 from megatron_oreal.rewards.plain_numbers import parse_number
@@ -163,7 +164,7 @@ def parse_form(text: str) -> Form:
         return Collection("list", tuple(map(parse_form, both)))
     quantity = parse_quantity(text)
     if quantity.value != text and r"\text" not in quantity.value:
-        value = parse_form(quantity.value)
+        value = parse_form(scaled(quantity.value, quantity.scale))
         return Measured(value, quantity.unit) if quantity.unit is not None else value
     return (
         parse_table(text)
@@ -173,6 +174,16 @@ def parse_form(text: str) -> Form:
         or parse_ratio(text)
         or Scalar(text)
     )
+
+
+def scaled(value: str, scale: Fraction) -> str:
+    """The value times the scale, as a number where it is one."""
+    if scale == 1:
+        return value
+    number = parse_number(value)
+    product = scale if number is None else number * scale
+    fraction = rf"\frac{{{product.numerator}}}{{{product.denominator}}}"
+    return fraction if number is not None else rf"({value}) \cdot {fraction}"
 
 
 def strip(text: str) -> str:

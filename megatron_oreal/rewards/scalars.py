@@ -20,7 +20,10 @@ RADIANS: Factors = (("radian", 1),)
 
 
 def spelled_alike(prediction: str, reference: str) -> bool:
-    return without_spaces(prediction) == without_spaces(reference)
+    """Spaces aside, but for the one that tells the list 1, 234 from 1,234."""
+    if without_spaces(prediction) != without_spaces(reference):
+        return False
+    return "," not in prediction or (parse_number(prediction) is None) == (parse_number(reference) is None)
 
 
 def same_scalar(prediction: str, reference: str, algebra: Algebra) -> bool:

@@ -63,14 +63,11 @@ Factors = tuple[tuple[str, int], ...]
 
 @dataclass(slots=True, frozen=True)
 class Quantity:
-    r"""`12 \text{km}`: value "12", unit (("kilometer", 1),); without a unit: None."""
+    r"""`12 \text{km}`: value "12", unit (("kilometer", 1),), scale 1; without a unit: None."""
 
     value: str  # LaTeX
     unit: Factors | None
-
-    @property
-    def is_plain_number_of_degrees(self) -> bool:
-        return self.unit == (("degree", 1),)
+    scale: Fraction = Fraction(1)  # of `million`, `dozen`, `halves`
 
 
 def singular(word: str) -> str:
@@ -148,18 +145,12 @@ def parse_quantity(text: str) -> Quantity:
                 multiplier, factors = parse_tail(text[start.start() :])
             except NotAUnit:
                 continue
-            return Quantity(scaled(value, multiplier), merge([*leading, *factors]) or None)
+            return Quantity(value, merge([*leading, *factors]) or None, multiplier)
     return Quantity(text, leading or None)
 
 
 def depth_at_end(text: str) -> int:
     return sum(text.count(mark) for mark in "{([") - sum(text.count(mark) for mark in "})]")
-
-
-def scaled(value: str, multiplier: Fraction) -> str:
-    if multiplier == 1:
-        return value
-    return rf"{value} \cdot \frac{{{multiplier.numerator}}}{{{multiplier.denominator}}}"
 
 
 def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:

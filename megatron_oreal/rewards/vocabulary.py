@@ -36,11 +36,12 @@ SHORT_WORDS = JOINING_WORDS | word_set("am pm no of in at by be we it as so the 
 # What changes or takes back the value that stands before it, hence no noun of what is counted.
 NOT_NOUNS = word_set(
     """and or if only mod not no more less fewer than is are was maybe perhaps probably possibly unless except but
-    either neither nor both least most below above under over negative minus plus positive factorial squared cubed square cube
-    cubic root roots wrong incorrect false invalid impossible undefined unknown none never else otherwise approximately
-    about to from through until between without with twice double triple pair pairs couple score gross mille percent pct
-    percentage ago before after early late short away off deficit debt half per base modulo where when for while the a
-    an any all some every then also too error errors guess infinity first last next correct right true yes"""
+    either neither nor both least most below above under over negative minus plus positive factorial squared
+    cubed square cube cubic root roots wrong incorrect false invalid impossible undefined unknown none never
+    else otherwise approximately about to from through until between without with twice double triple pair pairs
+    couple score gross mille percent pct percentage ago before after early late short away off deficit debt half
+    per base modulo where when for while the a an any all some every then also too error errors guess infinity
+    first last next correct right true yes"""
 )
 ADJECTIVES = word_set("different distinct possible unique total whole full such")
 IGNORED_WORDS = word_set("old of long wide tall high deep each in")
