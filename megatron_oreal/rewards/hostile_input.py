@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 MAX_EXPONENT = 10**4
-MAX_COMBINATORIAL_ARGUMENT = 10**3
+MAX_COMBINATORIAL_ARGUMENT = 10**4
 MAX_MATRIX_EXPONENT = 100
 
 CODE = re.compile(
@@ -20,7 +20,7 @@ UNEVALUATED = re.compile(r"\\(?:sum|prod|coprod|i{0,3}int|oint|lim|limsup|liminf
 SCIENTIFIC = re.compile(r"\d\s?[eE]\s?[+-]?\d{4,}")
 INTEGER = re.compile(r"\d+")
 # A group, a number or a name before the mark; groups one level deep are enough to see what a factorial is taken of.
-FACTORIAL = re.compile(r"(?P<argument>\d+|[)\]}])\s*!")
+FACTORIAL = re.compile(r"(?P<argument>(?<!\d)\d+|[)\]}])\s?!")
 COMBINATORIAL = re.compile(r"\\[dt]?binom|\\choose|\bbinom|\\atop|\)\s*_|(?<![a-zA-Z])[CP]\s*\(|[CP]_|\\Gamma|\\zeta")
 MATRIX_POWER = re.compile(r"\\end\{[a-z]*matrix\*?\}[^0-9a-zA-Z]{0,20}\^[^0-9a-zA-Z]{0,5}(\d+)")
 ROOT_INDEX = re.compile(r"\\sqrt\s*\[([^\]]*)\]")
@@ -137,7 +137,7 @@ def has_large_factorial(text: str) -> bool:
                 return True
         else:
             group = group_before(text, found.start("argument"))
-            if largest_integer(group) > MAX_COMBINATORIAL_ARGUMENT or re.search(r"[!^]|\d\D+\d{3}", group):
+            if largest_integer(group) > MAX_COMBINATORIAL_ARGUMENT or re.search(r"[!^]", group):
                 return True
     return False
 
