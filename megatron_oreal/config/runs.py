@@ -67,6 +67,8 @@ class VerifierConfig(Section):
 
     num_workers: PositiveInt = 4  # Processes for comparisons that take algebra; they start when the first one comes.
     cpu_seconds: float = Field(default=3.0, gt=0)  # A comparison that takes longer loses its worker, and its verdict.
+    # Timeouts among the samples of one prompt that are left out of training; where there are more, all count as wrong.
+    max_timeouts: int = Field(default=1, ge=0)
     # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
     answer_rule: AnswerRule = "last_box"
     require_stop: bool = True  # A response cut at the length limit is wrong, whatever it says.

@@ -29,6 +29,7 @@ from megatron_oreal.data.benchmarks import (
 from megatron_oreal.data.examples import Example
 from megatron_oreal.data.files import Row, read_jsonl
 from megatron_oreal.data.prompts import parse_prompt, parse_text
+from megatron_oreal.rewards.references import check_reference
 from megatron_oreal.types import Message, Prompt
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
@@ -132,16 +133,26 @@ FORMATS: dict[str, DataFormat] = {
 def import_prompts(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Prompt]:
     """Reads a file (.json: a list; .csv; else JSONL) or a hub data set; `limit` keeps the first rows.
 
-    Raises ValueError for an unknown format, an unreadable source and a row that does not fit, with its index.
+    Raises ValueError for an unknown format, an unreadable source and a row that does not fit, with its index; and for
+    reference answers that no response can be judged by, with their number and the first of them.
     """
     data_format = get_format(format_name)
     data = read_source(source, data_format, split)
     prompts = []
+    refused: list[str] = []
     for index, row in enumerate(data.rows[:limit]):
         try:
             prompts.append(parse_prompt(data_format.to_row(row) | {"id": f"{data.name}-{index}", "source": data.name}))
         except ValueError as error:
             raise ValueError(f"--input: {source} row {index} is not {format_name}: {error}") from None
+        try:
+            check_reference(prompts[-1].answer)
+        except ValueError as error:
+            refused.append(f"row {index}: {error}")
+    if refused:
+        raise ValueError(
+            f"--input: {source}: {len(refused)} of {len(prompts)} answers cannot be judged; the first is {refused[0]}"
+        )
     return prompts
 
 

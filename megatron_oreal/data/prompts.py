@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 
 from megatron_oreal.config import PromptConfig
 from megatron_oreal.data.files import Row, describe_type, read_jsonl, write_jsonl
+from megatron_oreal.rewards.references import check_reference
 from megatron_oreal.types import Int32Array, Message, Prompt, TokenData
 
 if TYPE_CHECKING:
     from megatron_oreal.data.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
+PLAIN_DECIMAL = re.compile(r"-?\d+\.\d+")
 CursorState = dict[str, Any]  # JSON
 
 
@@ -33,12 +36,14 @@ def read_prompts(path: Path, setting: str) -> list[Prompt]:
     """Reads JSONL of {"id", "prompt", "answer", "source", "pass_rate"}; the last two are optional, other keys ignored.
 
     "prompt" is a list of {"role", "content"}, or a string for one user message. Raises ValueError, naming `setting` and
-    the line, for a missing or empty file, a malformed line and an id that occurs twice.
+    the line, for a missing or empty file, a malformed line, an id that occurs twice, and an answer that no response can
+    be judged by.
     """
     prompts: dict[str, Prompt] = {}
     for number, row in read_jsonl(path, setting):
         try:
             prompt = parse_prompt(row)
+            check_reference(prompt.answer)
             if prompt.id in prompts:
                 raise ValueError(f"id {prompt.id!r} occurs twice; ids must be unique")
         except ValueError as error:
@@ -80,13 +85,16 @@ def parse_prompt(row: Row) -> Prompt:
 
 
 def parse_text(row: Row, key: str) -> str:
-    """A non-empty string, or a number as its text."""
+    """A non-empty string, or a number as its text, but for one that JSON changes (NaN, 1e22)."""
     value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{key} is missing; give a non-empty string")
     if not isinstance(value, str) and not is_number(value):
         raise ValueError(f"{key} must be a string, not {describe_type(value)}")
-    return str(value)
+    text = str(value)
+    if isinstance(value, float) and not PLAIN_DECIMAL.fullmatch(text):
+        raise ValueError(f"{key} is the number {text}; write it as a string")
+    return text
 
 
 def parse_messages(row: Row) -> tuple[Message, ...]:

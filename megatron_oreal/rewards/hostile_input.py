@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 MAX_EXPONENT = 10**4
-MAX_COMBINATORIAL_ARGUMENT = 10**3
+MAX_COMBINATORIAL_ARGUMENT = 10**4
 MAX_MATRIX_EXPONENT = 100
 
 CODE = re.compile(
@@ -20,26 +20,40 @@ UNEVALUATED = re.compile(r"\\(?:sum|prod|coprod|i{0,3}int|oint|lim|limsup|liminf
 SCIENTIFIC = re.compile(r"\d\s?[eE]\s?[+-]?\d{4,}")
 INTEGER = re.compile(r"\d+")
 # A group, a number or a name before the mark; groups one level deep are enough to see what a factorial is taken of.
-FACTORIAL = re.compile(r"(?P<argument>\d+|[)\]}])\s*!")
+FACTORIAL = re.compile(r"(?P<argument>(?<!\d)\d+|[)\]}])\s?!")
 COMBINATORIAL = re.compile(r"\\[dt]?binom|\\choose|\bbinom|\\atop|\)\s*_|(?<![a-zA-Z])[CP]\s*\(|[CP]_|\\Gamma|\\zeta")
 MATRIX_POWER = re.compile(r"\\end\{[a-z]*matrix\*?\}[^0-9a-zA-Z]{0,20}\^[^0-9a-zA-Z]{0,5}(\d+)")
 ROOT_INDEX = re.compile(r"\\sqrt\s*\[([^\]]*)\]")
 PLAIN_POWER = re.compile(r"\d+\^\d+")
 
 
+def refusal(text: str, may_be_unevaluated: bool = False) -> str | None:
+    """Why a text is not given to an algebra system; None where it may be.
+
+    `may_be_unevaluated`: sums, products, integrals and limits may pass, as those of a reference that is only spelled.
+    """
+    if CODE.search(text) is not None:
+        return "what could run as code"
+    if CONTROL.search(text) is not None:
+        return "a control character"
+    if not may_be_unevaluated and UNEVALUATED.search(text) is not None:
+        return "a sum, a product, an integral or a limit"
+    if SCIENTIFIC.search(text) is not None or has_large_exponent(text):
+        return "an exponent beyond all measure"
+    if has_large_factorial(text):
+        return "a factorial beyond all measure"
+    if COMBINATORIAL.search(text) is not None and largest_integer(text) > MAX_COMBINATORIAL_ARGUMENT:
+        return "a binomial beyond all measure"
+    if any(value_of_digits(found[1]) > MAX_MATRIX_EXPONENT for found in MATRIX_POWER.finditer(text)):
+        return "a matrix power beyond all measure"
+    if any(largest_integer(found[1]) > MAX_EXPONENT for found in ROOT_INDEX.finditer(text)):
+        return "a root beyond all measure"
+    return None
+
+
 def is_hostile(prediction: str) -> bool:
     """Whether the answer of a response is refused unseen."""
-    return (
-        CODE.search(prediction) is not None
-        or CONTROL.search(prediction) is not None
-        or UNEVALUATED.search(prediction) is not None
-        or SCIENTIFIC.search(prediction) is not None
-        or has_large_exponent(prediction)
-        or has_large_factorial(prediction)
-        or (COMBINATORIAL.search(prediction) is not None and largest_integer(prediction) > MAX_COMBINATORIAL_ARGUMENT)
-        or any(value_of_digits(found[1]) > MAX_MATRIX_EXPONENT for found in MATRIX_POWER.finditer(prediction))
-        or any(largest_integer(found[1]) > MAX_EXPONENT for found in ROOT_INDEX.finditer(prediction))
-    )
+    return refusal(prediction) is not None
 
 
 def value_of_digits(digits: str) -> int:
@@ -123,7 +137,7 @@ def has_large_factorial(text: str) -> bool:
                 return True
         else:
             group = group_before(text, found.start("argument"))
-            if largest_integer(group) > MAX_COMBINATORIAL_ARGUMENT or re.search(r"[!^]|\d\D+\d{3}", group):
+            if largest_integer(group) > MAX_COMBINATORIAL_ARGUMENT or re.search(r"[!^]", group):
                 return True
     return False
 

@@ -30,7 +30,13 @@ NUM_ATTEMPTS = 2  # a process ended from outside says nothing about its comparis
 # Python's own and the dynamic linker's; the rest of a launcher's environment is no business of a worker.
 INHERITED_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
-Outcome = Literal["equal", "different", "timeout", "crash"]
+MAX_REMEMBERED_REFERENCES = 10_000
+
+# "slow_reference": the reference answer spends the budget by itself, whatever it is compared with.
+Outcome = Literal["equal", "different", "timeout", "slow_reference", "crash"]
+
+
+OUTCOME_OF_REPLY: dict[bool | None, Outcome] = {True: "equal", False: "different", None: "crash"}
 
 
 @dataclass(slots=True, frozen=True)
@@ -45,6 +51,7 @@ class WorkerProcess:
     def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
         self.wall_seconds = wall_seconds
         self.num_jobs = 0
+        self.unread = b""  # of what the process wrote
         self.is_closed = False  # the process has closed its end of the pipe
         # An argument list and no shell; a hash seed, because sympy's orders follow hashes.
         self.process = subprocess.Popen(
@@ -70,7 +77,7 @@ class WorkerProcess:
             )
 
     def compare(self, comparison: Comparison) -> Outcome:
-        """After "timeout" and "crash" the process has ended."""
+        """After "timeout", "slow_reference" and most times of "crash" the process has ended."""
         self.num_jobs += 1
         job = json.dumps({"answer": comparison.answer, "prediction": comparison.prediction})
         assert self.process.stdin is not None
@@ -79,22 +86,25 @@ class WorkerProcess:
         except BrokenPipeError:
             self.end()
             return "crash"
-        line = self.read_line(self.wall_seconds)
-        if line is None:
-            ran_on = self.process.poll() is None and not self.is_closed
-            self.end()
-            return "timeout" if ran_on or self.process.returncode == -signal.SIGPROF else "crash"
-        is_equal = json.loads(line)["is_equal"]
-        if is_equal is None:
+        is_reference_done = False
+        while (line := self.read_line(self.wall_seconds)) is not None:
+            reply = json.loads(line)
+            if "is_equal" in reply:
+                return OUTCOME_OF_REPLY[reply["is_equal"]]
+            is_reference_done = True
+        ran_on = self.process.poll() is None and not self.is_closed
+        self.end()
+        if ran_on:
+            return "timeout"
+        if self.process.returncode != -signal.SIGPROF:
             return "crash"
-        return "equal" if is_equal else "different"
+        return "timeout" if is_reference_done else "slow_reference"
 
     def read_line(self, timeout_seconds: float) -> bytes | None:
         """The next reply; None at the end of the process (`is_closed` then) or of the time."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout_seconds
-        line = b""
-        while not line.endswith(b"\n"):
+        while b"\n" not in self.unread:
             readable, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
                 return None
@@ -102,7 +112,8 @@ class WorkerProcess:
             if not part:
                 self.is_closed = True
                 return None
-            line += part
+            self.unread += part
+        line, _, self.unread = self.unread.partition(b"\n")
         return line
 
     @property
@@ -148,6 +159,9 @@ class WorkerPool:
         self.lock = threading.Lock()
         self.is_closed = False
         self.num_unfinished = 0  # jobs in the queue or in a worker
+        # Reference answers by what the first comparison with them showed; None while it runs.
+        self.is_slow: dict[str, bool | None] = {}
+        self.reference_known = threading.Condition()
 
     def compare_many(self, comparisons: Sequence[Comparison]) -> list[Outcome]:
         """Outcomes in the order given. Errors: RuntimeError when workers cannot be started, or after `close`."""
@@ -182,6 +196,31 @@ class WorkerPool:
             worker.end()
 
     def compare(self, index: int, comparison: Comparison) -> Outcome:
+        """A reference that is slow by itself costs one worker, once."""
+        with self.reference_known:
+            while comparison.answer in self.is_slow and self.is_slow[comparison.answer] is None:
+                self.reference_known.wait()
+            is_first = comparison.answer not in self.is_slow
+            if not is_first and self.is_slow[comparison.answer]:
+                return "slow_reference"
+            if is_first:
+                self.forget_references()
+                self.is_slow[comparison.answer] = None
+        outcome: Outcome = "crash"
+        try:
+            outcome = self.attempt(index, comparison)
+        finally:
+            if is_first or outcome == "slow_reference":
+                with self.reference_known:
+                    self.is_slow[comparison.answer] = outcome == "slow_reference"
+                    self.reference_known.notify_all()
+        return outcome
+
+    def forget_references(self) -> None:
+        if len(self.is_slow) >= MAX_REMEMBERED_REFERENCES:
+            self.is_slow = {answer: slow for answer, slow in self.is_slow.items() if slow is None}
+
+    def attempt(self, index: int, comparison: Comparison) -> Outcome:
         outcome: Outcome = "crash"
         for _ in range(NUM_ATTEMPTS):
             if self.is_closed:

@@ -50,4 +50,4 @@ def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> Pre
 
 
 def open_verifier(config: VerifierConfig) -> MathVerifier:
-    return MathVerifier(num_workers=config.num_workers, cpu_seconds=config.cpu_seconds)
+    return MathVerifier(config.num_workers, config.cpu_seconds, max_timeouts=config.max_timeouts)

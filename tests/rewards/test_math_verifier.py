@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_oreal.rewards import MathVerifier
+from megatron_oreal.rewards.hostile_input import is_hostile
+from megatron_oreal.rewards.spelling import normalize
 from megatron_oreal.types import Verdict
+from tests.support.hostile_answers import ENDLESS, ENDLESS_ANSWER, SLOW_REFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ EQUAL = [
     ("y=2x+3", "2x+3"),
     ("10x-14y+22z+8=0", "5x - 7y + 11z + 4 = 0"),
     ("5!", "120"),
-    ("1.414214", r"\sqrt{2}"),
+    (r"\sqrt{2}", "1.414214"),
     ("x^{99}(x+1)", "x^{100}+x^{99}"),
     (r"\lambda + 1", r"1 + \lambda"),
 ]
@@ -58,6 +62,8 @@ DIFFERENT = [
     ("so 3x + 4y + 5", "5"),
     ("the answer is 5", "5"),
     ("5 or 6", "5"),
+    ("1.414214", r"\sqrt{2}"),
+    ("(x+y+z+w)^{999}", "x+1"),
 ]
 
 
@@ -92,6 +98,77 @@ def test_no_answer_runs_as_code(verifier: MathVerifier, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_the_screen_looks_at_the_text_before_and_after_it_is_normalised(verifier: MathVerifier) -> None:
+    only_before, only_after = "x+5\x0b", "x+10⁹⁹⁹⁹⁹"
+    assert is_hostile(only_before) and not is_hostile(normalize(only_before))
+    assert not is_hostile(only_after) and is_hostile(normalize(only_after))
+    for text in (only_before, only_after):
+        assert (
+            verifier.verify(rf"\boxed{{{text}}}".replace(only_before, only_before + "+y"), "y+1").status == "rejected"
+        )
+
+
+def test_a_reference_that_the_screen_refuses_is_only_compared_by_spelling() -> None:
+    with MathVerifier() as verifier:
+        assert verifier.verify(boxed("x"), "9^{9^{9^9}}").status == "incorrect"
+        assert verifier.verify(boxed(r"\sum_{k=1}^n k"), r"\sum_{k=1}^{n} k").status == "correct"
+        assert verifier.verify(boxed("n(n+1)/2"), r"\sum_{k=1}^n k").status == "incorrect"
+        assert verifier.pool.workers == {}
+
+
+def test_long_answers_have_a_verdict(verifier: MathVerifier) -> None:
+    """Two well-formed answers below 10,000 characters end in neither a crash nor a timeout."""
+    polynomials = ["+".join(f"{index}x^{{{index}}}" for index in range(1, count)) for count in (90, 900)]
+    for answer in (*polynomials, "1" * 9999, ", ".join(map(str, range(1700)))):
+        for prediction in (answer, answer + "+1", "x"):
+            assert verifier.verify(boxed(prediction), answer).is_judged
+    assert verifier.verify(boxed(polynomials[0] + "+x-x"), polynomials[0]).status == "correct"
+
+
+def test_a_timeout_is_no_verdict_but_many_of_them_are() -> None:
+    others = [ENDLESS.replace("11y", f"{number}y") for number in (12, 13)]
+    pairs = [(boxed(ENDLESS), ENDLESS_ANSWER), (boxed("x"), ENDLESS_ANSWER), (boxed("5"), "5")]
+    with MathVerifier(2, cpu_seconds=0.5, max_timeouts=1) as verifier:
+        assert [verdict.status for verdict in verifier.verify_many(pairs)] == ["timeout", "incorrect", "correct"]
+        verdicts = verifier.verify_many(pairs + [(boxed(other), ENDLESS_ANSWER) for other in others])
+    assert [verdict.status for verdict in verdicts] == ["rejected", "incorrect", "correct", "rejected", "rejected"]
+    with MathVerifier(2, cpu_seconds=0.5, max_timeouts=0) as verifier:
+        assert verifier.verify(*pairs[0]) == Verdict(0.0, "rejected", ENDLESS)
+
+
+def test_the_samples_of_a_slow_reference_are_never_wrong_for_it() -> None:
+    with MathVerifier(1, cpu_seconds=0.3, max_timeouts=0) as verifier:
+        verdicts = verifier.verify_many([(boxed(f"x+{number}"), SLOW_REFERENCE) for number in range(8)])
+    assert {(verdict.status, verdict.reward) for verdict in verdicts} == {("timeout", 0.0)}
+
+
+def test_a_crash_is_no_verdict() -> None:
+    with MathVerifier(1, cpu_seconds=60.0) as verifier:
+        verifier.verify(boxed("x+1"), "1+x")
+        is_over = threading.Event()
+
+        def kill_workers() -> None:
+            while not is_over.wait(0.1):
+                for worker in list(verifier.pool.workers.values()):
+                    worker.process.kill()
+
+        killer = threading.Thread(target=kill_workers)
+        killer.start()
+        try:
+            verdict = verifier.verify(boxed(ENDLESS), ENDLESS_ANSWER)
+        finally:
+            is_over.set()
+            killer.join()
+        assert verdict == Verdict(0.0, "crash", ENDLESS)
+        assert not verdict.is_judged
+        assert verifier.verify(boxed("x+2"), "2+x").status == "correct"
+
+
+def test_the_bound_of_timeouts_is_checked() -> None:
+    with pytest.raises(ValueError, match="verifier.max_timeouts"):
+        MathVerifier(max_timeouts=-1)
+
+
 def test_plain_answers_start_no_process() -> None:
     with MathVerifier() as verifier:
         verifier.verify_many([(boxed("5"), "5"), (boxed("1/2"), "0.5"), (boxed("9^9^9"), "5"), ("", "5")])
@@ -99,9 +176,8 @@ def test_plain_answers_start_no_process() -> None:
 
 
 def test_order_and_verdicts_do_not_depend_on_the_number_of_workers() -> None:
-    endless = "(x+y+z+w)^{999}"
     pairs = [(boxed(prediction), answer) for prediction, answer in EQUAL + DIFFERENT]
-    pairs += [("", "5"), (boxed(endless), "x+1"), (boxed("5"), "5"), *reversed(pairs)]
+    pairs += [("", "5"), (boxed(ENDLESS), ENDLESS_ANSWER), (boxed("5"), "5"), *reversed(pairs)]
     verdicts = []
     for num_workers in (1, 3):
         with MathVerifier(num_workers, cpu_seconds=1.0) as verifier:
@@ -111,7 +187,7 @@ def test_order_and_verdicts_do_not_depend_on_the_number_of_workers() -> None:
     statuses = [verdict.status for verdict in verdicts[0]]
     first = ["correct"] * len(EQUAL) + ["incorrect"] * len(DIFFERENT)
     assert statuses == [*first, "no_answer", "timeout", "correct", *reversed(first)]
-    assert verdicts[0][num_cases + 1] == Verdict(0.0, "timeout", endless)
+    assert verdicts[0][num_cases + 1] == Verdict(0.0, "timeout", ENDLESS)
     assert not verdicts[0][num_cases + 1].is_judged
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oreal.rewards.worker_pool import Comparison, WorkerPool, WorkerProcess
+from megatron_oreal.rewards.worker_pool import JOBS_PER_PROCESS, Comparison, WorkerPool, WorkerProcess
+from tests.support.hostile_answers import ENDLESS as ENDLESS_PREDICTION
+from tests.support.hostile_answers import ENDLESS_ANSWER, SLOW_REFERENCE
 from tests.support.paths import ROOT
 
 EASY = Comparison("2k+2", "2(k+1)")
 WRONG = Comparison("2k+2", "2(k+2)")
-ENDLESS = Comparison("x+1", "(x+y+z+w)^{999}")
+ENDLESS = Comparison(ENDLESS_ANSWER, ENDLESS_PREDICTION)
 MEMORY_BYTES = 2 * 2**30
 
 
@@ -57,7 +59,7 @@ def test_a_comparison_beyond_its_cpu_budget_times_out_and_the_pool_goes_on(pool:
 def test_a_worker_that_hangs_without_computing_meets_the_wall_limit() -> None:
     worker = WorkerProcess(cpu_seconds=5.0, wall_seconds=0.5, memory_bytes=MEMORY_BYTES)
     os.kill(worker.process.pid, signal.SIGSTOP)
-    assert worker.compare(EASY) == "timeout"
+    assert worker.compare(EASY) == "timeout"  # which says nothing about the reference
     assert not worker.is_running
 
 
@@ -127,15 +129,68 @@ def test_the_launchers_environment_stays_outside(pool: WorkerPool, monkeypatch: 
         assert "libtorch" not in (proc / "maps").read_text()
 
 
+def test_a_slow_reference_costs_one_worker_once() -> None:
+    pool = WorkerPool(num_workers=2, cpu_seconds=0.3)
+    try:
+        pool.compare_many([EASY, WRONG])
+        first = {worker.process.pid for worker in pool.workers.values()}
+        comparisons = [Comparison(SLOW_REFERENCE, f"x+{number}") for number in range(20)]
+        assert pool.compare_many(comparisons) == ["slow_reference"] * 20
+        assert pool.compare_many([EASY, WRONG] * 3) == ["equal", "different"] * 3
+        assert len(first - {worker.process.pid for worker in pool.workers.values()}) <= 1
+    finally:
+        pool.close()
+
+
+def test_a_comparison_that_fails_is_a_crash_and_the_process_goes_on(pool: WorkerPool) -> None:
+    """The worker meets its memory limit as an error, not as an end."""
+    pool.memory_bytes = 400 * 2**20
+    broken = Comparison("x+1", None)  # type: ignore[arg-type]
+    assert pool.compare_many([EASY, broken, EASY]) == ["equal", "crash", "equal"]
+    assert pool.workers[0].num_jobs == 3
+
+
+def limits_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return {line[:26].strip(): line[26:47].strip() for line in lines}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_is_confined(pool: WorkerPool) -> None:
+    pool.memory_bytes = 2**30
+    pool.compare_many([EASY])
+    pid = pool.workers[0].process.pid
+    limits = limits_of(pid)
+    assert limits["Max address space"] == str(2**30)
+    assert limits["Max file size"] == limits["Max core file size"] == limits["Max processes"] == "0"
+    assert int(limits["Max open files"]) <= 64
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    assert status["NoNewPrivs"] == "1"
+
+
+def test_defaults_are_generous_and_a_process_is_replaced_after_its_jobs(pool: WorkerPool) -> None:
+    assert WorkerPool().wall_seconds == 30.0 + 30.0 * 3.0
+    assert WorkerPool(wall_seconds=7.0).wall_seconds == 7.0
+    pool.compare_many([EASY])
+    first = pool.workers[0]
+    first.num_jobs = JOBS_PER_PROCESS
+    assert pool.compare_many([WRONG]) == ["different"]
+    assert pool.workers[0] is not first
+    assert not first.is_running
+
+
 OWNER = """
 import sys, threading, time
 from megatron_oreal.rewards.worker_pool import Comparison, WorkerPool
+from tests.support.hostile_answers import ENDLESS, ENDLESS_ANSWER
 
 if __name__ != "__main__":
     raise SystemExit("the worker ran the main script again")
 pool = WorkerPool(num_workers=1, cpu_seconds=100.0)
 pool.compare_many([Comparison("2k+2", "2(k+1)")])
-threading.Thread(target=pool.compare_many, args=([Comparison("x+1", "(x+y+z+w)^{999}")],), daemon=True).start()
+threading.Thread(target=pool.compare_many, args=([Comparison(ENDLESS_ANSWER, ENDLESS)],), daemon=True).start()
 time.sleep(0.3)
 print(pool.workers[0].process.pid, flush=True)
 time.sleep(600)

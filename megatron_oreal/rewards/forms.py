@@ -1,0 +1,436 @@
+r"""The outer form of a normalised answer: a list, a tuple, an interval, named values, an equation, a matrix.
+
+`parse_form` splits the text at its top level and stops at expressions, which stay LaTeX (`Scalar`). Conventions: a bare
+list and a set in braces are the same, a tuple is neither; `(1,2)` is a tuple that may be read as an open interval.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+from megatron_oreal.rewards.plain_numbers import parse_number
+from megatron_oreal.rewards.spelling import TEXT, remove_outer_braces
+from megatron_oreal.rewards.units import Factors, parse_quantity
+
+MAX_ELEMENTS = 500
+
+
+@dataclass(slots=True, frozen=True)
+class Scalar:
+    """One expression or word, or what is not understood."""
+
+    text: str
+
+
+@dataclass(slots=True, frozen=True)
+class Collection:
+    kind: Literal["list", "set", "tuple"]
+    elements: tuple[Form, ...]
+    joint: str = ","  # between the elements of a list: "," or "and" or "or"
+
+
+@dataclass(slots=True, frozen=True)
+class Assignment:
+    """`x = 5`, `f(x) = x^2 = xx`, `x \\in [1,2]`: a name and its values, which have to agree."""
+
+    name: str
+    values: tuple[Form, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Equation:
+    operands: tuple[str, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Inequality:
+    """Operands that ascend: `a < b` for `b > a`; `is_strict` for each sign."""
+
+    operands: tuple[str, ...]
+    is_strict: tuple[bool, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Interval:
+    start: str
+    end: str
+    is_start_open: bool
+    is_end_open: bool
+
+
+@dataclass(slots=True, frozen=True)
+class Region:
+    """A union of intervals (points are closed ones of no length), of a variable where one was named."""
+
+    intervals: tuple[Interval, ...]
+    variable: str = ""
+    excluded: tuple[str, ...] = ()  # points taken out
+
+
+@dataclass(slots=True, frozen=True)
+class Declaration:
+    r"""`k \in \mathbb{Z}`."""
+
+    name: str
+    number_set: str
+
+
+@dataclass(slots=True, frozen=True)
+class Measured:
+    value: Form
+    unit: Factors
+
+
+@dataclass(slots=True, frozen=True)
+class Ratio:
+    parts: tuple[str, ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Congruence:
+    left: str
+    residue: str
+    modulus: str
+
+
+@dataclass(slots=True, frozen=True)
+class Table:
+    """A matrix, or the rows of a case distinction."""
+
+    kind: Literal["matrix", "determinant", "cases"]
+    rows: tuple[tuple[str, ...], ...]
+
+
+Form: TypeAlias = (
+    Scalar
+    | Collection
+    | Assignment
+    | Equation
+    | Inequality
+    | Region
+    | Declaration
+    | Measured
+    | Ratio
+    | Congruence
+    | Table
+)
+
+INFINITE = Interval(r"-\infty", r"\infty", True, True)
+# A comma before three digits and nothing else separates thousands.
+JOINTS = r", |(?<!\d),|,(?!\d{3}(?!\d))|;|\\text\{(?:and|or|and/or)\}|\\lor(?![a-zA-Z])|\\land(?![a-zA-Z])"
+ALL_COMMAS = r"[,;]|\\text\{(?:and|or)\}"
+JOINT_WORDS = re.compile(r"(?:^| )(and|or)(?: |$)")
+RELATION = r"=|<|>|\\(?:leq|geq|neq|in|approx|equiv)(?![a-zA-Z])"
+OPEN, CLOSE = "([{", ")]}"
+GREEK_NAME = (
+    r"\\(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega|ell|"
+    r"Gamma|Delta|Theta|Lambda|Phi|Psi|Omega)"
+)
+LETTER = rf"(?:[a-zA-Z]|{GREEK_NAME})"
+INDEX = r"(?:_(?:\w|\{[\w ,]+\}))?'{0,2}"
+NAME = re.compile(
+    rf"(?:{LETTER} ?{INDEX}"
+    rf"|[a-zA-Z]{INDEX}(?:\^\{{-1\}}|\^\{{\(?\w\)?\}})? ?\( ?(?:{LETTER}|-?\d+)(?: ?, ?(?:{LETTER}|-?\d+))* ?\)"
+    r"|[PE] ?[(\[][^=<>]*[)\]]"
+    r"|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,6}\]|\\overline\{[A-Z]{2}\}|\\(?:vec|hat|bar)(?:\{\w+\}| ?\w)|m?\\angle ?[A-Z]{1,3}"
+    r"|S_\{\\triangle ?[A-Z]{3}\}|\\triangle|\\text\{[^{}]*\}(?:_\w)?)"
+)
+TUPLE_OF_NAMES = re.compile(rf"\( ?{LETTER}{INDEX}(?: ?, ?{LETTER}{INDEX})+ ?\)")
+ENVIRONMENT = re.compile(
+    r"(?P<factor>[^&]*?)\\begin ?\{(?P<kind>[pbBvV]?(?:small)?matrix|array|cases)\*?\}(?: ?\{[lcr| ]*\})?(?P<body>.*)"
+    r"\\end ?\{(?P=kind)\*?\}(?P<transposed> ?\^(?:T|\{T\}|\\top|\{\\top\}|\\intercal))?",
+    re.DOTALL,
+)
+CONDITION_WORDS = re.compile(r",? ?\\text\{(?:if|for|when|where|otherwise|else)\} ?|, ?$")
+NUMBER_SETS = {r"\mathbb{Z}", r"\mathbb{N}", r"\mathbb{Q}", r"\mathbb{Z}^+", r"\mathbb{N}^*", r"\mathbb{Z}^{+}"}
+REALS = (r"\mathbb{R}", r"\mathbb R", r"\R", r"\Reals")
+
+
+@functools.lru_cache(maxsize=2048)
+def parse_form(text: str) -> Form:
+    text = strip(text)
+    if parse_number(text) is not None:
+        return Scalar(text)
+    parts, joints = split_list(text)
+    if len(parts) > 1:
+        joint = "or" if "or" in joints else "and" if "and" in joints else ","
+        return Collection("list", tuple(map(parse_form, parts)), joint)
+    if r"\pm" in text or r"\mp" in text:
+        both = [expand_signs(text, "+", "-"), expand_signs(text, "-", "+")]
+        return Collection("list", tuple(map(parse_form, both)))
+    quantity = parse_quantity(text)
+    if quantity.value != text and r"\text" not in quantity.value:
+        value = parse_form(scaled(quantity.value, quantity.scale))
+        return Measured(value, quantity.unit) if quantity.unit is not None else value
+    return (
+        parse_table(text)
+        or parse_relation(text)
+        or parse_region(text)
+        or parse_enclosed(text)
+        or parse_ratio(text)
+        or Scalar(text)
+    )
+
+
+def scaled(value: str, scale: Fraction) -> str:
+    """The value times the scale, as a number where it is one."""
+    if scale == 1:
+        return value
+    number = parse_number(value)
+    product = scale if number is None else number * scale
+    fraction = rf"\frac{{{product.numerator}}}{{{product.denominator}}}"
+    return fraction if number is not None else rf"({value}) \cdot {fraction}"
+
+
+def strip(text: str) -> str:
+    text = text.strip()
+    while (inner := remove_outer_braces(text)) != text:
+        text = inner
+    return text
+
+
+def expand_signs(text: str, plus: str, minus: str) -> str:
+    return re.sub(r"\\mp(?![a-zA-Z])", minus, re.sub(r"\\pm(?![a-zA-Z])", plus, text))
+
+
+@functools.lru_cache(maxsize=16)
+def with_brackets(pattern: str) -> re.Pattern[str]:
+    return re.compile(
+        rf"(?P<mark>{pattern})|(?P<open>[(\[{{]|\\begin(?![a-zA-Z]))|(?P<close>[)\]}}]|\\end(?![a-zA-Z]))"
+    )
+
+
+def split_top_level(text: str, pattern: str) -> tuple[list[str], list[str]]:
+    """The parts between matches outside of all brackets, and the matches."""
+    parts, marks = [], []
+    depth = begin = 0
+    for found in with_brackets(pattern).finditer(text):
+        if found["open"]:
+            depth += 1
+        elif found["close"]:
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[begin : found.start()].strip())
+            marks.append(found["mark"].strip())
+            begin = found.end()
+    return [*parts, text[begin:].strip()], marks
+
+
+def split_list(text: str) -> tuple[list[str], list[str]]:
+    """The elements of a bare list, and the words between them; the text alone when it is none."""
+    text = TEXT.sub(separate_joints, text)
+    parts, marks = split_top_level(text, JOINTS)
+    if any(mark.startswith(r"\text") for mark in marks):
+        parts[0] = re.sub(r"^\\text\{(?:both|either)\} ?", "", parts[0])
+    elements = [part for part in parts if part]
+    is_list = (1 < len(elements) <= MAX_ELEMENTS and len(elements) == len(parts)) or is_only_oxford(parts, marks)
+    if not is_list:
+        return [text], []
+    return elements, [JOINT_OF.get(mark, ",") for mark in marks]
+
+
+def is_only_oxford(parts: list[str], marks: list[str]) -> bool:
+    """Whether parts are empty only between a comma and the word behind it: `1, 2, and 3`."""
+    if len(marks) < 2 or not parts[0] or not parts[-1]:
+        return False
+    return all(part or (marks[place - 1] == "," and marks[place] != ",") for place, part in enumerate(parts) if place)
+
+
+JOINT_OF = {r"\text{and}": "and", r"\text{or}": "or", r"\lor": "or", r"\land": "and", r"\text{and/or}": "or"}
+
+
+def separate_joints(found: re.Match[str]) -> str:
+    r"""`\text{Tom} \text{and} \text{Ann}` for `\text{Tom and Ann}`."""
+    parts = JOINT_WORDS.split(found[1])
+    if len(parts) == 1:
+        return found[0]
+    return " ".join(rf"\text{{{part.strip()}}}" for part in parts if part.strip())
+
+
+def parse_table(text: str) -> Form | None:
+    found = ENVIRONMENT.fullmatch(text)
+    if found is None or r"\begin" in found["body"]:
+        return None
+    kind, factor = found["kind"], found["factor"].strip()
+    rows = [
+        split_top_level(row, "&")[0]
+        for row in split_top_level(found["body"], r"\\\\(?: ?\[\w+\])?|\\cr(?![a-zA-Z])")[0]
+    ]
+    rows = [row for row in rows if row != [""]]
+    if not rows:
+        return None
+    if kind == "cases":
+        cleaned = tuple(tuple(CONDITION_WORDS.sub("", cell).strip() for cell in row) for row in rows)
+        return None if factor else Table("cases", cleaned)
+    if len({len(row) for row in rows}) != 1:
+        return None
+    if factor:
+        factor = "-1" if factor == "-" else factor.removesuffix(r"\cdot").strip()
+        rows = [[rf"({factor}) \cdot ({cell})" for cell in row] for row in rows]
+    if found["transposed"]:
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    return Table("determinant" if kind.startswith(("v", "V")) else "matrix", tuple(map(tuple, rows)))
+
+
+def parse_relation(text: str) -> Form | None:
+    operands, signs = split_top_level(text, RELATION)
+    if not signs:
+        return None
+    if r"\approx" in signs:
+        operands, signs = cut_approximation(operands, signs)
+        if not signs:
+            return parse_form(operands[0])
+    if not all(operands):
+        return None
+    if r"\equiv" in signs:
+        residue, _, modulus = operands[-1].partition(r"\mod")
+        return Congruence(operands[0], residue.strip(), modulus.strip()) if len(operands) == 2 and modulus else None
+    if signs == [r"\in"]:
+        return parse_membership(*operands)
+    if set(signs) == {"="}:
+        return parse_equations(operands)
+    if signs == [r"\neq"]:
+        return Region((INFINITE,), operands[0], (operands[1],)) if is_name(operands[0]) else None
+    return parse_inequality(operands, signs)
+
+
+def cut_approximation(operands: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
+    r"""`x = \sqrt2` for `x = \sqrt2 \approx 1.41`; `x = 1.41` for `x \approx 1.41`."""
+    place = signs.index(r"\approx")
+    if place == 0 and is_name(operands[0]):
+        return [operands[0], operands[1]], ["="]
+    return operands[: place + 1], signs[:place]
+
+
+def parse_membership(left: str, right: str) -> Form | None:
+    if right.replace(" ", "") in NUMBER_SETS:
+        return Declaration(left, right)
+    region = parse_region(right)
+    if region is not None:
+        return Region(region.intervals, left, region.excluded)
+    return Assignment(left, (parse_form(right),)) if is_name(left) else None
+
+
+def parse_equations(operands: list[str]) -> Form:
+    names = [operand for operand in operands[:-1] if is_name(operand)]
+    if names == operands[:-1] and len(names) > 1 and parse_number(operands[-1]) is not None:
+        return Collection("list", tuple(Assignment(name, (parse_form(operands[-1]),)) for name in names))
+    if is_name(operands[0]):
+        return Assignment(operands[0], tuple(map(parse_form, operands[1:])))
+    return Equation(tuple(operands))
+
+
+def is_name(text: str) -> bool:
+    return NAME.fullmatch(text) is not None or TUPLE_OF_NAMES.fullmatch(text) is not None
+
+
+def parse_inequality(operands: list[str], signs: list[str]) -> Form | None:
+    if not set(signs) <= {"<", ">", r"\leq", r"\geq"}:
+        return None
+    ascending = {sign in ("<", r"\leq") for sign in signs}
+    if len(ascending) > 1:
+        return None
+    is_strict = [sign in "<>" for sign in signs]
+    if ascending == {False}:
+        operands, is_strict = operands[::-1], is_strict[::-1]
+    named = [is_name(operand) and operand != "e" for operand in operands]
+    if len(operands) == 2 and sum(named) == 1:
+        if named[0]:
+            return Region((Interval(r"-\infty", operands[1], True, is_strict[0]),), operands[0])
+        return Region((Interval(operands[0], r"\infty", is_strict[0], True),), operands[1])
+    if len(operands) == 3 and named == [False, True, False]:
+        return Region((Interval(operands[0], operands[2], is_strict[0], is_strict[1]),), operands[1])
+    return Inequality(tuple(operands), tuple(is_strict))
+
+
+def parse_region(text: str) -> Region | None:
+    r"""Intervals with at least one bracket, unions, \mathbb{R}, sets without points, `\{x \mid x > 2\}`."""
+    if text in REALS:
+        return Region((INFINITE,))
+    if text.replace(" ", "") in (r"\{\}", r"\emptyset"):
+        return Region(())
+    parts, _ = split_top_level(text, r"\\cup(?![a-zA-Z])")
+    if len(parts) > 1:
+        regions = [part_of_union(part) for part in parts]
+        if None in regions:
+            return None
+        return Region(tuple(interval for region in regions if region for interval in region.intervals))
+    parts, _ = split_top_level(text, r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])")
+    if len(parts) == 2:
+        whole, points = part_of_union(parts[0]), parse_form(parts[1])
+        if whole is None or not isinstance(points, Collection) or points.kind != "set":
+            return None
+        if not all(isinstance(point, Scalar) for point in points.elements):
+            return None
+        return Region(whole.intervals, "", tuple(point.text for point in points.elements if isinstance(point, Scalar)))
+    return parse_set_builder(text) or parse_interval(text, is_pair_allowed=False)
+
+
+def part_of_union(text: str) -> Region | None:
+    region = parse_region(text) or parse_interval(text, is_pair_allowed=True)
+    if region is not None or not (text.startswith(r"\{") and text.endswith(r"\}")):
+        return region
+    points = split_top_level(text[2:-2], ALL_COMMAS)[0]
+    return Region(tuple(Interval(point, point, False, False) for point in points))
+
+
+def parse_interval(text: str, is_pair_allowed: bool) -> Region | None:
+    if len(text) < 5 or text[0] not in "([" or text[-1] not in ")]" or not is_enclosed(text, 1):
+        return None
+    if (text[0], text[-1]) == ("(", ")") and not is_pair_allowed:
+        return None
+    ends = split_top_level(text[1:-1], ALL_COMMAS)[0]
+    if len(ends) != 2 or not all(ends):
+        return None
+    return Region((Interval(ends[0], ends[1], text[0] == "(", text[-1] == ")"),))
+
+
+def parse_set_builder(text: str) -> Region | None:
+    if not (text.startswith(r"\{") and text.endswith(r"\}")):
+        return None
+    parts, marks = split_top_level(text[2:-2], r"\||:|\\text\{such that\}")
+    if len(parts) != 2 or not marks:
+        return None
+    member = re.sub(r" ?\\in ?\\mathbb ?\{?R\}?$", "", parts[0])
+    condition = parse_form(parts[1])
+    if isinstance(condition, Region) and condition.variable == member:
+        return condition
+    return None
+
+
+def is_enclosed(text: str, width: int) -> bool:
+    """Whether the bracket at the start is closed at the end and not before; `width`: of the opening mark."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character in OPEN) - (character in CLOSE)
+        if depth == 0 and index >= width:
+            return index == len(text) - 1
+    return False
+
+
+def parse_enclosed(text: str) -> Form | None:
+    """A tuple, a set, or the content of parentheses."""
+    if text.startswith(r"\langle") and text.endswith(r"\rangle"):
+        text = f"({text[7:-7]})"
+    is_set = text.startswith(r"\{") and text.endswith(r"\}")
+    if not (is_set or (text[:1] == "(" and text[-1:] == ")") or (text[:1] == "[" and text[-1:] == "]")):
+        return None
+    if not is_enclosed(text, 2 if is_set else 1):
+        return None
+    content = text[2:-2] if is_set else text[1:-1]
+    is_spaced = ", " in content
+    elements, _ = split_top_level(content, JOINTS if is_spaced else ALL_COMMAS)
+    if not all(elements) or len(elements) > MAX_ELEMENTS:
+        return None
+    if is_set:
+        return Collection("set", tuple(map(parse_form, elements)))
+    return Collection("tuple", tuple(map(parse_form, elements))) if len(elements) > 1 else parse_form(content)
+
+
+def parse_ratio(text: str) -> Form | None:
+    parts, _ = split_top_level(text, r":|\\text\{to\}|\\to(?![a-zA-Z])")
+    return Ratio(tuple(parts)) if len(parts) > 1 and all(parts) else None

@@ -1,0 +1,69 @@
+r"""Answers in words, and text between mathematics: spellings are compared, capitals and dots left aside."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_oreal.rewards.spelling import TEXT
+from megatron_oreal.rewards.units import NotAUnit, merge, parse_tail
+
+GEOMETRY = re.compile(
+    r"(?P<mark>\\(?:triangle|angle|overline|overrightarrow|overleftrightarrow|widehat|bar|vec|measuredangle|square|odot"
+    r"|parallel|perp))(?![a-zA-Z]) ?"
+)
+LETTERS = re.compile(r"[^\W\d_]+(?:[ .'-]+[^\W\d_]+)*[.']*")
+ARTICLES = re.compile(r"^(?:the|a|an) ")
+SYNONYMS = (
+    {"undefined", "does not exist", "dne", "doesn't exist", "not defined", "nonexistent", "none exists"},
+    {"infinitely many", "infinitely many solutions", "infinite", "infinite solutions"},
+    {"true", "yes"},
+    {"false", "no"},
+    {"impossible", "not possible"},
+    {"none", "none of these", "none of the above"},
+)
+SYNONYM_OF = {word: min(group) for group in SYNONYMS for word in group}
+
+
+def as_word(text: str) -> str | None:
+    r"""One spelling of a word or phrase, of plain letters (two or more), or of `\triangle ABC`; None for the rest."""
+    bare = GEOMETRY.sub("", text)
+    is_marked = bare != text or TEXT.search(text) is not None
+    bare = TEXT.sub(r"\1", bare)
+    if bare != text and GEOMETRY.search(text):
+        bare = bare.replace("{", "").replace("}", "")
+    bare = " ".join(bare.split())
+    if not LETTERS.fullmatch(bare) or (len(bare.replace(" ", "")) < 2 and not is_marked):
+        return None
+    spelled = ARTICLES.sub("", bare.casefold().replace(".", "")).replace("-", " ")
+    spelled = SYNONYM_OF.get(spelled, spelled)
+    return spelled if is_marked else spelled.replace(" ", "")
+
+
+def same_word(prediction: str, reference: str) -> bool | None:
+    """None where the reference is no word, and where a product is written with its sign."""
+    expected = as_word(reference)
+    answered = as_word(prediction)
+    if expected is None:
+        # A phrase is no number; letters side by side may be a product.
+        return False if answered is not None and TEXT.search(prediction) and len(answered) > 1 else None
+    if answered is not None:
+        return answered.replace(" ", "") == expected.replace(" ", "")
+    return False if TEXT.search(reference) or not re.search(r"\\cdot|\\frac|[\^/]", prediction) else None
+
+
+def segments(text: str) -> tuple[list[str], list[object]]:
+    r"""The mathematics between texts, and what each text says: units in one spelling, words in small letters."""
+    mathematics, texts, end = [], [], 0
+    for found in TEXT.finditer(text):
+        mathematics.append(text[end : found.start()].strip(" ,"))
+        texts.append(meaning_of_text(found[0], found[1]))
+        end = found.end()
+    return [*mathematics, text[end:].strip(" ,")], texts
+
+
+def meaning_of_text(marked: str, content: str) -> object:
+    try:
+        scale, factors = parse_tail(marked)
+    except NotAUnit:
+        return content.strip().casefold()
+    return scale, merge(factors)
