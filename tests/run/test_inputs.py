@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megatron_oreal.config import SftConfig, TrainConfig, to_yaml
-from megatron_oreal.run.inputs import check_run_dir
+from megatron_oreal.run.inputs import check_initial_weights, check_run_dir
 
 PPO = {"name": "ppo", "critic": {"optimizer": {"lr": 5e-6}}}
 OUTCOME = {"name": "outcome", "objective": "rloo"}
@@ -156,3 +156,14 @@ def test_a_longer_cosine_is_another_schedule_where_it_stands_now(tmp_path: Path)
     begin(configured(tmp_path, algorithm=cosine), at_the_top)
     longer = configured(tmp_path, algorithm=cosine, num_steps=4)
     assert "(num_steps: 3 -> 4)" in refusal(longer)
+
+
+@pytest.mark.parametrize("name", ["reward_model", "critic"])
+def test_initial_weights_of_another_model_are_named_with_their_section(tmp_path: Path, name: str) -> None:
+    algorithm = {"name": "oreal" if name == "reward_model" else "ppo", name: {"path": str(tmp_path)}}
+    config = configured(tmp_path, algorithm=algorithm)
+    with pytest.raises(
+        ValueError, match=rf"^algorithm\.{name}\.path: .* is not a Hugging Face directory of the policy's"
+    ):
+        check_initial_weights(config, architecture=None)  # type: ignore[arg-type]
+    check_initial_weights(configured(tmp_path, algorithm={"name": "outcome"}), architecture=None)  # type: ignore[arg-type]
