@@ -25,10 +25,11 @@ GROUP_SIZE, NUM_PROMPTS = 4, 16  # prompts that a step asks for
 
 @pytest.fixture(scope="module")
 def config(train_config: Settings) -> Settings:
-    """Two ranks decode waves of two groups each; a step needs 8 groups with correct and incorrect samples."""
+    """Two ranks decode waves of two groups each; a step needs 8 groups, and each group is of use."""
     return train_config | {
         "num_steps": 4,
         "parallel": {"tensor": 2},
+        "algorithm": train_config["algorithm"] | {"selection": "all"},
         "data": train_config["data"] | {"prompts_per_step": NUM_PROMPTS // 2},
         "rollout": train_config["rollout"] | {"batch_size": 8, "oversampling": 2.0, "group_size": GROUP_SIZE},
         "checkpoint": train_config["checkpoint"] | {"every": 2},
@@ -54,15 +55,12 @@ def samples(run_dir: Path, step: int) -> str:
 
 
 def test_over_sampling_gives_up_waves(unbroken: Path) -> None:
-    """A wave holds 4 groups; those of the last wave are all complete, and the waves after it are given up."""
+    """A wave holds 4 groups: two waves are enough, and the other two are given up."""
     steps = records(unbroken)[:-1]
     assert len(steps) == 4 and all(record["rollout/staleness_max"] == 0 for record in steps)
     for step, record in enumerate(steps):
-        num_groups = len(samples(unbroken, step).splitlines()) // GROUP_SIZE
-        assert num_groups % 4 == 0 and record["rollout/num_given_up"] == GROUP_SIZE * (NUM_PROMPTS - num_groups)
-        assert record["rollout/num_tokens_given_up"] == 0
-        mixed = record["reward/groups_mixed"]
-        assert (mixed >= 8 and num_groups < NUM_PROMPTS) or num_groups == NUM_PROMPTS
+        assert len(samples(unbroken, step).splitlines()) == record["rollout/num_samples"] == GROUP_SIZE * 8
+        assert record["rollout/num_given_up"] == GROUP_SIZE * 8 and record["rollout/num_tokens_given_up"] == 0
 
 
 @pytest.mark.timeout(600)
