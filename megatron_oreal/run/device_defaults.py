@@ -68,19 +68,19 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     experts = shape.experts
     width = experts.intermediate_size * experts.num_per_token if experts else shape.intermediate_size
+    norm = 2 * 4 * shape.hidden_size  # some releases of torch keep its input and result in float32
     # Input, its norm, attention's input and output; queries, keys and values before and after rotation.
-    attention = item * (4 * shape.hidden_size + 2 * heads)
-    # Gate and up, their product; the norm of the input. The unfused form on other devices keeps more.
-    mlp = item * (2 * shape.hidden_size + 3 * width)
+    attention = item * (4 * shape.hidden_size + 2 * heads) + norm
+    # Input and its norm; gate and up, and their product.
+    mlp = item * (2 * shape.hidden_size + 3 * width) + norm
     # Without sequence parallelism the tensor-parallel ranks keep the whole of some tensors: counted as all of them.
     share = parallel.tensor if parallel.sequence else 1
     a_layer = parallel.microbatch_tokens * (attention + mlp) / share
-    # A pipeline's first stage keeps the activations of as many micro-batches as there are stages.
-    num_kept = shape.num_layers / parallel.pipeline * parallel.pipeline
+    # A pipeline's first stage keeps as many micro-batches as there are stages: together as much as all layers.
     return Memory(
         states=int(states),
-        activations=int(num_kept * a_layer),
-        mlp_activations=int(num_kept * parallel.microbatch_tokens * mlp / share),
+        activations=int(shape.num_layers * a_layer),
+        mlp_activations=int(shape.num_layers * parallel.microbatch_tokens * mlp / share),
         one_layer=int(a_layer),
     )
 

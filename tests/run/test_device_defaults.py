@@ -83,9 +83,9 @@ def test_the_estimate_of_memory_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     memory = estimate(oreal_config(), QWEN_1_5B)
     assert memory.states / 2**30 == pytest.approx(40 * 1.5436e9 / 2**30, rel=2e-3)
     heads = (12 + 2 * 2) * 128
-    a_token = 2 * (4 * 1536 + 2 * heads + 2 * 1536 + 3 * 8960)
+    a_token = 2 * (4 * 1536 + 2 * heads + 2 * 1536 + 3 * 8960) + 2 * 2 * 4 * 1536
     assert memory.activations == 28 * 16384 * a_token
-    assert memory.mlp_activations == 28 * 16384 * 2 * (2 * 1536 + 3 * 8960)
+    assert memory.mlp_activations == 28 * 16384 * (2 * (2 * 1536 + 3 * 8960) + 2 * 4 * 1536)
 
 
 def test_recompute_is_the_least_that_fits() -> None:
@@ -95,6 +95,13 @@ def test_recompute_is_the_least_that_fits() -> None:
     assert fitting_recompute(memory, 83 * gib - 1) == "selective"
     assert fitting_recompute(memory, 64 * gib) == "selective"
     assert fitting_recompute(memory, 64 * gib - 1) == "full"
+
+
+def test_1_5b_keeps_its_activations_on_141_gb_and_not_on_80(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    memory = estimate(oreal_config(), QWEN_1_5B)
+    assert fitting_recompute(memory, int(0.85 * 139 * 2**30)) == "none"
+    assert fitting_recompute(memory, int(0.85 * 79 * 2**30)) == "full"
 
 
 def test_recompute_settings_reach_megatron() -> None:
