@@ -127,8 +127,9 @@ class HalfPrecisionGradients:
         gradient = block.gradient(self.dtype)
         for columns, tile in block.tiles():
             place = call.place(upstream.target, columns)
-            given = upstream.logsumexp, upstream.entropy, upstream.scales
-            call.rows.gradient_of_kept(tile, *place, *given, gradient[:, columns])
+            call.rows.gradient_of_kept(
+                tile, *place, upstream.logsumexp, upstream.entropy, upstream.scales, gradient[:, columns]
+            )
         if of_hidden is not None:
             self.products.grad_hidden(gradient, weight, of_hidden, accumulate=False)
         if of_weight is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Literal
 
@@ -60,7 +61,6 @@ def scaled_product(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtyp
     Of e4m3 matrices with aligned dimensions whose rows are contiguous.
     """
     one = torch.ones((), dtype=torch.float32, device=left.device)
-    options = {"out_dtype": dtype, "use_fast_accum": False}  # the fast sums of Hopper have 14 bits
-    if out is None:
-        return torch._scaled_mm(left, right.T, scale_a=one, scale_b=scale, **options)
-    return torch._scaled_mm(left, right.T, scale_a=one, scale_b=scale, out=out, **options)
+    multiply = partial(torch._scaled_mm, left, right.T, scale_a=one, scale_b=scale, out_dtype=dtype)
+    # The fast sums of Hopper have 14 bits.
+    return multiply(use_fast_accum=False) if out is None else multiply(use_fast_accum=False, out=out)

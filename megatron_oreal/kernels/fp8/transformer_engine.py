@@ -57,9 +57,10 @@ class TransformerEngineGradients:
                 dtype=hidden.dtype,
                 device=self.device,
             )
-            given = upstream.logsumexp, upstream.entropy, upstream.scales
             place = call.place(upstream.target, columns)
-            call.rows.gradient_of_kept(tile, *place, *given, gradient[: len(hidden)])
+            call.rows.gradient_of_kept(
+                tile, *place, upstream.logsumexp, upstream.entropy, upstream.scales, gradient[: len(hidden)]
+            )
             quantized = self._quantize(gradient, is_weight=False, transposed=True)
             if summed is not None:
                 part = self._quantize(weight[columns], is_weight=True, transposed=True)
