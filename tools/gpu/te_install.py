@@ -54,7 +54,7 @@ def build(source: Path, site: Path) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # The headers of cuDNN and NCCL come with torch's own packages.
     include = Path(sysconfig.get_path("purelib")).glob("nvidia/*/include")
-    os.environ["CPATH"] = ":".join([*map(str, sorted(include)), os.environ.get("CPATH", "")])
+    os.environ["CPATH"] = ":".join(filter(None, [*map(str, sorted(include)), os.environ.get("CPATH", "")]))
     os.environ["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
     with tempfile.TemporaryDirectory() as folder:  # pip does not add to a package that --target already holds
