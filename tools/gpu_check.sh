@@ -52,4 +52,8 @@ fi
 if "$python" -c 'import socket, sys; sys.exit("lo" not in [name for _, name in socket.if_nameindex()])'; then
     export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo
 fi
+# Transformer Engine compiles some kernels when they are first used, and looks for CUDA's headers there.
+if nvcc=$(PATH=$PATH:/usr/local/cuda/bin command -v nvcc); then
+    export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$nvcc")")")}
+fi
 "$python" -W ignore -m tools.gpu.check --work "$work" "${arguments[@]+"${arguments[@]}"}"

@@ -52,11 +52,9 @@ def build(source: Path, site: Path) -> None:
     os.environ.update({"MAX_JOBS": "12", "NVTE_FRAMEWORK": "pytorch", "NVTE_PYTORCH_FORCE_BUILD": "TRUE"})
     # Ninja compiles the files at once; without it on the path they are compiled one after the other.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    if nvcc := shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
-        os.environ.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parents[1]))
     # The headers of cuDNN and NCCL come with torch's own packages.
     include = Path(sysconfig.get_path("purelib")).glob("nvidia/*/include")
-    os.environ["CPATH"] = ":".join([*map(str, sorted(include)), os.environ.get("CPATH", "")])
+    os.environ["CPATH"] = ":".join(filter(None, [*map(str, sorted(include)), os.environ.get("CPATH", "")]))
     os.environ["PYTHONPATH"] = f"{site}:{os.environ.get('PYTHONPATH', '')}"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
     with tempfile.TemporaryDirectory() as folder:  # pip does not add to a package that --target already holds
