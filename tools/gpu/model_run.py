@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_oreal.algorithms.model import GroupAlgorithm
 from megatron_oreal.config import TrainConfig
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.observability.metrics import Metrics
-from megatron_oreal.run.algorithms import GroupAlgorithm
 from megatron_oreal.run.open import open_train
 from megatron_oreal.run.run import Run
 from megatron_oreal.types import Group
@@ -80,9 +80,8 @@ def opened(size: str, work: Path, num_prompts: int, settings: Sequence[str], row
                     "max_prompt_tokens": 16,
                 },
                 "rollout": {"group_size": GROUP_SIZE, "max_new_tokens": 1024, "batch_size": rows},
-                "algorithm": {"preset": "reference", "policy_freeze_steps": 0},
+                "algorithm": {"policy_freeze_steps": 0, "reward_model": {"optimizer": {"lr": 1e-7}}},
                 "policy": {"optimizer": {"lr": 1e-7}},
-                "reward_model": {"optimizer": {"lr": 1e-7}},
                 "checkpoint": {"export_hf": False},
             },
             settings,
