@@ -96,7 +96,7 @@ def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
 
 # (query [T, heads, D], key [T, groups, D], value, cu_seqlens, longest, scale) -> [T, heads, D], causal
 PackedAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
-# Of the check against scaled_dot_product_attention in float32: bfloat16 keeps 8 bits of each number.
+# Of the norm, in the check against scaled_dot_product_attention in float32: bfloat16 keeps 8 bits of each number.
 CHECK_TOLERANCE = 0.03
 
 
@@ -163,28 +163,42 @@ def causal_attention(varlen_attn: Callable[..., Any] | None) -> PackedAttend | N
     return attend
 
 
-@torch.no_grad()
-def difference_from_padded(attend: PackedAttend) -> str:
-    """What is wrong with `attend` for two segments and three query heads a key head on CUDA; empty if nothing is."""
+def difference_from_padded(attend: PackedAttend, device: str = "cuda") -> str:
+    """Says what is wrong with values or gradients of `attend`, beside padded attention in float32; empty if nothing is.
+
+    Two segments, three query heads a key head.
+    """
     generator = torch.Generator().manual_seed(0)  # the state of CUDA's generator is left alone
     lengths, heads, groups, head_dim = [5, 19], 6, 2, 64
-    query, key, value = (
-        torch.randn(sum(lengths), count, head_dim, generator=generator).bfloat16().cuda()
-        for count in (heads, groups, groups)
+    query, key, value, weights = (
+        torch.randn(sum(lengths), count, head_dim, generator=generator).bfloat16().to(device)
+        for count in (heads, groups, groups, heads)
     )
-    cu_seqlens = torch.tensor([0, 5, 24], dtype=torch.int32, device="cuda")
-    try:
-        found = attend(query, key, value, cu_seqlens, 19, head_dim**-0.5).float()
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return f"it raises {type(error).__name__}: {error}"
-    wanted = torch.cat(
-        [
-            causal_batch(q[None].float(), k[None].float(), v[None].float(), head_dim**-0.5)[0]
-            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
-    )
-    difference = float((found - wanted).abs().max())
-    return "" if difference < CHECK_TOLERANCE else f"it differs from scaled_dot_product_attention by {difference:.3g}"
+    cu_seqlens = torch.tensor([0, 5, 24], dtype=torch.int32, device=device)
+
+    def packed(*tensors: Tensor) -> Tensor:
+        return attend(*tensors, cu_seqlens, 19, head_dim**-0.5)
+
+    def padded(*tensors: Tensor) -> Tensor:
+        segments = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+        return torch.cat([causal_batch(q[None], k[None], v[None], head_dim**-0.5)[0] for q, k, v in segments])
+
+    results = []
+    for function, dtype in ((packed, torch.bfloat16), (padded, torch.float32)):
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (query, key, value)]
+        try:
+            with torch.enable_grad():
+                out = function(*leaves)
+                gradients = torch.autograd.grad((out.float() * weights.float()).sum(), leaves)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            return f"it raises {type(error).__name__}: {error}"
+        results.append([tensor.detach().float() for tensor in (out, *gradients)])
+    for name, found, wanted in zip(("values", "query", "key", "value"), *results, strict=True):
+        difference = float((found - wanted).norm() / wanted.norm())
+        if not difference < CHECK_TOLERANCE:
+            what = "the output" if name == "values" else f"the gradient of its {name}"
+            return f"{what} differs from scaled_dot_product_attention by {difference:.3g} of the norm"
+    return ""
 
 
 def causal_batch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
