@@ -176,11 +176,11 @@ def difference_from_padded(attend: PackedAttend, device: str = "cuda") -> str:
     )
     cu_seqlens = torch.tensor([0, 5, 24], dtype=torch.int32, device=device)
 
-    def packed(*tensors: Tensor) -> Tensor:
-        return attend(*tensors, cu_seqlens, 19, head_dim**-0.5)
+    def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, cu_seqlens, 19, head_dim**-0.5)
 
-    def padded(*tensors: Tensor) -> Tensor:
-        segments = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+    def padded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        segments = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
         return torch.cat([causal_batch(q[None], k[None], v[None], head_dim**-0.5)[0] for q, k, v in segments])
 
     results = []
