@@ -12,6 +12,7 @@ ENCLOSED = r"[(\[]? ?(?:\\text\{ ?(?P<word>[A-Ja-j]) ?\}|\{?(?P<letter>[A-Ja-j])
 SINGLE = re.compile(rf"{INTRODUCTION}{ENCLOSED}")
 INTRODUCED_WORD = re.compile(
     r"\\text\{(?:[Tt]he )?(?:[Cc]orrect )?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)(?: is)? (?P<letter>[A-J])\}"
+    r"[.:]? ?(?P<rest>.*)"
 )
 # A label with something behind it; the mark or the space shows that it is no factor.
 WITH_REST = re.compile(
@@ -37,7 +38,7 @@ def parse_choice(text: str) -> Choice | None:
     if found := SINGLE.fullmatch(text):
         return Choice((found["word"] or found["letter"]).upper(), "")
     if found := INTRODUCED_WORD.fullmatch(text):
-        return Choice(found["letter"], "")
+        return Choice(found["letter"], found["rest"].strip())
     if found := WITH_REST.fullmatch(text):
         label = next(found[name] for name in "abcdef" if found[name])
         return Choice(label, found["rest"].strip())
@@ -75,6 +76,9 @@ def compare_choices(prediction: str, reference: str) -> bool | tuple[str, str] |
         # Options in the order of the alphabet are a set of them; any other order is meant.
         is_set = list(expected_labels) == sorted(expected_labels)
         return sorted(labels) == list(expected_labels) if is_set else labels == expected_labels
+    labels = parse_labels(prediction)
+    if labels is not None and reference == "".join(labels):
+        return True
     expected = parse_choice(reference)
     chosen = parse_choice(prediction)
     if expected is not None and is_label(reference):

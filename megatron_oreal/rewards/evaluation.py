@@ -318,6 +318,7 @@ FLOATING: dict[str, Callable[..., Value]] = {
     "lg": lambda context, value: context.ln(value) / context.ln(10),
     "abs": lambda context, value: abs(value),
     "arg": lambda context, value: context.arg(value),
+    "conj": lambda context, value: context.conj(value),
     "Re": lambda context, value: value.real,
     "Im": lambda context, value: value.imag,
     "sgn": real_argument(lambda context, value: context.sign(value)),

@@ -33,7 +33,8 @@ def same_scalar(prediction: str, reference: str, algebra: Algebra) -> bool:
     values = parse_number(prediction), parse_number(reference)
     if values[0] is not None and values[1] is not None:
         return values[0] == values[1]
-    if (bare := without_plain_unit(prediction, reference)) != prediction:
+    bare, plain_unit = split_plain_unit(prediction, reference)
+    if plain_unit is not None:
         return same_scalar(bare, reference, algebra)
     numerals = BASED_NUMERAL.fullmatch(prediction), BASED_NUMERAL.fullmatch(reference)
     if numerals[0] and numerals[1]:
@@ -74,19 +75,23 @@ def single_symbols(texts: Sequence[object]) -> bool:
     return bool(texts) and all(isinstance(text, str) and len(text) == 1 for text in texts)
 
 
-def without_plain_unit(prediction: str, reference: str) -> str:
-    """`5` for `5 m` without markup, where the reference is a plain number."""
+def split_plain_unit(prediction: str, reference: str) -> tuple[str, Factors | None]:
+    """`5` and meters for `5 m` without markup, where the reference is a plain number."""
     found = PLAIN_UNIT_SYMBOL.fullmatch(prediction)
     if found is None or found["symbol"] not in SI_SYMBOLS or parse_number(reference) is None:
-        return prediction
-    return found["value"]
+        return prediction, None
+    return found["value"], ((SI_SYMBOLS[found["symbol"]], int(found["power"] or 1)),)
+
+
+def is_angle(text: str) -> bool:
+    return r"\pi" in text or r"\arc" in text
 
 
 def angles(value: str, unit: Factors | None, expected: str, expected_unit: Factors | None) -> tuple[str, str] | None:
     r"""Both in radians where one is in degrees and the other, without that unit, in multiples of \pi."""
     as_radians = r"\cdot \frac{\pi}{180}"
-    if unit == DEGREES and expected_unit in (None, RADIANS) and r"\pi" in expected and r"\pi" not in value:
+    if unit == DEGREES and expected_unit in (None, RADIANS) and is_angle(expected) and not is_angle(value):
         return f"({value}) {as_radians}", expected
-    if expected_unit == DEGREES and unit in (None, RADIANS) and r"\pi" in value and r"\pi" not in expected:
+    if expected_unit == DEGREES and unit in (None, RADIANS) and is_angle(value) and not is_angle(expected):
         return value, f"({expected}) {as_radians}"
     return None

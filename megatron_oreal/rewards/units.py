@@ -49,7 +49,8 @@ COMPOUND_UNITS = {"mph": (("mile", 1), ("hour", -1)), "kmh": (("kilometer", 1), 
                   "cc": (("centimeter", 3),), "sqm": (("meter", 2),), "sqft": (("foot", 2),)}  # fmt: skip
 CURRENCIES = word_set("dollar cent euro pound penny yen rupee won ruble peso franc")
 MULTIPLIERS = {
-    "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6), "billion": Fraction(10**9),
+    "ten": Fraction(10), "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6),
+    "billion": Fraction(10**9),
     "trillion": Fraction(10**12), "dozen": Fraction(12), "k": Fraction(1000), "half": Fraction(1, 2),
     "third": Fraction(1, 3), "quarter": Fraction(1, 4), "fourth": Fraction(1, 4), "fifth": Fraction(1, 5),
     "sixth": Fraction(1, 6), "seventh": Fraction(1, 7), "eighth": Fraction(1, 8), "ninth": Fraction(1, 9),
@@ -115,7 +116,7 @@ TAIL_TOKEN = re.compile(
 TAIL_START = re.compile(
     r"/ ?\\text\{|\\text\{|\^\\circ|\\cdot ?\\text\{|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}\}$"
 )
-UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\})\}\{(\\text\{[^{}]*\})\}")
+UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\}(?:\^\d)?)\}\{(\\text\{[^{}]*\}(?:\^\d)?)\}")
 LEADING_TEXT = re.compile(r"(?P<sign>-?) ?\\text\{(?P<words>[^{}]*)\}\.? ?(?P<rest>.+)", re.DOTALL)
 ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 APPROXIMATE = re.compile(r"(?:\\approx|\\sim|\\thickapprox)(?![a-zA-Z]) ?")

@@ -12,7 +12,9 @@ import pytest
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rewards.references import check_reference
 
-CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "by_kind.jsonl").read_text("utf-8").splitlines()]
+CASES = [
+    json.loads(line) for line in (Path(__file__).parent / "cases" / "by_kind.jsonl").read_text("utf-8").splitlines()
+]
 README = Path(__file__).parents[2] / "megatron_oreal" / "rewards" / "README.md"
 KINDS = sorted({case["kind"] for case in CASES})
 

@@ -103,7 +103,9 @@ def test_the_screen_looks_at_the_text_before_and_after_it_is_normalised(verifier
     assert is_hostile(only_before) and not is_hostile(normalize(only_before))
     assert not is_hostile(only_after) and is_hostile(normalize(only_after))
     for text in (only_before, only_after):
-        assert verifier.verify(rf"\boxed{{{text}}}".replace(only_before, only_before + "+y"), "y+1").status == "rejected"
+        assert (
+            verifier.verify(rf"\boxed{{{text}}}".replace(only_before, only_before + "+y"), "y+1").status == "rejected"
+        )
 
 
 def test_a_reference_that_the_screen_refuses_is_only_compared_by_spelling() -> None:
@@ -163,7 +165,7 @@ def test_a_crash_is_no_verdict() -> None:
 
 
 def test_the_bound_of_timeouts_is_checked() -> None:
-    with pytest.raises(ValueError, match="verifier.max_timeouts"):
+    with pytest.raises(ValueError, match=r"verifier\.max_timeouts"):
         MathVerifier(max_timeouts=-1)
 
 

@@ -164,7 +164,9 @@ def test_a_worker_is_confined(pool: WorkerPool) -> None:
     assert limits["Max address space"] == str(2**30)
     assert limits["Max file size"] == limits["Max core file size"] == limits["Max processes"] == "0"
     assert int(limits["Max open files"]) <= 64
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+    )
     assert status["NoNewPrivs"] == "1"
 
 

@@ -1,12 +1,12 @@
 """Answers a second of `MathVerifier` beside bare math-verify and math-verify with its timeouts, in one run.
 
-    python tools/bench/bench_verifier.py                 # ratios; the goal is >= 3 on the easy mix, >= 1 on the hard one
+    python tools/bench/bench_verifier.py   # ratios; the goal is >= 3 on the easy mix, >= 1 on the hard one
     python tools/bench/bench_verifier.py --rounds 7 --workers 2
 
 The easy mix is what most samples are: numbers, fractions, short expressions, many of them spelled like the reference.
 The hard mix takes algebra for each answer. The rivals run in this process on the same answers, in turns whose order
-changes from round to round, so that a busy machine slows all of them; their answers stand in the same boxes. math-verify
-without timeouts has no protection at all; with them it has what a trainer in one process could use.
+changes from round to round, so that a busy machine slows all of them; their answers stand in the same boxes.
+math-verify without timeouts has no protection at all; with them it has what a trainer in one process could use.
 Last, 1,024 samples of which one in a hundred is hostile are judged by two workers, in wall seconds.
 """
 
@@ -26,8 +26,18 @@ from megatron_oreal.rewards import MathVerifier
 
 Pair = tuple[str, str]  # response, reference answer
 EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-HOSTILE = ["9^{9^{9^9}}", "100000!", r"\sum_{k=1}^{10^9} k", "(x+y+z+w)^{999}", r"\sin(" * 40 + "x" + ")" * 40,
-           "(x+1)^{9999}", "|x" * 150 + "|" * 150, "x_" * 300 + "x", "1," * 490 + "2", r"\binom{x}{y}" * 60]  # fmt: skip
+HOSTILE = [
+    "9^{9^{9^9}}",
+    "100000!",
+    r"\sum_{k=1}^{10^9} k",
+    "(x+y+z+w)^{999}",
+    r"\sin(" * 40 + "x" + ")" * 40,
+    "(x+1)^{9999}",
+    "|x" * 150 + "|" * 150,
+    "x_" * 300 + "x",
+    "1," * 490 + "2",
+    r"\binom{x}{y}" * 60,
+]
 
 
 def response(answer: str) -> str:
@@ -43,7 +53,11 @@ def easy_mix(count: int, seed: int) -> list[Pair]:
         answer, right, wrong = rng.choice(
             [
                 (str(number), [str(number), f"{number}.0", rf"{number}\text{{ cm}}"], [str(number + 1), f"-{number}"]),
-                (rf"\frac{{{number}}}{{{other}}}", [rf"\dfrac{{{number}}}{{{other}}}", f"{number}/{other}"], [str(other)]),
+                (
+                    rf"\frac{{{number}}}{{{other}}}",
+                    [rf"\dfrac{{{number}}}{{{other}}}", f"{number}/{other}"],
+                    [str(other)],
+                ),
                 (rf"({number}, {other})", [rf"\left({number},{other}\right)"], [f"({other},{number})", str(number)]),
                 (rf"{other}\sqrt{{{number}}}", [rf"{other} \sqrt{{{number}}}"], [rf"{other}\sqrt{{{number + 1}}}"]),
                 (f"x^2+{other}x+{number}", [f"x^2 + {other}x + {number}"], [f"x^2 - {other}x + {number}"]),
@@ -66,17 +80,22 @@ def hard_mix(count: int, seed: int) -> list[Pair]:
             rng.choice(
                 [
                     (response(f"(x+{a})(x+{b + delta})"), f"x^2+{a + b}x+{a * b}"),
-                    (response(rf"\frac{{1}}{{\sqrt{{{a}}}+{b + delta}}}"), rf"\frac{{\sqrt{{{a}}}-{b}}}{{{a}-{b * b}}}"),
+                    (
+                        response(rf"\frac{{1}}{{\sqrt{{{a}}}+{b + delta}}}"),
+                        rf"\frac{{\sqrt{{{a}}}-{b}}}{{{a}-{b * b}}}",
+                    ),
                     (response(rf"{c}\sin^2 x + {c + delta}\cos^2 x"), f"{c}"),
                     (response(rf"(-\infty, {a}) \cup ({a + b + delta}, \infty)"), rf"x<{a} \text{{ or }} x>{a + b}"),
                     (response(rf"\log_{{{a}}} {b + delta}"), rf"\frac{{\ln {b}}}{{\ln {a}}}"),
                     (response(f"{a * c}x - {b * c}y = {c * (a + delta)}"), f"{a}x-{b}y={a}"),
-                    (response(rf"\frac{{{a}}}{{x-{b}}} + \frac{{{c}}}{{x+{b + delta}}}"),
-                     rf"\frac{{{a}(x+{b})+{c}(x-{b})}}{{(x-{b})(x+{b})}}"),
+                    (
+                        response(rf"\frac{{{a}}}{{x-{b}}} + \frac{{{c}}}{{x+{b + delta}}}"),
+                        rf"\frac{{{a}(x+{b})+{c}(x-{b})}}{{(x-{b})(x+{b})}}",
+                    ),
                     (response(f"2^{{{100 + a}}} - 2^{{{99 + a + delta}}}"), f"2^{{{99 + a}}}"),
                 ]
             )
-        )  # fmt: skip
+        )
     return pairs
 
 
@@ -90,8 +109,12 @@ def math_verify_judge(timeout_seconds: int | None) -> Callable[[Sequence[Pair]],
     return judge
 
 
-def measure(rivals: dict[str, Callable[[Sequence[Pair]], object]], mix: Callable[[int, int], list[Pair]], rounds: int,
-            count: int) -> dict[str, list[float]]:  # fmt: skip
+def measure(
+    rivals: dict[str, Callable[[Sequence[Pair]], object]],
+    mix: Callable[[int, int], list[Pair]],
+    rounds: int,
+    count: int,
+) -> dict[str, list[float]]:
     """Answers a second of each, by round; new answers each round, so that no cache of the last one helps."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(rounds):
