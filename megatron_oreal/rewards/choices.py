@@ -21,7 +21,8 @@ WITH_REST = re.compile(
     r"|\\text\{ ?(?P<e>[A-J]) ?\}|(?P<f>[A-J])(?= )) ?(?P<rest>.+)",
     re.DOTALL,
 )
-TEXT_WITH_LETTER = re.compile(r"\\text\{(?P<letter>[A-J]) (?P<rest>[^{}]+)\}(?P<more>.*)", re.DOTALL)
+# A and I are words too.
+TEXT_WITH_LETTER = re.compile(r"\\text\{(?P<letter>[B-H]) (?P<rest>[^{}]+)\}(?P<more>.*)", re.DOTALL)
 ANOTHER_LABEL = re.compile(
     r"(?<![A-Za-z\\_])[A-J](?![A-Za-z'])|\\text\{(?:[^{}]* )?(?:or|and|not|either|maybe|both|neither)(?: [^{}]*)?\}"
 )

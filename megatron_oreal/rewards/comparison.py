@@ -169,7 +169,7 @@ def same_measure(prediction: Form, reference: Form, algebra: Algebra) -> bool:
     if isinstance(reference, Assignment) and unit is not None:
         return same_assignment(prediction, reference, algebra)
     if unit is None and isinstance(value, Scalar) and isinstance(expected, Scalar):
-        bare, unit = split_plain_unit(value.text, expected.text)
+        bare, unit = split_plain_unit(value.text, expected.text, expected_unit)
         value = Scalar(bare)
     if not units_agree(unit, expected_unit):
         return False
@@ -244,6 +244,8 @@ def same_collection(prediction: Form, reference: Form, algebra: Algebra) -> bool
     if isinstance(reference, Collection):
         return same_alone(prediction, reference, algebra)
     assert isinstance(prediction, Collection)
+    if prediction.kind == "set" and len(prediction.elements) == 1:
+        return same_form(prediction.elements[0], reference, algebra)
     if isinstance(reference, Region):
         return same_region(prediction, reference, algebra)
     if isinstance(reference, Table) and prediction.kind == "tuple" and (column := column_of(reference)) is not None:

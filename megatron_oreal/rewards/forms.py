@@ -207,6 +207,8 @@ def parse_table(text: str) -> Form | None:
         return None
     if kind == "cases":
         cleaned = tuple(tuple(CONDITION_WORDS.sub("", cell).strip() for cell in row) for row in rows)
+        if all(len(row) == 1 for row in rows):  # a system: x = 1 and y = 2
+            return Collection("list", tuple(parse_form(row[0]) for row in rows))
         return None if factor else Table("cases", cleaned)
     if len({len(row) for row in rows}) != 1:
         return None

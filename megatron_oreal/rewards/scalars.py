@@ -14,7 +14,7 @@ from megatron_oreal.rewards.words import same_word, segments
 BASED_NUMERAL = re.compile(
     r"(?:\\text\{)?(?P<digits>[0-9A-F]+)\}?(?:_(?:(?P<base>\d)|\{\s*(?P<braced_base>\d{1,2})\s*\}))?"
 )
-PLAIN_UNIT_SYMBOL = re.compile(r"(?P<value>.*[\d})]) (?P<symbol>[a-zA-Z])(?:\^(?P<power>[23]))?")
+PLAIN_UNIT_SYMBOL = re.compile(r"(?P<value>.*[\d})])(?P<space> ?)(?P<symbol>[a-zA-Z])(?:\^(?P<power>[23]))?")
 DEGREES: Factors = (("degree", 1),)
 RADIANS: Factors = (("radian", 1),)
 
@@ -75,12 +75,13 @@ def single_symbols(texts: Sequence[object]) -> bool:
     return bool(texts) and all(isinstance(text, str) and len(text) == 1 for text in texts)
 
 
-def split_plain_unit(prediction: str, reference: str) -> tuple[str, Factors | None]:
-    """`5` and meters for `5 m` without markup, where the reference is a plain number."""
+def split_plain_unit(prediction: str, reference: str, expected: Factors | None = None) -> tuple[str, Factors | None]:
+    """`5` and meters for `5 m` without markup, where the reference is a plain number; for `5m` only of `expected`."""
     found = PLAIN_UNIT_SYMBOL.fullmatch(prediction)
     if found is None or found["symbol"] not in SI_SYMBOLS or parse_number(reference) is None:
         return prediction, None
-    return found["value"], ((SI_SYMBOLS[found["symbol"]], int(found["power"] or 1)),)
+    unit: Factors = ((SI_SYMBOLS[found["symbol"]], int(found["power"] or 1)),)
+    return (found["value"], unit) if found["space"] or unit == expected else (prediction, None)
 
 
 def is_angle(text: str) -> bool:

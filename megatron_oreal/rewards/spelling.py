@@ -142,7 +142,8 @@ MATHEMATICS = rules(
     (r"([_^]) ?\{ ?(\w) ?\}", r"\1\2"),
     (r"(?<=[\])]) ?(?:\\text\{[uU]\}|(?<= )U(?= )) ?(?=[\[(])", r"\\cup "),
     (r"(?<=\d) ?\^ ?\\text\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)\^\{\\text\{(?:st|nd|rd|th)\}\}", ""),  # 3^{rd}
-    (r"(?<=\d)\\text\{(?:st|nd|rd|th)\}", ""),
+    (r"(?<=\d)(?:\\text\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)(?![a-zA-Z]))", ""),
+    (r"^\\text\{(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\} ?: ?", ""),
     (r"(\\text\{[a-zA-Z]{2,9}\}) ?/ ?([a-zA-Z])(?![a-zA-Z({])", r"\1/\\text{\2}"),  # km/h
     (r"\{ ?([\w+-]{1,40}) ?\\choose ?([\w+-]{1,40}) ?\}", r"\\binom{\1}{\2}"),
     (r" ?\( ?([a-zA-Z]) ?\\in ?(\\mathbb ?\{[ZNQ]\}) ?\)$", r", \1 \\in \2"),
@@ -153,6 +154,7 @@ TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 ABBREVIATION = re.compile(r"(?<![^\W\d_])([^\W\d_])\. ?([^\W\d_])\.")  # a.m.
 WORDS = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*\.?(?: +[^\W\d_]+(?:['-][^\W\d_]+)*\.?)*")
 ADJACENT_TEXTS = re.compile(r"\\text\{([^{}]*)\} ?\\text\{([^{}]*)\}")
+SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+")
 OPERATOR_NAME = re.compile(r"\\operatorname\*? ?\{ ?([a-zA-Z]+) ?\}")
 MEANING_OF_TEXT = {
     "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}", "all real": r"\mathbb{R}",
@@ -178,7 +180,9 @@ def normalize(text: str) -> str:
     text = OPERATOR_NAME.sub(r" \1 ", text)
     text = TEXT.sub(lambda found: separate_words(found[1]), text)
     text = mark_plain_text(text.strip().rstrip(".;,").strip())
-    text = apply(MATHEMATICS, merge_texts(text)).strip().rstrip(".;,").strip()
+    text = apply(MATHEMATICS, merge_texts(text)).strip().rstrip(".;,\\ ")
+    if SPACED_THOUSANDS.fullmatch(text):
+        text = text.replace(" ", "")
     while (inner := remove_outer_braces(text)) != text:
         text = inner
     text = text.removeprefix("=").lstrip().removeprefix("+").lstrip()
