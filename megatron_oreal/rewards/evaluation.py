@@ -173,6 +173,7 @@ class Evaluator:
         self.precision = precision
         self.environment = environment
         self.lowest = self.highest = 0
+        self.has_left_reals = False
 
     def value(self, expression: Expression) -> Value:
         """Errors: Undefined, TooCostly."""
@@ -186,6 +187,7 @@ class Evaluator:
         return result
 
     def note(self, value: Value) -> None:
+        self.has_left_reals = self.has_left_reals or bool(value.imag)
         for part in (value.real, value.imag):
             if not self.context.isfinite(part):
                 if self.context.isnan(part):

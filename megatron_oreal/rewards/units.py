@@ -11,7 +11,14 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_oreal.rewards.vocabulary import ADJECTIVES, IGNORED_WORDS, LEADING_WORDS, NOT_NOUNS, word_set
+from megatron_oreal.rewards.vocabulary import (
+    ADJECTIVES,
+    IGNORED_WORDS,
+    LEADING_WORDS,
+    NOT_IN_UNITS,
+    NOT_NOUNS,
+    word_set,
+)
 
 SI_SYMBOLS = {
     "m": "meter", "g": "gram", "s": "second", "L": "liter", "l": "liter", "N": "newton", "J": "joule", "W": "watt",
@@ -51,7 +58,8 @@ CURRENCIES = word_set("dollar cent euro pound penny yen rupee won ruble peso fra
 MULTIPLIERS = {
     "ten": Fraction(10), "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6),
     "billion": Fraction(10**9),
-    "trillion": Fraction(10**12), "dozen": Fraction(12), "k": Fraction(1000), "half": Fraction(1, 2),
+    "trillion": Fraction(10**12), "quadrillion": Fraction(10**15), "dozen": Fraction(12),
+    "k": Fraction(1000), "half": Fraction(1, 2),
     "third": Fraction(1, 3), "quarter": Fraction(1, 4), "fourth": Fraction(1, 4), "fifth": Fraction(1, 5),
     "sixth": Fraction(1, 6), "seventh": Fraction(1, 7), "eighth": Fraction(1, 8), "ninth": Fraction(1, 9),
     "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000),
@@ -207,9 +215,12 @@ def word_factors(word: str, before: list[tuple[str, int]], words: list[str]) -> 
         return ()
     if (unit := unit_of_word(word)) is not None:
         return unit
-    if len(word) == 1 or lower in NOT_NOUNS or (before and before[-1][1] > 0) or not word.isalpha():
+    if lower in NOT_NOUNS or (before and before[-1][1] > 0) or not word.isalpha():
         raise NotAUnit
-    if len(word) == 2 and word.isascii():
+    # Short names are symbols or prefixes, and an ordinal is a fraction: twelfths.
+    if len(word) <= 2 if word.isascii() else not NOT_IN_UNITS.isdisjoint(word):
+        raise NotAUnit
+    if singular(lower).endswith("th"):
         raise NotAUnit
     return ((singular(lower), 1),)
 
