@@ -17,6 +17,7 @@ from typing import Literal
 from mpmath.ctx_mp import MPContext
 
 from megatron_oreal.rewards.evaluation import (
+    CONTEXT,
     FIRST_PRECISION,
     MAX_PRECISION,
     Evaluator,
@@ -93,8 +94,7 @@ def is_rounded(reference: str, prediction: Expression) -> bool:
     value = number_value(prediction)
     if value is None or value.imag:
         return False
-    context = MPContext()
-    context.prec = FIRST_PRECISION
+    context = CONTEXT.at(FIRST_PRECISION)
     exact = Fraction(reference.strip())
     gap = abs(context.mpf(exact.numerator) / exact.denominator - value)
     return bool(gap * 2 <= context.mpf(10) ** -len(found["decimals"]))
@@ -144,8 +144,7 @@ def compute_both(one: Expression, other: Expression, environment: Mapping[str, F
     """Errors: Undefined, TooCostly."""
     precision = FIRST_PRECISION
     while True:
-        context = MPContext()
-        context.prec = precision
+        context = CONTEXT.at(precision)
         evaluator = Evaluator(precision, {name: as_value(context, at) for name, at in environment.items()}, context)
         left, right = evaluator.value(one), evaluator.value(other)
         magnitudes = evaluator.highest - evaluator.lowest
@@ -304,8 +303,7 @@ def short_value(text: str) -> str | None:
             return None
         if (exact := rational(expression)) is not None:
             return f"number {exact.numerator:x}/{exact.denominator:x}"  # hexadecimal has no limit on its length
-        context = MPContext()
-        context.prec = FIRST_PRECISION
+        context = CONTEXT.at(FIRST_PRECISION)
         evaluator = Evaluator(FIRST_PRECISION, {}, context)
         value = evaluator.value(expression)
     except (NotAnExpression, Undefined, TooCostly):

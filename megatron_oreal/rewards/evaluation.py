@@ -6,6 +6,7 @@ Nothing here can run long: exact integers stay below MAX_BITS, precisions below 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -163,6 +164,21 @@ def symbols(expression: Expression) -> frozenset[str]:
 
 def has_logarithm_without_base(expression: Expression) -> bool:
     return expression.operation == "log" or any(map(has_logarithm_without_base, expression.operands))
+
+
+class ThreadContext(threading.local):
+    """mpmath's state, one for each thread; making one takes longer than most evaluations."""
+
+    def __init__(self) -> None:
+        self.context = MPContext()
+
+    def at(self, precision: int) -> MPContext:
+        """For use until the next call of this."""
+        self.context.prec = precision
+        return self.context
+
+
+CONTEXT = ThreadContext()
 
 
 class Evaluator:
