@@ -33,7 +33,8 @@ setup(
         "math-verify[antlr4_13_2]==0.9.0",  # its verdicts are the reward: another version is another experiment
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]; sys_platform == 'linux'"],
+        # The releases that megatron-core 0.16.1 is made for.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12; sys_platform == 'linux'"],
         # For an environment of its own: SGLang pins other versions of torch and transformers than the trainer's.
         "sglang": ["sglang>=0.5.20; sys_platform == 'linux'"],
         "bench": ["trl", "datasets"],

@@ -33,10 +33,9 @@ from megatron_oreal.launch import (
     launch,
     on_interrupt,
     set_threads,
+    use_expandable_segments,
 )
-
-# rollout.local.GENERATED_FAMILIES, which needs torch; a test holds them equal
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama", "mistral")
+from megatron_oreal.weights.families import trainable_families
 
 
 @click.group()
@@ -102,18 +101,14 @@ def serve(config: Path, overrides: tuple[str, ...]) -> None:
     the trainer takes them with rollout.sglang.endpoints_file=FILE, from a folder that both nodes see.
     """
     resolved = load_config(TrainConfig, config, overrides)
-    check_lengths(resolved, check_layout(resolved, SUPPORTED_MODEL_TYPES))
+    check_lengths(resolved, check_layout(resolved, trainable_families()))
+    import torch
+
     from megatron_oreal.engines.sglang.servers.fleet import serve_until_stopped
     from megatron_oreal.run.engines import server_settings
 
-    serve_until_stopped(
-        server_settings(resolved),
-        resolved.model.path,
-        resolved.model.dtype,
-        resolved.run_dir,
-        context_length=resolved.data.max_prompt_tokens + resolved.rollout.max_new_tokens,
-        notify=click.echo,
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    serve_until_stopped(server_settings(resolved, device), click.echo)
 
 
 @cli.command()
@@ -160,7 +155,7 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     adopt_slurm_task()
     config = load_config(kind, path, overrides)
-    check_lengths(config, check_layout(config, SUPPORTED_MODEL_TYPES))
+    check_lengths(config, check_layout(config, trainable_families()))
     if dry_run:
         click.echo(to_yaml(config))
         click.echo(describe_layout(config))
@@ -168,6 +163,8 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         launch(config)
     else:
         set_threads(1 if "RANK" not in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if config.rollout.engine == "local" or config.rollout.sglang.weight_transport != "tensor":
+            use_expandable_segments()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_launcher()
         run(config)

@@ -80,6 +80,16 @@ def set_threads(num_local_processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_local_processes)))
 
 
+def use_expandable_segments() -> None:
+    """Before torch is imported: CUDA memory in segments that grow, unless the user has said otherwise.
+
+    Micro-batches and caches of every length leave gaps in fixed segments. Memory that is lent to other processes, as
+    rollout.sglang.weight_transport=tensor does, must not lie in segments that grow.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def end_with_launcher() -> None:
     """Ends this process with its launcher: on Linux however that one dies, and silently when it passes on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

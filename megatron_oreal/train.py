@@ -1,7 +1,7 @@
 """The loops: reinforcement learning, and the supervised warm-up before it.
 
-A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, the last
-one, number num_steps, is an evaluation alone.
+A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, and the
+last record, number num_steps, is an evaluation alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from megatron_oreal.config import SftConfig, TrainConfig
 from megatron_oreal.evaluation.held_out import evaluate
 from megatron_oreal.rollout.metrics import rollout_metrics, staleness_metrics, text_metrics
+from megatron_oreal.rollout.prefetch import Collected
 from megatron_oreal.rollout.records import write_rollouts
 from megatron_oreal.run.open import open_sft, open_train
 from megatron_oreal.run.rollouts import build_collector
@@ -21,18 +22,13 @@ from megatron_oreal.run.run import Run
 
 def train(config: TrainConfig) -> None:
     with open_train(config) as run, closing(build_collector(run)) as collector:
-        for step in steps(run):
+        for step in range(run.start_step, config.num_steps):
+            begin_step(run, step)
             with run.timer("rollout"), naming_the_step(step):
                 collected = collector.collect(step)
                 if run.layout.is_main:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", collected.sampled)
-            run.record(
-                rollout_metrics(collected.sampled) | staleness_metrics(collected.groups, step) | collected.metrics
-            )
-            for note in collected.notes:
-                run.progress.note(note)
-            if run.log is not None:
-                run.record(text_metrics(collected.sampled))
+            record_rollout(run, collected, step)
             with run.devices.training(pushes=True):
                 with run.timer("update"), naming_the_step(step):
                     run.record(run.algorithm.update(collected.groups, step))
@@ -40,12 +36,14 @@ def train(config: TrainConfig) -> None:
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
             warn_of_mismatch(run, step)
-        run.export()
+            finish_step(run, step)
+        finish(run)
 
 
 def sft(config: SftConfig) -> None:
     with open_sft(config) as run:
-        for step in steps(run):
+        for step in range(run.start_step, config.num_steps):
+            begin_step(run, step)
             is_due = evaluation_due(run, step + 1)
             with run.devices.training(pushes=is_due):
                 with run.timer("update"), naming_the_step(step):
@@ -53,27 +51,43 @@ def sft(config: SftConfig) -> None:
                 if is_due:
                     with run.timer("weight_sync"):
                         run.push_weights(version=step + 1)
-        run.export()
+            finish_step(run, step)
+        finish(run)
 
 
-def steps(run: Run[Any, Any, Any]) -> Iterator[int]:
-    """Yields each step to train; evaluates and saves between them, and writes each step's record."""
-    config = run.config
-    for step in range(run.start_step, config.num_steps + 1):
-        if evaluation_due(run, step):
-            with run.timer("evaluation"), naming_the_step(step):
-                run.record(evaluate(run, step))
-        if step > run.start_step and (step % config.checkpoint.every == 0 or step == config.num_steps):
-            with run.timer("checkpoint"):
-                run.save(step)
-        if step == config.num_steps:
-            break
-        yield step
-        shown: dict[str, Any] = {name: run.metrics[metric] for name, metric in SHOWN.items() if metric in run.metrics}
-        run.finish_step(step)
-        run.progress.advance(**shown)
+def begin_step(run: Run[Any, Any, Any], step: int) -> None:
+    """Evaluates and saves what the steps before have made, where that is due."""
+    if evaluation_due(run, step):
+        with run.timer("evaluation"), naming_the_step(step):
+            run.record(evaluate(run, step))
+    is_last = step == run.config.num_steps
+    if step > run.start_step and (step % run.config.checkpoint.every == 0 or is_last):
+        with run.timer("checkpoint"):
+            run.save(step)
+
+
+def finish_step(run: Run[Any, Any, Any], step: int) -> None:
+    """Writes the step's record and moves the progress bar."""
+    shown: dict[str, Any] = {name: run.metrics[metric] for name, metric in SHOWN.items() if metric in run.metrics}
+    run.finish_step(step)
+    run.progress.advance(**shown)
+
+
+def finish(run: Run[Any, Any, Any]) -> None:
+    """Evaluates, saves and exports the final policy; its evaluation is the last record."""
+    num_steps = run.config.num_steps
+    begin_step(run, num_steps)
     if run.metrics:
-        run.finish_step(config.num_steps)
+        run.finish_step(num_steps)
+    run.export()
+
+
+def record_rollout(run: Run[TrainConfig, Any, Any], collected: Collected, step: int) -> None:
+    run.record(rollout_metrics(collected.sampled) | staleness_metrics(collected.groups, step) | collected.metrics)
+    if run.layout.is_main:
+        run.record(text_metrics(collected.sampled))
+    for note in collected.notes:
+        run.progress.note(note)
 
 
 SHOWN = {"loss": "policy/loss", "reward": "reward/mean", "mixed": "reward/groups_mixed", "skipped": "train/skipped"}
@@ -91,7 +105,7 @@ def naming_the_step(step: int) -> Iterator[None]:
 
 
 def warn_of_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
-    """Where the engine's log-probs are further from the trainer's than `rollout.mismatch_alarm` allows."""
+    """Warns where the engine's log-probs are further from the trainer's than `rollout.mismatch_alarm` allows."""
     alarm = run.config.rollout.mismatch_alarm
     if alarm is None or "policy/mismatch" not in run.metrics:
         return

@@ -1,44 +1,65 @@
 """The data that crosses module borders.
 
-Shape letters: T packed tokens of a micro-batch, N sequences in it, G groups, M samples a group.
-A per-token field at position t speaks about the prediction of token t + 1, `labels[t]`.
+Shape letters: T packed tokens of a micro-batch, N sequences in it, G groups, M samples a group, P tokens of a prompt,
+R tokens of a response. At position t, a field of T values holds what concerns the prediction of token t + 1, which is
+`labels[t]`.
+
+Token data are numpy arrays from the engine to the packer: ids and policy versions int32, log-probs float32. An empty
+array stands for values that are not known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Literal, get_type_hints
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "abort"]
-TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]  # filled by a forward pass
-# "judged" statuses carry a verdict on the answer; the others say why there is none.
+Metrics = dict[str, float]  # e.g. {"policy/grad_norm": 0.7, "time/rollout_seconds": 12.5}
+Notify = Callable[[str], None]  # takes a line for the user; any thread may call it
+# The fields of a micro-batch that a forward pass fills.
+TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]
+# With "timeout" and "crash" the verifier could not decide; every other status is a decision.
 VerdictStatus = Literal["correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash"]
 
 
 @dataclass(slots=True, frozen=True)
 class Message:
-    role: str
+    role: str  # "system", "user" or "assistant"
     content: str
 
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
+    """A question with its reference answer.
+
+    Example: `Prompt("gsm8k-17", (Message("user", "What is 1 + 1?"),), "2", pass_rate=0.75, source="gsm8k")`.
+    """
+
     id: str
     messages: tuple[Message, ...]
     answer: str
     pass_rate: float | None = None  # measured before training, in [0, 1]
-    source: str = ""
+    source: str = ""  # the data set
 
 
 @dataclass(slots=True, frozen=True)
 class Verdict:
-    """The verifier's word on one answer; `reward` is 0.0 unless the status is "correct"."""
+    """The verifier's decision on one answer; `reward` is 0.0 unless the status is "correct".
+
+    Example: `Verdict(1.0, "correct", "2")`, and for a verifier that ran out of time `Verdict(0.0, "timeout", None)`.
+    """
 
     reward: float
     status: VerdictStatus
-    extracted: str | None
+    extracted: str | None  # the answer that the verifier found in the response
 
     @property
     def is_judged(self) -> bool:
@@ -46,19 +67,87 @@ class Verdict:
         return self.status not in ("timeout", "crash")
 
 
-@dataclass(slots=True)
-class Sample:
+ARRAY_DTYPES: dict[object, DTypeLike] = {Int32Array: np.int32, Float32Array: np.float32}  # by annotation
+
+
+class TokenData:
+    """Base of the dataclasses that hold token arrays.
+
+    A field annotated as `Int32Array` or `Float32Array` has that dtype, whatever the constructor was given: an array of
+    this dtype is kept without a copy, a list or another array is converted. `==` compares the arrays' values, which the
+    `__eq__` that a dataclass generates cannot do: subclasses are declared with `@dataclass(eq=False)`.
+
+    Example: `GenerationRequest([5, 6], seed=0).prompt_ids` is `np.array([5, 6], dtype=np.int32)`.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        for name, dtype in array_fields(kind):
+            value = getattr(self, name)
+            array = np.asarray(value, dtype)
+            if array is not value:
+                object.__setattr__(self, name, array)  # a plain assignment fails where the subclass is frozen
+
+    def __eq__(self, other: object) -> bool:
+        kind: type = type(self)
+        names = field_names(kind)
+        if kind is not type(other):
+            return NotImplemented
+        return all(is_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+
+@cache
+def array_fields(kind: type) -> tuple[tuple[str, DTypeLike], ...]:
+    """The name and the dtype of each array field."""
+    hints = get_type_hints(kind)
+    return tuple((name, ARRAY_DTYPES[hints[name]]) for name in field_names(kind) if hints[name] in ARRAY_DTYPES)
+
+
+@cache
+def field_names(kind: type) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(kind))
+
+
+def is_equal(one: object, other: object) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return one == other
+
+
+def no_ids() -> Int32Array:
+    return np.empty(0, dtype=np.int32)
+
+
+def no_logprobs() -> Float32Array:
+    return np.empty(0, dtype=np.float32)
+
+
+@dataclass(slots=True, eq=False)
+class Sample(TokenData):
+    """A response with its verdict.
+
+    Example, of weights that were replaced after the first token, by an engine that samples at a temperature:
+
+        Sample(
+            prompt_id="gsm8k-17", prompt_ids=[11, 12, 13], response_ids=[2, 15, 1], response_text="2}",
+            rollout_logprobs=[-0.11, -0.5, -0.02], model_logprobs=[-0.2, -0.7, -0.05], finish_reason="stop",
+            policy_version=6, verdict=Verdict(1.0, "correct", "2"), policy_versions=[6, 7, 7],
+        )
+    """
+
     prompt_id: str
-    prompt_ids: list[int]
-    response_ids: list[int]  # the stop token included when one was produced
+    prompt_ids: Int32Array  # [P], shared by the samples of a group
+    response_ids: Int32Array  # [R], the stop token included when one was produced
     response_text: str  # without the stop token
-    # Of the distribution that was sampled from: tempered, truncated. Empty where the engine cannot tell.
-    rollout_logprobs: list[float]
-    model_logprobs: list[float]  # of the untempered, untruncated model
+    # [R], log-probs of the distribution that was sampled from: tempered, truncated. Empty where the engine cannot tell.
+    rollout_logprobs: Float32Array
+    model_logprobs: Float32Array  # [R], log-probs of the untempered, untruncated model; empty where not known
     finish_reason: FinishReason
-    policy_version: int  # of the weights that made its oldest token
+    policy_version: int  # of the weights that generated the oldest token
     verdict: Verdict | None = None
-    policy_versions: list[int] = field(default_factory=list)  # a token; empty: all are of policy_version
+    policy_versions: Int32Array = field(default_factory=no_ids)  # [R]; empty: each token is of `policy_version`
 
     @property
     def is_correct(self) -> bool:
@@ -71,6 +160,8 @@ class Sample:
 
 @dataclass(slots=True)
 class Group:
+    """The samples of one prompt that are judged and weighted together."""
+
     prompt: Prompt
     samples: list[Sample]
 
@@ -85,15 +176,24 @@ class Group:
         return sum(sample.is_correct for sample in judged) / len(judged) if judged else 0.0
 
 
-@dataclass(slots=True)
-class TrainingSequence:
-    """One sequence to train on, before packing."""
+@dataclass(slots=True, eq=False)
+class TrainingSequence(TokenData):
+    """One sequence to train on, before packing.
 
-    prompt_ids: list[int]
-    response_ids: list[int]
+    Example: `TrainingSequence(prompt_ids=[11, 12], response_ids=[13, 1], advantage=0.5, is_correct=True)` is trained on
+    the predictions of 13 and 1.
+    """
+
+    prompt_ids: Int32Array  # [P]
+    response_ids: Int32Array  # [R]
     advantage: float
     is_correct: bool
-    model_logprobs: list[float] = field(default_factory=list)  # the engine's
+    model_logprobs: Float32Array = field(default_factory=no_logprobs)  # [R], the engine's; empty where not known
+
+    @property
+    def token_ids(self) -> Int32Array:
+        """[P + R]"""
+        return np.concatenate([self.prompt_ids, self.response_ids])
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +202,16 @@ class TrainingSequence:
 
 @dataclass(slots=True)
 class Microbatch:
-    """Sequences packed one after the other; a filler of masked tokens may close it."""
+    """Sequences packed one after the other; a filler segment of masked tokens may follow them.
+
+    Example: the sequences (prompt 11 12, response 13 1) and (prompt 21, response 22), and a filler of one token:
+
+        input_ids    = [11, 12, 13, 1, 21, 22, 0]
+        position_ids = [0, 1, 2, 3, 0, 1, 0]
+        cu_seqlens   = [0, 4, 6, 7]
+        loss_mask    = [F, T, T, F, T, F, F]   # position 1 predicts token 13, position 2 token 1, position 4 token 22
+        sequence_ids = [0, 0, 0, 0, 1, 1, 2]
+    """
 
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64, the next token of the same sequence
@@ -111,16 +220,24 @@ class Microbatch:
     max_seqlen: int
     loss_mask: Tensor  # [T] bool, True where labels[t] is trained
     sequence_ids: Tensor  # [T] int64, index into [N]
-    advantages: Tensor  # [T] float32
+    advantages: Tensor  # [T] float32, 0 outside the loss mask
     is_correct: Tensor  # [N] bool
-    engine_logprobs: Tensor  # [T] float32, untempered: the engine's of the sampled tokens, NaN where unknown
+    engine_logprobs: Tensor  # [T] float32, the engine's untempered log-probs of the sampled tokens, NaN where unknown
+    # The following say where the trained tokens are. Packing computes them on the host, so that selecting trained
+    # tokens never waits for the device, as selecting by a mask would.
+    lengths: tuple[int, ...]  # tokens of each sequence, the filler's included
+    trained: Tensor  # [T'] int64, rising positions t where loss_mask[t]
+    trained_correct: Tensor  # [C] int64, those of correct sequences
+    trained_incorrect: Tensor  # [I] int64, the others
+    trained_places: Tensor  # [T'] int64, each trained token's index in its sequence's response
+    longest_response: int  # trained tokens of the longest response, at least 1
     reference_logprobs: Tensor | None = None  # [T]
     old_logprobs: Tensor | None = None  # [T]
     token_scores: Tensor | None = None  # [T] the reward model's, before its update
     token_weights: Tensor | None = None  # [T] in [0, 1], or of mean one
     coefficients: Tensor | None = None  # [T] what the policy's log-probs are weighted with
-    values: Tensor | None = None  # [T]
-    returns: Tensor | None = None  # [T]
+    values: Tensor | None = None  # [T] the critic's
+    returns: Tensor | None = None  # [T] what the critic is trained towards
     packed: object | None = None  # what the attention derived from cu_seqlens, kept for the next pass
 
     @property
@@ -130,7 +247,7 @@ class Microbatch:
 
 @dataclass(slots=True)
 class Batch:
-    """One data-parallel rank's micro-batches; the counts are global, over all ranks."""
+    """One data-parallel rank's micro-batches. The counts are sums over all ranks, except `num_padding_tokens`."""
 
     microbatches: list[Microbatch]
     num_sequences: int
@@ -143,7 +260,7 @@ class Batch:
 
 @dataclass(slots=True)
 class TokenOutputs:
-    """What a head gives for a micro-batch."""
+    """What a model's head computes for a micro-batch."""
 
     values: Tensor  # [T] log-probs of the labels (0 outside the loss mask), or scores
     entropy: Tensor | None  # [T] of the policy, in nats

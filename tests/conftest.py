@@ -41,31 +41,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def sglang_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 64 tokens and 512 positions that ends with token 1; it has no tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from tests.support.tiny_models import add_noise, write_tiny_model
 
     path = tmp_path_factory.mktemp("sglang") / "model"
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype="float32",
-    )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Biases and norms too, and large enough that the distributions are far from uniform.
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    model.save_pretrained(path)
-    return path
+    size = {"vocab_size": 64, "max_position_embeddings": 512, "pad_token_id": 0}
+    return write_tiny_model(path, tied=False, num_layers=2, fill=add_noise, **size)
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +53,10 @@ def sglang_fleet(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     """One server of `sglang_model`. Who changes its weights puts them back."""
     from megatron_oreal.config import SglangConfig
     from megatron_oreal.engines.sglang.servers.fleet import open_servers
+    from megatron_oreal.engines.sglang.servers.process import ServerSettings
 
     config = SglangConfig(python=SGLANG_PYTHON, start_timeout_seconds=280)
     run_dir = tmp_path_factory.mktemp("sglang_fleet")
-    with open_servers(config, sglang_model, "float32", run_dir, "cpu", context_length=512, notify=print) as fleet:
+    settings = ServerSettings(config, sglang_model, "float32", run_dir, "cpu", context_length=512)
+    with open_servers(settings, print) as fleet:
         yield fleet

@@ -139,10 +139,10 @@ def test_config_imports_no_torch_and_nothing_of_the_package() -> None:
         assert {part_of(name) for name in IMPORTS[module]} <= {None, "config"}
 
 
-def test_config_leaves_torch_unloaded() -> None:
-    code = (
-        f"import sys, {PACKAGE}.config; print([n for n in ('torch', 'transformers', 'megatron') if n in sys.modules])"
-    )
+@pytest.mark.parametrize("module", ["config", "cli", "weights.families"])
+def test_what_a_dry_run_needs_leaves_torch_unloaded(module: str) -> None:
+    loaded = "[name for name in ('torch', 'transformers', 'megatron') if name in sys.modules]"
+    code = f"import sys, {PACKAGE}.{module}; print({loaded})"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 
@@ -152,6 +152,16 @@ def test_algorithms_are_pure() -> None:
         "megatron", "sglang", "triton", "transformer_engine", "torch.distributed", f"{PACKAGE}.observability"
     )
     assert not banned & set(modules_of("algorithms"))
+
+
+def test_only_the_registry_knows_the_algorithms() -> None:
+    """What assembles and drives a run asks an algorithm's configuration what it needs, not which algorithm it is."""
+    registry = f"{PACKAGE}.algorithms.registry"
+    shared = {"AlgorithmConfig", "TrainConfig", "model"}
+    listed = {name for name in IMPORTS[registry] if name.startswith((f"{PACKAGE}.algorithms.", f"{PACKAGE}.config."))}
+    named = {name for name in listed if name.split(".")[-1] not in shared and ".model." not in name}
+    assert {f"{PACKAGE}.algorithms.oreal", f"{PACKAGE}.config.OrealConfig"} <= named
+    assert not importers_of(*named) & set(modules_of("train", "run", "rollout", "models", "engines", "evaluation"))
 
 
 def test_only_models_and_the_packages_of_weights_import_megatron() -> None:

@@ -22,14 +22,14 @@ import click
 import torch
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options, Report
+from megatron_oreal.conversion.conversion import ConversionOptions, ConversionReport
 from megatron_oreal.conversion.processes import available_cores
 from megatron_oreal.launch import fail, is_ours
-from megatron_oreal.weights.families import Head, parameters, read_architecture
+from megatron_oreal.weights.families import HeadKind, parameters, read_architecture
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HEADS: dict[str | None, Head | None] = {None: None, "lm": "lm", "reward": "scalar", "value": "scalar"}
+HEADS: dict[str | None, HeadKind | None] = {None: None, "lm": "lm", "reward": "scalar", "value": "scalar"}
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -72,7 +72,7 @@ def hf2mcore(
     verify: bool,
 ) -> None:
     """Hugging Face -> torch_dist, which every parallel layout loads."""
-    options = Options(DTYPES[dtype] if dtype else None, num_workers(workers), verify)
+    options = ConversionOptions(DTYPES[dtype] if dtype else None, num_workers(workers), verify)
     told(lambda: conversion.hf_to_megatron(hf, out, options, HEADS[head], pad_vocab_to), f"{out}")
 
 
@@ -92,7 +92,7 @@ def mcore2hf(
     fp8_blocks: bool,
 ) -> None:
     """torch_dist, or a model of the trainer's own checkpoints, -> Hugging Face."""
-    options = Options(DTYPES[dtype] if dtype else None, num_workers(workers), verify, fp8_blocks)
+    options = ConversionOptions(DTYPES[dtype] if dtype else None, num_workers(workers), verify, fp8_blocks)
     told(lambda: conversion.megatron_to_hf(mcore, out, options, hf, HEADS[head]), f"{out}")
 
 
@@ -129,7 +129,7 @@ def inspect(path: Path, hf: Path | None) -> None:
         click.echo(f"  {name}: {getattr(architecture, name)}")
 
 
-def told(convert: Callable[[], Report], what: str) -> None:
+def told(convert: Callable[[], ConversionReport], what: str) -> None:
     begin = time.monotonic()
     report = convert()
     seconds = time.monotonic() - begin

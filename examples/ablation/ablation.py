@@ -25,12 +25,13 @@ CONFIG = Path("examples/quickstart/config.yaml")
 PASS_AT_1, GREEDY = "eval/heldout/pass@1", "eval/heldout/greedy"
 # Student's t for a two-sided 95 % interval of the mean, by number of seeds.
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+NO_REWARD_MODEL = ["algorithm.reward_model.enabled=false", "algorithm.policy_freeze_steps=0"]
 ALGORITHMS: dict[str, list[str]] = {
     "OREAL paper": [],
-    "OREAL paper, no reward model": ["reward_model.enabled=false"],
+    "OREAL paper, no reward model": NO_REWARD_MODEL,
     "OREAL reference": ["algorithm.preset=reference"],
-    "OREAL reference, no reward model": ["algorithm.preset=reference", "reward_model.enabled=false"],
-    "PPO": ["algorithm={name: ppo, critic_minibatches: 4}", "critic.optimizer={lr: 1.0e-3, beta2: 0.95}"],
+    "OREAL reference, no reward model": ["algorithm.preset=reference", *NO_REWARD_MODEL],
+    "PPO": ["algorithm={name: ppo, critic_minibatches: 4, critic: {optimizer: {lr: 1.0e-3, beta2: 0.95}}}"],
     "REINFORCE": ["algorithm={name: outcome, objective: reinforce}"],
     "RLOO": ["algorithm={name: outcome, objective: rloo}"],
     "rejection sampling": ["algorithm={name: outcome, objective: rejection_sampling}"],

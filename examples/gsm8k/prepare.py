@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.utils import logging as transformers_logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import prepare_or_exit, tiny_config, write_random_model
 from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.importers import import_examples, import_prompts
 from megatron_oreal.data.prompts import write_prompts
@@ -84,32 +84,19 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def write_model(folder: Path, config: Qwen2Config, seed: int) -> int:
-    """Writes a random model and returns its number of parameters."""
-    model = Qwen2ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() < 2:
-                parameter.fill_(1.0 if "norm" in name else 0.0)
-            else:
-                parameter.normal_(std=INIT_STD, generator=generator)
-    model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def training_texts(examples: Iterable[Example]) -> list[str]:
     return [text for example in examples for text in (example.messages[0].content, example.response)]
 
 
-def prepare(gsm8k: str, out: Path, seed: int, vocab_size: int) -> None:
+def prepare(gsm8k: str, out: Path, seed: int, vocab_size: int) -> str:
+    """Writes everything and returns a line that says what there is."""
     sources = {split: find_split(gsm8k, split) for split in SPLITS}
     for split, source in sources.items():
         write_prompts(out / f"{split}.jsonl", import_prompts("gsm8k", source, split))
     examples = import_examples("gsm8k", sources["train"], "train")
     write_examples(out / "sft.jsonl", examples)
     tokenizer = train_tokenizer(training_texts(examples), vocab_size)
-    config = Qwen2Config(
+    config = tiny_config(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
         intermediate_size=1024,
@@ -120,14 +107,12 @@ def prepare(gsm8k: str, out: Path, seed: int, vocab_size: int) -> None:
         tie_word_embeddings=False,
         initializer_range=INIT_STD,
         pad_token_id=tokenizer.token_to_id(PAD),
-        bos_token_id=None,
         eos_token_id=tokenizer.token_to_id(END),
-        dtype="float32",
     )
     with temporary_directory(out / "model") as folder:
         write_tokenizer(folder, tokenizer)
-        num_parameters = write_model(folder, config, seed)
-    click.echo(
+        num_parameters = write_random_model(folder, config, seed)
+    return (
         f"{out}: {len(examples)} supervised examples; a model of {num_parameters / 1e6:.1f}M parameters "
         f"and {config.vocab_size} tokens"
     )
@@ -140,12 +125,7 @@ def prepare(gsm8k: str, out: Path, seed: int, vocab_size: int) -> None:
 @click.option("--vocab-size", default=4096, show_default=True, type=click.IntRange(min=300))
 def main(gsm8k: str, out: Path, seed: int, vocab_size: int) -> None:
     """Writes train.jsonl, test.jsonl, sft.jsonl and model/ into a folder."""
-    transformers_logging.disable_progress_bar()
-    try:
-        prepare(gsm8k, out, seed, vocab_size)
-    except (ValueError, OSError) as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+    prepare_or_exit(lambda: prepare(gsm8k, out, seed, vocab_size))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import click
 import sentencepiece
-import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.utils import logging as transformers_logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import prepare_or_exit, tiny_config, write_random_model
 from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.prompts import write_prompts
 from megatron_oreal.observability.files import temporary_directory
@@ -154,44 +153,22 @@ def write_tokenizer(folder: Path, model: bytes, max_tokens: int) -> int:
     return len(vocabulary)
 
 
-def write_model(folder: Path, config: Qwen2Config, seed: int) -> int:
-    """Writes a random model and returns its number of parameters."""
-    model = Qwen2ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    # What writes into the residual stream starts smaller, so that depth does not blow it up.
-    residual_std = INIT_STD / math.sqrt(2 * config.num_hidden_layers)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() < 2:
-                parameter.fill_(1.0 if "norm" in name else 0.0)
-            else:
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(std=residual_std if is_residual else INIT_STD, generator=generator)
-    model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def prepare(out: Path, seed: int, num_examples: int, num_prompts: int) -> None:
+def prepare(out: Path, seed: int, num_examples: int, num_prompts: int) -> str:
+    """Writes everything and returns a line that says what there is."""
     problems = all_problems()
     write_data(out, problems, seed, num_examples, num_prompts)
     with temporary_directory(out / "model") as folder:
-        config = Qwen2Config(
+        config = tiny_config(
             vocab_size=write_tokenizer(folder, train_tokenizer(problems[::17]), max_tokens=128),
             hidden_size=64,
             intermediate_size=256,
             num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
             initializer_range=INIT_STD,
             pad_token_id=0,
-            bos_token_id=None,
             eos_token_id=2,
-            dtype="float32",
         )
-        num_parameters = write_model(folder, config, seed)
-    click.echo(
+        num_parameters = write_random_model(folder, config, seed, scales_residuals=True)
+    return (
         f"{out}: {num_examples} supervised examples, {num_prompts} prompts, {NUM_HELDOUT} held out; "
         f"a model of {num_parameters / 1e3:.0f}k parameters and {config.vocab_size} tokens"
     )
@@ -204,12 +181,7 @@ def prepare(out: Path, seed: int, num_examples: int, num_prompts: int) -> None:
 @click.option("--num-prompts", default=20_000, show_default=True, type=click.IntRange(min=1), help="To train on.")
 def main(out: Path, seed: int, num_examples: int, num_prompts: int) -> None:
     """Writes sft.jsonl, train.jsonl, heldout.jsonl and model/ into a folder."""
-    transformers_logging.disable_progress_bar()
-    try:
-        prepare(out, seed, num_examples, num_prompts)
-    except (ValueError, OSError) as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+    prepare_or_exit(lambda: prepare(out, seed, num_examples, num_prompts))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Algorithms: from groups of judged samples to coefficients and losses. Pure torch: no ranks, no files, no logging."""
+"""Algorithms turn groups of judged samples into coefficients and losses. Pure torch: no ranks, files or logs."""

@@ -1,4 +1,4 @@
-"""From rewards to advantages. Pure functions of tensors, in the dtype that they are given."""
+"""Turns rewards into advantages: pure functions of tensors, in the dtype that they are given."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def gae(
     discount: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), both [N, T] and 0 outside the mask (Schulman et al. 2016, eq. 16).
+    """Returns (advantages, returns), both [N, T] and 0 outside the mask (Schulman et al. 2016, eq. 16).
 
-    A sequence ends with its last masked token: the value after it is 0. What stands outside the mask is never read;
-    masked-out tokens inside a sequence are stepped over.
+    A sequence ends with its last masked token; the value after it is 0. Numbers outside the mask are never read, and
+    tokens that are masked out inside a sequence are skipped.
     """
-    order = (~mask).int().argsort(dim=1, stable=True)  # the masked tokens first, one after the other
+    order = (~mask).int().argsort(dim=1, stable=True)  # The masked tokens come first, in their order.
     kept_rewards, kept_values = (torch.where(mask, part, 0.0).gather(1, order) for part in (rewards, values))
     delta = kept_rewards + discount * pad(kept_values, (0, 1))[:, 1:] - kept_values
-    # A_t = sum over k of factor^k delta_{t+k}: twice as many terms with each addition.
+    # A_t is the sum over k of factor^k delta_{t+k}; each addition doubles the number of its terms.
     factor, num_terms = discount * gae_lambda, 1
     while num_terms < values.shape[1]:
         delta = delta + factor**num_terms * pad(delta[:, num_terms:], (0, num_terms))

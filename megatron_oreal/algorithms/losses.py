@@ -1,8 +1,9 @@
-"""Token losses and their parts. Every sum is divided by a global count, so micro-batches and ranks simply add up."""
+"""The parts of losses. Every sum is divided by a global count, so that micro-batches and ranks simply add up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +13,23 @@ from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
 
 
 def kl_k3(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = target - logprobs: the low-variance estimate of KL(policy || target) a token, in nats."""
+    """Estimates KL(policy || target) of each token, in nats, as exp(d) - d - 1 with d = target - logprobs."""
     difference = target_logprobs - logprobs
     return difference.exp() - difference - 1.0
 
 
 def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
-    """d^2 / 2 a token: the same to second order, and its gradient estimates that of the KL without bias."""
+    """Estimates the same as d^2 / 2, equal to second order; its gradient estimates that of the KL without bias."""
     return 0.5 * (target_logprobs - logprobs).square()
 
 
-# One token that the trainer finds impossible must not make a metric infinite: that would stop the run.
+# A single token that the trainer finds impossible must not make a metric infinite, for that would stop the run.
 MAX_LOG_RATIO = 20.0
 KL_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": kl_k3, "mse": kl_mse}
 
 
 def sequence_mean(values: Tensor, microbatch: Microbatch) -> Tensor:
-    """Mean over the trained tokens of each sequence: [T] -> [N]; 0 for a sequence without any."""
+    """Returns the mean over the trained tokens of each sequence, [T] -> [N]; it is 0 for a sequence without any."""
     selected = torch.where(microbatch.loss_mask, values, 0.0)
     zeros = torch.zeros(microbatch.num_sequences, dtype=values.dtype, device=values.device)
     sums = zeros.index_add(0, microbatch.sequence_ids, selected)
@@ -36,7 +37,7 @@ def sequence_mean(values: Tensor, microbatch: Microbatch) -> Tensor:
 
 
 def trained_tokens(microbatch: Microbatch) -> Tensor:
-    """[N] trained tokens of each sequence."""
+    """Returns the number of trained tokens of each sequence, [N]."""
     zeros = torch.zeros(microbatch.num_sequences, dtype=torch.int64, device=microbatch.loss_mask.device)
     return zeros.index_add(0, microbatch.sequence_ids, microbatch.loss_mask.long())
 
@@ -44,7 +45,7 @@ def trained_tokens(microbatch: Microbatch) -> Tensor:
 def outcome_cross_entropy(scores: Tensor, microbatch: Microbatch, num_sequences: int) -> LossOutput:
     """OREAL eq. 12: binary cross entropy of each sequence's mean score with its outcome. scores: [T]."""
     logits = sequence_mean(scores, microbatch)
-    trained = trained_tokens(microbatch) > 0  # not the filler
+    trained = trained_tokens(microbatch) > 0  # The filler at the end of a micro-batch has no trained token.
     labels = microbatch.is_correct.to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     loss = torch.where(trained, losses, 0.0).sum() / num_sequences
@@ -53,23 +54,79 @@ def outcome_cross_entropy(scores: Tensor, microbatch: Microbatch, num_sequences:
 
 
 def cross_entropy(outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-    """Mean negative log-prob of the trained tokens."""
-    loss = -outputs.values[microbatch.loss_mask].sum() / batch.num_tokens
+    """Returns the mean negative log-prob of the trained tokens."""
+    loss = -outputs.values.index_select(0, microbatch.trained).sum() / batch.num_tokens
     return LossOutput(loss, {"loss": loss.detach(), "entropy": mean_entropy(outputs, batch).detach()})
 
 
 def mean_entropy(outputs: TokenOutputs, batch: Batch) -> Tensor:
-    """This micro-batch's share of the mean entropy over trained tokens, in nats."""
+    """Returns this micro-batch's share of the mean entropy over trained tokens, in nats."""
     assert outputs.entropy is not None
     return outputs.entropy.sum() / batch.num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyTerms:
+    """What the losses of all policies are made of: one micro-batch's log-probs, old and new, and means over tokens.
+
+    The first pass over a batch keeps its log-probs as the old ones (keep="old_logprobs"): its ratio to the old policy
+    is 1, and only the ratio's gradient matters. A loss on a micro-batch for which nothing was kept takes its own pass
+    as the first one; it writes nothing.
+    """
+
+    outputs: TokenOutputs
+    microbatch: Microbatch
+    batch: Batch
+    importance_cap: float | None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+
+    def __post_init__(self) -> None:
+        if self.microbatch.old_logprobs is None:
+            first = replace(self.microbatch, old_logprobs=self.outputs.values.detach())
+            object.__setattr__(self, "microbatch", first)
+
+    @property
+    def logprobs(self) -> Tensor:
+        """The policy's log-probs, [T], with a gradient."""
+        return self.outputs.values
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """The log-probs of the policy before the step's first update, [T]."""
+        assert self.microbatch.old_logprobs is not None
+        return self.microbatch.old_logprobs
+
+    def corrected(self, coefficients: Tensor) -> Tensor:
+        """Returns the coefficients [T], times the importance weights where samples may be off-policy."""
+        if self.importance_cap is None:
+            return coefficients
+        return coefficients * importance_weights(self.microbatch, self.importance_cap)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Returns this micro-batch's share of the mean of values [T] over all trained tokens of the batch."""
+        return values.index_select(0, self.microbatch.trained).sum() / self.batch.num_tokens
+
+    def kl(self, kind: str, target_logprobs: Tensor) -> Tensor:
+        """Returns this micro-batch's share of the mean KL divergence to the target, in nats a token."""
+        return self.mean(KL_KINDS[kind](self.logprobs, target_logprobs))
+
+    def entropy(self) -> Tensor:
+        """Returns this micro-batch's share of the mean entropy over trained tokens, in nats."""
+        return mean_entropy(self.outputs, self.batch)
+
+    def output(self, loss: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
+        """Returns the loss with its own metrics and with those that every policy has, detached."""
+        metrics = metrics | {"loss": loss} | engine_mismatch(self.microbatch, self.batch)
+        if self.importance_cap is not None:
+            metrics |= importance_metrics(self.microbatch, self.batch, self.importance_cap)
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+
+
 def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
-    """How far the trainer's log-probs of the sampled tokens, before its update, are from those of the engine.
+    """Measures how far the trainer's log-probs of the sampled tokens, before its update, are from the engine's.
 
     With d = trainer - engine a token, in nats: "mismatch" is the mean of |d|, "mismatch_max" its maximum,
     "mismatch_ratio" the mean of exp|d|. "mismatch_kl_k1" (mean of -d) and "mismatch_kl_k3" (mean of exp(d) - d - 1)
-    estimate KL(engine || trainer) without bias; both are those of the untempered, untruncated distributions.
+    estimate KL(engine || trainer) without bias. Both sides are log-probs of the untempered, untruncated distribution.
     """
     difference = log_ratio_to_engine(microbatch)
     magnitude = difference.abs()
@@ -84,18 +141,18 @@ def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
 
 
 def importance_weights(microbatch: Microbatch, cap: float) -> Tensor:
-    """[T], detached: min(pi_old / pi_engine, cap) of each trained token, 1 elsewhere.
+    """Returns min(pi_old / pi_engine, cap) of each trained token and 1 elsewhere: [T], detached.
 
-    Truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-    training"): corrects for samples of other weights, or of other kernels, than those that are trained.
+    This is truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+    RL training"). It corrects for samples of other weights, or of other kernels, than those that are trained.
     """
     weights = torch.ones_like(microbatch.engine_logprobs)
-    weights[microbatch.loss_mask] = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
-    return weights
+    ratios = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
+    return weights.index_copy_(0, microbatch.trained, ratios)
 
 
 def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict[str, Tensor]:
-    """The mean of the weights as they are used, the largest before the cap, the share of tokens that it cuts."""
+    """Measures the weights: their mean as they are used, the largest before the cap, and the share that it cuts."""
     ratio = log_ratio_to_engine(microbatch).exp()
     return {
         "importance_mean": ratio.clamp_max(cap).sum() / batch.num_tokens,
@@ -105,10 +162,10 @@ def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict
 
 
 def log_ratio_to_engine(microbatch: Microbatch) -> Tensor:
-    """[trained tokens] log(pi_old / pi_engine) in nats; 0 where the engine's log-prob is not known."""
-    assert microbatch.old_logprobs is not None, "the first pass fills them"
-    known = microbatch.engine_logprobs[microbatch.loss_mask]
-    difference = microbatch.old_logprobs[microbatch.loss_mask] - known
+    """Returns log(pi_old / pi_engine) of the trained tokens, in nats; 0 where the engine's log-prob is unknown."""
+    assert microbatch.old_logprobs is not None, 'the first pass needs keep="old_logprobs"'
+    known = microbatch.engine_logprobs.index_select(0, microbatch.trained)
+    difference = microbatch.old_logprobs.index_select(0, microbatch.trained) - known
     return torch.where(known.isnan(), 0.0, difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

@@ -1,29 +1,63 @@
-"""What an algorithm asks of a model."""
+"""What an algorithm asks of its models, what it asks to have built, and what the training loop asks of an algorithm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
+from megatron_oreal.config import HeadInit, ScalarModelConfig
+from megatron_oreal.data.packing import PackingPlan
+from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream
+from megatron_oreal.types import Metrics as Metrics
 
 Loss = Callable[[TokenOutputs, Microbatch], LossOutput]
-Metrics = dict[str, float]
 
 
 class Model(Protocol):
-    """The part of models.trainable.TrainableModel that an algorithm drives."""
+    """The part of models.trainable.TrainableModel that an algorithm drives.
+
+    `keep` names a field of the micro-batches, for example "old_logprobs". The pass writes the head's detached values of
+    each micro-batch there before it evaluates the loss, so that the loss, and later passes, can compare with them.
+    Without `keep`, a pass that evaluates a loss writes nothing.
+    """
 
     def forward(self, batch: Batch, stream: TokenStream) -> None:
-        """Fills the stream of every micro-batch with the head's values."""
+        """Fills the stream of every micro-batch with the head's values, without a loss."""
 
-    def measure(self, batch: Batch, loss: Loss) -> Metrics:
-        """The loss's metrics without an update."""
+    def measure(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> Metrics:
+        """Returns the loss's metrics and updates nothing."""
 
-    def train_step(self, batch: Batch, loss: Loss) -> Metrics:
-        """One optimizer step."""
+    def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> Metrics:
+        """Takes one optimizer step and returns the loss's metrics from before it."""
 
     def sum_over_data(self, values: Tensor) -> Tensor:
-        """The sum over data-parallel ranks."""
+        """Returns the sum over data-parallel ranks."""
+
+
+class ModelSource(Protocol):
+    """Builds the models that an algorithm asks for; run/algorithms.py has the real one.
+
+    `num_updates` is the number of optimizer steps that the model takes in the whole run, where the cosine of its
+    learning rate ends.
+    """
+
+    @property
+    def plan(self) -> PackingPlan: ...
+
+    def policy(self, num_updates: int) -> Model:
+        """The policy, with the section `policy` of the configuration."""
+
+    def reference(self) -> Model:
+        """The frozen initial policy."""
+
+    def scalar(self, name: str, training: ScalarModelConfig, num_updates: int, head_init: HeadInit = "zero") -> Model:
+        """A model that gives one number a token: a reward model or a critic. `name` prefixes its metrics."""
+
+
+class GroupAlgorithm(Protocol):
+    """What the training loop asks of an algorithm."""
+
+    def update(self, groups: Sequence[Group], step: int) -> Metrics:
+        """Takes all optimizer steps on these groups; {"train/skipped": 1.0} where there is nothing to learn from."""

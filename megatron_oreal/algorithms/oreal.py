@@ -1,11 +1,12 @@
-"""OREAL: outcome rewards, best-of-N behaviour cloning, reshaped negatives and a token-level reward model.
+"""OREAL: it clones correct samples, pushes incorrect ones away, and weighs tokens with a learned reward model.
 
-Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weights), 11 (policy loss), 12 (reward model loss). The
-presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists; each is free.
+The source is Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weights), 11 (policy loss) and 12 (reward
+model loss). The presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists, and
+each choice can be made alone.
 
-The three denominators (correct tokens, incorrect tokens, all tokens) are counts over all ranks. The paper leaves them
-open: its preset takes those of the code. With one update a step the ratio to the old policy is 1, and only its gradient
-matters.
+The three denominators (correct tokens, incorrect tokens, all tokens) are counts over all ranks. The paper does not say
+what they are, so its preset takes those of the code. With one update a step the ratio to the old policy is 1, and only
+the ratio's gradient matters.
 """
 
 from __future__ import annotations
@@ -19,39 +20,56 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import ADVANTAGES
-from megatron_oreal.algorithms.losses import (
-    KL_KINDS,
-    engine_mismatch,
-    importance_metrics,
-    importance_weights,
-    mean_entropy,
-    outcome_cross_entropy,
-)
-from megatron_oreal.algorithms.model import Metrics, Model
+from megatron_oreal.algorithms.losses import PolicyTerms, outcome_cross_entropy
+from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
-from megatron_oreal.config import OrealConfig
+from megatron_oreal.config import OrealConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
 
 @dataclass(slots=True)
 class Oreal:
+    """The algorithm with its models; `update` is algorithm 1 of the paper after the rollout."""
+
     config: OrealConfig
     plan: PackingPlan
     seed: int
     policy: Model
-    reference: Model | None  # None where nothing pulls towards the initial policy
-    reward_model: Model | None  # None: every token weight is 1
-    policy_updates: int = 1  # optimizer steps on one set of groups
+    reference: Model | None  # None where no KL to the initial policy is asked for.
+    reward_model: Model | None  # None: every token weight is 1.
+    policy_updates: int = 1  # Optimizer steps on one set of groups.
     reward_model_updates: int = 1
-    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
+    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
         assert self.reference is not None or not pulled, "a KL to the initial policy needs the reference"
 
+    @classmethod
+    def build(cls, config: OrealConfig, run: TrainConfig, models: ModelSource) -> Oreal:
+        """OREAL with the models that its configuration asks for."""
+        learns_scores = config.reward_model.enabled
+        policy_steps = max(1, run.num_steps - config.policy_freeze_steps * learns_scores)
+        policy = models.policy(policy_steps * run.policy.updates_per_step)
+        reward_model = None
+        if learns_scores:
+            num_updates = run.num_steps * config.reward_model.updates_per_step
+            reward_model = models.scalar("reward_model", config.reward_model, num_updates)
+        return cls(
+            config=config,
+            plan=models.plan,
+            seed=run.seed,
+            policy=policy,
+            reference=models.reference() if config.uses_reference else None,
+            reward_model=reward_model,
+            policy_updates=run.policy.updates_per_step,
+            reward_model_updates=config.reward_model.updates_per_step,
+            importance_cap=run.importance_cap,
+        )
+
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """All optimizer steps on these groups; without a group of both kinds, only the metric that says so."""
+        """Takes all optimizer steps on these groups; without a group of both kinds, only says that it skipped."""
         sequences = select_sequences(groups, self.config, random.Random(f"{self.seed}-{step}"))
         if not sequences:
             return {"train/skipped": 1.0}
@@ -64,65 +82,58 @@ class Oreal:
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
         if self.reward_model is not None:
-            for _ in range(self.reward_model_updates):
-                metrics |= self.reward_model.train_step(batch, partial(self.reward_loss, batch=batch))
+            reward_loss = partial(self.reward_loss, batch=batch)
+            # The token weights come from the scores of the first pass: those before the reward model's own update.
+            metrics |= self.reward_model.train_step(batch, reward_loss, keep="token_scores")
+            for _ in range(1, self.reward_model_updates):
+                metrics |= self.reward_model.train_step(batch, reward_loss)
         for microbatch in batch.microbatches:
             fill_coefficients(microbatch, batch, self.config)
         policy_loss = partial(self.policy_loss, batch=batch)
         # The freeze lets the reward model learn first; without one there is nothing to wait for.
         if self.reward_model is not None and step < self.config.policy_freeze_steps:
-            return metrics | self.policy.measure(batch, policy_loss)
-        for _ in range(self.policy_updates):
+            return metrics | self.policy.measure(batch, policy_loss, keep="old_logprobs")
+        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        for _ in range(1, self.policy_updates):
             metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
 
     def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Eq. 12. The first pass also keeps the scores, which are those before the reward model's own update."""
+        """Eq. 12: the cross entropy of each sequence's mean score with its outcome."""
         scores = align(outputs.values, self.config)
-        if microbatch.token_scores is None:
-            microbatch.token_scores = scores.detach()
         output = outcome_cross_entropy(scores, microbatch, batch.num_sequences)
-        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
-        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
+        correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
         output.metrics |= {
-            "score_correct": scores.detach()[correct].sum() / max(1, batch.num_correct_tokens),
-            "score_incorrect": scores.detach()[incorrect].sum() / max(1, batch.num_incorrect_tokens),
+            "score_correct": scores.detach().index_select(0, correct).sum() / max(1, batch.num_correct_tokens),
+            "score_incorrect": scores.detach().index_select(0, incorrect).sum() / max(1, batch.num_incorrect_tokens),
         }
         return output
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Eq. 11: cloning of the correct, reshaped policy gradient of the incorrect, KL to the target."""
-        logprobs = outputs.values
-        if microbatch.old_logprobs is None:
-            microbatch.old_logprobs = logprobs.detach()
-        coefficients, old_logprobs = microbatch.coefficients, microbatch.old_logprobs
-        assert coefficients is not None
-        if self.importance_cap is not None:
-            coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
-        correct = microbatch.loss_mask & microbatch.is_correct[microbatch.sequence_ids]
-        incorrect = microbatch.loss_mask & ~microbatch.is_correct[microbatch.sequence_ids]
-        positive = -(coefficients * logprobs)[correct].sum()
-        negative = -(coefficients * (logprobs - old_logprobs).exp())[incorrect].sum()
+        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        logprobs, old_logprobs = terms.logprobs, terms.old_logprobs
+        assert microbatch.coefficients is not None
+        coefficients = terms.corrected(microbatch.coefficients)
+        correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
+        positive = -(coefficients * logprobs).index_select(0, correct).sum()
+        negative = -(coefficients * (logprobs - old_logprobs).exp()).index_select(0, incorrect).sum()
         is_initial = self.config.kl_target == "initial"
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
-        divergence = KL_KINDS[self.config.kl_kind](logprobs, target)[microbatch.loss_mask].sum() / batch.num_tokens
+        divergence = terms.kl(self.config.kl_kind, target)
         loss = positive + negative + self.config.kl_coef * divergence
         metrics = {
-            "loss": loss,
             "loss_positive": positive,
             "loss_negative": negative,
             "kl": divergence,
-            "entropy": mean_entropy(outputs, batch),
+            "entropy": terms.entropy(),
         }
-        metrics |= engine_mismatch(microbatch, batch) | weight_metrics(microbatch, batch, correct, incorrect)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return terms.output(loss, metrics | weight_metrics(microbatch, batch, correct, incorrect))
 
 
 def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.Random) -> list[TrainingSequence]:
-    """What is trained on; nothing when no group has both correct and incorrect samples.
+    """Returns the sequences to train on; none where no group has both correct and incorrect samples.
 
     Advantages and pass rates are those of the full group. Samples without a verdict count nowhere.
     """
@@ -153,7 +164,7 @@ def group_advantages(samples: Sequence[Sample], config: OrealConfig) -> list[flo
 
 
 def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: OrealConfig) -> float:
-    """What the sequence's tokens are weighted with before token weights and denominators: > 0 if correct, else < 0."""
+    """Returns the weight of the sequence before token weights and denominators: above 0 if correct, else below."""
     if sample.is_correct:
         return {"advantage": advantage, "one": 1.0}[config.positive_weight]
     reshaped = {"advantage": abs(advantage), "one_minus_pass_rate": 1.0 - pass_rate, "one": 1.0}
@@ -161,17 +172,20 @@ def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: 
 
 
 def align(scores: Tensor, config: OrealConfig) -> Tensor:
-    """Scores [T] beside the token that they weigh: position t speaks about token t + 1."""
+    """Moves scores [T] beside the token that they weigh: position t speaks about token t + 1."""
     return scores if config.score_position == "before" else scores.roll(-1)
 
 
 def fill_coefficients(microbatch: Microbatch, batch: Batch, config: OrealConfig) -> None:
-    """Token weights from the scores, and the coefficients of eq. 11: advantage x token weight (x eta) / count."""
+    """Fills token weights, and the coefficients of eq. 11: advantage x token weight (x eta) / count.
+
+    The token weights come from the scores that the reward model's first pass kept; without a reward model they are 1.
+    """
     correct = microbatch.is_correct[microbatch.sequence_ids]
     if microbatch.token_scores is None:
         weights = torch.ones_like(microbatch.advantages)
     else:
-        scores, mask = pad_responses(microbatch.token_scores, microbatch)
+        scores, mask = pad_responses(align(microbatch.token_scores, config), microbatch)
         positive, negative = TOKEN_WEIGHTS[config.token_weights](scores, mask, config)
         weights = unpad_responses(torch.where(microbatch.is_correct[:, None], positive, negative), microbatch)
     scale = torch.where(
@@ -204,7 +218,7 @@ def threshold_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tupl
 
 
 def mean_one_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """Those of eq. 10, scaled to mean one over each sequence; all ones where all are zero."""
+    """Scales the weights of eq. 10 to mean one over each sequence; they are all one where all were zero."""
     positive, negative = token_weights(scores, mask, config.prefix_mean)
     return mean_one(positive, mask), mean_one(negative, mask)
 
@@ -215,18 +229,18 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_k_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """The `top_k_ratio` tokens that speak most for (against) success, min-max normalised among themselves."""
+    """Keeps the share `top_k_ratio` of tokens that speak most for (against) success, min-max normalised."""
     probability = torch.sigmoid(effective_scores(scores, mask, config.prefix_mean))
     return top_share(probability, mask, config.top_k_ratio), top_share(1.0 - probability, mask, config.top_k_ratio)
 
 
 def top_share(values: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """[N, T] in [0, 1]: floor(ratio * length) tokens of each row, at least one, keep their normalised value.
+    """Returns [N, T] in [0, 1]: floor(ratio * length) tokens of each row, at least one, keep their normalised value.
 
     The normalisation runs over the kept tokens only, as in the reference code: the last of them gets 0. All are 1 where
     all are equal.
     """
-    # Stable: of equal values the earlier token is kept, on every device.
+    # The order is stable, so that the earlier of two equal tokens is kept on every device.
     order = torch.where(mask, values, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
     counts = (mask.sum(dim=-1, keepdim=True).double() * ratio).long().clamp_min(1)
@@ -248,8 +262,8 @@ def weight_metrics(microbatch: Microbatch, batch: Batch, correct: Tensor, incorr
     weights = microbatch.token_weights
     assert weights is not None
     return {
-        "weight_positive": weights[correct].sum() / max(1, batch.num_correct_tokens),
-        "weight_negative": weights[incorrect].sum() / max(1, batch.num_incorrect_tokens),
-        "weight_zero_share": (weights[microbatch.loss_mask] == 0).sum() / batch.num_tokens,
+        "weight_positive": weights.index_select(0, correct).sum() / max(1, batch.num_correct_tokens),
+        "weight_negative": weights.index_select(0, incorrect).sum() / max(1, batch.num_incorrect_tokens),
+        "weight_zero_share": (weights.index_select(0, microbatch.trained) == 0).sum() / batch.num_tokens,
         "weight_max": weights.max(),
     }

@@ -1,9 +1,9 @@
 """Outcome objectives: any h(p) of the pass rate p over one weighted log-prob loss.
 
-Davis & Recht 2025, arXiv:2510.13651: the weights Z of the samples say what is optimised (objectives.py). On top: the
-clipped surrogate of PPO with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024),
-DAPO (Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), a KL to the initial
-policy, DAPO's filter of groups of one kind.
+The weights Z of the samples say what is optimised (objectives.py; Davis & Recht 2025, arXiv:2510.13651). Settings add
+PPO's clipped surrogate with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024), DAPO
+(Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), a KL to the initial policy,
+and DAPO's filter of groups that are all correct or all incorrect.
 
 The loss is -sum_i sum_t c_it min(ratio_it Z_i, clip(ratio_it) Z_i), where c_it is 1/(N |y_i|), 1/(number of tokens) or
 1/(N constant): N samples, over all ranks and all groups that are used, the samples of weight 0 too.
@@ -18,40 +18,47 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_oreal.algorithms.losses import (
-    KL_KINDS,
-    engine_mismatch,
-    importance_metrics,
-    importance_weights,
-    mean_entropy,
-    sequence_mean,
-    trained_tokens,
-)
-from megatron_oreal.algorithms.model import Metrics, Model
+from megatron_oreal.algorithms.losses import PolicyTerms, sequence_mean, trained_tokens
+from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
 from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
-from megatron_oreal.config import OutcomeConfig
+from megatron_oreal.config import OutcomeConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
 
 @dataclass(slots=True)
 class Outcome:
+    """The algorithm with its models and the weights of its objective."""
+
     config: OutcomeConfig
     plan: PackingPlan
-    group_size: int  # of a group whose samples all have a verdict
+    group_size: int  # The size of a group whose samples all have a verdict.
     policy: Model
-    reference: Model | None = None  # None where no KL asks for it
-    policy_updates: int = 1  # optimizer steps on one set of groups
-    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
-    tables: dict[int, Table] = field(default_factory=dict)  # the weights for each number of judged samples met so far
+    reference: Model | None = None  # None where no KL asks for it.
+    policy_updates: int = 1  # Optimizer steps on one set of groups.
+    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    tables: dict[int, Table] = field(default_factory=dict)  # The weights for each number of judged samples met so far.
 
     def __post_init__(self) -> None:
         assert self.reference is not None or self.config.kl_coef == 0, "a KL to the initial policy needs the reference"
         check_objective(self.config, self.group_size)
 
+    @classmethod
+    def build(cls, config: OutcomeConfig, run: TrainConfig, models: ModelSource) -> Outcome:
+        """The objective with the models that its configuration asks for."""
+        return cls(
+            config=config,
+            plan=models.plan,
+            group_size=run.rollout.group_size,
+            policy=models.policy(run.num_steps * run.policy.updates_per_step),
+            reference=models.reference() if config.uses_reference else None,
+            policy_updates=run.policy.updates_per_step,
+            importance_cap=run.importance_cap,
+        )
+
     def update(self, groups: Sequence[Group], _step: int) -> Metrics:
-        """All optimizer steps on these groups; where no sample has a weight, only the metric that says so."""
+        """Takes all optimizer steps on these groups; where no sample has a weight, only says that it skipped."""
         used = [group for group in groups if is_mixed(group) or not self.config.dynamic_sampling]
         sequences = [sequence for group in used for sequence in self.weigh(group)]
         weighted = [sequence for sequence in sequences if sequence.advantage != 0]
@@ -70,20 +77,23 @@ class Outcome:
         }
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
-        for _ in range(self.policy_updates):
-            metrics |= self.policy.train_step(batch, partial(self.policy_loss, batch=batch))
+        policy_loss = partial(self.policy_loss, batch=batch)
+        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        for _ in range(1, self.policy_updates):
+            metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
 
     def weigh(self, group: Group) -> list[TrainingSequence]:
-        """The samples that count, each with its weight Z; samples without a verdict count nowhere."""
+        """Returns the samples that count, each with its weight Z; samples without a verdict count nowhere."""
         samples = group.judged_samples
         if self.config.objective == "pure_rejection_sampling":
             return [training_sequence(sample, 1.0) for sample in first_correct(samples, self.config.num_correct)]
-        if len(samples) < min(2, self.group_size):  # too few are left for what was configured
+        if len(samples) < min(2, self.group_size):  # Too few samples are left for what was configured.
             return []
         return [training_sequence(sample, weight) for sample, weight in zip(samples, self.z(samples), strict=True)]
 
     def z(self, samples: Sequence[Sample]) -> list[float]:
+        """Returns the weight Z of each sample of a group."""
         size, num_correct = len(samples), sum(sample.is_correct for sample in samples)
         if size not in self.tables:
             self.tables[size] = objective_table(self.config, size)
@@ -91,33 +101,27 @@ class Outcome:
         return [float(b[num_correct - 1] if sample.is_correct else a[num_correct]) for sample in samples]
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """The clipped, weighted log-prob loss, and the KL to the initial policy where asked for."""
-        logprobs, mask, coefficients = outputs.values, microbatch.loss_mask, microbatch.coefficients
-        if microbatch.old_logprobs is None:
-            microbatch.old_logprobs = logprobs.detach()
-        assert coefficients is not None
-        if self.importance_cap is not None:
-            coefficients = coefficients * importance_weights(microbatch, self.importance_cap)
-        ratio = self.ratio(logprobs - microbatch.old_logprobs, microbatch)
+        """Returns the clipped, weighted log-prob loss, with the KL to the initial policy where it is asked for."""
+        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        assert microbatch.coefficients is not None
+        coefficients = terms.corrected(microbatch.coefficients)
+        ratio = self.ratio(terms.logprobs - terms.old_logprobs, microbatch)
         clipped = ratio.clamp(*self.clip_bounds)
-        loss = surrogate = -torch.minimum(coefficients * ratio, coefficients * clipped)[mask].sum()
+        gains = torch.minimum(coefficients * ratio, coefficients * clipped)
+        loss = surrogate = -gains.index_select(0, microbatch.trained).sum()
         metrics = {
             "loss_surrogate": surrogate,
-            "entropy": mean_entropy(outputs, batch),
+            "entropy": terms.entropy(),
             "ratio_max": ratio.max(),
-            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
+            "clip_share": terms.mean(ratio != clipped),
         }
         if microbatch.reference_logprobs is not None:
-            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            metrics["kl"] = kl = terms.kl(self.config.kl_kind, microbatch.reference_logprobs)
             loss = loss + self.config.kl_coef * kl
-            metrics["kl"] = kl
-        metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return terms.output(loss, metrics)
 
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
-        """[T], each token's ratio to the old policy, or the geometric mean of those of its sequence."""
+        """Returns each token's ratio to the old policy, or the geometric mean of those of its sequence: [T]."""
         if self.config.ratio == "sequence":
             return sequence_mean(difference, microbatch).exp()[microbatch.sequence_ids]
         return difference.exp()
@@ -129,7 +133,7 @@ class Outcome:
 
 
 def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: int, config: OutcomeConfig) -> None:
-    """Z times the share of the token in the loss. The counts are those of all ranks, samples of weight 0 included."""
+    """Fills Z times the token's share in the loss. The counts are those of all ranks, samples of weight 0 included."""
     if config.normalisation == "token":
         share: Tensor | float = 1.0 / num_tokens
     elif config.normalisation == "constant":
@@ -149,9 +153,10 @@ def check_objective(config: OutcomeConfig, group_size: int) -> None:
 
 
 def objective_table(config: OutcomeConfig, group_size: int) -> Table:
-    """(a, b) of the configured objective for `group_size` judged samples."""
+    """Returns (a, b) of the configured objective for `group_size` judged samples."""
     names = option_names(OBJECTIVES[config.objective])
     options = config.model_dump(include=set(names))
     if "n" in options:
-        options["n"] = min(config.n, group_size)  # fewer than n samples have a verdict: the nearest that they can say
+        # Where fewer than n samples have a verdict, n is the largest that they allow.
+        options["n"] = min(config.n, group_size)
     return weights(config.objective, group_size, **options)

@@ -1,8 +1,8 @@
 """PPO with a critic, as Open-Reasoner-Zero uses it: outcome reward on the last token, discount = lambda = 1.
 
-Hu et al. 2025, arXiv:2503.24290; Schulman et al. 2017, eq. 7 (clipped surrogate) and 2016 (GAE). The critic is updated
-before the policy, on several mini-batches, with advantages and returns from before its update. Advantages are whitened
-over all tokens of the step, on all ranks.
+The sources are Hu et al. 2025, arXiv:2503.24290, and Schulman et al. 2017, eq. 7 (clipped surrogate), and 2016 (GAE).
+The critic is updated before the policy, on several mini-batches, with advantages and returns from before its update.
+Advantages are whitened over all tokens of the step, on all ranks.
 """
 
 from __future__ import annotations
@@ -16,35 +16,49 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import gae
-from megatron_oreal.algorithms.losses import (
-    KL_KINDS,
-    engine_mismatch,
-    importance_metrics,
-    importance_weights,
-    mean_entropy,
-)
-from megatron_oreal.algorithms.model import Metrics, Model
-from megatron_oreal.config import PpoConfig
+from megatron_oreal.algorithms.losses import PolicyTerms
+from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
+from megatron_oreal.algorithms.sample_selection import training_sequence
+from megatron_oreal.config import PpoConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
-from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TrainingSequence
+from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream, TrainingSequence
 
 
 @dataclass(slots=True)
 class Ppo:
+    """The algorithm with its models."""
+
     config: PpoConfig
     plan: PackingPlan
     seed: int
     policy: Model
     critic: Model
-    reference: Model | None  # None where no KL asks for it
-    importance_cap: float | None = None  # of the weights of off-policy tokens; None: on-policy, no weights
+    reference: Model | None  # None where no KL asks for it.
+    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
         assert self.reference is not None or not pulled, "a KL to the initial policy needs the reference"
 
+    @classmethod
+    def build(cls, config: PpoConfig, run: TrainConfig, models: ModelSource) -> Ppo:
+        """PPO with the models that its configuration asks for."""
+        policy_steps = max(1, run.num_steps - config.policy_freeze_steps)
+        policy = models.policy(policy_steps * config.policy_epochs * config.policy_minibatches)
+        critic_updates = run.num_steps * config.critic_epochs * config.critic_minibatches
+        critic = models.scalar("critic", config.critic, critic_updates, config.critic.head_init)
+        return cls(
+            config=config,
+            plan=models.plan,
+            seed=run.seed,
+            policy=policy,
+            critic=critic,
+            reference=models.reference() if config.uses_reference else None,
+            importance_cap=run.importance_cap,
+        )
+
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """All updates on these groups: every judged sample is used, also of groups of one kind."""
+        """Takes all updates on these groups; it uses every judged sample, also of groups of one kind."""
         sequences = [sequence for group in groups for sequence in judged_sequences(group)]
         if not sequences:
             return {"train/skipped": 1.0}
@@ -58,8 +72,11 @@ class Ppo:
         self.critic.forward(batch, "values")
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
-        if self.config.policy_minibatches * self.config.policy_epochs > 1 or self.config.kl_reward_coef > 0:
+        # Where later mini-batches or the rewards need them; else the only pass over the batch keeps them.
+        needs_old_logprobs = self.num_policy_updates > 1 or self.config.kl_reward_coef > 0
+        if needs_old_logprobs:
             self.policy.forward(batch, "old_logprobs")
+        keep: TokenStream | None = None if needs_old_logprobs else "old_logprobs"
         for microbatch in batch.microbatches:
             fill_advantages(microbatch, self.config)
         metrics |= self.whiten(batch)
@@ -67,20 +84,25 @@ class Ppo:
             for minibatch in grouped(parts, self.config.critic_minibatches):
                 metrics |= self.critic.train_step(minibatch, partial(self.value_loss, batch=minibatch))
         if step < self.config.policy_freeze_steps:
-            return metrics | self.policy.measure(batch, partial(self.policy_loss, batch=batch))
+            return metrics | self.policy.measure(batch, partial(self.policy_loss, batch=batch), keep)
         for _ in range(self.config.policy_epochs):
             for minibatch in grouped(parts, self.config.policy_minibatches):
-                metrics |= self.policy.train_step(minibatch, partial(self.policy_loss, batch=minibatch))
+                metrics |= self.policy.train_step(minibatch, partial(self.policy_loss, batch=minibatch), keep)
         return metrics
 
     @property
+    def num_policy_updates(self) -> int:
+        """The policy's optimizer steps on one set of groups."""
+        return self.config.policy_minibatches * self.config.policy_epochs
+
+    @property
     def num_parts(self) -> int:
-        """The finer of the two divisions; the configuration holds that one divides the other."""
+        """The finer of the two divisions into mini-batches; the configuration checks that one divides the other."""
         return max(self.config.critic_minibatches, self.config.policy_minibatches)
 
     def whiten(self, batch: Batch) -> Metrics:
-        """Advantages to mean 0 and variance 1 over the step's tokens; the metrics are those before."""
-        chosen = torch.cat([microbatch.advantages[microbatch.loss_mask] for microbatch in batch.microbatches]).double()
+        """Gives the advantages mean 0 and variance 1 over the step's tokens; the metrics are those from before."""
+        chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
         sums = torch.stack([chosen.sum(), chosen.square().sum()])
         total, squares = self.policy.sum_over_data(sums).tolist()
         mean = total / batch.num_tokens
@@ -92,68 +114,51 @@ class Ppo:
         return {"train/advantage_mean": mean, "train/advantage_std": deviation}
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """-min(ratio A, clip(ratio) A), averaged over the mini-batch's tokens; KL and entropy where asked for."""
-        logprobs, mask = outputs.values, microbatch.loss_mask
-        if microbatch.old_logprobs is None:
-            microbatch.old_logprobs = logprobs.detach()
-        ratio = (logprobs - microbatch.old_logprobs).exp()
+        """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
+        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        ratio = (terms.logprobs - terms.old_logprobs).exp()
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
-        advantages = microbatch.advantages
-        if self.importance_cap is not None:
-            advantages = advantages * importance_weights(microbatch, self.importance_cap)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)[mask].sum() / batch.num_tokens
-        entropy = mean_entropy(outputs, batch)
+        advantages = terms.corrected(microbatch.advantages)
+        surrogate = terms.mean(torch.minimum(ratio * advantages, clipped * advantages))
+        entropy = terms.entropy()
         loss = -surrogate - self.config.entropy_coef * entropy
         metrics = {
             "loss_surrogate": -surrogate,
             "entropy": entropy,
             "ratio_max": ratio.max(),
-            "clip_share": (ratio != clipped)[mask].sum() / batch.num_tokens,
-            "kl_old": KL_KINDS["k3"](logprobs, microbatch.old_logprobs)[mask].sum() / batch.num_tokens,
+            "clip_share": terms.mean(ratio != clipped),
+            "kl_old": terms.kl("k3", terms.old_logprobs),
         }
         if microbatch.reference_logprobs is not None:
-            kl = KL_KINDS[self.config.kl_kind](logprobs, microbatch.reference_logprobs)[mask].sum() / batch.num_tokens
+            metrics["kl"] = kl = terms.kl(self.config.kl_kind, microbatch.reference_logprobs)
             loss = loss + self.config.kl_coef * kl
-            metrics["kl"] = kl
-        metrics |= {"loss": loss} | engine_mismatch(microbatch, batch)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(microbatch, batch, self.importance_cap)
-        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        return terms.output(loss, metrics)
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Half the squared error of the value; with clipping, the larger of the clipped and the free value's."""
-        values, old_values, returns, mask = outputs.values, microbatch.values, microbatch.returns, microbatch.loss_mask
+        """Returns half the squared error of the value; with clipping, the larger of the clipped and the free error."""
+        values, old_values, returns, trained = outputs.values, microbatch.values, microbatch.returns, microbatch.trained
         assert old_values is not None and returns is not None
         errors = (values - returns).square()
         if self.config.value_clip is not None:
             near = old_values + (values - old_values).clamp(-self.config.value_clip, self.config.value_clip)
             errors = torch.maximum(errors, (near - returns).square())
-        loss = 0.5 * errors[mask].sum() / batch.num_tokens
+        loss = 0.5 * errors.index_select(0, trained).sum() / batch.num_tokens
         metrics = {
             "loss": loss.detach(),
-            "value_mean": values.detach()[mask].sum() / batch.num_tokens,
-            "return_mean": returns[mask].sum() / batch.num_tokens,
-            "error": (values.detach() - returns).square()[mask].sum() / batch.num_tokens,
+            "value_mean": values.detach().index_select(0, trained).sum() / batch.num_tokens,
+            "return_mean": returns.index_select(0, trained).sum() / batch.num_tokens,
+            "error": (values.detach() - returns).square().index_select(0, trained).sum() / batch.num_tokens,
         }
         return LossOutput(loss, metrics)
 
 
 def judged_sequences(group: Group) -> list[TrainingSequence]:
-    """`advantage` holds the sequence's reward, 1 or 0, until the critic has been asked."""
-    return [
-        TrainingSequence(
-            prompt_ids=sample.prompt_ids,
-            response_ids=sample.response_ids,
-            advantage=float(sample.is_correct),
-            is_correct=sample.is_correct,
-            model_logprobs=sample.model_logprobs,
-        )
-        for sample in group.judged_samples
-    ]
+    """Returns the group's sequences; `advantage` holds the reward, 1 or 0, until the critic has been asked."""
+    return [training_sequence(sample, float(sample.is_correct)) for sample in group.judged_samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:
-    """`count` shuffled parts of nearly equal numbers of sequences; fewer when there are fewer sequences."""
+    """Returns `count` shuffled parts of nearly equal size, or fewer where there are fewer sequences."""
     order = list(range(len(sequences)))
     if count > 1:
         rng.shuffle(order)
@@ -162,13 +167,13 @@ def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random)
 
 
 def grouped(parts: Sequence[Batch], count: int) -> list[Batch]:
-    """The parts merged to at most `count` mini-batches."""
+    """Merges the parts to at most `count` mini-batches."""
     count = min(count, len(parts))
     return [merge(parts[number::count]) for number in range(count)]
 
 
 def fill_advantages(microbatch: Microbatch, config: PpoConfig) -> None:
-    """GAE of each sequence: its reward on the last token, less the KL on each token where asked for."""
+    """Fills GAE of each sequence, with its reward on the last token, less the KL on each token where asked for."""
     assert microbatch.values is not None
     values, mask = pad_responses(microbatch.values, microbatch)
     token_rewards = last_token_rewards(microbatch.advantages, microbatch)
@@ -184,7 +189,7 @@ def fill_advantages(microbatch: Microbatch, config: PpoConfig) -> None:
 
 
 def last_token_rewards(rewards: Tensor, microbatch: Microbatch) -> Tensor:
-    """[T], the reward where a sequence's last trained token is, else 0."""
+    """Returns the reward at each sequence's last trained token and 0 elsewhere: [T]."""
     mask = microbatch.loss_mask
     following = torch.cat([mask[1:], mask.new_zeros(1)])
     return torch.where(mask & ~following, rewards, 0.0)

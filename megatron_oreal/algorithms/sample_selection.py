@@ -1,4 +1,4 @@
-"""Which samples of a group are trained on, and as what."""
+"""Chooses the samples of a group that are trained on."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ def is_mixed(group: Group) -> bool:
 
 
 def first_correct(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Pure rejection sampling, seen from after the draws: the first `count` correct samples, in the order drawn.
+    """Returns the first `count` correct samples in the order in which they were drawn, or all where there are fewer.
 
-    Fewer where the draws were at their limit. Which ones are kept depends on nothing but the order, so each has the law
-    of a correct sample: their mean gradient estimates that of log p without bias. Drawing until there are `count` of
-    them, or a limit is reached, is the sampler's task.
+    This is pure rejection sampling after the draws: drawing until there are `count` correct samples, or a limit is
+    reached, is the sampler's task. Which ones are kept depends on the order alone, so each has the distribution of a
+    correct sample, and their mean gradient estimates that of log p without bias.
     """
     return [sample for sample in samples if sample.is_correct][:count]
 
 
 def training_sequence(sample: Sample, weight: float) -> TrainingSequence:
+    """Turns a sample into a sequence to train on; `weight` becomes the advantage of its tokens."""
     return TrainingSequence(
         prompt_ids=sample.prompt_ids,
         response_ids=sample.response_ids,

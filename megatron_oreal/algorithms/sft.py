@@ -1,4 +1,4 @@
-"""Supervised warm-up: cross entropy of the responses."""
+"""The supervised warm-up before reinforcement learning: cross entropy of given responses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from megatron_oreal.types import TrainingSequence
 
 @dataclass(slots=True)
 class Sft:
+    """Supervised training. Its `update` takes sequences where the other algorithms take groups."""
+
     plan: PackingPlan
     policy: Model
-    policy_updates: int = 1
+    policy_updates: int = 1  # Optimizer steps on one set of sequences.
 
     def update(self, sequences: Sequence[TrainingSequence], _step: int) -> Metrics:
+        """Takes all optimizer steps on these sequences."""
         batch = pack(sequences, self.plan)
         metrics: Metrics = {"train/num_sequences": batch.num_sequences, "train/num_tokens": batch.num_tokens}
         for _ in range(self.policy_updates):

@@ -1,4 +1,4 @@
-"""A run's checkpoints: everything that the next step depends on, whole or absent.
+"""Saves a run's checkpoints and restores the newest one. A checkpoint holds everything that the next step depends on.
 
     RUN_DIR/checkpoints/step_000050/
         run.json                                   step, parallel layout, prompt cursor, evaluation
@@ -7,8 +7,8 @@
         policy/optimizer_t00_p00_d000.pt           optimizer (with float32 master weights) and schedule
         reward_model/...
 
-A checkpoint is written under a temporary name and renamed when every rank's files are on disk: a folder with its final
-name is complete. It is read with the layout that wrote it.
+A checkpoint is written under a temporary name and renamed when every rank's files are on disk, so a folder with its
+final name is complete. Only a run with the layout that wrote it can read it; see README.md in this folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,15 +31,18 @@ from torch import Tensor
 from megatron_oreal.config import CheckpointConfig
 from megatron_oreal.data.prompts import CursorState
 from megatron_oreal.observability.files import sync_file, sync_folder
+from megatron_oreal.parallel.collectives import broadcast_object, raise_on_all, wait_for_all_ranks
 from megatron_oreal.parallel.layout import ParallelLayout
 
 STEP_FOLDER = re.compile(r"step_(\d+)")
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk becomes in Python, torch and safetensors
-READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)  # of a damaged file
+# A full disk raises one of these: Python, torch and safetensors differ.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+# Reading a damaged file raises one of these.
+READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError)
 
 
 class Trainable(Protocol):
-    """The part of models.trainable.TrainableModel that is saved."""
+    """What is saved of a models.trainable.TrainableModel."""
 
     @property
     def optimizer_is_sharded(self) -> bool: ...
@@ -71,51 +73,56 @@ class TrainState:
     config: CheckpointConfig
 
     def save(self, progress: Progress) -> Path:
-        """Writes step_<step> from every rank, then removes what need not be kept. Raises CheckpointError on all."""
+        """Collective. Writes step_<step>, then removes the checkpoints that need not be kept.
+
+        Raises CheckpointError on every rank when any rank's files cannot be written.
+        """
         final = self.folder / f"step_{progress.step:06d}"
         temporary = self.folder / f".{final.name}.tmp"
         if self.layout.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-        dist.barrier()
-        error = ""
+        wait_for_all_ranks()  # until the temporary folder exists
+        failure: CheckpointError | None = None
         try:
             self._write(temporary, progress)
-        except WRITE_ERRORS as caught:
-            error = describe(caught)
-        if error := first_error(error):
+        except WRITE_ERRORS as error:
+            failure = CheckpointError(
+                f"checkpoint {final} could not be written ({describe(error)}); the ones before it stay"
+            )
+        try:
+            raise_on_all(failure)
+        except CheckpointError:
             if self.layout.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {final} could not be written ({error}); the ones before it stay")
+            raise
         try:
             if self.layout.is_main:
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 sync_folder(self.folder)
                 self._prune()
-        except OSError as caught:
-            error = describe(caught)
-        if error := first_error(error):
-            raise CheckpointError(f"checkpoint {final} could not be put in its place ({error})")
+        except OSError as error:
+            failure = CheckpointError(f"checkpoint {final} could not be put in its place ({describe(error)})")
+        raise_on_all(failure)
         return final
 
     def load_latest(self) -> Progress | None:
-        """Restores the newest checkpoint; None without any.
+        """Collective. Restores the newest checkpoint and returns where the run stood; None when there is no checkpoint.
 
-        Raises ValueError, on all ranks, where the layout differs or any rank's files are damaged.
+        Raises ValueError on every rank when another layout wrote the checkpoint or when any rank's files are damaged.
         """
         if self.layout.is_main:
             for stale in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(stale)
-        found = [saved_steps(self.folder)]
-        if dist.get_world_size() > 1:  # one rank looks: a shared folder may show the others an older state
-            dist.broadcast_object_list(found, src=0)
-        steps = found[0]
+        # The first rank's view counts: a shared folder may show the other nodes an older state.
+        steps = broadcast_object(saved_steps(self.folder))
         if not steps:
             return None
         folder = self.folder / f"step_{steps[-1]:06d}"
-        error, layout, progress = "", self._layout_sizes(), None
+        layout, progress = self._layout_sizes(), None
+        failure: ValueError | None = None
         try:
             saved = json.loads((folder / "run.json").read_text())
             layout = saved["layout"]
@@ -123,12 +130,11 @@ class TrainState:
                 progress = Progress(**saved["progress"])
                 self._read(folder)
         except torch.OutOfMemoryError:
-            raise  # a RuntimeError too, but no damage
-        except READ_ERRORS as caught:
-            error = describe(caught)
-        if error := first_error(error):
+            raise  # it is a RuntimeError too, but says nothing about the files
+        except READ_ERRORS as error:
             before = f"resume from {folder.with_name(f'step_{steps[-2]:06d}')}" if steps[:-1] else "start again"
-            raise ValueError(f"run_dir: checkpoint {folder} is damaged ({error}); remove it to {before}")
+            failure = ValueError(f"run_dir: checkpoint {folder} is damaged ({describe(error)}); remove it to {before}")
+        raise_on_all(failure)
         if progress is None:
             raise ValueError(
                 f"parallel: {folder} was written with {layout}, this run has {self._layout_sizes()}; "
@@ -195,25 +201,18 @@ class TrainState:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The complete checkpoints of a run, oldest first."""
+    """Returns the steps of a run's complete checkpoints, oldest first."""
     matches = [STEP_FOLDER.fullmatch(path.name) for path in folder.glob("step_*")]
     return sorted(int(match[1]) for match in matches if match)
 
 
 def load_on_cpu(file: Path) -> Any:
-    """Mapped into memory: replicas that read the same file share its pages, and no GPU holds a second copy."""
+    """Loads a file mapped into memory: replicas that read it share its pages, and no GPU holds a second copy."""
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
-def first_error(error: str) -> str:
-    """The first rank's error, known to every rank; empty when all went well. Collective."""
-    errors = [""] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return next(filter(None, errors), "")
-
-
 def describe(error: Exception) -> str:
-    """Its type and the beginning of its message, in one line."""
+    """Returns the error's type and the beginning of its message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

@@ -4,7 +4,16 @@ A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`)
 be checked without loading anything is checked when the configuration is built.
 """
 
-from megatron_oreal.config.algorithms import OBJECTIVE_OPTIONS, OREAL_PRESETS, OrealConfig, OutcomeConfig, PpoConfig
+from megatron_oreal.config.algorithms import (
+    ALGORITHM_SECTIONS,
+    OBJECTIVE_OPTIONS,
+    OREAL_PRESETS,
+    AlgorithmConfig,
+    OrealConfig,
+    OutcomeConfig,
+    PpoConfig,
+    SampleNeeds,
+)
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.layout import (
     check_layout,
@@ -14,7 +23,7 @@ from megatron_oreal.config.layout import (
     num_processes,
     read_model_shape,
 )
-from megatron_oreal.config.loading import load_config, to_yaml
+from megatron_oreal.config.loading import flatten, load_config, read_resolved, to_yaml
 from megatron_oreal.config.models import (
     Fp8Recipe,
     HeadFp8,
@@ -23,6 +32,8 @@ from megatron_oreal.config.models import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicyConfig,
+    ScalarModelConfig,
     TrainableConfig,
 )
 from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
@@ -40,8 +51,10 @@ from megatron_oreal.config.runs import (
 )
 
 __all__ = [
+    "ALGORITHM_SECTIONS",
     "OBJECTIVE_OPTIONS",
     "OREAL_PRESETS",
+    "AlgorithmConfig",
     "AnswerRule",
     "BenchmarkConfig",
     "CheckpointConfig",
@@ -56,10 +69,13 @@ __all__ = [
     "OrealConfig",
     "OutcomeConfig",
     "ParallelConfig",
+    "PolicyConfig",
     "PpoConfig",
     "PromptConfig",
     "RolloutConfig",
     "RunConfig",
+    "SampleNeeds",
+    "ScalarModelConfig",
     "SftConfig",
     "SftDataConfig",
     "SglangConfig",
@@ -70,8 +86,10 @@ __all__ = [
     "check_lengths",
     "data_parallel_size",
     "describe_layout",
+    "flatten",
     "load_config",
     "num_processes",
     "read_model_shape",
+    "read_resolved",
     "to_yaml",
 ]

@@ -1,35 +1,104 @@
-"""The settings of each algorithm. Imports no torch."""
+"""The settings of each algorithm of `megatron-oreal train`, and what each needs of a run. Imports no torch.
+
+To add an algorithm, write its section here and name it in AnyAlgorithm; algorithms/README.md has the other two steps.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.effects import Effects, choice, condition, never, positive
+from megatron_oreal.config.models import CriticConfig, RewardModelConfig, ScalarModelConfig
 from megatron_oreal.config.section import Section
 
 
-class OrealConfig(Section):
-    """What the paper and its reference code do differently: the defaults are the code's, `preset` sets the rest."""
+@dataclass(frozen=True, slots=True)
+class SampleNeeds:
+    """What an algorithm needs of the groups that it trains on.
+
+    Example: pure rejection sampling with algorithm.num_correct=2 has SampleNeeds(num_correct=2).
+    """
+
+    num_correct: int = 0  # Correct samples that each prompt should have; prompts with fewer are sampled again.
+    needs_mixed: bool = False  # Groups that are all correct or all incorrect are left out: others should replace them.
+
+
+class AlgorithmConfig(Section):
+    """What the rest of a run asks of an algorithm. Each algorithm has a subclass with a `name` and its settings."""
+
+    name: str
+    min_group_size: ClassVar[int] = 1
+    takes_importance_weights: ClassVar[bool] = True  # Whether it corrects for samples that are older than the policy.
+    # When settings of other sections act with this algorithm; the conditions are called with the whole TrainConfig.
+    run_effects: ClassVar[Effects] = ()
+
+    @property
+    def sample_needs(self) -> SampleNeeds:
+        return SampleNeeds()
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether it holds the frozen initial policy."""
+        return False
+
+    @property
+    def scalar_models(self) -> dict[str, ScalarModelConfig]:
+        """The sections of the models that it trains besides the policy, by name: {"critic": ...}."""
+        return {name: value for name, value in self if isinstance(value, ScalarModelConfig)}
+
+
+class OrealConfig(AlgorithmConfig):
+    """OREAL. The defaults are those of the published code; `preset` chooses them or the paper's."""
 
     name: Literal["oreal"] = "oreal"
-    preset: Literal["reference", "paper"] = "reference"
-    rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"
-    advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"
-    # Samples trained on: one correct and one incorrect of each group with both kinds, all of those groups, or all.
+    preset: Literal["reference", "paper"] = "reference"  # The published code's choices, or the paper's.
+    rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"  # The rewards that advantages are made of.
+    advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"  # How a group's rewards become advantages.
+    # The samples trained on: one correct and one incorrect of each group with both kinds, all of those groups, or all.
     selection: Literal["one_pair", "mixed", "all"] = "one_pair"
-    positive_weight: Literal["advantage", "one"] = "advantage"
+    positive_weight: Literal["advantage", "one"] = "advantage"  # The weight of a correct sample.
+    # The weight of an incorrect sample; one_minus_pass_rate takes the pass rate of its group.
     negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] = "advantage"
-    prefix_mean: bool = True  # token weights from the mean of the scores so far, not from the token's own score
-    score_position: Literal["before", "at"] = "before"  # the score beside the token that predicts, or at the token
-    token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"
-    top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # of a sequence's tokens, for token_weights=top_k
-    negative_coef: float = Field(default=0.5, ge=0)  # eta
-    kl_kind: Literal["k3", "mse"] = "k3"
-    kl_target: Literal["initial", "old"] = "initial"  # the frozen initial policy, or the policy at the step's start
-    kl_coef: float = Field(default=0.01, ge=0)
-    policy_freeze_steps: int = Field(default=10, ge=0)  # the first steps train the reward model only
+    prefix_mean: bool = True  # Token weights come from the mean of the scores so far, not from the token's own score.
+    score_position: Literal["before", "at"] = "before"  # A token's score stands where it is predicted, or where it is.
+    token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"  # How scores become token weights.
+    top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # top_k keeps this share of a sequence's tokens.
+    negative_coef: float = Field(default=0.5, ge=0)  # The weight of the incorrect samples' loss (eta).
+    kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
+    kl_target: Literal["initial", "old"] = "initial"  # The frozen initial policy, or the policy at the step's start.
+    kl_coef: float = Field(default=0.01, ge=0)  # The weight of the KL divergence in the loss.
+    policy_freeze_steps: int = Field(default=10, ge=0)  # The first steps train the reward model only.
+    reward_model: RewardModelConfig = RewardModelConfig()  # The token-level reward model.
+
+    min_group_size: ClassVar[int] = 2
+    effects: ClassVar[Effects] = (
+        (
+            ("rewards", "advantage"),
+            condition(
+                lambda oreal: oreal.positive_weight == "advantage" or oreal.negative_weight == "advantage",
+                "where {at}positive_weight and {at}negative_weight take no advantage: drop it, or set one of "
+                "them to advantage",
+            ),
+        ),
+        (("negative_weight",), positive("negative_coef")),
+        (
+            ("prefix_mean", "score_position", "token_weights", "top_k_ratio"),
+            choice("reward_model.enabled", True),
+        ),
+        (
+            ("policy_freeze_steps",),
+            condition(
+                lambda oreal: oreal.reward_model.enabled or oreal.policy_freeze_steps == 0,
+                "for {at}reward_model.enabled=false: drop it, or set it to 0, or {at}reward_model.enabled to true",
+            ),
+        ),
+        (("top_k_ratio",), choice("token_weights", "top_k")),
+        (("kl_kind", "kl_target"), positive("kl_coef")),
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -37,6 +106,18 @@ class OrealConfig(Section):
         if not isinstance(settings, dict):
             return settings
         return OREAL_PRESETS.get(str(settings.get("preset")), {}) | settings
+
+    def default_of(self, name: str) -> Any:
+        """The preset's choice, or the default where the preset makes none."""
+        return OREAL_PRESETS[self.preset].get(name, super().default_of(name))
+
+    @property
+    def sample_needs(self) -> SampleNeeds:
+        return SampleNeeds(needs_mixed=self.selection != "all")
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0 and self.kl_target == "initial"
 
 
 OREAL_PRESETS: dict[str, dict[str, Any]] = {
@@ -57,25 +138,52 @@ OREAL_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class PpoConfig(Section):
+class PpoConfig(AlgorithmConfig):
     """Open-Reasoner-Zero's PPO: one on-policy update of the policy, several of the critic before it."""
 
     name: Literal["ppo"]
-    discount: float = Field(default=1.0, gt=0, le=1)
-    gae_lambda: float = Field(default=1.0, ge=0, le=1)
-    clip_low: float = Field(default=0.2, gt=0, le=1)  # the ratio stays in [1 - clip_low, 1 + clip_high]
-    clip_high: float = Field(default=0.2, gt=0)
-    value_clip: float | None = Field(default=0.2, gt=0)  # how far a value may move in a step; null: no clipping
-    whiten_advantages: bool = True  # to mean 0 and variance 1 over the step's tokens
-    policy_minibatches: PositiveInt = 1  # optimizer steps an epoch over the step's samples
-    policy_epochs: PositiveInt = 1
-    critic_minibatches: PositiveInt = 12
-    critic_epochs: PositiveInt = 1
-    kl_kind: Literal["k3", "mse"] = "k3"
-    kl_coef: float = Field(default=0.0, ge=0)  # of the KL to the initial policy in the loss
-    kl_reward_coef: float = Field(default=0.0, ge=0)  # of the same, subtracted from each token's reward
-    entropy_coef: float = Field(default=0.0, ge=0)  # of the entropy bonus
-    policy_freeze_steps: int = Field(default=0, ge=0)  # the first steps train the critic only
+    discount: float = Field(default=1.0, gt=0, le=1)  # The discount of later rewards (gamma).
+    gae_lambda: float = Field(default=1.0, ge=0, le=1)  # GAE's lambda: 1 takes the whole return, 0 the next value only.
+    clip_low: float = Field(default=0.2, gt=0, le=1)  # The ratio counts in [1 - clip_low, 1 + clip_high].
+    clip_high: float = Field(default=0.2, gt=0)  # The upper bound of the same interval.
+    value_clip: float | None = Field(default=0.2, gt=0)  # How far a value may move in a step; null does not clip.
+    whiten_advantages: bool = True  # Advantages get mean 0 and variance 1 over the step's tokens.
+    policy_minibatches: PositiveInt = 1  # The policy's optimizer steps in an epoch over the step's samples.
+    policy_epochs: PositiveInt = 1  # The policy's passes over the step's samples.
+    critic_minibatches: PositiveInt = 12  # The critic's optimizer steps in an epoch over the step's samples.
+    critic_epochs: PositiveInt = 1  # The critic's passes over the step's samples.
+    kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence in the loss.
+    kl_coef: float = Field(default=0.0, ge=0)  # The weight in the loss of the KL to the initial policy.
+    kl_reward_coef: float = Field(default=0.0, ge=0)  # The weight of the same KL, subtracted from each token's reward.
+    entropy_coef: float = Field(default=0.0, ge=0)  # The weight of the entropy bonus.
+    policy_freeze_steps: int = Field(default=0, ge=0)  # The first steps train the critic only.
+    critic: CriticConfig = CriticConfig()  # The model that predicts the reward.
+
+    effects: ClassVar[Effects] = (
+        (("kl_kind",), positive("kl_coef")),
+        (
+            ("clip_low", "clip_high"),
+            condition(
+                lambda ppo: ppo.policy_minibatches * ppo.policy_epochs > 1,
+                "for a single update of the policy, whose ratio is 1: drop it, or raise {at}policy_minibatches or "
+                "{at}policy_epochs",
+            ),
+        ),
+        (
+            ("value_clip",),
+            condition(
+                lambda ppo: ppo.critic_minibatches * ppo.critic_epochs > 1,
+                "for a single update of the critic, before which no value has moved: drop it, or raise "
+                "{at}critic_minibatches or {at}critic_epochs",
+            ),
+        ),
+    )
+    run_effects: ClassVar[Effects] = (
+        (
+            ("policy.updates_per_step",),
+            never("for algorithm.name=ppo: drop it, or set algorithm.policy_minibatches or algorithm.policy_epochs"),
+        ),
+    )
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -87,54 +195,9 @@ class PpoConfig(Section):
             )
         return self
 
-
-class OutcomeConfig(Section):
-    """Any objective h(p) of the pass rate p over one weighted log-prob loss: GRPO, Dr. GRPO, DAPO, GSPO, RLOO ..."""
-
-    name: Literal["outcome"]
-    objective: Literal[
-        "reinforce",
-        "rloo",
-        "rejection_sampling",
-        "pure_rejection_sampling",  # the first num_correct correct samples of each group, equally weighted
-        "grpo",
-        "pass_at_n",
-        "logit",
-        "expression",
-    ] = "grpo"
-    h: str = ""  # for expression: h(t), t the pass rate, e.g. "log(t / (1 - t))"
-    smoothing: float = Field(default=0.0, ge=0)  # for expression: keeps h finite at 0 and 1, e.g. 1/(2 group_size)
-    n: PositiveInt = 2  # for pass_at_n; the more, the less is learnt from prompts that are often answered
-    std: Literal["population", "bessel", "none"] = "population"  # what grpo divides by; none: Dr. GRPO
-    epsilon: float = Field(default=0.0, ge=0)  # for grpo: added to the standard deviation
-    baseline: Literal["leave_one_out", "none"] = "leave_one_out"  # for pass_at_n, logit, expression: less variance
-    num_correct: PositiveInt = 1  # for pure_rejection_sampling: B
-    dynamic_sampling: bool = False  # leave out groups that are all correct or all incorrect
-    # Each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each sequence's sum divided by
-    # constant_tokens (Dr. GRPO; with 1, exactly the gradient of h). All count the samples of weight 0 too.
-    normalisation: Literal["sequence", "token", "constant"] = "token"
-    constant_tokens: PositiveInt = 1  # for normalisation=constant, e.g. rollout.max_new_tokens
-    ratio: Literal["token", "sequence"] = "token"  # to the policy at the step's start; sequence: its mean (GSPO)
-    clip_low: float | None = Field(default=0.2, gt=0, le=1)  # the ratio counts from 1 - clip_low; null: no clipping
-    clip_high: float | None = Field(default=0.2, gt=0)  # to 1 + clip_high; DAPO: 0.28; null: no clipping
-    kl_kind: Literal["k3", "mse"] = "k3"
-    kl_coef: float = Field(default=0.0, ge=0)  # of the KL to the initial policy, a mean over tokens
-
-    @model_validator(mode="after")
-    def check(self) -> Self:
-        if self.objective == "expression" and not self.h.strip():
-            raise ValueError("algorithm.h is required for algorithm.objective=expression: set h, e.g. log(t + 0.1)")
-        for name in self.model_dump(include=set(OBJECTIVE_OPTIONS), exclude_defaults=True):
-            if self.objective not in OBJECTIVE_OPTIONS[name]:
-                raise ValueError(
-                    f"algorithm.{name} has no meaning for algorithm.objective={self.objective}: drop it, or set "
-                    f"algorithm.objective to {' or '.join(OBJECTIVE_OPTIONS[name])}"
-                )
-        if self.constant_tokens != 1 and self.normalisation != "constant":
-            raise ValueError(
-                f"algorithm.constant_tokens has no meaning for algorithm.normalisation={self.normalisation}: drop it"
-            )
-        return self
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0 or self.kl_reward_coef > 0
 
 
 OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # which objectives an option belongs to
@@ -145,4 +208,77 @@ OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # which objectives an option 
     "epsilon": ("grpo",),
     "baseline": ("pass_at_n", "logit", "expression"),
     "num_correct": ("pure_rejection_sampling",),
+}
+
+
+class OutcomeConfig(AlgorithmConfig):
+    """Any objective h(p) of the pass rate p over one weighted log-prob loss: GRPO, Dr. GRPO, DAPO, GSPO, RLOO ..."""
+
+    name: Literal["outcome"]
+    # What is optimised. pure_rejection_sampling clones the first num_correct correct samples of each group.
+    objective: Literal[
+        "reinforce",
+        "rloo",
+        "rejection_sampling",
+        "pure_rejection_sampling",
+        "grpo",
+        "pass_at_n",
+        "logit",
+        "expression",
+    ] = "grpo"
+    h: str = ""  # The function of expression: h(t), t the pass rate, for example "log(t / (1 - t))".
+    smoothing: float = Field(default=0.0, ge=0)  # It keeps expression's h finite at 0 and 1, e.g. 1/(2 group_size).
+    n: PositiveInt = 2  # The n of pass_at_n: the more, the less is learnt from prompts that are often answered.
+    std: Literal["population", "bessel", "none"] = "population"  # What grpo divides by; none: Dr. GRPO.
+    epsilon: float = Field(default=0.0, ge=0)  # What grpo adds to the standard deviation.
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"  # leave_one_out has the same mean, and less variance.
+    num_correct: PositiveInt = 1  # How many correct samples of each group pure_rejection_sampling takes (B).
+    dynamic_sampling: bool = False  # Groups that are all correct or all incorrect are left out.
+    # Each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each sequence's sum divided by
+    # constant_tokens (Dr. GRPO; with 1, exactly the gradient of h). All count the samples of weight 0 too.
+    normalisation: Literal["sequence", "token", "constant"] = "token"
+    constant_tokens: PositiveInt = 1  # The divisor of normalisation=constant, for example rollout.max_new_tokens.
+    ratio: Literal["token", "sequence"] = "token"  # The ratio to the old policy is a token's, or its sequence's (GSPO).
+    clip_low: float | None = Field(default=0.2, gt=0, le=1)  # The ratio counts from 1 - clip_low; null does not clip.
+    clip_high: float | None = Field(default=0.2, gt=0)  # The ratio counts to 1 + clip_high, DAPO: 0.28; null: no clip.
+    kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
+    kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the initial policy, a mean over tokens.
+
+    effects: ClassVar[Effects] = (
+        *(((name,), choice("objective", *objectives)) for name, objectives in OBJECTIVE_OPTIONS.items()),
+        (("epsilon",), choice("std", "population", "bessel")),
+        (("constant_tokens",), choice("normalisation", "constant")),
+        (("kl_kind",), positive("kl_coef")),
+    )
+    run_effects: ClassVar[Effects] = (
+        (
+            ("algorithm.clip_low", "algorithm.clip_high"),
+            condition(
+                lambda run: run.policy.updates_per_step > 1,
+                "for a single update of the policy, whose ratio is 1: drop it, or raise policy.updates_per_step",
+            ),
+        ),
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.objective == "expression" and not self.h.strip():
+            raise ValueError("algorithm.h is required for algorithm.objective=expression: set h, e.g. log(t + 0.1)")
+        self.refuse_idle_settings("algorithm.")
+        return self
+
+    @property
+    def sample_needs(self) -> SampleNeeds:
+        is_pure = self.objective == "pure_rejection_sampling"
+        return SampleNeeds(self.num_correct if is_pure else 0, self.dynamic_sampling)
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0
+
+
+# Adding an algorithm: its section joins this union, and its row ALGORITHMS in algorithms/registry.py.
+AnyAlgorithm = OrealConfig | OutcomeConfig | PpoConfig
+ALGORITHM_SECTIONS: dict[str, type[AlgorithmConfig]] = {
+    get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(AnyAlgorithm)
 }

@@ -1,45 +1,51 @@
-"""Checks a configuration against the model's shape and the number of processes, without loading a model."""
+"""Checks a configuration against the model's shape and the number of processes, without loading the model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from megatron_oreal.config.loading import describe
+from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.config.models import ParallelConfig
 from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig, TrainConfig
 
 
 class ModelShape(BaseModel):
-    """What the layout checks need of a Hugging Face config.json."""
+    """The part of a Hugging Face config.json that the layout checks need."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
     model_type: str
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    max_position_embeddings: int = 1 << 30
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt  # as many as attention heads where config.json does not say, as Llama's may
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt = 1 << 30
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_in_key_value_heads(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if settings.get("num_key_value_heads") is None and "num_attention_heads" in settings:
+            return settings | {"num_key_value_heads": settings["num_attention_heads"]}
+        return settings
 
 
 def read_model_shape(path: Path) -> ModelShape:
-    """Raises ValueError when `path` holds no readable config.json."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json")
+    """Reads the shape from `path`/config.json. Raises ValueError when the file is not there or lacks a setting."""
     try:
-        return ModelShape.model_validate_json(file.read_bytes())
+        return ModelShape.model_validate(read_model_settings(path))
     except ValidationError as error:
-        raise ValueError(f"model.path: {file}: {describe(error)}") from None
+        raise ValueError(f"model.path: {path / 'config.json'}: {describe(error)}") from None
 
 
 def data_parallel_size(parallel: ParallelConfig) -> int:
-    """Replicas of the model; raises ValueError where a launcher's world size does not fit the layout."""
+    """Returns the number of replicas. Raises ValueError where a launcher's world size does not fit the layout."""
     model_size = parallel.tensor * parallel.pipeline
-    world_size = os.environ.get("WORLD_SIZE")  # torchrun's and Slurm scripts' contract
+    world_size = os.environ.get("WORLD_SIZE")  # torchrun and the Slurm scripts set it.
     if world_size is None:
         return parallel.data or 1
     if not world_size.isdecimal() or int(world_size) == 0:
@@ -58,11 +64,12 @@ def data_parallel_size(parallel: ParallelConfig) -> int:
 
 
 def num_processes(parallel: ParallelConfig) -> int:
+    """Returns the number of processes of the whole run."""
     return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
 
 
 def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:
-    """Refuses a layout that the model cannot have. Reads config.json only."""
+    """Refuses a layout that the model cannot have. It reads config.json only, no weights."""
     shape, parallel = read_model_shape(config.model.path), config.parallel
     if shape.model_type not in known_model_types:
         raise ValueError(
@@ -82,6 +89,7 @@ def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> Mo
 
 
 def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelShape) -> None:
+    """Refuses sequences that are longer than the model's positions. Raises ValueError with the setting to lower."""
     limit = f"exceeds the model's max_position_embeddings={shape.max_position_embeddings}: lower"
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > shape.max_position_embeddings and (isinstance(config, TrainConfig) or config.eval.prompts):
@@ -91,7 +99,7 @@ def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelS
 
 
 def describe_layout(config: ModelRunConfig) -> str:
-    """The parallel layout as a table: Megatron's rank order is tensor, data, pipeline."""
+    """Returns the parallel layout as a table, in Megatron's order of ranks: tensor, data, pipeline."""
     parallel, data = config.parallel, data_parallel_size(config.parallel)
     lines = [
         f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
-from megatron_oreal.config.algorithms import OrealConfig, OutcomeConfig, PpoConfig
-from megatron_oreal.config.runs import ModelRunConfig
-from megatron_oreal.config.section import Section
+from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS
+from megatron_oreal.config.runs import ModelRunConfig, TrainConfig
 
-ALGORITHMS: dict[str, type[Section]] = {"oreal": OrealConfig, "outcome": OutcomeConfig, "ppo": PpoConfig}
 ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
+# Where sections of `train` stood before, and where they stand now.
+MOVED = {"reward_model": "algorithm.reward_model", "critic": "algorithm.critic"}
+# Settings that never had an effect, and what takes their place.
+WITHDRAWN = {"algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs"}
 
 
 def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:
@@ -43,6 +47,7 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Writes "section.key=value" into the settings."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} must read section.key=value")
@@ -60,7 +65,7 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def parse_scalar(text: str) -> Any:
-    """YAML, and numbers such as 1e-6 that YAML 1.1 takes for strings."""
+    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings."""
     value = yaml.safe_load(text)
     if isinstance(value, str):
         try:
@@ -71,14 +76,18 @@ def parse_scalar(text: str) -> Any:
 
 
 def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
-    """The first thing that is wrong, in one line, and how many more there are."""
+    """Says in one line what the first mistake is, and how many more there are."""
     errors = error.errors()
     first = errors[0]
     location = without_tag(first["loc"])
     where = ".".join(str(part) for part in location)
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and where in MOVED and kind is not None and issubclass(kind, TrainConfig):
+        message = moved(where, first["input"])
+    elif first["type"] == "extra_forbidden":
         message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
+    elif first["type"] == "union_tag_invalid":
+        message = f"algorithm.name {first['ctx']['tag']!r} is not known; known: {', '.join(ALGORITHM_SECTIONS)}"
     elif first["type"] == "missing":
         message = f"{where} is required: set it in the file or as {where}=..."
     elif first["type"] == "value_error":
@@ -90,13 +99,28 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
 
 
 def without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """pydantic puts an algorithm's name behind "algorithm" in the paths of its fields."""
+    """Removes the algorithm's name, which pydantic puts behind "algorithm" in the paths of its fields."""
     return location[:1] + location[2:] if location[:1] == ("algorithm",) and len(location) > 1 else location
 
 
+def moved(name: str, value: object) -> str:
+    """Names the new place of a section that is given at its old one, e.g. `reward_model: {enabled: false}`."""
+    settings = flatten(value, f"{MOVED[name]}.") if isinstance(value, dict) else {}
+    example = next(iter(settings), MOVED[name])
+    owners = [owner for owner, section in ALGORITHM_SECTIONS.items() if name in section.model_fields]
+    return f"unknown key {name!r}: it is a section of algorithm.name={' or '.join(owners)}, write {example}=..."
+
+
 def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
+    """Says what an unknown key may mean: the setting that took its place, its algorithm, or a key of a near name."""
+    if place := WITHDRAWN.get(".".join(str(part) for part in without_tag(location))):
+        return f"; set {place}"
     if location[0] == "algorithm" and len(location) > 1:
-        kind, location = ALGORITHMS[str(location[1])], location[2:]
+        algorithm, location = str(location[1]), location[2:]
+        kind = ALGORITHM_SECTIONS[algorithm]
+        owners = [name for name, section in ALGORITHM_SECTIONS.items() if location[0] in section.model_fields]
+        if owners and algorithm not in owners:
+            return f"; it belongs to algorithm.name={' or '.join(owners)}"
     for part in location[:-1]:
         field = kind.model_fields.get(str(part)) if kind else None
         kind = field.annotation if field and isinstance(field.annotation, type) else None
@@ -108,4 +132,40 @@ def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) ->
 
 
 def to_yaml(config: ModelRunConfig) -> str:
+    """Writes the resolved configuration: every setting with its value."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def flatten(settings: object, prefix: str = "") -> dict[str, object]:
+    """Turns nested settings into dotted ones: {"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.")
+    return flat
+
+
+def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
+    """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
+
+    Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
+    file lacks, because it did not exist when the run began, has its default in `config`.
+    """
+    settings = yaml.safe_load(text)
+    if isinstance(settings, dict) and isinstance(config, TrainConfig):
+        settings = at_new_places(settings, config)
+    found = {name: value for name, value in flatten(settings).items() if name not in WITHDRAWN}
+    for name in flatten(yaml.safe_load(to_yaml(config))).keys() - found.keys():
+        with contextlib.suppress(KeyError):  # an entry of a mapping such as eval.prompts has no default
+            found[name] = json.loads(to_json(config.default_at(name)))
+    return found
+
+
+def at_new_places(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """Puts each section of MOVED where it stands now, and drops it where the algorithm does not have it."""
+    algorithm = settings.get("algorithm") or {}
+    moved_sections = {name: settings[name] for name in MOVED if name in settings}
+    ours = {name: section for name, section in moved_sections.items() if name in config.algorithm.scalar_models}
+    others = {name: value for name, value in settings.items() if name not in MOVED}
+    return others | {"algorithm": algorithm | ours}

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.effects import Effects, choice
 from megatron_oreal.config.section import Section
 
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
-HeadPrecision = Literal["fp32", "bf16", "fp8_grad", "fp8"]
-# Who multiplies, and how many numbers share a scale: a tensor's, a row's, a block's of 128 or (mx) of 32.
-HeadFp8 = Literal[
-    "torch_row", "torch_tensor", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"
-]
+HeadPrecision = Literal["fp32", "bf16", "fp8_grad"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+# Who multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
+HeadFp8 = Literal["torch", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"]
 
 
 class ModelConfig(Section):
-    path: Path  # Hugging Face directory: config.json and safetensors
-    tokenizer: Path | None = None  # defaults to model.path
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 keeps float32 master weights
-    implementation: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TE on CUDA when importable
-    recompute: Literal["none", "full"] = "none"  # activations of whole layers computed again in the backward pass
-    fp8: Fp8Recipe | None = None  # of the transformer's linear layers, through Transformer Engine; null: model.dtype
-    fp8_bf16_ends: int = Field(default=0, ge=0)  # layers at the start, and as many at the end, that stay in bfloat16
-    # Of the log-probs' products, float32 sums always: fp8_grad, FP8 for gradients alone; fp8, for values too, as long
-    # as they stay near those of bf16 on the run's own batches.
+    """The model that is trained or evaluated, and how its layers compute."""
+
+    path: Path  # The Hugging Face directory with config.json and the initial weights.
+    tokenizer: Path | None = None  # The folder of the tokenizer; null takes model.path.
+    # bfloat16 keeps float32 master weights in the optimizer; auto is bfloat16 on CUDA and float32 on a CPU.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # Who computes attention and linear layers; auto takes Transformer Engine on CUDA where it can be imported.
+    implementation: Literal["auto", "local", "transformer_engine"] = "auto"
+    # Which activations the backward pass computes again: those of whole layers (full: least memory, most time), those
+    # of recompute_modules (selective), or none. auto is none on a CPU, and on CUDA the first that fits the memory.
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    recompute_modules: list[RecomputeModule] = ["mlp"]  # The modules of recompute=selective.
+    # The FP8 recipe of the transformer's linear layers, through Transformer Engine; null computes in model.dtype.
+    fp8: Fp8Recipe | None = None
+    fp8_bf16_ends: int = Field(default=0, ge=0)  # So many layers at the start and at the end stay in bfloat16.
+    # The products of the log-probs; their sums are always float32. fp8_grad has bf16 values and FP8 gradients.
     head_precision: HeadPrecision = "bf16"
-    head_fp8: HeadFp8 = "torch_row"  # the FP8 products of head_precision
+    head_fp8: HeadFp8 = "torch"  # Which FP8 products head_precision=fp8_grad uses.
 
     @property
     def tokenizer_path(self) -> Path:
@@ -39,19 +46,23 @@ class ModelConfig(Section):
     def check(self) -> Self:
         if self.fp8_bf16_ends and self.fp8 in (None, "delayed"):
             raise ValueError(f"model.fp8_bf16_ends={self.fp8_bf16_ends} needs model.fp8=tensorwise, blockwise or mxfp8")
-        if self.head_fp8 != "torch_row" and self.head_precision not in ("fp8_grad", "fp8"):
-            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad or fp8")
+        if self.head_fp8 != "torch" and self.head_precision != "fp8_grad":
+            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad")
         return self
 
 
 class ParallelConfig(Section):
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    virtual_pipeline: int | None = Field(default=None, ge=2)  # model chunks a pipeline rank, interleaved schedule
-    data: PositiveInt | None = None  # None: what the launcher started, else 1
-    sequence: bool = False  # sequence parallelism, needs tensor > 1
-    microbatch_tokens: PositiveInt = 16384  # packed tokens a micro-batch at most; a longer sequence is alone in its own
-    timeout_seconds: PositiveInt = 1800  # of every collective
+    """How the processes share the model and the batch. Their number is tensor x pipeline x data."""
+
+    tensor: PositiveInt = 1  # Processes that share each matrix product.
+    pipeline: PositiveInt = 1  # Processes that have consecutive layers.
+    # The layers of a pipeline process are cut into so many parts that take turns; null: one part.
+    virtual_pipeline: int | None = Field(default=None, ge=2)
+    data: PositiveInt | None = None  # Replicas of the model; null takes what the launcher started, or else 1.
+    sequence: bool = False  # Sequence parallelism: norms and dropout are shared too. It needs tensor > 1.
+    # Upper bound of the packed tokens of a micro-batch; a single sequence longer than this gets its own micro-batch.
+    microbatch_tokens: PositiveInt = 16384
+    timeout_seconds: PositiveInt = 1800  # How long a collective may take before the run ends with an error.
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -63,17 +74,26 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(default=1e-6, gt=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)  # linear from 0, in optimizer steps
-    decay: Literal["constant", "cosine"] = "constant"
-    decay_steps: PositiveInt | None = None  # where cosine reaches min_lr; None: the end of the run
-    weight_decay: float = Field(default=0.01, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    clip_grad: float = Field(default=1.0, ge=0)  # global norm; 0: no clipping
-    distributed: bool = False  # optimizer state sharded over data parallel ranks
+    """AdamW and its learning rate. Steps are optimizer steps: a training step may have several."""
+
+    lr: float = Field(default=1e-6, gt=0)  # The learning rate after the warm-up.
+    min_lr: float = Field(default=0.0, ge=0)  # Where the cosine ends.
+    warmup_steps: int = Field(default=0, ge=0)  # The learning rate rises linearly from 0 for so many steps.
+    decay: Literal["constant", "cosine"] = "constant"  # What the learning rate does after the warm-up.
+    decay_steps: PositiveInt | None = None  # The step at which the cosine reaches min_lr; null: the end of the run.
+    weight_decay: float = Field(default=0.01, ge=0)  # Decoupled weight decay; biases and norms have none.
+    beta1: float = Field(default=0.9, ge=0, lt=1)  # The decay of the gradient's running mean.
+    beta2: float = Field(default=0.999, ge=0, lt=1)  # The decay of its running mean square.
+    eps: float = Field(default=1e-8, gt=0)  # It is added to the root of the mean square.
+    clip_grad: float = Field(default=1.0, ge=0)  # The largest global norm of the gradient; 0 does not clip.
+    # The replicas share the optimizer's state instead of each holding all of it; auto: on CUDA with several replicas.
+    distributed: bool | Literal["auto"] = "auto"
+    # Gradients are summed over the replicas while the backward pass goes on; auto: as distributed, not for experts.
+    overlap_grad_reduce: bool | Literal["auto"] = "auto"
+    # Adam's running means; bfloat16 needs distributed and Transformer Engine.
+    moments: Literal["float32", "bfloat16"] = "float32"
+
+    effects: ClassVar[Effects] = ((("min_lr", "decay_steps"), choice("decay", "cosine")),)
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -83,18 +103,36 @@ class OptimizerConfig(Section):
 
 
 class TrainableConfig(Section):
+    """A model that is trained."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
-    updates_per_step: PositiveInt = 1  # optimizer steps on one set of groups
+
+
+class PolicyConfig(TrainableConfig):
+    """The policy, which starts from model.path."""
+
+    updates_per_step: PositiveInt = 1  # Optimizer steps on one set of groups.
 
 
 HeadInit = Literal["zero", "normal", "uniform"]
 
 
-class CriticConfig(TrainableConfig):
-    path: Path | None = None  # initial weights; None: model.path
-    head_init: HeadInit = "zero"  # normal: N(0, 1 / (hidden + 1)); uniform: U(-sqrt 5, sqrt 5)
+class ScalarModelConfig(TrainableConfig):
+    """A model of the policy's architecture that gives one number a token."""
+
+    path: Path | None = None  # The directory with its initial weights; null takes model.path.
 
 
-class RewardModelConfig(TrainableConfig):
-    enabled: bool = True  # False: every token weight is 1
-    path: Path | None = None  # initial weights; None: model.path
+class CriticConfig(ScalarModelConfig):
+    """PPO's critic predicts the reward that is to come. algorithm.critic_minibatches says how often it is updated."""
+
+    # The head's initial weights: zeros, draws from N(0, 1 / (hidden + 1)), or draws from U(-sqrt 5, sqrt 5).
+    head_init: HeadInit = "zero"
+
+
+class RewardModelConfig(ScalarModelConfig):
+    """OREAL's token-level reward model: it learns which tokens speak for a correct answer, and weighs them."""
+
+    # false trains without a reward model: every token weight is 1, and the settings below wait until it is true again.
+    enabled: bool = True
+    updates_per_step: PositiveInt = 1  # Optimizer steps on one set of groups.

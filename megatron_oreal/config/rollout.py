@@ -69,21 +69,17 @@ class RolloutConfig(SamplingConfig):
     stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
     stop_strings: list[str] = []  # end a response too, and stay in it
     batch_size: PositiveInt = 512  # sequences decoded together in a process of the local engine
-    # The following belong to engine=sglang.
-    staleness: int = Field(default=0, ge=0)  # steps that a sample may be older than the policy it trains; 0: on-policy
+    staleness: int = Field(default=0, ge=0)  # steps a sample may be older than the policy it trains; > 0 needs servers
     importance_cap: float | None = Field(default=2.0, gt=0)  # of the weights that correct for staleness > 0; null: none
     oversampling: float = Field(default=1.0, ge=1)  # prompts asked for each one needed; the slowest are given up
-    unfinished: Literal["drop", "resume"] = "drop"  # what becomes of responses that were given up
+    unfinished: Literal["drop", "resume"] = "drop"  # responses that servers gave up
     ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated
     mismatch_alarm: float | None = Field(default=None, gt=0)  # mean |dlogp| of engine and trainer that is warned of
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        needs_servers = {
-            "staleness": self.staleness > 0,
-            "oversampling": self.oversampling > 1,
-            "unfinished": self.unfinished == "resume",
-        }
+        # The local engine generates while the trainer waits, and begins no response that it does not finish.
+        needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):
             raise ValueError(f"rollout.{name} needs servers: set rollout.engine=sglang, or drop it")
         if self.staleness > 0 and self.sglang.placement == "colocated":

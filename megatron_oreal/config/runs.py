@@ -1,20 +1,21 @@
-"""Every setting, with its one default and its meaning. Imports no torch: a dry run works on a login node.
+"""The whole configuration of each command: `train` (TrainConfig), `sft` (SftConfig) and `eval` (EvalRunConfig).
 
-A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`). Unknown keys are errors, and what can
-be checked without loading anything is checked when the configuration is built.
+What can be checked without loading anything is checked when the configuration is built, and so is whether each setting
+that was given has an effect.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
-from megatron_oreal.config.algorithms import OrealConfig, OutcomeConfig, PpoConfig
+from megatron_oreal.config.algorithms import AnyAlgorithm, OrealConfig
+from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.evaluation import BenchmarkConfig
-from megatron_oreal.config.models import CriticConfig, ModelConfig, ParallelConfig, RewardModelConfig, TrainableConfig
+from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
 
@@ -24,10 +25,12 @@ class PromptConfig(Section):
 
     # The tokenizer's chat template, the contents joined as they are, or `template` around the last user message.
     format: Literal["chat", "plain", "template"] = "chat"
-    template: str | None = None  # with {prompt} where the message goes
-    system_prompt: str | None = None  # put before prompts without one of their own
-    suffix: str = ""  # appended to the last user message, e.g. "Put the final answer in \\boxed{}."
-    max_prompt_tokens: PositiveInt = 2048  # longer prompts are counted, logged and skipped
+    template: str | None = None  # The text of format=template, with {prompt} where the message goes.
+    system_prompt: str | None = None  # It is put before prompts that have no system message of their own.
+    suffix: str = ""  # It is appended to the last user message, e.g. "Put the final answer in \\boxed{}."
+    max_prompt_tokens: PositiveInt = 2048  # Longer prompts are counted, logged and skipped.
+
+    effects: ClassVar[Effects] = ((("system_prompt",), choice("format", "chat", "plain")),)
 
     @model_validator(mode="after")
     def check_template(self) -> Self:
@@ -39,10 +42,13 @@ class PromptConfig(Section):
 
 
 class DataConfig(PromptConfig):
-    prompts: Path  # JSONL of {"id", "prompt", "answer", "source", "pass_rate"}
-    prompts_per_step: PositiveInt = 64
-    shuffle: bool = True
-    # (upper bound of pass_rate, repeats an epoch): [[0.2, 6], [0.6, 4], [0.8, 2]]; at or above the last bound: dropped.
+    """The prompts of a training run."""
+
+    prompts: Path  # A file of JSON lines {"id", "prompt", "answer", "source", "pass_rate"}.
+    prompts_per_step: PositiveInt = 64  # The number of groups that a step trains on.
+    shuffle: bool = True  # Each epoch has an order of its own, drawn from the seed; false keeps the file's order.
+    # How often a prompt comes in an epoch, by its pass rate: [[0.2, 6], [0.6, 4], [0.8, 2]] gives six turns to pass
+    # rates below 0.2, and leaves out those at or above 0.8.
     repeats_by_pass_rate: list[tuple[float, int]] = []
 
     @model_validator(mode="after")
@@ -57,70 +63,157 @@ AnswerRule = Literal["last_box", "answer_tags", "conclusion"]
 
 
 class VerifierConfig(Section):
-    num_workers: PositiveInt = 4  # processes for comparisons that take algebra; started when there is one
-    cpu_seconds: float = Field(default=3.0, gt=0)  # of one comparison, then the worker is ended
+    """How responses are compared with the right answer."""
+
+    num_workers: PositiveInt = 4  # Processes for comparisons that take algebra; they start when the first one comes.
+    cpu_seconds: float = Field(default=3.0, gt=0)  # A comparison that takes longer loses its worker, and its verdict.
     # Timeouts among the samples of one prompt that are left out of training; where there are more, all count as wrong.
     max_timeouts: int = Field(default=1, ge=0)
     # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
     answer_rule: AnswerRule = "last_box"
-    require_stop: bool = True  # a response cut at the length limit is wrong, whatever it says
+    require_stop: bool = True  # A response cut at the length limit is wrong, whatever it says.
 
 
 class EvalConfig(Section):
-    prompts: dict[str, Path] = {}  # dataset name -> JSONL
-    every: PositiveInt = 10  # steps; the first evaluation is before the first step
-    num_samples: int = Field(default=1, ge=0)  # a prompt, at rollout's temperature; 0: greedy only
-    max_prompts: PositiveInt | None = None  # the first ones of each dataset
-    num_examples: int = Field(default=3, ge=0)  # greedy answers written out at each evaluation
+    """The evaluation on held-out prompts during training."""
+
+    prompts: dict[str, Path] = {}  # Name of a dataset -> its file of JSON lines; without any, nothing is evaluated.
+    every: PositiveInt = 10  # Steps between two evaluations; the first one comes before the first step.
+    num_samples: int = Field(default=1, ge=0)  # Responses to a prompt at rollout's temperature; 0: greedy only.
+    max_prompts: PositiveInt | None = None  # Only the first so many prompts of each dataset are used; null: all.
+    num_examples: int = Field(default=3, ge=0)  # Greedy responses that are written out at each evaluation.
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = 50  # steps
-    keep_last: PositiveInt = 2
-    keep_best: int = Field(default=1, ge=0)
-    best_metric: str = ""  # e.g. "eval/gsm8k/greedy"; empty: only the last ones are kept
-    export_hf: bool = True  # write the final policy to RUN_DIR/hf
+    """What a run writes besides its metrics, and how often."""
+
+    every: PositiveInt = 50  # Steps between two checkpoints.
+    keep_last: PositiveInt = 2  # The newest checkpoints that are kept.
+    keep_best: int = Field(default=1, ge=0)  # The checkpoints with the highest best_metric that are kept besides.
+    best_metric: str = ""  # For example "eval/gsm8k/greedy"; empty: only the last ones are kept.
+    export_hf: bool = True  # The final policy is written to RUN_DIR/hf.
+
+    effects: ClassVar[Effects] = (
+        (
+            ("keep_best",),
+            condition(
+                lambda checkpoint: bool(checkpoint.best_metric) or checkpoint.keep_best == 0,
+                "without {at}best_metric: drop it, or give {at}best_metric",
+            ),
+        ),
+        (("best_metric",), positive("keep_best")),
+    )
 
 
 class ModelRunConfig(Section):
     """What every command that runs a model has."""
 
-    run_dir: Path
-    seed: int = 0
-    deterministic: bool = True  # deterministic torch algorithms where the device has them
+    run_dir: Path  # The folder of everything that the run writes; the same command again resumes what is there.
+    seed: int = 0  # Everything that is drawn at random depends on it.
+    # Updates give the same numbers each time; auto: on a CPU, where that costs little, and not on CUDA.
+    deterministic: bool | Literal["auto"] = "auto"
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def check_effects(self) -> Self:
+        self.refuse_idle_settings()
+        return self
 
 
 class RunConfig(ModelRunConfig):
     """What every kind of training has."""
 
-    num_steps: PositiveInt
+    num_steps: PositiveInt  # The length of the run.
     checkpoint: CheckpointConfig = CheckpointConfig()
 
 
+ON_POLICY_WORDS = (
+    "while every sample comes from the policy that it trains: drop it, or raise rollout.staleness, or set "
+    "rollout.unfinished to resume"
+)
+# The settings of rollouts that only the training on outcome rewards uses.
+TRAINING_ROLLOUTS = tuple(
+    f"rollout.{name}"
+    for name in (
+        "group_size",
+        "draw_rounds",
+        "prompt_rounds",
+        "staleness",
+        "importance_cap",
+        "oversampling",
+        "unfinished",
+        "ledger",
+        "mismatch_alarm",
+    )
+)
+
+GREEDY_WORDS = "for eval.num_samples=0, which is greedy: drop it, or raise eval.num_samples"
+GREEDY_ONLY: Effects = (
+    (("rollout.top_p", "rollout.top_k"), condition(lambda run: run.eval.num_samples > 0, GREEDY_WORDS)),
+    (
+        ("rollout.temperature",),  # A temperature of 0 says what is the case.
+        condition(lambda run: run.eval.num_samples > 0 or run.rollout.temperature == 0, GREEDY_WORDS),
+    ),
+)
+
+
 class TrainConfig(RunConfig):
+    """`megatron-oreal train`: reinforcement learning on outcome rewards."""
+
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
-    algorithm: Annotated[OrealConfig | OutcomeConfig | PpoConfig, Field(discriminator="name")] = OrealConfig()
-    policy: TrainableConfig = TrainableConfig()
-    reward_model: RewardModelConfig = RewardModelConfig()  # of oreal; the others leave it alone
-    critic: CriticConfig = CriticConfig()  # of ppo; its minibatches and epochs take the place of updates_per_step
+    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = OrealConfig()
+    policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
+
+    effects: ClassVar[Effects] = (
+        (
+            ("rollout.draw_rounds",),
+            condition(
+                lambda run: run.algorithm.sample_needs.num_correct > 0,
+                "for an algorithm that takes prompts with any number of correct samples, as all but "
+                "algorithm.objective=pure_rejection_sampling do: drop it",
+            ),
+        ),
+        (("rollout.importance_cap",), condition(lambda run: run.is_off_policy, ON_POLICY_WORDS)),
+        (
+            ("rollout.importance_cap",),
+            condition(
+                lambda run: run.algorithm.takes_importance_weights,
+                "for an algorithm that does not correct for the age of samples: drop it",
+            ),
+        ),
+    )
+
+    def effect_rows(self) -> Effects:
+        """Those of the algorithm for other sections too."""
+        return super().effect_rows() + self.algorithm.run_effects
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether samples may come from an older policy than the one that they train."""
+        return self.rollout.staleness > 0 or self.rollout.unfinished == "resume"
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The cap of the weights that correct for older samples; None where nothing is corrected."""
+        return self.rollout.importance_cap if self.is_off_policy and self.algorithm.takes_importance_weights else None
 
     @model_validator(mode="before")
     @classmethod
     def name_the_algorithm(cls, settings: Any) -> Any:
-        """Without a name it is oreal."""
+        """Takes OREAL where the file names no algorithm."""
         algorithm = settings.get("algorithm") or {} if isinstance(settings, dict) else None
         return settings | {"algorithm": {"name": "oreal"} | algorithm} if isinstance(algorithm, dict) else settings
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if self.rollout.group_size < 2 and self.algorithm.name == "oreal":
+        if self.rollout.group_size < self.algorithm.min_group_size:
             raise ValueError(
-                f"rollout.group_size must be >= 2 for advantages within a group, got {self.rollout.group_size}"
+                f"rollout.group_size must be >= {self.algorithm.min_group_size} for advantages within a group, got "
+                f"{self.rollout.group_size}"
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
@@ -129,18 +222,27 @@ class TrainConfig(RunConfig):
 
 
 class SftDataConfig(PromptConfig):
-    examples: Path  # JSONL of {"prompt", "response"}
-    sequences_per_step: PositiveInt = 64
-    max_tokens: PositiveInt = 4096  # of prompt and response; longer examples are counted, logged and skipped
-    shuffle: bool = True
+    """The examples of a supervised run."""
+
+    examples: Path  # A file of JSON lines {"prompt", "response"}.
+    sequences_per_step: PositiveInt = 64  # The number of examples that a step trains on.
+    max_tokens: PositiveInt = 4096  # Of prompt and response; longer examples are counted, logged and skipped.
+    shuffle: bool = True  # Each epoch has an order of its own, drawn from the seed; false keeps the file's order.
 
 
 class SftConfig(RunConfig):
+    """`megatron-oreal sft`: supervised training on examples."""
+
     data: SftDataConfig
-    policy: TrainableConfig = TrainableConfig()
-    rollout: RolloutConfig = RolloutConfig()  # for the evaluation
+    policy: PolicyConfig = PolicyConfig()
+    rollout: RolloutConfig = RolloutConfig()  # How the evaluation samples.
     verifier: VerifierConfig = VerifierConfig()
     eval: EvalConfig = EvalConfig()
+
+    effects: ClassVar[Effects] = (
+        (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
+        *GREEDY_ONLY,
+    )
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -149,10 +251,29 @@ class SftConfig(RunConfig):
 
 
 class EvalRunConfig(ModelRunConfig):
+    """`megatron-oreal eval`: measures a model on datasets."""
+
     data: PromptConfig = PromptConfig()
-    rollout: RolloutConfig = RolloutConfig()  # group_size is not used: eval.num_samples is
+    rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
     eval: BenchmarkConfig
+
+    effects: ClassVar[Effects] = (
+        (("rollout.group_size",), never("for eval: drop it, or set eval.num_samples")),
+        (TRAINING_ROLLOUTS, never("for eval, which does not train: drop it")),
+        (
+            (
+                "model.recompute",
+                "model.fp8",
+                "model.fp8_bf16_ends",
+                "model.head_precision",
+                "model.head_fp8",
+                "parallel.microbatch_tokens",
+            ),
+            never("for eval, which does not train: drop it"),
+        ),
+        *GREEDY_ONLY,
+    )
 
     @model_validator(mode="after")
     def check(self) -> Self:

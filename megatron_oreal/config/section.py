@@ -2,27 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any, get_origin
+from collections.abc import Iterator
+from typing import Any, ClassVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from megatron_oreal.config.effects import Effects, IdleSetting
+
 
 class Section(BaseModel):
+    """One section: named settings, each with a type, a default and the values that it may have."""
+
     model_config = ConfigDict(
         extra="forbid", strict=False, validate_default=False, protected_namespaces=(), allow_inf_nan=False
     )
+    effects: ClassVar[Effects] = ()  # when settings of this section act; those in no row always do
 
     @model_validator(mode="before")
     @classmethod
     def read_empty_sections(cls, settings: Any) -> Any:
-        """`eval:` with nothing below it is YAML's null; it means the defaults."""
+        """Reads `eval:` with nothing below it, which is YAML's null, as a section with its defaults."""
         if not isinstance(settings, dict):
             return settings
         empty = {name for name, value in settings.items() if value is None and name in cls.model_fields}
         return settings | {name: {} for name in empty if is_section(cls.model_fields[name].annotation)}
 
+    def effect_rows(self) -> Effects:
+        """The rows of this section's table, and of the tables of the sections that it extends."""
+        return tuple(row for section in type(self).__mro__ for row in section.__dict__.get("effects", ()))
+
+    def default_of(self, name: str) -> Any:
+        """The value that the setting has where neither file nor command line gives one."""
+        return type(self).model_fields[name].get_default(call_default_factory=True)
+
+    def default_at(self, path: str) -> Any:
+        """The default of "policy.optimizer.lr", seen from this section. Raises KeyError for what has no default."""
+        name, _, rest = path.partition(".")
+        field = type(self).model_fields.get(name)
+        if rest and field is not None and isinstance(section := getattr(self, name), Section):
+            return section.default_at(rest)
+        if rest or field is None or field.is_required():
+            raise KeyError(path)
+        return self.default_of(name)
+
+    def idle_settings(self, where: str = "") -> Iterator[IdleSetting]:
+        """The settings of this section and of those within it that have no effect here, given or not."""
+        for settings, acts in self.effect_rows():
+            if not acts.holds(self):
+                words = acts.words(self, where)
+                for name, is_given in (leaf for setting in settings for leaf in self.leaves(setting)):
+                    yield IdleSetting(f"{where}{name}", is_given, words)
+        for name, value in self:
+            if isinstance(value, Section):
+                yield from value.idle_settings(f"{where}{name}.")
+
+    def leaves(self, path: str) -> Iterator[tuple[str, bool]]:
+        """The settings at and below `path`, and whether each was given a value that is not its default."""
+        name, _, rest = path.partition(".")
+        value = getattr(self, name)
+        if isinstance(value, Section):
+            for below in [rest] if rest else type(value).model_fields:
+                yield from ((f"{name}.{leaf}", is_given) for leaf, is_given in value.leaves(below))
+        else:
+            yield name, value is not None and value != self.default_of(name)
+
+    def refuse_idle_settings(self, where: str = "") -> None:
+        """Raises ValueError, one line, for the first setting that is given and has no effect."""
+        for idle in self.idle_settings(where):
+            if idle.is_given:
+                raise ValueError(f"{idle.name} has no meaning {idle.words}")
+
 
 def is_section(annotation: Any) -> bool:
-    """A nested section, or a mapping such as eval.prompts."""
+    """Whether a field is a nested section, or a mapping such as eval.prompts."""
     kind = get_origin(annotation) or annotation
     return isinstance(kind, type) and issubclass(kind, (Section, dict))

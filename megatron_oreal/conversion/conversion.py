@@ -1,7 +1,7 @@
-"""Whole checkpoints from Hugging Face to Megatron and back: planned from config.json, then tensor by tensor.
+"""Converts whole checkpoints from Hugging Face to Megatron and back, tensor by tensor, as config.json lists them.
 
-No model, process group or GPU, and never the whole of the weights in memory: a process holds about two parameters, the
-files are mapped. Output is written under a temporary name, compared with the input bit by bit, and renamed.
+It needs no model, process group or GPU. A process holds about two parameters in memory at a time; the files are mapped.
+Output is written under a temporary name, compared with the input bit by bit, and renamed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_oreal.config.model_files import ModelSettings, copy_model_file, read_model_settings
 from megatron_oreal.conversion.processes import CountBytes, map_pages, run_in_processes
 from megatron_oreal.conversion.safetensors_files import Slot, create_files, fill
 from megatron_oreal.conversion.trainer_shards import HEAD_OF_ROLE, TrainerReader, is_trainer_model, model_path_of_run
 from megatron_oreal.observability.files import temporary_directory
 from megatron_oreal.weights import torch_dist
-from megatron_oreal.weights.families import Architecture, Head, Settings, parameters, read_architecture, read_settings
+from megatron_oreal.weights.families import Architecture, HeadKind, parameters, read_architecture
 from megatron_oreal.weights.hf_directory import INDEX, SHARD_BYTES, HfReader
 from megatron_oreal.weights.mapping import Place, Row, padded_vocabulary
-from megatron_oreal.weights.stream_filters import FP8_BLOCK, fp8_settings, quantise_fp8
+from megatron_oreal.weights.stream_filters import FP8_BLOCK, Stream, cast, fp8_settings, quantise_fp8
 from megatron_oreal.weights.torch_dist import StoredChunk
 from megatron_oreal.weights.torch_dist_reader import TorchDistReader, is_torch_dist, noted_head
 
-SMALLEST_ITEM, LARGEST_ITEM = 2**26, 2**29  # bytes that a process takes at a time
-COMPANIONS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")  # tokenizer, configuration, code of the model
+SMALLEST_ITEM, LARGEST_ITEM = 2**26, 2**29  # bytes that a process converts at a time
+COMPANIONS = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")  # files of the tokenizer, configuration, code
+INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # to compare the bits of any dtype
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForRewardModel")
-INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Parameter = tuple[Row, Place]
 
@@ -44,25 +45,25 @@ class MegatronCheckpoint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    dtype: torch.dtype | None = None  # None: as it is
+class ConversionOptions:
+    dtype: torch.dtype | None = None  # None: the dtype stays as it is
     num_workers: int = 1
     verify: bool = True
-    fp8_blocks: bool = False  # Hugging Face's linears in float8 blocks with scales; `dtype` is of the others
+    fp8_blocks: bool = False  # write linears as float8 blocks with scales; `dtype` is for the other tensors
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ConversionReport:
     num_tensors: int
-    num_bytes: int  # of the parameters, as read
+    num_bytes: int  # of the parameters, as they were read
 
 
 # ---- Hugging Face -> Megatron ---------------------------------------------------------------------------------------
 
 
 def hf_to_megatron(
-    hf: Path, out: Path, options: Options, head: Head | None = None, pad_to: int | None = None
-) -> Report:
+    hf: Path, out: Path, options: ConversionOptions, head: HeadKind | None = None, pad_to: int | None = None
+) -> ConversionReport:
     """Writes `out` in torch_dist format, with config.json and the tokenizer beside. Raises ValueError for bad input."""
     prepare_output(out)
     architecture, head = read_architecture(hf), head or head_of_hf(hf)
@@ -96,12 +97,12 @@ def hf_to_megatron(
         copy_companions(hf, directory)
         if options.verify:
             compare(Compare(hf, directory, architecture), rows, dtypes, options.num_workers)
-    return Report(len(dtypes), num_bytes)
+    return ConversionReport(len(dtypes), num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class WriteMegatron:
-    """One .distcp file of a run of parameters."""
+    """Writes a run of parameters into one .distcp file."""
 
     hf: Path
     directory: Path
@@ -112,7 +113,7 @@ class WriteMegatron:
     def __call__(self, item: tuple[int, list[Parameter]], count_bytes: CountBytes) -> list[StoredChunk]:
         number, rows = item
         reader = open_hf(self.hf)
-        torch.serialization.set_crc32_options(False)  # half of the time; the comparison afterwards is stricter
+        torch.serialization.set_crc32_options(False)  # they take half of the time
         chunks: list[StoredChunk] = []
         with (self.directory / f"__{number}_0.distcp").open("wb") as file:
             for row, place in rows:
@@ -127,8 +128,8 @@ class WriteMegatron:
         return chunks
 
 
-def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, head: Head) -> dict[str, torch.dtype]:
-    """Every tensor's dtype. Raises ValueError for missing, extra and misshapen tensors, naming the first."""
+def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, head: HeadKind) -> dict[str, torch.dtype]:
+    """Returns every tensor's dtype. Raises ValueError for missing, extra and misshapen tensors, naming the first."""
     reader = open_hf(hf)
     reader.check_index()
     dtypes: dict[str, torch.dtype] = {}
@@ -151,9 +152,9 @@ def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, he
 
 
 def megatron_to_hf(
-    mcore: Path, out: Path, options: Options, hf: Path | None = None, head: Head | None = None
-) -> Report:
-    """Writes `out` as Hugging Face has it; `hf` is where config.json and the tokenizer come from."""
+    mcore: Path, out: Path, options: ConversionOptions, hf: Path | None = None, head: HeadKind | None = None
+) -> ConversionReport:
+    """Writes a Hugging Face directory `out`; config.json and the tokenizer come from `hf`."""
     prepare_output(out)
     hf = hf or config_source(mcore)
     architecture, head = read_architecture(hf), head or head_of_megatron(mcore)
@@ -175,13 +176,13 @@ def megatron_to_hf(
             if not options.fp8_blocks:
                 check_hf(directory, rows, architecture, head)
             compare(Compare(directory, mcore, architecture, options), rows, kept, options.num_workers)
-    return Report(len(kept), num_bytes)
+    return ConversionReport(len(kept), num_bytes)
 
 
 def plan_hf(
-    rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], options: Options
+    rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], options: ConversionOptions
 ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of each tensor to write. Raises ValueError for one that cannot be cut into blocks."""
+    """Lists name, shape and dtype of each tensor to write. Raises ValueError for one that is not made of blocks."""
     planned = []
     for row, place in rows:
         for name, shape in zip(row.hf_names(place), row.hf_shapes(), strict=True):
@@ -195,19 +196,23 @@ def plan_hf(
     return planned
 
 
-def as_stored(name: str, tensor: Tensor, options: Options) -> Iterable[tuple[str, Tensor]]:
-    """A Hugging Face tensor as it is written: cast, and maybe in blocks, followed by their scales."""
-    stream = [(name, tensor if options.dtype is None else tensor.to(options.dtype))]
+def as_stored(name: str, tensor: Tensor, options: ConversionOptions) -> Iterable[tuple[str, Tensor]]:
+    """Yields what is written for a Hugging Face tensor: the cast tensor, or its blocks and then their scales."""
+    stream: Stream = [(name, tensor)]
+    if options.dtype is not None:
+        stream = cast(stream, options.dtype)
     return quantise_fp8(stream) if options.fp8_blocks else stream
 
 
 @dataclass(frozen=True, slots=True)
 class WriteHf:
+    """Writes a run of parameters into the planned safetensors files."""
+
     mcore: Path
     directory: Path
     architecture: Architecture
     slots: dict[str, Slot]
-    options: Options
+    options: ConversionOptions
 
     def __call__(self, rows: list[Parameter], count_bytes: CountBytes) -> None:
         reader = open_megatron(self.mcore, self.architecture)
@@ -219,9 +224,11 @@ class WriteHf:
                 count_bytes(tensor.nbytes)
 
 
-def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype, quantisation: Settings | None) -> None:
-    """config.json with the weights' dtype and, for a scalar head, the class that transformers loads it with."""
-    settings = read_settings(hf)
+def write_config(
+    hf: Path, directory: Path, head: HeadKind, dtype: torch.dtype, quantisation: ModelSettings | None
+) -> None:
+    """Writes config.json with the weights' dtype and, for a scalar head, the class that transformers loads."""
+    settings = read_model_settings(hf)
     for name in {"torch_dtype", "dtype"} & settings.keys():
         settings[name] = str(dtype).removeprefix("torch.")
     if head == "scalar":
@@ -236,24 +243,24 @@ def write_config(hf: Path, directory: Path, head: Head, dtype: torch.dtype, quan
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def verify(hf: Path, mcore: Path, num_workers: int, head: Head | None = None) -> Report:
+def verify(hf: Path, mcore: Path, num_workers: int, head: HeadKind | None = None) -> ConversionReport:
     """Raises ValueError, naming the first tensor, unless both hold the same bits, cast to the coarser dtype."""
     architecture = read_architecture(hf)
     head = head or head_of_hf(hf)
     rows = exported(architecture, head)
     dtypes = check_hf(hf, rows, architecture, head)
     open_megatron(mcore, architecture).check(rows)
-    return Report(len(dtypes), compare(Compare(hf, mcore, architecture), rows, dtypes, num_workers))
+    return ConversionReport(len(dtypes), compare(Compare(hf, mcore, architecture), rows, dtypes, num_workers))
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Raises ValueError for the first tensor that is not what `options` make of Megatron's."""
+    """Compares a run of parameters; raises ValueError for the first tensor that is not what `options` ask for."""
 
     hf: Path
     mcore: Path
     architecture: Architecture
-    options: Options = Options()
+    options: ConversionOptions = ConversionOptions()
 
     def __call__(self, rows: list[Parameter], count_bytes: CountBytes) -> None:
         hf, megatron = open_hf(self.hf), open_megatron(self.mcore, self.architecture)
@@ -268,28 +275,31 @@ class Compare:
 
 
 def compare(work: Compare, rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], num_workers: int) -> int:
-    """The number of bytes compared."""
+    """Compares everything, and returns the number of bytes."""
     num_bytes = sum(size_of(row, dtypes[row.hf_names(place)[0]]) for row, place in rows)
     run_in_processes(work, work_items(rows, dtypes, num_bytes, num_workers), num_workers, num_bytes, "verifying")
     return num_bytes
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Also of NaN and of -0.0; where the dtypes differ, one must be the other's cast to a dtype that is no larger."""
+    """Compares bits, so that NaN equals NaN and 0.0 differs from -0.0.
+
+    Where the dtypes differ, one tensor must be the other one's cast to a dtype that is no larger.
+    """
     if one.dtype != other.dtype:
         smaller, larger = sorted((one, other), key=lambda tensor: tensor.dtype.itemsize)
         if same_bits(smaller, larger.to(smaller.dtype)):
             return True
         return smaller.dtype.itemsize == larger.dtype.itemsize and same_bits(smaller.to(larger.dtype), larger)
-    bits = INT_OF_SIZE[one.dtype.itemsize]
+    bits = INTEGER_OF_SIZE[one.dtype.itemsize]
     return torch.equal(one.view(bits), other.view(bits))
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 
-def exported(architecture: Architecture, head: Head) -> list[Parameter]:
-    """Layer by layer, as files have them: what is outside of the layers comes first."""
+def exported(architecture: Architecture, head: HeadKind) -> list[Parameter]:
+    """Lists the parameters layer by layer, as files have them; those outside of the layers come first."""
     found = [(row, place) for row, place in parameters(architecture, head) if row.exported]
     return sorted(found, key=lambda parameter: -1 if parameter[1].layer is None else parameter[1].layer)
 
@@ -301,7 +311,7 @@ def size_of(row: Row, dtype: torch.dtype) -> int:
 def work_items(
     rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], num_bytes: int, num_workers: int
 ) -> list[list[Parameter]]:
-    """Runs of parameters, several for each worker: the last one to finish is soon done."""
+    """Cuts the parameters into several runs for each worker, so that no worker waits long for the last one."""
     wanted = min(LARGEST_ITEM, max(SMALLEST_ITEM, num_bytes // (4 * num_workers)))
     items: list[list[Parameter]] = []
     filled = wanted
@@ -339,14 +349,14 @@ def config_source(mcore: Path) -> Path:
     return path
 
 
-def head_of_hf(hf: Path) -> Head:
-    """What its config.json declares."""
-    names = read_settings(hf).get("architectures") or []
+def head_of_hf(hf: Path) -> HeadKind:
+    """Returns the head that config.json declares."""
+    names = read_model_settings(hf).get("architectures") or []
     return "scalar" if any(str(name).endswith(CLASSIFIERS) for name in names) else "lm"
 
 
-def head_of_megatron(mcore: Path) -> Head:
-    """What the conversion noted, or the role of the trainer's model."""
+def head_of_megatron(mcore: Path) -> HeadKind:
+    """Returns the head that the conversion has noted, or that the role of the trainer's model implies."""
     if is_trainer_model(mcore):
         if mcore.resolve().name not in HEAD_OF_ROLE:
             raise ValueError(f"--head: say which head the model {mcore.resolve().name} has")
@@ -355,7 +365,7 @@ def head_of_megatron(mcore: Path) -> Head:
 
 
 def prepare_output(out: Path) -> None:
-    """Refuses to overwrite, and removes what a killed conversion to the same place left."""
+    """Refuses to overwrite, and removes what killed conversions to the same place have left."""
     if out.exists():
         raise ValueError(f"--out: {out} exists; remove it or name another")
     for stale in out.parent.glob(f".{out.name}.*.tmp"):
@@ -367,4 +377,4 @@ def prepare_output(out: Path) -> None:
 def copy_companions(source: Path, directory: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in COMPANIONS and file.name != INDEX and file.name != torch_dist.TRACKER:
-            shutil.copyfile(file, directory / file.name)
+            copy_model_file(file, directory / file.name)

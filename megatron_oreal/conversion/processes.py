@@ -1,4 +1,4 @@
-"""The same work on many items, in several processes, with a bar of the bytes done."""
+"""Does the same work on many items, in several processes, and shows a bar of the bytes that are done."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _num_bytes_done: Any
 def run_in_processes(
     work: Callable[[Item, CountBytes], Result], items: Sequence[Item], num_workers: int, total_bytes: int, name: str
 ) -> list[Result]:
-    """`work` of each item, in the items' order; it is told how to count the bytes that it has done.
+    """Returns what `work` makes of each item, in the items' order; `work` also gets a function that counts bytes.
 
     A ValueError of a worker is raised here with its message. Raises OSError when a worker was killed.
     """
-    # A fork has torch imported and the plan in memory already; elsewhere than on Linux it is not safe.
+    # A forked process has torch and the plan in memory already; on other systems than Linux a fork is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     done = context.Value(ctypes.c_int64, 0)
     total = -(-total_bytes // MEBIBYTE)
@@ -88,11 +88,11 @@ def available_cores() -> int:
 
 
 def map_pages(tensor: torch.Tensor) -> None:
-    """Enters all of a mapped tensor's pages at once: met one by one in a write, they take most of its time."""
+    """Loads all pages of a mapped tensor at once: loaded one by one, they would take most of a write's time."""
     if sys.platform != "linux" or tensor.nbytes < MEBIBYTE:
         return
     page = os.sysconf("SC_PAGESIZE")
     begin = tensor.data_ptr() // page * page
     length = tensor.data_ptr() + tensor.nbytes - begin
-    # Best effort: kernels before 5.14 refuse it.
+    # Linux before 5.14 refuses the call, which then does no harm.
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_POPULATE_READ)

@@ -1,4 +1,4 @@
-"""Planned safetensors files that several processes fill at once, each writing its tensors where they belong."""
+"""Makes safetensors files that several processes can fill at once, because each tensor's place is planned before."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_oreal.weights.hf_directory import INDEX, SAFETENSORS_DTYPES, WEIGHTS
 
-# Quantised tensors are written, and never read: their scales would be lost.
+# Quantised tensors are only written. The reader refuses them, because it would lose their scales.
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where a tensor's bytes go."""
+    """The place of a tensor's bytes in the files."""
 
     file: str
     begin: int  # in the file
@@ -30,7 +30,10 @@ class Slot:
 def create_files(
     directory: Path, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], file_bytes: int
 ) -> dict[str, Slot]:
-    """Makes files of at most `file_bytes` (a larger tensor is alone), with headers and index; the tensors are holes."""
+    """Makes files of at most `file_bytes`, with headers and index but without the tensors' bytes.
+
+    A larger tensor gets a file of its own.
+    """
     groups: list[list[tuple[str, tuple[int, ...], torch.dtype]]] = [[]]
     filled = total = 0
     for name, shape, dtype in tensors:
@@ -59,7 +62,7 @@ def create_file(path: Path, tensors: list[tuple[str, tuple[int, ...], torch.dtyp
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         ends[name] = end
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors begin aligned
+    encoded += b" " * (-len(encoded) % 8)  # so that tensors begin at multiples of 8 bytes
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(8 + len(encoded) + end)

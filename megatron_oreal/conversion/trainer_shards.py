@@ -1,4 +1,4 @@
-"""A model of the trainer's own checkpoints, whole again, whatever layout wrote it; see train_state.py."""
+"""Reads a model of the trainer's own checkpoints as whole tensors, whatever layout wrote it; see train_state.py."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_oreal.weights.families import Head, canonical_name
+from megatron_oreal.weights.families import HeadKind, canonical_name
 from megatron_oreal.weights.hf_directory import SAFETENSORS_DTYPES
 from megatron_oreal.weights.mapping import Place, Row
 
 SHARD_FILE = re.compile(r"parameters_t(\d+)_p(\d+)\.safetensors")
-# Chosen by the model's role, never by its shapes.
-HEAD_OF_ROLE: dict[str, Head] = {"policy": "lm", "reference": "lm", "reward_model": "scalar", "critic": "scalar"}
+# A model's role decides its head; its shapes never do.
+HEAD_OF_ROLE: dict[str, HeadKind] = {"policy": "lm", "reference": "lm", "reward_model": "scalar", "critic": "scalar"}
 
 
 class TrainerReader:
-    """Parameters of step_<n>/<model>, as their Hugging Face tensors. Raises ValueError for whatever is wrong."""
+    """Reads the parameters of step_<n>/<model> as Hugging Face tensors. Raises ValueError for whatever is wrong."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,7 +69,7 @@ class TrainerReader:
                     f"--mcore: {row.megatron_name(place)} has the shape {tuple(whole)}, "
                     f"config.json asks for {row.shape}"
                 )
-        # A tied last stage has a copy of the embedding for its head.
+        # Where embedding and head are tied, the last stage stores a copy of the embedding.
         if extra := set(self.stored) - {row.megatron_name(place) for row, place in rows} - {"output_layer.weight"}:
             raise ValueError(f"--mcore: {min(extra)} ({len(extra)} such) has no place in the model of config.json")
 
@@ -83,7 +83,7 @@ class TrainerReader:
         return [tensor[: row.shape[0]] for tensor in whole] if row.pads_vocabulary else whole
 
     def _shards(self, row: Row, place: Place) -> list[Any]:
-        """One a tensor-parallel rank, or a single one where all ranks have the same."""
+        """Returns one shard for each tensor-parallel rank, or a single one where all ranks have the same."""
         by_rank = self.stored.get(row.megatron_name(place))
         if by_rank is None:
             raise ValueError(f"--mcore: {self.path} has no parameter {row.megatron_name(place)}")
@@ -99,7 +99,7 @@ def is_trainer_model(path: Path) -> bool:
 
 
 def model_path_of_run(path: Path) -> Path | None:
-    """The Hugging Face directory that the run of RUN_DIR/checkpoints/step_<n>/<model> started from."""
+    """Returns the Hugging Face directory that the run of RUN_DIR/checkpoints/step_<n>/<model> started from."""
     import yaml
 
     parents = path.resolve().parents

@@ -1,4 +1,4 @@
-r"""Rows of public benchmarks as questions with a reference answer; for evaluation only.
+r"""Converts rows of public benchmarks to questions with a reference answer; for evaluation only.
 
 math500:        MATH-500, rows {"problem", "answer"}.
 aime24, aime25: rows {"problem" | "Problem" | "question", "answer" | "Answer"}, as their several publishers spell them.

@@ -1,4 +1,4 @@
-"""Supervised examples: a prompt and the response to imitate."""
+"""Reads, writes and encodes supervised examples: a prompt and the response to imitate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from megatron_oreal.config import SftDataConfig
 from megatron_oreal.data.files import Row, read_jsonl, write_jsonl
@@ -52,15 +54,23 @@ def example_row(example: Example) -> Row:
 def encode_examples(
     examples: Sequence[Example], tokenizer: Tokenizer, config: SftDataConfig
 ) -> tuple[list[TrainingSequence], int]:
-    """Sequences whose response ends with the end-of-sequence token, and how many examples were skipped as too long.
+    """Returns sequences that end with the end-of-sequence token, and how many examples were skipped as too long.
 
-    Too long: the prompt alone beyond `config.max_prompt_tokens`, or the whole beyond `config.max_tokens`. Raises
-    ValueError when all are skipped, and where the tokenizer refuses the format.
+    An example is too long when its prompt has more than `config.max_prompt_tokens` tokens, or both together more than
+    `config.max_tokens`. Raises ValueError when all are skipped, when a prompt has no token, and where the tokenizer
+    refuses the format.
     """
     prompts = tokenizer.encode_many([tokenizer.render_prompt(example.messages, config) for example in examples])
+    if [] in prompts:
+        raise ValueError(f"data.examples: the prompt of example {prompts.index([]) + 1} gives no token; correct it")
     responses = tokenizer.encode_many([example.response for example in examples])
     sequences = [
-        TrainingSequence(prompt_ids, [*response_ids, tokenizer.eos_id], advantage=1.0, is_correct=True)
+        TrainingSequence(
+            np.array(prompt_ids, dtype=np.int32),
+            np.array([*response_ids, tokenizer.eos_id], dtype=np.int32),
+            advantage=1.0,
+            is_correct=True,
+        )
         for prompt_ids, response_ids in zip(prompts, responses, strict=True)
     ]
     kept = [

@@ -1,4 +1,4 @@
-"""Public data sets in their own formats, as our prompts and examples.
+"""Converts public data sets from their own formats to our prompts and examples.
 
 gsm8k: openai/grade-school-math, rows {"question", "answer"}; the answer has <<calculator>> marks and ends in "#### N".
 orz: Open-Reasoner-Zero, evaluation rows {"prompt": [{"from", "value"}], "final_answer"} and training rows
@@ -39,6 +39,8 @@ ORZ_ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "
 
 @dataclass(slots=True, frozen=True)
 class DataFormat:
+    """Says how the rows of one public data set are converted; README.md shows how to add one."""
+
     to_row: Callable[[Any], Row]  # a foreign row -> {"prompt", "answer"} and perhaps "pass_rate"
     to_example: Callable[[Any], Example] | None = None  # where the rows hold solutions
     hub_config: str | None = None  # the configuration that the hub's data set of this format has to be given
@@ -155,7 +157,7 @@ def import_prompts(format_name: str, source: str, split: str = "train", limit: i
 
 
 def import_examples(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Example]:
-    """The same for the solutions, where the format has them. Raises ValueError as `import_prompts` does."""
+    """Reads the solutions of a format that has them as examples. Raises ValueError as `import_prompts` does."""
     data_format = get_format(format_name)
     if data_format.to_example is None:
         known = ", ".join(name for name, candidate in FORMATS.items() if candidate.to_example)

@@ -1,15 +1,19 @@
-"""Sequences to packed micro-batches, balanced over data-parallel ranks. Pure: every rank computes the same plan.
+"""Packs sequences into micro-batches and balances them over the data-parallel ranks.
 
-Each sequence is trained exactly once, whatever the number of ranks: ranks and micro-batches that are left without one
-get a filler of masked tokens, which contributes nothing.
+Every rank is given all sequences and computes the same assignment without communication. Each sequence is trained
+exactly once, whatever the number of ranks: a micro-batch without a sequence consists of masked filler tokens, which
+contribute nothing. The loops run over sequences; tokens are copied as arrays.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,28 +25,28 @@ class PackingPlan:
     """What packing has to know of the parallel layout and the model's limits."""
 
     data_rank: int
-    data_size: int
-    microbatch_tokens: int  # at most, but for a longer sequence, which is alone
-    token_multiple: int = 1  # of every micro-batch's length, for sequence parallelism
-    count_multiple: int = 1  # of the number of micro-batches, for interleaved pipelines
-    equal_lengths: bool = False  # micro-batches padded to the rank's longest, for interleaved pipelines
+    data_size: int  # number of data-parallel ranks
+    microbatch_tokens: int  # upper bound; a single sequence longer than this gets its own micro-batch
+    token_multiple: int = 1  # every micro-batch's length is a multiple of this: sequence parallelism splits it
+    count_multiple: int = 1  # the number of micro-batches is a multiple of this: interleaved pipelines need it
+    equal_lengths: bool = False  # pads all micro-batches to the rank's longest: interleaved pipelines need it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
-    """This data-parallel rank's micro-batches of all ranks' sequences, with the global counts."""
+    """Packs this data-parallel rank's share of the sequences, which are those of all ranks. The counts are global."""
     return pack_parts([sequences], plan)[0]
 
 
 def pack_parts(parts: Sequence[Sequence[TrainingSequence]], plan: PackingPlan) -> list[Batch]:
-    """A batch for each part; `merge` makes one of several."""
+    """Packs each part into a batch of its own, so that it can be a mini-batch; `merge` joins batches again."""
     packed = [own_bins(sequences, plan) for sequences in parts]
     longest = max(padded_length(bin_, plan) for bins in packed for bin_ in bins) if plan.equal_lengths else None
     return [build_batch(sequences, bins, longest, plan) for sequences, bins in zip(parts, packed, strict=True)]
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
-    """The micro-batches of all, and the sums of their counts."""
+    """One batch with the micro-batches of all, and with the sums of their counts."""
     return Batch(
         microbatches=[microbatch for batch in batches for microbatch in batch.microbatches],
         num_sequences=sum(batch.num_sequences for batch in batches),
@@ -55,7 +59,7 @@ def merge(batches: Sequence[Batch]) -> Batch:
 
 
 def own_bins(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> list[list[TrainingSequence]]:
-    """The sequences of each of this rank's micro-batches."""
+    """Lists the sequences of each of this rank's micro-batches."""
     token_counts = [sequence.num_tokens for sequence in sequences]
     assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple)
     return [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
@@ -64,7 +68,7 @@ def own_bins(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> list[l
 def build_batch(
     sequences: Sequence[TrainingSequence], bins: list[list[TrainingSequence]], length: int | None, plan: PackingPlan
 ) -> Batch:
-    """`length`: of every micro-batch; None: as long as each needs."""
+    """Builds the micro-batches of `bins`, all of `length` tokens; with None, each is as long as it needs to be."""
     lengths = [length or padded_length(bin_, plan) for bin_ in bins]
     microbatches = [build_microbatch(bin_, length, plan.device) for bin_, length in zip(bins, lengths, strict=True)]
     trained = [(len(sequence.response_ids), sequence.is_correct) for sequence in sequences]
@@ -80,13 +84,17 @@ def build_batch(
 
 
 def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1) -> list[list[list[int]]]:
-    """[rank][micro-batch] -> sequence numbers. Ranks are balanced by tokens and have equally many micro-batches."""
+    """Assigns sequences, given by their lengths: [rank][micro-batch] -> sequence numbers.
+
+    The longest sequence goes first, each to the rank with the fewest tokens. Ranks have equally many micro-batches.
+    Example: lengths 1, 2, 3, 4 over 2 ranks with room for 10 tokens -> [[[0, 3]], [[1, 2]]].
+    """
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap: the rank with the fewest tokens comes first
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        lightest = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        load, lightest = loads[0]
         ranks[lightest].append(number)
-        loads[lightest] += lengths[number]
+        heapq.heapreplace(loads, (load + lengths[number], lightest))
     packed = [first_fit(numbers, lengths, capacity) for numbers in ranks]
     count = max(1, *(len(bins) for bins in packed))
     count = -(-count // count_multiple) * count_multiple
@@ -94,62 +102,73 @@ def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple
 
 
 def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Each sequence goes to the first micro-batch that has room for it, or to a new one where none has."""
     bins: list[list[int]] = []
-    filled: list[int] = []
+    room = np.full(len(numbers), capacity)
     for number in numbers:
-        for index, tokens in enumerate(filled):
-            if tokens + lengths[number] <= capacity:
-                bins[index].append(number)
-                filled[index] += lengths[number]
-                break
-        else:
-            bins.append([number])
-            filled.append(lengths[number])
+        fits = room[: len(bins)] >= lengths[number]
+        index = int(fits.argmax()) if fits.any() else len(bins)
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(number)
+        room[index] -= lengths[number]
     return bins
 
 
 def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> int:
-    used = sum(sequence.num_tokens for sequence in sequences) or 2
+    used = sum(sequence.num_tokens for sequence in sequences) or 2  # a micro-batch of filler alone has two tokens
     return used + -used % plan.token_multiple
 
 
 def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: torch.device) -> Microbatch:
-    """`total` tokens: the sequences, and one segment of masked filler where they are fewer."""
-    tokens = [sequence.prompt_ids + sequence.response_ids for sequence in sequences]
-    used = sum(len(ids) for ids in tokens)
-    padding = total - used
-    lengths = [len(ids) for ids in tokens] + ([padding] if padding else [])
-    input_ids = torch.zeros(total, dtype=torch.int64)
-    input_ids[:used] = torch.tensor([token for ids in tokens for token in ids], dtype=torch.int64)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    sequence_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    position_ids = torch.arange(total) - cu_seqlens[sequence_ids]
-    prompt_lengths = torch.tensor([len(sequence.prompt_ids) for sequence in sequences] + [total] * bool(padding))
-    # The token at position t predicts t + 1: trained from the last prompt token to the one before the end.
-    loss_mask = (position_ids >= prompt_lengths[sequence_ids] - 1) & (
-        position_ids < torch.tensor(lengths)[sequence_ids] - 1
-    )
-    advantages = torch.tensor([sequence.advantage for sequence in sequences] + [0.0] * bool(padding))
-    logprobs = [value for sequence in sequences for value in known_logprobs(sequence)]
-    engine_logprobs = torch.zeros(total, dtype=torch.float32)
-    engine_logprobs[loss_mask] = torch.tensor(logprobs, dtype=torch.float32)
+    """A micro-batch of `total` tokens: the sequences, and one segment of masked filler where they are shorter."""
+    lengths = [sequence.num_tokens for sequence in sequences]
+    padding = total - sum(lengths)
+    lengths += [padding] if padding else []
+    borders = [0, *accumulate(lengths)]
+    input_ids, position_ids, sequence_ids = (torch.zeros(total, dtype=torch.int64) for _ in range(3))
+    loss_mask = torch.zeros(total, dtype=torch.bool)
+    advantages, engine_logprobs = (torch.zeros(total, dtype=torch.float32) for _ in range(2))
+    positions = torch.arange(max(lengths))
+    for number, (begin, end) in enumerate(pairwise(borders)):
+        position_ids[begin:end] = positions[: end - begin]
+        sequence_ids[begin:end] = number
+    places = []  # of each sequence: the trained tokens' indices in its response
+    for begin, sequence in zip(borders, sequences, strict=False):
+        known = sequence.model_logprobs
+        assert len(sequence.prompt_ids), "the first response token is predicted by the last prompt token"
+        assert len(known) in (0, len(sequence.response_ids)), "there is a log-prob for each response token, or for none"
+        response, end = begin + len(sequence.prompt_ids), begin + sequence.num_tokens
+        input_ids.numpy()[begin:end] = sequence.token_ids
+        # Position t predicts token t + 1: trained from the last prompt token to the one before the end.
+        trained = slice(response - 1, end - 1)
+        loss_mask[trained] = True
+        advantages[trained] = sequence.advantage
+        engine_logprobs.numpy()[trained] = known if len(known) else math.nan
+        places.append(positions[: end - response])
+    is_correct = torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding))
+    trained_tokens = loss_mask.nonzero()[:, 0]
+    of_correct = is_correct[sequence_ids[trained_tokens]]
+    trained_places = torch.cat(places) if places else trained_tokens
     microbatch = Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
         position_ids=position_ids,
-        cu_seqlens=cu_seqlens.int(),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         max_seqlen=max(lengths),
         loss_mask=loss_mask,
         sequence_ids=sequence_ids,
-        advantages=torch.where(loss_mask, advantages[sequence_ids], 0.0),
-        is_correct=torch.tensor([sequence.is_correct for sequence in sequences] + [False] * bool(padding)),
+        advantages=advantages,
+        is_correct=is_correct,
         engine_logprobs=engine_logprobs,
+        lengths=tuple(lengths),
+        trained=trained_tokens,
+        trained_correct=trained_tokens[of_correct],
+        trained_incorrect=trained_tokens[~of_correct],
+        trained_places=trained_places,
+        longest_response=int(trained_places.max()) + 1 if len(trained_places) else 1,
     )
     return to_device(microbatch, device)
-
-
-def known_logprobs(sequence: TrainingSequence) -> list[float]:
-    return sequence.model_logprobs or [math.nan] * len(sequence.response_ids)
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
@@ -157,33 +176,33 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
         for name in Microbatch.__slots__:
             value = getattr(microbatch, name)
             if isinstance(value, Tensor):
-                setattr(microbatch, name, value.to(device, non_blocking=True))
+                setattr(microbatch, name, copy_to_device(value, device))
     return microbatch
 
 
-def response_index(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """For each trained token, in packed order: its sequence [T'] and its place in the response [T']."""
-    trained = microbatch.loss_mask.nonzero()[:, 0]
-    sequence = microbatch.sequence_ids[trained]
-    first = torch.full((microbatch.num_sequences,), len(microbatch.labels), device=trained.device)
-    first = first.scatter_reduce(0, sequence, trained, "amin")
-    return sequence, trained - first[sequence]
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory: such a copy does not wait for what a GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
     """Per-token values [T] -> [N, longest response], and the mask of what is a response token there."""
-    sequence, place = response_index(microbatch)
-    longest = int(place.max()) + 1 if place.numel() else 1
-    padded = torch.zeros(microbatch.num_sequences, longest, dtype=values.dtype, device=values.device)
-    mask = torch.zeros_like(padded, dtype=torch.bool)
-    padded[sequence, place] = values[microbatch.loss_mask]
-    mask[sequence, place] = True
+    shape = (microbatch.num_sequences, microbatch.longest_response)
+    slots = response_slots(microbatch)
+    padded = torch.zeros(shape, dtype=values.dtype, device=values.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=values.device)
+    padded.view(-1).index_copy_(0, slots, values.index_select(0, microbatch.trained))
+    mask.view(-1).index_fill_(0, slots, True)
     return padded, mask
 
 
 def unpad_responses(padded: Tensor, microbatch: Microbatch) -> Tensor:
     """The inverse of pad_responses: [N, longest] -> [T], 0 outside the loss mask."""
-    sequence, place = response_index(microbatch)
     values = torch.zeros(len(microbatch.labels), dtype=padded.dtype, device=padded.device)
-    values[microbatch.loss_mask] = padded[sequence, place]
-    return values
+    return values.index_copy_(0, microbatch.trained, padded.reshape(-1).index_select(0, response_slots(microbatch)))
+
+
+def response_slots(microbatch: Microbatch) -> Tensor:
+    """[T'] int64: where each trained token stands in a flattened [N, longest response]."""
+    sequences = microbatch.sequence_ids.index_select(0, microbatch.trained)
+    return sequences * microbatch.longest_response + microbatch.trained_places

@@ -1,4 +1,4 @@
-"""Prompts: our JSONL, their tokens, and the order in which training sees them."""
+"""Reads and writes prompts, encodes them, and decides in which order training sees them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
 from megatron_oreal.config import PromptConfig
 from megatron_oreal.data.files import Row, describe_type, read_jsonl, write_jsonl
 from megatron_oreal.rewards.references import check_reference
-from megatron_oreal.types import Message, Prompt
+from megatron_oreal.types import Int32Array, Message, Prompt, TokenData
 
 if TYPE_CHECKING:
     from megatron_oreal.data.tokenizer import Tokenizer
@@ -22,10 +24,12 @@ PLAIN_DECIMAL = re.compile(r"-?\d+\.\d+")
 CursorState = dict[str, Any]  # JSON
 
 
-@dataclass(slots=True, frozen=True)
-class EncodedPrompt:
+@dataclass(slots=True, frozen=True, eq=False)
+class EncodedPrompt(TokenData):
+    """A prompt as the model reads it: after the chat template, the system prompt and the suffix."""
+
     prompt: Prompt
-    token_ids: list[int]
+    token_ids: Int32Array  # [P]
 
 
 def read_prompts(path: Path, setting: str) -> list[Prompt]:
@@ -117,16 +121,16 @@ def is_number(value: object) -> bool:
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, config: PromptConfig, setting: str = "data.prompts"
 ) -> tuple[list[EncodedPrompt], int]:
-    """The prompts with their token ids, and how many were skipped as longer than `config.max_prompt_tokens`.
+    """Returns the prompts with their token ids, and how many were skipped as longer than `config.max_prompt_tokens`.
 
     Raises ValueError when all are skipped or one has no token, and where the tokenizer refuses the format. `setting`
-    is where the prompts come from.
+    names the configuration's field that holds the prompts' path, for errors.
     """
     token_ids = tokenizer.encode_many([tokenizer.render_prompt(prompt.messages, config) for prompt in prompts])
     if [] in token_ids:
         raise ValueError(f"{setting}: prompt {prompts[token_ids.index([])].id!r} gives no token; remove or correct it")
     encoded = [
-        EncodedPrompt(prompt, ids)
+        EncodedPrompt(prompt, np.array(ids, dtype=np.int32))
         for prompt, ids in zip(prompts, token_ids, strict=True)
         if len(ids) <= config.max_prompt_tokens
     ]
@@ -139,9 +143,9 @@ def encode_prompts(
 
 
 def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, int]]) -> list[Prompt]:
-    """Each prompt as often as the first rule (upper bound, repeats) whose bound exceeds its pass rate says.
+    """Repeats each prompt as often as the first rule (upper bound, repeats) says whose bound exceeds its pass rate.
 
-    At or above the last bound a prompt is dropped; one without a pass rate is kept once, and no rules keep all.
+    A prompt at or above the last bound is dropped; one without a pass rate is kept once. Without rules all are kept.
     Raises ValueError when nothing is left.
     """
     if not rules:
@@ -159,10 +163,14 @@ def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, 
 
 @dataclass(slots=True, frozen=True)
 class Turn:
-    """An item's turn to be used."""
+    """Says which item is used next.
+
+    Example: `Turn(17)` is item 17 for the first time; `Turn(17, "0/3/5")` is item 17 after step 3 gave it back.
+    """
 
     index: int  # of the item
-    origin: str = ""  # of one that was given back: what its samples' seeds hang on; empty: its place in the batch
+    # The samples' seeds of an item that was given back depend on this; empty: they depend on its position in the batch.
+    origin: str = ""
 
 
 class PromptCursor(Generic[Item]):
@@ -190,7 +198,7 @@ class PromptCursor(Generic[Item]):
         return [self.prompts[turn.index] for turn in self.next_turns(count)]
 
     def next_turns(self, count: int) -> list[Turn]:
-        """Those that were given back, and then new ones."""
+        """The turns that were given back come first, new ones follow."""
         turns, self.returned = self.returned[:count], self.returned[count:]
         while len(turns) < count:
             taken = self._order[self._position : self._position + count - len(turns)]
@@ -201,17 +209,17 @@ class PromptCursor(Generic[Item]):
         return turns
 
     def give_back(self, turns: Sequence[Turn]) -> None:
-        """They come first in the next batch."""
+        """Puts these turns in front of all others."""
         self.returned = [*turns, *self.returned]
 
     def copy(self) -> PromptCursor[Item]:
-        """One that goes on from here by itself."""
+        """Returns an independent cursor at the same position."""
         cursor = PromptCursor(self.prompts, self.shuffle, self.seed)
         cursor.restore(self.state())
         return cursor
 
     def state(self) -> CursorState:
-        """What `restore` needs to continue at this place; it can be written as JSON."""
+        """Returns what `restore` needs to continue at this position; it can be written as JSON."""
         return {
             "epoch": self._epoch,
             "position": self._position,

@@ -1,7 +1,7 @@
-"""Data selection between rounds: correct answers to imitate, and prompts that share the skills of the failed ones.
+"""Selects data between rounds of training: correct answers to imitate, and prompts that need the skills that failed.
 
-OREAL's first stage (Lyu et al. 2025): sample, keep verified answers, fine-tune on them; questions whose skill
-tags are often failed are asked more often.
+OREAL's first stage (Lyu et al. 2025) samples responses, keeps the verified ones and fine-tunes on them; it asks
+questions more often whose skill tags many responses failed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, frozen=True)
 class AnsweredPrompt:
+    """A prompt of an evaluation with the responses that the verifier could judge."""
+
     id: str
     responses: tuple[tuple[str, bool], ...]  # (text, is correct) of every judged sample
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import TemplateError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from megatron_oreal.config import PromptConfig
     from megatron_oreal.data.sentencepiece_tokenizer import SentencePieceBackend
-    from megatron_oreal.types import Message
+    from megatron_oreal.types import Int32Array, Message
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -75,9 +76,11 @@ class Tokenizer:
         encoded = self.backend(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int32Array) -> str:
         """The text without special tokens."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def stop_token_ids(self, stop_tokens: Sequence[str]) -> list[int]:
         """The end-of-sequence token and then the named ones, each once.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_oreal.types import FinishReason
+from megatron_oreal.config.loading import describe
+from megatron_oreal.config.rollout import SamplingConfig
+from megatron_oreal.engines.main_thread import MainThreadCalls
+from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,70 +29,93 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"rollout.temperature must be >= 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"rollout.top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"rollout.top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"rollout.max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        """Raises ValueError where the configuration of the same settings would."""
+        settings = {name: getattr(self, name) for name in SamplingConfig.model_fields}
+        try:
+            SamplingConfig(**settings)
+        except ValidationError as error:
+            raise ValueError(f"rollout.{describe(error)}") from None
 
 
-@dataclass(slots=True, frozen=True)
-class Generation:
-    response_ids: list[int]  # the stop token included when one was produced
-    # Of the distribution that was sampled from: tempered, truncated; 0 when greedy. Empty where the engine cannot tell.
-    rollout_logprobs: list[float]
-    model_logprobs: list[float]  # of the untempered, untruncated model
-    finish_reason: FinishReason  # abort: given up, or cut by a change of weights; what is there may be continued
-    policy_versions: list[int] = field(default_factory=list)  # of the weights that made each token
+@dataclass(slots=True, frozen=True, eq=False)
+class Generation(TokenData):
+    """What an engine returns for one request.
+
+    Example: `Generation([15, 7, 1], [-0.5, -0.1, 0.0], [-0.5, -0.1, 0.0], "stop", [3, 3, 4])` ended with the stop
+    token 1, which weights of version 4 generated.
+    """
+
+    response_ids: Int32Array  # [R], the stop token included when one was produced
+    # [R], log-probs of the distribution that was sampled from: tempered, truncated; 0 when greedy. Empty where the
+    # engine cannot tell.
+    rollout_logprobs: Float32Array
+    model_logprobs: Float32Array  # [R], log-probs of the untempered, untruncated model
+    finish_reason: FinishReason  # abort: given up, or cut by a change of weights; the tokens so far may be continued
+    policy_versions: Int32Array = field(default_factory=no_ids)  # [R], of the weights that generated each token
 
 
-@dataclass(slots=True, frozen=True)
-class GenerationRequest:
-    prompt_ids: list[int]
+@dataclass(slots=True, frozen=True, eq=False)
+class GenerationRequest(TokenData):
+    prompt_ids: Int32Array  # [P]
     seed: int  # of this response alone; the samples of a group need different ones
     begun: Generation | None = None  # an aborted response to continue; the answer holds its tokens too
 
 
+class BatchIndex(NamedTuple):
+    """Which response of a batch this is. Example: BatchIndex(2, 8), the third of eight that were decoded together."""
+
+    position: int
+    size: int
+
+
+ALONE = BatchIndex(0, 1)
+
+
 class Watch(Protocol):
-    def __call__(self, index: int, generation: Generation) -> bool:
-        """Told of request `index`'s response as soon as it ends; True: the rest may be given up."""
+    def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
+        """The engine calls this with the response to request `index` as soon as the response ends.
+
+        Responses whose last digits depend on each other have a common `batch`; the engine tells of them one after the
+        other. The watch returns True when the rest may be given up.
+        """
 
 
 class RolloutEngine(Protocol):
+    """Generates responses. The first rank asks it; an engine that needs the other ranks calls them to take part."""
+
     version: int  # of the weights, as the last `update_weights` named it; 0 before
-    is_collective: bool  # every rank calls `generate` alike; else the first rank alone
+    calls: MainThreadCalls  # what `generate` needs of all ranks; servers need nothing, and leave it empty
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
-        """One response a request, in the requests' order; those given up have finish_reason "abort"."""
+        """Returns one response for each request, in the requests' order; those given up have finish_reason "abort".
+
+        The first rank alone calls this, from any thread.
+        """
+
+    def take_part(self) -> None:
+        """Does this rank's part of the oldest call in the first rank's `calls`.
+
+        Collective: the main threads of all ranks call this together, when the first rank's `calls` is not empty.
+        """
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replaces all weights by (Hugging Face name, whole tensor) pairs; every rank consumes the stream."""
-
-    def pause(self) -> None:
-        """No generation until `resume`."""
-
-    def resume(self) -> None: ...
+        """Replaces all weights by (Hugging Face name, whole tensor) pairs. Collective: every rank reads the stream."""
 
     def flush_metrics(self) -> dict[str, float]:
-        """What happened since the last call, on the rank that knows."""
-
-    def health(self) -> bool:
-        """Whether the engine can generate, now or after `resume`."""
+        """Returns what happened since the last call, on the rank that knows."""
 
     def close(self) -> None:
         """Frees what the engine holds; it cannot be used afterwards."""
 
 
 def check_prompts(requests: Sequence[GenerationRequest], vocab_size: int) -> None:
+    """Raises ValueError for a prompt that is empty or holds a token that the model does not know."""
     for index, request in enumerate(requests):
-        if not request.prompt_ids:
+        if not len(request.prompt_ids):
             raise ValueError(f"request {index} has an empty prompt; give it at least one token")
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
+        if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= vocab_size:
             raise ValueError(
                 f"request {index} has a token id outside the model's vocabulary of {vocab_size}: "
                 "model.tokenizer and model.path do not fit"

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch.distributed as dist
-
 from megatron_oreal.config import EvalRunConfig
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.evaluation.results import (
@@ -22,6 +20,7 @@ from megatron_oreal.evaluation.results import (
     write_questions,
     write_results,
 )
+from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.rewards.answer import answer_key
 from megatron_oreal.run.open import open_eval
 from megatron_oreal.run.run import EvalRun
@@ -49,13 +48,11 @@ def evaluate_datasets(config: EvalRunConfig) -> str | None:
 
 def is_finished(run: EvalRun, name: str) -> bool:
     """Whether the dataset's file is there: the first rank looks, because not every node may see the folder."""
-    finished = [False]
+    finished = False
     if run.layout.is_main:
         path = questions_path(run.config.run_dir, name)
-        finished = [path.is_file() and holds_answers_to(read_questions(path), run.datasets[name], name)]
-    if run.layout.world_size > 1:
-        dist.broadcast_object_list(finished, src=0)
-    return finished[0]
+        finished = path.is_file() and holds_answers_to(read_questions(path), run.datasets[name], name)
+    return broadcast_object(finished)
 
 
 def holds_answers_to(questions: Sequence[QuestionRecord], prompts: Sequence[EncodedPrompt], name: str) -> bool:

@@ -51,8 +51,8 @@ def num_unjudged(groups: list[Group]) -> int:
 
 
 def write_examples(run: Run[Any, Any, Any], examples: dict[str, list[Group]], step: int) -> None:
-    """The first greedy answers, in RUN_DIR/evaluations and in TensorBoard."""
-    if run.log is None:
+    """Writes the first greedy answers to RUN_DIR/evaluations and TensorBoard; the first rank does."""
+    if not run.layout.is_main:
         return
     rows = [
         {"dataset": name} | sample_row(group, group.samples[0]) for name, groups in examples.items() for group in groups

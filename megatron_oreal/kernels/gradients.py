@@ -1,28 +1,25 @@
-"""The backward pass of linear_logprob: gradients of hidden states and weight, tile by tile."""
+"""The sums of the gradients of hidden states and weight over blocks of tokens, and where they end."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.kernels.vocabulary_reduction import _Call
+from megatron_oreal.kernels.vocabulary_reduction import Call
 
 # Of a sum over blocks of tokens in bfloat16: 12 make a relative error of 4e-3, 33 make 6e-3 and 64 make 8e-3.
 MAX_ROUNDINGS = 12
 
 
-class _Gradients:
-    """Those of hidden and weight, summed over tiles; None where they are not needed."""
+class GradientSums:
+    """The gradients of hidden and weight, summed over blocks of tokens; None where they are not needed."""
 
     def __init__(
-        self, call: _Call, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], fused: bool, num_blocks: int
+        self, call: Call, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], fused: bool, num_blocks: int
     ) -> None:
-        """`fused`: that of a weight with a main_grad is added to it. `num_blocks`: of tokens, calls of `add`."""
+        """`fused`: the gradient of a weight with a main_grad is added to it. `num_blocks`: blocks of tokens."""
         self.call = call
-        self.inputs = hidden, weight
         self.of_hidden = torch.zeros_like(hidden) if needed[0] else None
         self.of_weight: Tensor | None = None
         like: Tensor = weight if call.fused_weight is None else call.fused_weight.main_grad  # type: ignore[attr-defined]
@@ -36,50 +33,39 @@ class _Gradients:
             self.of_weight = torch.empty_like(like, dtype=torch.float32 if sums_apart else like.dtype)
             self.of_weight[call.used_columns(weight) if len(hidden) else 0 :] = 0.0  # the rest is overwritten
 
-    def add(
-        self,
-        rows: slice,
-        tiles: Iterable[tuple[slice, Tensor]],  # (columns, logits) of `rows`; the logits are used up
-        target: Tensor,  # these are of `rows`: [t]
-        logsumexp: Tensor,
-        entropy: Tensor | None,
-        scales: Tensor,  # [3, t]
-    ) -> None:
-        """All tiles of these tokens, which must come in order."""
-        hidden, weight = self.inputs[0][rows], self.inputs[1]
-        call = self.call
-        of_rows = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        for columns, logits in tiles:
-            place = call.place(target, columns)
-            grad_logits = call.rows.gradient_rows(
-                logits, *place, call.temperature, logsumexp, entropy, scales, call.gemms.grad_dtype
-            )
-            if self.of_hidden is not None:
-                call.gemms.grad_hidden(grad_logits, weight[columns], of_rows, accumulate=columns.start > 0)
-            if self.of_weight is not None:
-                accumulate = self.is_in_main_grad or rows.start > 0
-                call.gemms.grad_weight(grad_logits, hidden, self.of_weight[columns], accumulate=accumulate)
-            del logits, grad_logits  # before the next tile is made
+    def accumulates(self, rows: slice) -> bool:
+        """Whether products for the weight's gradient of these tokens are added to what is there."""
+        return self.is_in_main_grad or rows.start > 0
+
+    def store_hidden(self, rows: slice, of_rows: Tensor) -> None:
+        """`of_rows` [t, H] float32: this rank's part."""
         if self.of_hidden is not None:
-            if call.group is not None:
-                dist.all_reduce(of_rows, group=call.group)
+            if self.call.group is not None:
+                dist.all_reduce(of_rows, group=self.call.group)
             self.of_hidden[rows] = of_rows
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(of hidden, of weight), once all tokens were added; None for the weight if its main_grad has it now."""
+        """(of hidden, of weight) for autograd, once all tokens were added."""
         of_weight = self.of_weight
         if of_weight is not None and self.main_grad is not None:
             if not self.is_in_main_grad:
                 self.main_grad.add_(of_weight)
-            mark_main_grad(self.call)
-            return self.of_hidden, None
+            return self.of_hidden, mark_main_grad(self.call)
         return self.of_hidden, None if of_weight is None else of_weight.to(self.weight_dtype)
 
 
-def mark_main_grad(call: _Call) -> None:
-    """Megatron's hook adds then only what autograd has, and only of a tied embedding: the embedding's part."""
+def mark_main_grad(call: Call) -> Tensor | None:
+    """Says that main_grad has the weight's gradient, and returns what autograd gets in its place.
+
+    Megatron's hook then adds nothing of what autograd has, except where the weight is tied to the embedding of the same
+    stage (`zero_out_wgrad`): there it adds autograd's gradient, which is the embedding's part. With overlapped
+    reduction the hook also asserts that autograd has a gradient: the embedding's, or the placeholder.
+    """
     assert call.fused_weight is not None
     call.fused_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if not call.with_placeholder or getattr(call.fused_weight, "zero_out_wgrad", False):
+        return None
+    return torch.empty_like(call.fused_weight)
 
 
 def common_factor(grad_logprobs: Tensor, token_scale: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Log-probs of target tokens from hidden states and a vocabulary-parallel head, in tiles of tokens x vocabulary.
+"""Log-probs of target tokens from hidden states and a vocabulary-parallel head, without ever holding [T, V] in float32.
 
-The float32 logits exist a tile at a time, but for those that are kept, within a bound (see tiles.py). A pass over them
-leaves each token's maximum, sum of exponentials and target logit, for the entropy also a weighted sum; these are merged
-over tiles, and over the tensor-parallel ranks with one all-gather. The gradients come in one of two modes:
+The float32 logits exist a tile of tokens x vocabulary at a time. A pass over them leaves each token's maximum, sum of
+exponentials and target logit, and for the entropy a weighted sum; these are merged over tiles, and over the
+tensor-parallel ranks with one all-gather. The gradients come in one of two modes:
 
-recompute  hidden states, logsumexp and as many tiles of logits as there is room for are saved; the backward pass
-           computes the others again. 3 matrix products for small vocabularies, up to 4 for large ones.
-eager      the forward pass computes them, for d loss / d logprobs known up to a common factor. 3 matrix products.
+recompute  The forward pass keeps what fits into the memory bound: on a CPU float32 logits, on a GPU their exponentials
+           in bfloat16. The backward pass computes the rest again: 3 matrix products if all is kept, at most 4.
+eager      The forward pass computes the gradients, for d loss / d logprobs known up to a common factor. 3 products.
+
+README.md has the equations, the memory bounds, and what was measured.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.kernels.gemms import Gemms, Precision
-from megatron_oreal.kernels.gradients import _Gradients, common_factor, mark_main_grad
-from megatron_oreal.kernels.precision import make_gemms
-from megatron_oreal.kernels.tiles import TileLogits, Tiling
-from megatron_oreal.kernels.vocabulary_reduction import _Call, row_kernels
+from megatron_oreal.kernels.block_passes import BlockPasses
+from megatron_oreal.kernels.gradients import GradientSums, common_factor, mark_main_grad
+from megatron_oreal.kernels.precision import Arithmetic, make_arithmetic
+from megatron_oreal.kernels.products import Precision
+from megatron_oreal.kernels.tile_passes import TilePasses
+from megatron_oreal.kernels.tiles import bytes_of_a_call
+from megatron_oreal.kernels.vocabulary_reduction import Call, Upstream, row_kernels
 
 Mode = Literal["recompute", "eager"]
 
@@ -35,10 +39,12 @@ def linear_logprob(
     temperature: float = 1.0,
     valid_vocab: int | None = None,
     entropy: bool = False,
-    precision: Precision | Gemms = "bf16",
+    precision: Precision | Arithmetic = "bf16",
     mode: Mode = "recompute",
     token_scale: Tensor | None = None,  # [T]
     accumulate_main_grad: bool = False,
+    placeholder_gradient: bool = False,
+    memory_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logprobs[T], logsumexp[T], entropy[T] or None) in float32 of softmax(hidden @ weight.T / temperature), in nats.
 
@@ -47,15 +53,20 @@ def linear_logprob(
     are padding and have no probability. A token whose hidden state is not finite has NaN.
 
     `precision="bf16"` multiplies half-precision inputs as they are, into float32 logits; float32 inputs, and all inputs
-    on a CPU, are multiplied in float32. "fp8_grad" has FP8 products for the gradients, "fp8" for the logits too;
-    products with options of their own are passed as an object.
+    on a CPU, are multiplied in float32. "fp8_grad" computes the gradients by FP8 products; the log-probs are
+    those of "bf16". An arithmetic with options of its own is passed as an object.
 
     `mode="eager"` is for a loss of sum_t token_scale[t] * logprobs[t] times any one number: supervised fine-tuning,
     REINFORCE, a policy gradient at ratio 1. Only logprobs is differentiable then, and once. A gradient that is not a
     multiple of `token_scale` raises ValueError on a CPU, and makes the gradients NaN elsewhere.
 
     `accumulate_main_grad` adds the weight's gradient to its `main_grad`, if it has one, as Megatron's gradient
-    accumulation fusion does: `grad_added_to_main_grad` is set, and autograd sees none.
+    accumulation fusion does: `grad_added_to_main_grad` is set, and autograd sees none. With `placeholder_gradient`
+    autograd sees an uninitialised gradient instead: Megatron's overlapped reduction of gradients waits for one, and
+    discards it. A weight with `zero_out_wgrad` gets none, because Megatron adds what autograd has of it.
+
+    `memory_bytes` bounds what the call holds beyond inputs and gradients; default: tiles.CPU_BYTES or CUDA_BYTES. More
+    memory saves recomputation.
 
     A half-precision gradient of the weight is summed in float32 where there are more than MAX_ROUNDINGS blocks of
     tokens: twice its bytes, until it is whole. A float32 main_grad needs nothing.
@@ -68,15 +79,20 @@ def linear_logprob(
     check_inputs(hidden, weight, target, tp_group, valid_vocab)
     check_mode(mode, target, token_scale)
     first = weight.shape[0] * (tp_group.rank() if tp_group else 0)
-    call = _Call(
-        gemms=make_gemms(precision, hidden.device, hidden.dtype) if isinstance(precision, str) else precision,
-        rows=row_kernels(hidden.device.type),
+    device_type, is_cuda = hidden.device.type, hidden.is_cuda
+    chosen = make_arithmetic(precision, hidden.device, hidden.dtype) if isinstance(precision, str) else precision
+    call = Call(
+        products=chosen.products,
+        rows=row_kernels(device_type),
+        block_gradients=None if chosen.make_gradients is None else chosen.make_gradients(),
+        memory_bytes=bytes_of_a_call(is_cuda) if memory_bytes is None else memory_bytes,
         group=tp_group if tp_group is not None and tp_group.size() > 1 else None,
         first=first,
         num_valid=weight.shape[0] if valid_vocab is None else max(0, min(weight.shape[0], valid_vocab - first)),
         temperature=temperature,
         with_entropy=entropy,
         fused_weight=weight if accumulate_main_grad and hasattr(weight, "main_grad") else None,
+        with_placeholder=placeholder_gradient,
     )
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     outputs: tuple[Tensor, Tensor, Tensor | None]
@@ -115,84 +131,75 @@ def check_mode(mode: Mode, target: Tensor, token_scale: Tensor | None) -> None:
         raise ValueError(f"mode=eager needs token_scale, one number a target, {len(target)}, got {found}")
 
 
+Passes = TilePasses | BlockPasses
+
+
+def make_passes(call: Call, hidden: Tensor, weight: Tensor, *, is_eager: bool, keeps: bool) -> Passes:
+    if call.block_gradients is None:
+        return TilePasses(call, hidden, weight, is_eager, keeps)
+    return BlockPasses(call, call.block_gradients, hidden, weight, is_eager, keeps)
+
+
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, call: _Call, wants_gradient: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, call: Call, wants_gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         numbers = torch.empty(call.num_numbers, len(target), dtype=torch.float32, device=hidden.device)
-        sizes, compute = call.sizes(hidden, weight), call.compute(hidden, weight)
-        tiling = Tiling.square(sizes)
-        logits = TileLogits(tiling, sizes.kept_bytes if wants_gradient else 0, not hidden.is_cuda)
-        parts = []
-        for rows in tiling.tokens:
-            tiles = logits.first(rows, compute)
-            numbers[:, rows], part = call.reduce(tiles, hidden[rows], weight, target[rows])
-            if wants_gradient:
-                parts.append(part)
-        logits.end_pass()
+        passes = make_passes(call, hidden, weight, is_eager=False, keeps=wants_gradient)
+        for rows in passes.tokens:
+            numbers[:, rows] = passes.reduce(hidden, weight, target, rows)
+        passes.end_pass()
         logprobs, logsumexp, entropy = call.outputs(numbers)
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
-        ctx.call, ctx.logits, ctx.exact = call, logits, parts
+        ctx.call, ctx.passes = call, passes
         ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
         return logprobs, logsumexp, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, target, logsumexp, entropy = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: Call = ctx.call
         zeros = torch.zeros_like(logsumexp)
         of_logprobs, of_logsumexp, of_entropy = (zeros if grad is None else grad for grad in grads)
         # d logprob = onehot - p, d logsumexp = p, d entropy = -p (z - logsumexp + entropy)
         scales = torch.stack([of_logprobs, of_logsumexp - of_logprobs, of_entropy]) / call.temperature
-        used_entropy = None if grads[2] is None else entropy
-        logits: TileLogits = ctx.logits
-        blocks = logits.tiling.tokens
-        gradients = _Gradients(call, hidden, weight, ctx.needs_input_grad[:2], fused=True, num_blocks=len(blocks))
-        for rows, exact in zip(blocks, ctx.exact, strict=True):
-            gradients.add(
-                rows,
-                exact.put_into(logits.again(rows, call.compute(hidden, weight))),
-                target[rows],
-                logsumexp[rows],
-                None if used_entropy is None else used_entropy[rows],
-                scales[:, rows],
-            )
-        logits.end_pass()
-        return *gradients.finish(), None, None, None
+        upstream = Upstream(target, logsumexp, None if grads[2] is None else entropy, scales)
+        passes: Passes = ctx.passes
+        num_blocks = len(passes.tokens)
+        sums = GradientSums(call, hidden, weight, ctx.needs_input_grad[:2], fused=True, num_blocks=num_blocks)
+        for rows in passes.tokens:
+            passes.add_gradients(sums, hidden, weight, upstream, rows)
+        passes.end_pass()
+        return *sums.finish(), None, None, None
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, call: _Call, token_scale: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, call: Call, token_scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         token_scale = token_scale.detach().float()
         scales = torch.stack([token_scale, -token_scale, torch.zeros_like(token_scale)]) / call.temperature
         results = torch.empty(3, len(target), dtype=torch.float32, device=hidden.device)
-        sizes, compute = call.sizes(hidden, weight), call.compute(hidden, weight)
-        tiling = Tiling.eager(sizes)
-        num_blocks = len(tiling.tokens)
-        gradients = _Gradients(call, hidden, weight, ctx.needs_input_grad[:2], fused=False, num_blocks=num_blocks)
-        logits = TileLogits(tiling, tiling.row_bytes, not hidden.is_cuda)
-        for rows in tiling.tokens:
-            tiles = list(logits.first(rows, compute))
-            numbers, exact = call.reduce(tiles, hidden[rows], weight, target[rows])
-            logprobs, logsumexp, entropy = call.outputs(numbers)
+        passes = make_passes(call, hidden, weight, is_eager=True, keeps=True)
+        num_blocks = len(passes.tokens)
+        sums = GradientSums(call, hidden, weight, ctx.needs_input_grad[:2], fused=False, num_blocks=num_blocks)
+        for rows in passes.tokens:
+            logprobs, logsumexp, entropy = call.outputs(passes.reduce(hidden, weight, target, rows))
             results[0, rows], results[1, rows] = logprobs, logsumexp
             if entropy is not None:
                 results[2, rows] = entropy
-            gradients.add(rows, exact.put_into(tiles), target[rows], logsumexp, None, scales[:, rows])
-            del tiles  # before the next ones are made
-            logits.forget()
-        ctx.call, ctx.gradients, ctx.token_scale = call, gradients.finish(), token_scale
+            passes.add_gradients(sums, hidden, weight, Upstream(target, results[1], None, scales), rows)
+            passes.end_block()
+        ctx.call, ctx.gradients, ctx.token_scale = call, sums.finish(), token_scale
         logprobs, logsumexp, entropy = results.clone().unbind()
         ctx.mark_non_differentiable(logsumexp, entropy)
         return logprobs, logsumexp, entropy if call.with_entropy else None
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: Call = ctx.call
         if ctx.gradients is None:
             raise RuntimeError("mode=eager has one backward pass: its gradients are gone")
         of_hidden, of_weight = ctx.gradients
@@ -202,8 +209,7 @@ class _Eager(torch.autograd.Function):
             of_hidden.mul_(factor)
         if of_weight is not None and call.fused_weight is not None:
             call.fused_weight.main_grad.addcmul_(of_weight, factor.to(of_weight.dtype))  # type: ignore[attr-defined]
-            mark_main_grad(call)
-            of_weight = None
+            of_weight = mark_main_grad(call)
         elif of_weight is not None:
             of_weight.mul_(factor)
         return of_hidden, of_weight, None, None, None

@@ -1,45 +1,61 @@
-"""Chooses the matrix products that belong to a precision."""
+"""Chooses the arithmetic that belongs to a precision."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import get_args
 
 import torch
 
-from megatron_oreal.kernels.fp8.gemms import Fp8Gemms
-from megatron_oreal.kernels.fp8.scaled import Fp8Options, Fp8Products
-from megatron_oreal.kernels.fp8.torch_products import TorchProducts
-from megatron_oreal.kernels.gemms import Gemms, PlainGemms, Precision
+from megatron_oreal.kernels.block_passes import HalfPrecisionGradients
+from megatron_oreal.kernels.fp8.gradients import TorchFp8Gradients
+from megatron_oreal.kernels.fp8.scaled import Fp8Options, check_capability
+from megatron_oreal.kernels.products import Precision, Products
+from megatron_oreal.kernels.vocabulary_reduction import BlockGradients
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 
-def make_fp8_gemms(
-    device: torch.device, dtype: torch.dtype, with_values: bool, options: Fp8Options | None = None
-) -> Fp8Gemms:
-    """FP8 products of the gradients, and with `with_values` of the logits too.
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """How a call of linear_logprob computes."""
 
-    Raises ValueError naming what FP8 lacks on this device.
-    """
-    options = options or Fp8Options()
-    products = make_products(options, device)
-    exact = None if with_values else make_gemms("bf16", device, dtype)
-    return Fp8Gemms(products, exact, options.num_exact, is_cuda=device.type == "cuda")
+    products: Products
+    # Makes the gradients of one call; None: from tiles of float32 logits, with `products`
+    make_gradients: Callable[[], BlockGradients] | None = None
 
 
-def make_products(options: Fp8Options, device: torch.device) -> Fp8Products:
-    """Raises ValueError naming what is missing on this device."""
-    if options.backend == "transformer_engine":
-        from megatron_oreal.kernels.fp8.transformer_engine import TransformerEngineProducts
-
-        return TransformerEngineProducts(device, options.scaling)
-    return TorchProducts(device, options.scaling)
-
-
-def make_gemms(precision: Precision, device: torch.device, dtype: torch.dtype) -> Gemms:
-    """For hidden states and weights of `dtype`. Raises ValueError for a precision this device does not have."""
+def make_arithmetic(
+    precision: Precision, device: torch.device, dtype: torch.dtype, fp8: Fp8Options | None = None
+) -> Arithmetic:
+    """For hidden states and weights of `dtype`. Raises ValueError for a precision that this device does not have."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision}")
-    if precision in ("fp8_grad", "fp8"):
-        return make_fp8_gemms(device, dtype, with_values=precision == "fp8")
     # A product of half-precision inputs on a CPU is rounded to half precision, and slower than one in float32.
-    in_float32 = precision == "fp32" or device.type == "cpu" or dtype not in (torch.bfloat16, torch.float16)
-    return PlainGemms(torch.float32 if in_float32 else dtype)
+    in_float32 = precision == "fp32" or device.type == "cpu" or dtype not in HALF_PRECISION
+    products = Products(torch.float32 if in_float32 else dtype)
+    if precision == "fp8_grad":
+        return Arithmetic(products, fp8_gradients(device, fp8 or Fp8Options()))
+    return Arithmetic(products, None if in_float32 else partial(HalfPrecisionGradients, products, dtype))
+
+
+def fp8_gradients(device: torch.device, options: Fp8Options) -> Callable[[], BlockGradients]:
+    """Raises ValueError naming what is missing."""
+    check_fp8(device, options)
+    if options.backend == "torch":
+        return TorchFp8Gradients
+    from megatron_oreal.kernels.fp8.transformer_engine import TransformerEngineGradients
+
+    return partial(TransformerEngineGradients, device, options.scaling)
+
+
+def check_fp8(device: torch.device, options: Fp8Options) -> None:
+    """Raises ValueError naming what FP8 products lack on this device. torch's run on a CPU too, for tests."""
+    if options.backend == "transformer_engine":
+        from megatron_oreal.kernels.fp8.transformer_engine import check_available
+
+        check_available(options.scaling, device)
+    elif device.type != "cpu":
+        check_capability(device, (8, 9), "fp8 through torch._scaled_mm")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Of the tiles, of what the products copy and of the sums; beyond them are the libraries' own workspaces.
 CPU_BYTES = 176 * 2**20
-CUDA_BYTES = 1280 * 2**20
+CUDA_BYTES = 1472 * 2**20
 # Of these bytes: logits that mode=recompute keeps until the backward pass. A GPU multiplies small tiles slowly.
 CPU_KEPT_SHARE = 0.875
 CUDA_KEPT_SHARE = 0.5
@@ -34,28 +34,18 @@ class Sizes:
     element_bytes: int  # a logit and its gradient, with copies
     token_bytes: int  # the gradient's sum, and the copies of a hidden state
     column_bytes: int  # the copies of a column's weights
-    scratch_bytes: int  # whatever the tile
-    held_bytes: int  # until the backward pass is over, beside the kept logits
+    total_bytes: int  # of all of these
     is_cuda: bool
 
     @property
     def kept_bytes(self) -> int:
-        """Of logits."""
-        return max(0, self._kept_share - self.held_bytes)
+        """Of the logits that mode=recompute keeps."""
+        return int((CUDA_KEPT_SHARE if self.is_cuda else CPU_KEPT_SHARE) * self.total_bytes)
 
     @property
     def tile_bytes(self) -> int:
         """Of all that belongs to one tile."""
-        return bytes_of_a_call(self.is_cuda) - max(self._kept_share, self.held_bytes) - self.scratch_bytes
-
-    @property
-    def eager_bytes(self) -> int:
-        """Of a row of tiles, where no logits are kept."""
-        return bytes_of_a_call(self.is_cuda) - self.held_bytes - self.scratch_bytes
-
-    @property
-    def _kept_share(self) -> int:
-        return int((CUDA_KEPT_SHARE if self.is_cuda else CPU_KEPT_SHARE) * bytes_of_a_call(self.is_cuda))
+        return self.total_bytes - self.kept_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +67,7 @@ class Tiling:
     @staticmethod
     def eager(sizes: Sizes) -> Tiling:
         """All logits of the tokens are held, and one tile of them is worked on."""
-        limit, columns = sizes.eager_bytes, aligned(sizes.columns / 8)
+        limit, columns = sizes.total_bytes, aligned(sizes.columns / 8)
         while sizes.column_bytes * columns > limit / 4 and columns > ALIGNMENT:
             columns = aligned(columns / 2)
         one_token = LOGIT_BYTES * sizes.columns + (sizes.element_bytes - LOGIT_BYTES) * columns + sizes.token_bytes

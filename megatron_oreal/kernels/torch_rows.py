@@ -1,4 +1,4 @@
-"""The two passes over a tile of logits that are not matrix products, in plain torch; triton_rows.py has them for CUDA.
+"""The passes over a tile of logits that are not matrix products, in plain torch; triton_rows.py has them for CUDA.
 
 They go over the tile in blocks of rows that stay in the processor's cache, and so need next to no memory.
 """
@@ -6,12 +6,31 @@ They go over the tile in blocks of rows that stay in the processor's cache, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_BYTES = 2**20
 CUDA_BLOCK_BYTES = 2**26
+SHIFT_COLUMNS = 4096  # columns of a tile that share a shift: the Triton kernels look at so many at a time
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True, slots=True)
+class Exponentials:
+    """exp(z - shift) of a tile's logits: half the bytes of float32 logits, and the relative error of bfloat16.
+
+    z = logits / temperature. A probability is exp(z - shift) exp(shift - logsumexp).
+    """
+
+    values: Tensor  # [t, v] bfloat16, in [0, 1]; 0 in padding
+    shifts: Tensor  # [t, ceil(v / SHIFT_COLUMNS)] float32: the largest z of a row in these columns and those before
+
+    @staticmethod
+    def num_shifts(num_columns: int) -> int:
+        return -(-num_columns // SHIFT_COLUMNS)
 
 
 def reduce_rows(
@@ -20,11 +39,15 @@ def reduce_rows(
     num_valid: int,  # columns; the others are padding
     temperature: float,
     with_entropy: bool,
+    kept: Exponentials | None = None,
 ) -> Tensor:
     """[3, t]: maximum m, sum exp(z - m), the target's z or -inf; with entropy also sum exp(z - m) (z - m).
 
-    z = logits / temperature. The logits stay as they are. A NaN among them makes the sum NaN.
+    z = logits / temperature. The logits stay as they are. A NaN among them makes the sum NaN. The exponentials are
+    written to `kept`, if it is given.
     """
+    if kept is not None:
+        keep_exponentials(logits, num_valid, temperature, kept)
     logits = logits[:, :num_valid]
     numbers = torch.empty(4 if with_entropy else 3, len(logits), dtype=torch.float32, device=logits.device)
     torch.amax(logits, dim=-1, out=numbers[0])
@@ -75,6 +98,78 @@ def gradient_rows(
         if gradient is not logits:
             gradient[rows] = values
     return gradient
+
+
+def keep_exponentials(logits: Tensor, num_valid: int, temperature: float, kept: Exponentials) -> None:
+    highest = torch.full_like(logits[:, :1], -3.0e38)
+    for index, start in enumerate(range(0, logits.shape[1], SHIFT_COLUMNS)):
+        columns = slice(start, start + SHIFT_COLUMNS)
+        values = logits[:, columns] / temperature
+        values[:, max(0, num_valid - start) :] = -torch.inf
+        highest = torch.maximum(highest, values.amax(1, keepdim=True))
+        kept.shifts[:, index] = highest[:, 0]
+        kept.values[:, columns] = values.sub_(highest).exp_()
+
+
+def gradient_of_kept(
+    kept: Exponentials,
+    target: Tensor,  # these are as in gradient_rows
+    num_valid: int,
+    logsumexp: Tensor,
+    entropy: Tensor | None,
+    scales: Tensor,
+    out: Tensor,  # [t, v] half precision; may be the memory of the kept exponentials
+) -> None:
+    """d loss / d logits from kept exponentials."""
+    out.copy_(_gradient_of_kept(kept, target, num_valid, logsumexp, entropy, scales))
+
+
+def fp8_gradient_of_kept(
+    kept: Exponentials,
+    target: Tensor,  # these are as in gradient_rows
+    num_valid: int,
+    logsumexp: Tensor,
+    entropy: Tensor | None,
+    scales: Tensor,
+    bounds: Tensor,  # [t], at least the size of the gradients of a token
+    out: Tensor,  # [t or more, v or more] e4m3; multiples of 16
+    transposed: Tensor,  # its transpose
+) -> None:
+    """(d loss / d logits) E4M3_MAX / bounds, from kept exponentials, in both layouts; 0 beyond t and v."""
+    gradient = _gradient_of_kept(kept, target, num_valid, logsumexp, entropy, scales)
+    values = gradient.mul_((E4M3_MAX / bounds)[:, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    out.copy_(padded(values, *out.shape))
+    transposed.copy_(out.T)
+
+
+def _gradient_of_kept(
+    kept: Exponentials, target: Tensor, num_valid: int, logsumexp: Tensor, entropy: Tensor | None, scales: Tensor
+) -> Tensor:
+    """[t, v] float32"""
+    onehot_scale, probs_scale, entropy_scale = scales[:, :, None].unbind()
+    local, inside = local_target(target, num_valid)
+    num_columns = kept.values.shape[1]
+    lower = (kept.shifts - logsumexp[:, None]).repeat_interleave(SHIFT_COLUMNS, dim=1)[:, :num_columns]
+    exponentials = kept.values.float()
+    values = exponentials * lower.exp()
+    if entropy is None:
+        values *= probs_scale
+    else:
+        surprise = torch.where(exponentials > 0, exponentials.log(), 0.0) + lower + entropy[:, None]
+        values *= probs_scale - entropy_scale * surprise
+    values.scatter_add_(1, local[:, None], onehot_scale * inside[:, None])
+    values[:, num_valid:] = 0.0
+    return values
+
+
+def cast_transpose(matrix: Tensor, factors: Tensor | None, scale: Tensor, out: Tensor) -> None:
+    """out e4m3 = (matrix [m, n] * factors [m, 1] / scale).T; 0 beyond n and m. `out` has multiples of 16."""
+    product = matrix.float() if factors is None else matrix.float() * factors[:, None]
+    out.copy_(padded((product / scale).clamp_(-E4M3_MAX, E4M3_MAX).T, *out.shape))
+
+
+def padded(matrix: Tensor, num_rows: int, num_columns: int) -> Tensor:
+    return F.pad(matrix, (0, num_columns - matrix.shape[1], 0, num_rows - matrix.shape[0]))
 
 
 def local_target(target: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Reduces tiles of logits to log-sum-exp, target logit and entropy, and merges the reductions."""
+"""Reduces tiles of logits to log-sum-exp, target logit and entropy, and merges the reductions; what a call is."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oreal.kernels import torch_rows
-from megatron_oreal.kernels.fp8.largest_logits import ExactLogits, LargestLogits
-from megatron_oreal.kernels.gemms import Gemms
-from megatron_oreal.kernels.tiles import ALIGNMENT, Compute, Sizes
+from megatron_oreal.kernels.blocks import Block
+from megatron_oreal.kernels.products import Products
+from megatron_oreal.kernels.tiles import ALIGNMENT
+from megatron_oreal.kernels.torch_rows import Exponentials
 
 
 class RowKernels(Protocol):
     """torch_rows, which documents them, or triton_rows."""
 
     def reduce_rows(
-        self, logits: Tensor, target: Tensor, num_valid: int, temperature: float, with_entropy: bool
+        self,
+        logits: Tensor,
+        target: Tensor,
+        num_valid: int,
+        temperature: float,
+        with_entropy: bool,
+        kept: Exponentials | None = None,
     ) -> Tensor: ...
 
     def gradient_rows(
@@ -38,6 +45,66 @@ class RowKernels(Protocol):
         dtype: torch.dtype,
     ) -> Tensor: ...
 
+    def gradient_of_kept(
+        self,
+        kept: Exponentials,
+        target: Tensor,
+        num_valid: int,
+        logsumexp: Tensor,
+        entropy: Tensor | None,
+        scales: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+    def fp8_gradient_of_kept(
+        self,
+        kept: Exponentials,
+        target: Tensor,
+        num_valid: int,
+        logsumexp: Tensor,
+        entropy: Tensor | None,
+        scales: Tensor,
+        bounds: Tensor,
+        out: Tensor,
+        transposed: Tensor,
+    ) -> None: ...
+
+    def cast_transpose(self, matrix: Tensor, factors: Tensor | None, scale: Tensor, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """What a gradient of logits takes of its t tokens, besides the logits."""
+
+    target: Tensor  # [t]
+    logsumexp: Tensor  # [t], of all columns of all ranks
+    entropy: Tensor | None  # [t]; None: nothing comes from the entropy
+    scales: Tensor  # [3, t]: of the target's one-hot, of the probabilities, of d entropy / d logits
+
+    def part(self, rows: slice) -> Upstream:
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return Upstream(self.target[rows], self.logsumexp[rows], entropy, self.scales[:, rows])
+
+
+class BlockGradients(Protocol):
+    """Makes the gradients of a block's logits of its exponentials, and multiplies them. One object a call."""
+
+    def memory(self, weight: Tensor) -> tuple[int, int]:
+        """(bytes whatever the block, bytes a token of it) beyond the block and a tile of its logits."""
+        ...
+
+    def add(
+        self,
+        call: Call,
+        block: Block,
+        upstream: Upstream,
+        hidden: Tensor,  # [t, H]
+        weight: Tensor,  # [v, H], the columns of the block
+        of_hidden: Tensor | None,  # [t, H] float32, to be overwritten
+        of_weight: Tensor | None,  # [v, H], float32 or half precision
+        accumulate: bool,  # add to of_weight; else overwrite it
+    ) -> None: ...
+
 
 @cache
 def row_kernels(device_type: str) -> RowKernels:
@@ -49,38 +116,24 @@ def row_kernels(device_type: str) -> RowKernels:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """What a call is besides its tensors."""
+class Call:
+    """What a call of linear_logprob is, besides its tensors."""
 
-    gemms: Gemms
+    products: Products
     rows: RowKernels
+    block_gradients: BlockGradients | None  # None: tiles of float32 logits, see tile_passes.py
+    memory_bytes: int  # at most, beyond inputs and gradients
     group: dist.ProcessGroup | None  # None: this rank has the whole vocabulary
     first: int  # token id of this rank's first column
     num_valid: int  # of this rank's columns: the others are padding
     temperature: float
     with_entropy: bool
     fused_weight: Tensor | None  # has a main_grad, which takes its gradient
-
-    def sizes(self, hidden: Tensor, weight: Tensor) -> Sizes:
-        memory, grad_dtype = self.gemms.memory(hidden, weight), self.gemms.grad_dtype
-        return Sizes(
-            tokens=len(hidden),
-            columns=len(weight),
-            used_columns=self.used_columns(weight),
-            element_bytes=4 + (0 if grad_dtype is torch.float32 else grad_dtype.itemsize) + memory.element,
-            token_bytes=4 * hidden.shape[1] + memory.token,
-            column_bytes=memory.column,
-            scratch_bytes=memory.scratch,
-            held_bytes=memory.held,
-            is_cuda=hidden.is_cuda,
-        )
+    with_placeholder: bool  # autograd gets an empty gradient where main_grad has it
 
     def used_columns(self, weight: Tensor) -> int:
         """Those with vocabulary, and padding up to a width that the products like."""
         return min(len(weight), ceil(self.num_valid / ALIGNMENT) * ALIGNMENT)
-
-    def compute(self, hidden: Tensor, weight: Tensor) -> Compute:
-        return lambda rows, columns, out: self.gemms.logits(hidden[rows], weight[columns], out)
 
     @property
     def num_numbers(self) -> int:
@@ -90,37 +143,23 @@ class _Call:
         """Of a tile: the targets as its columns, and how many columns are not padding."""
         return target - (self.first + columns.start), min(columns.stop, self.num_valid) - columns.start
 
-    def reduce(
-        self, tiles: Iterable[tuple[slice, Tensor]], hidden: Tensor, weight: Tensor, target: Tensor
-    ) -> tuple[Tensor, ExactLogits]:
-        """[3 or 4, t] (see torch_rows) of this rank's columns, from the (columns, logits) of its tiles.
-
-        Beside it the logits that were computed again: in the backward pass too they take the tiles' place.
-        """
-        nothing = torch.zeros(self.num_numbers, len(target), dtype=torch.float32, device=target.device)
-        nothing[[0, 2]] = -torch.inf
-        largest = LargestLogits(self.gemms.num_exact, target, self.numbers_of)
+    def reduce(self, tiles: Iterable[tuple[slice, Tensor]], target: Tensor) -> Tensor:
+        """[3 or 4, t] (see torch_rows) of this rank's columns, from the (columns, logits) of its tiles."""
         parts = []
-        for columns, logits in largest.masked(tiles, self.num_valid):
+        for columns, logits in tiles:
             parts.append(
                 self.rows.reduce_rows(logits, *self.place(target, columns), self.temperature, self.with_entropy)
             )
             del logits  # before the next tile is made
-        exact = largest.computed(lambda columns: self.gemms.exact_logits(hidden, weight, columns))
-        if exact.num_columns:
-            parts += [*largest.others, self.numbers_of(exact.values)]
-        numbers = merge(parts or [nothing])
-        column = target - self.first
-        is_here = (column >= 0) & (column < self.num_valid)
-        of_target = self.gemms.exact_logits(hidden, weight, torch.where(is_here, column, 0)[:, None])
-        if of_target is not None:
-            numbers[2] = torch.where(is_here, of_target[:, 0] / self.temperature, -torch.inf)
-        return numbers, exact
+        return self.merged(parts, target)
 
-    def numbers_of(self, logits: Tensor) -> Tensor:
-        """[3 or 4, t] of logits [t, k] of any columns, without a target."""
-        nowhere = torch.full((len(logits),), -1, device=logits.device)
-        return self.rows.reduce_rows(logits, nowhere, logits.shape[1], self.temperature, self.with_entropy)
+    def merged(self, parts: list[Tensor], target: Tensor) -> Tensor:
+        """[3 or 4, t] of all parts; without any, of no columns."""
+        if parts:
+            return merge(parts)
+        nothing = torch.zeros(self.num_numbers, len(target), dtype=torch.float32, device=target.device)
+        nothing[[0, 2]] = -torch.inf
+        return nothing
 
     def outputs(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(logprobs, logsumexp, entropy or None), each [t], from this rank's [3 or 4, t] and the others'."""

@@ -1,9 +1,9 @@
 """Attention over packed sequences with torch alone, and the norm that goes with it.
 
-Megatron's local DotProductAttention refuses packed sequences. Here the segments of a micro-batch are gathered into a
-few padded batches of similar length, each one call of scaled_dot_product_attention: exact, without a mask (causality
-hides the padding at the end), and with few calls where segments are many and short. On CUDA in half precision, torch's
-variable-length attention takes the packed tokens as they are.
+Megatron's local DotProductAttention refuses packed sequences. On CUDA in half precision, torch's variable-length
+attention takes the packed tokens as they are. Elsewhere the segments of a micro-batch are gathered into a few padded
+batches of similar length, and each batch is one call of scaled_dot_product_attention. That is exact and needs no mask,
+because causality hides the padding at the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron_oreal.data.packing import copy_to_device
 
 # A padded batch holds segments of at least this share of its longest: the padding is bounded by 1 / share.
 SHORTEST_SHARE = 0.6
@@ -28,41 +33,56 @@ SHORTEST_SHARE = 0.6
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """PackedSeqParams for the local layers: "sbhd" keeps Megatron from its per-segment rotary loop."""
+    """PackedSeqParams for the local layers: "sbhd" keeps Megatron from its per-segment rotary loop.
+
+    The index tensors are empty where variable-length attention takes the packed tokens.
+    """
 
     padded_indices: list[Tensor] = field(default_factory=list)  # [segments, longest] int64 into [T], per padded batch
     restore_index: Tensor | None = None  # [T] int64, where token t stands in the concatenated padded batches
 
 
-def pack_segments(cu_seqlens: Tensor, max_seqlen: int) -> PackedSegments:
-    """cu_seqlens [N + 1] int32 of the packed tokens -> what PackedAttention and the rotary embedding need."""
-    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    padded_indices: list[Tensor] = []
-    restore_index = torch.empty(int(cu_seqlens[-1]), dtype=torch.int64, device=cu_seqlens.device)
-    offset = 0
-    for segments in similar_lengths(lengths.tolist()):
-        chosen = torch.tensor(segments, device=cu_seqlens.device)
-        longest = int(lengths[chosen].max())
-        position = torch.arange(longest, device=cu_seqlens.device)
-        within = position < lengths[chosen, None]  # [segments, longest]
-        # Padding repeats the segment's first token: a valid index whose result is dropped.
-        index = starts[chosen, None] + torch.where(within, position, 0)
-        padded_indices.append(index)
-        slots = torch.arange(index.numel(), device=cu_seqlens.device).view_as(index) + offset
-        restore_index[index[within]] = slots[within]
-        offset += index.numel()
-    return PackedSegments(
+def pack_segments(cu_seqlens: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> PackedSegments:
+    """What PackedAttention needs of a micro-batch whose segments have these lengths, for activations of `dtype`.
+
+    cu_seqlens: [N + 1] int32 on the device of the activations; `lengths` are the same numbers on the host, so nothing
+    here waits for the device.
+    """
+    packed = PackedSegments(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        padded_indices=padded_indices,
-        restore_index=restore_index,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
+    if not takes_packed_tokens(cu_seqlens.device, dtype):
+        indices, restore_index = padded_batches(lengths)
+        packed.padded_indices = [copy_to_device(index, cu_seqlens.device) for index in indices]
+        packed.restore_index = copy_to_device(restore_index, cu_seqlens.device)
+    return packed
 
 
-def similar_lengths(lengths: list[int]) -> list[list[int]]:
+def padded_batches(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+    """`padded_indices` and `restore_index` of PackedSegments, on the host."""
+    of_segment = torch.tensor(lengths)
+    starts = of_segment.cumsum(0) - of_segment
+    padded_indices: list[Tensor] = []
+    restore_index = torch.empty(sum(lengths), dtype=torch.int64)
+    offset = 0
+    for segments in similar_lengths(lengths):
+        chosen = torch.tensor(segments)
+        position = torch.arange(lengths[segments[0]])
+        within = position < of_segment[chosen, None]  # [segments, longest]
+        # Padding repeats the segment's first token: a valid index whose result is dropped.
+        index = starts[chosen, None] + torch.where(within, position, 0)
+        padded_indices.append(index)
+        slots = torch.arange(index.numel()).view_as(index) + offset
+        restore_index[index[within]] = slots[within]
+        offset += index.numel()
+    return padded_indices, restore_index
+
+
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
     """Segment numbers in groups, longest first, each within SHORTEST_SHARE of its longest."""
     order = sorted((number for number, length in enumerate(lengths) if length), key=lambda n: (-lengths[n], n))
     groups: list[list[int]] = []
@@ -74,15 +94,116 @@ def similar_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+# (query [T, heads, D], key [T, groups, D], value, cu_seqlens, longest, scale) -> [T, heads, D], causal
+PackedAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+# Of the check against scaled_dot_product_attention in float32: bfloat16 keeps 8 bits of each number.
+CHECK_TOLERANCE = 0.03
+
+
+def takes_packed_tokens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention on this device and in this precision takes packed tokens without padded copies."""
+    in_half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and in_half and variable_length_attention() is not None
+
+
 @functools.cache
-def variable_length_attention() -> Callable[..., Any] | None:
-    """torch's own, where it is new enough for causal grouped-query attention; None elsewhere."""
+def variable_length_attention() -> PackedAttend | None:
+    """torch's variable-length attention with causal masks and grouped heads; None where torch cannot do both.
+
+    On CUDA one small case is computed both ways first, because releases differ in what they accept: torch 2.11 takes
+    grouped heads without an `enable_gqa` argument. Warns where the padded form must be used on CUDA instead.
+    """
+    attend = causal_attention(torch_varlen_attn())
+    if attend is None or not torch.cuda.is_available():
+        return attend
+    if problem := difference_from_padded(attend):
+        warnings.warn(
+            f"torch {torch.__version__}: variable-length attention is not used, because {problem}; attention over "
+            "padded batches takes more time",
+            stacklevel=2,
+        )
+        return None
+    return attend
+
+
+def torch_varlen_attn() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
+    return varlen_attn
+
+
+def causal_attention(varlen_attn: Callable[..., Any] | None) -> PackedAttend | None:
+    """A release's varlen_attn behind one signature; None for those before torch 2.11, which have no window."""
+    if varlen_attn is None:
+        return None
     known = inspect.signature(varlen_attn).parameters.keys()
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known else None
+    if not {"scale", "window_size"} <= known:
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
+        # Releases without the argument do not compare the numbers of heads, and their operator takes grouped ones.
+        grouped = {"enable_gqa": query.size(1) != key.size(1)} if "enable_gqa" in known else {}
+        out = varlen_attn(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=scale,
+            window_size=(-1, 0),  # no token sees a later one
+            **grouped,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return attend
+
+
+@torch.no_grad()
+def difference_from_padded(attend: PackedAttend) -> str:
+    """What is wrong with `attend` for two segments and three query heads a key head on CUDA; empty if nothing is."""
+    generator = torch.Generator().manual_seed(0)  # the state of CUDA's generator is left alone
+    lengths, heads, groups, head_dim = [5, 19], 6, 2, 64
+    query, key, value = (
+        torch.randn(sum(lengths), count, head_dim, generator=generator).bfloat16().cuda()
+        for count in (heads, groups, groups)
+    )
+    cu_seqlens = torch.tensor([0, 5, 24], dtype=torch.int32, device="cuda")
+    try:
+        found = attend(query, key, value, cu_seqlens, 19, head_dim**-0.5).float()
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return f"it raises {type(error).__name__}: {error}"
+    wanted = torch.cat(
+        [
+            causal_batch(q[None].float(), k[None].float(), v[None].float(), head_dim**-0.5)[0]
+            for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        ]
+    )
+    difference = float((found - wanted).abs().max())
+    return "" if difference < CHECK_TOLERANCE else f"it differs from scaled_dot_product_attention by {difference:.3g}"
+
+
+def causal_batch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of [B, S, heads, head_dim]; key and value may have fewer heads."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    grouped = query.size(1) != key.size(1)
+    if grouped and query.is_cuda:  # the fused kernels take equal numbers of heads; without them scores are O(S^2)
+        key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
+        grouped = False
+    with deterministic_backend(query):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def deterministic_backend(query: Tensor) -> AbstractContextManager[Any]:
+    """The memory-efficient kernel, CUDA's only fused one for float32, has no deterministic backward pass."""
+    if query.is_cuda and query.dtype is torch.float32 and torch.are_deterministic_algorithms_enabled():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 class PackedAttention(MegatronModule):
@@ -115,49 +236,21 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:  # [S, B, heads * head_dim]
         tokens, batch, heads, head_dim = query.shape
         if packed_seq_params is None:
-            out = self.causal(*(x.transpose(0, 1) for x in (query, key, value)))
+            out = causal_batch(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self.softmax_scale)
             return out.transpose(0, 1).reshape(tokens, batch, heads * head_dim)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and variable_length_attention():
-            out = self.variable_length(query, key, value, packed_seq_params)
+        if packed_seq_params.restore_index is None:
+            attend = variable_length_attention()
+            assert attend is not None
+            longest = packed_seq_params.max_seqlen_q
+            out = attend(query, key, value, packed_seq_params.cu_seqlens_q, longest, self.softmax_scale)
         else:
             padded = [
-                self.causal(query[index], key[index], value[index]).reshape(-1, heads * head_dim)
+                causal_batch(query[index], key[index], value[index], self.softmax_scale).reshape(-1, heads * head_dim)
                 for index in packed_seq_params.padded_indices
             ]
-            assert packed_seq_params.restore_index is not None
             out = torch.cat(padded).index_select(0, packed_seq_params.restore_index)
         return out.reshape(tokens, 1, heads * head_dim)
-
-    def causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, S, heads, head_dim] in and out."""
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        grouped = query.size(1) != key.size(1)
-        if grouped and query.is_cuda:  # the fused kernels take equal numbers of heads; without them scores are O(S^2)
-            key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
-            grouped = False
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
-        )
-        return out.transpose(1, 2)
-
-    def variable_length(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments) -> Tensor:
-        attend = variable_length_attention()
-        assert attend is not None
-        out = attend(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=self.softmax_scale,
-            window_size=(-1, 0),  # causal
-            enable_gqa=query.size(1) != key.size(1),
-        )
-        assert isinstance(out, Tensor)
-        return out
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_decoder_block_spec
 from megatron.core.transformer.moe import moe_utils
@@ -43,8 +45,19 @@ class PackedGPTModel(GPTModel):
         return hidden_states
 
 
+def resolved_for(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """Without `auto` in dtype and recompute. By the device alone: run/devices.py chooses recompute by memory before."""
+    on_cuda = device.type == "cuda"
+    dtype, recompute = config.dtype, config.recompute
+    if dtype == "auto":
+        dtype = "bfloat16" if on_cuda else "float32"
+    if recompute == "auto":
+        recompute = "full" if on_cuda else "none"
+    return config.model_copy(update={"dtype": dtype, "recompute": recompute})
+
+
 def uses_transformer_engine(config: ModelConfig, device: torch.device) -> bool:
-    """Raises ValueError when it is asked for and not to be had."""
+    """Raises ValueError when it is asked for and not to be had. The config's dtype is resolved."""
     if config.implementation == "local":
         return False
     missing = ""
@@ -67,6 +80,8 @@ def transformer_config(
     recompute: dict[str, Any] = {}
     if config.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif config.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": list(config.recompute_modules)}
     fp8: dict[str, Any] = {}
     if config.fp8 is not None:
         fp8 = fp8_layer_settings(
@@ -109,10 +124,12 @@ def transformer_config(
         use_cpu_initialization=layout.device.type == "cpu",
         # The loss is global already: no division by tokens or micro-batches, see optimizer.finalize_gradients.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        # Transformer Engine adds weights' gradients to main_grad inside the product; see OutputLayer.
+        gradient_accumulation_fusion=transformer_engine,
         masked_softmax_fusion=False,
         persist_layer_norm=transformer_engine,
-        bias_activation_fusion=transformer_engine,
+        # SwiGLU as one kernel by torch.compile, which keeps a third of the activations.
+        bias_activation_fusion=layout.device.type == "cuda",
         bias_dropout_fusion=False,
         apply_rope_fusion=transformer_engine,
         **expert_settings(architecture, layout),
@@ -166,6 +183,29 @@ def prepare_megatron_experts(device: torch.device) -> None:
         torch.compiler.set_stance("force_eager")
 
 
+class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """Megatron's output layer without gradient accumulation fusion, which it would need Apex for.
+
+    Only its weight is used: linear_logprob adds the gradient to main_grad by itself.
+    """
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        unfused = copy.copy(config)
+        unfused.gradient_accumulation_fusion = False
+        super().__init__(*args, config=unfused, **kwargs)
+
+
+@contextmanager
+def own_output_layer() -> Iterator[None]:
+    """Inside, GPTModel makes an OutputLayer."""
+    original = tensor_parallel.ColumnParallelLinear
+    tensor_parallel.ColumnParallelLinear = OutputLayer
+    try:
+        yield
+    finally:
+        tensor_parallel.ColumnParallelLinear = original
+
+
 def build_chunks(
     architecture: Architecture, head: Head, config: TransformerConfig, layout: ParallelLayout, transformer_engine: bool
 ) -> list[PackedGPTModel]:
@@ -177,19 +217,20 @@ def build_chunks(
     for number in range(layout.virtual_size):
         vp_stage = number if layout.virtual_size > 1 else None
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-        chunk = PackedGPTModel(
-            config=config,
-            transformer_layer_spec=layer_spec(config, transformer_engine, vp_stage),
-            vocab_size=padded_vocabulary(architecture.vocab_size, layout.tensor_size),
-            max_sequence_length=architecture.max_positions,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
-            post_process=is_last,
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
-            rotary_base=int(architecture.rope_theta),
-            parallel_output=True,
-            vp_stage=vp_stage,
-        )
+        with own_output_layer():
+            chunk = PackedGPTModel(
+                config=config,
+                transformer_layer_spec=layer_spec(config, transformer_engine, vp_stage),
+                vocab_size=padded_vocabulary(architecture.vocab_size, layout.tensor_size),
+                max_sequence_length=architecture.max_positions,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+                post_process=is_last,
+                share_embeddings_and_output_weights=tied,
+                position_embedding_type="rope",
+                rotary_base=int(architecture.rope_theta),
+                parallel_output=True,
+                vp_stage=vp_stage,
+            )
         if architecture.rope_scaling:
             # Megatron's own scaling knows one setting of three of its four numbers.
             chunk.rotary_pos_emb.inv_freq = rotary_frequencies(

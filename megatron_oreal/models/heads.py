@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +14,12 @@ from torch import Tensor
 
 from megatron_oreal.config import HeadFp8, HeadInit
 from megatron_oreal.kernels import linear_logprob
-from megatron_oreal.kernels.fp8.gate import GuardedPrecision
 from megatron_oreal.kernels.fp8.scaled import Fp8Options
-from megatron_oreal.kernels.gemms import Gemms, Precision
-from megatron_oreal.kernels.precision import make_fp8_gemms, make_products
+from megatron_oreal.kernels.precision import check_fp8, make_arithmetic
+from megatron_oreal.kernels.products import Precision
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
-from megatron_oreal.weights.families import Head as HeadKind
+from megatron_oreal.weights.families import HeadKind
 
 
 class Head(Protocol):
@@ -44,8 +41,7 @@ def whole_sequence(hidden: Tensor, layout: ParallelLayout) -> Tensor:
 
 
 FP8_OPTIONS: dict[HeadFp8, Fp8Options] = {
-    "torch_row": Fp8Options("torch", "row"),
-    "torch_tensor": Fp8Options("torch", "tensor"),
+    "torch": Fp8Options("torch"),
     "transformer_engine_tensor": Fp8Options("transformer_engine", "tensor"),
     "transformer_engine_block": Fp8Options("transformer_engine", "block"),
     "transformer_engine_mx": Fp8Options("transformer_engine", "mx"),
@@ -59,15 +55,13 @@ class LogprobHead:
     layout: ParallelLayout
     vocab_size: int  # without padding
     kind: HeadKind = "lm"
-    precision: InitVar[Precision] = "bf16"  # of the products, see linear_logprob
-    fp8: HeadFp8 = "torch_row"  # how, where the precision is FP8
-    guard: GuardedPrecision = field(init=False)  # FP8 values, as long as they are good enough
+    precision: Precision = "bf16"  # of the products, see linear_logprob
+    fp8: HeadFp8 = "torch"  # whose FP8 products, where the precision is fp8_grad
 
-    def __post_init__(self, precision: Precision) -> None:
+    def __post_init__(self) -> None:
         """Raises ValueError naming what FP8 lacks on this device."""
-        if is_fp8(precision):
-            make_products(FP8_OPTIONS[self.fp8], self.layout.device)
-        object.__setattr__(self, "guard", GuardedPrecision(precision))
+        if self.precision == "fp8_grad":
+            check_fp8(self.layout.device, FP8_OPTIONS[self.fp8])
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
         """GPTModel's own output layer is the head's weight."""
@@ -75,44 +69,26 @@ class LogprobHead:
     def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
         shared = model.share_embeddings_and_output_weights
         weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
-        trained = microbatch.loss_mask.nonzero()[:, 0]
+        trained = microbatch.trained
         selected = whole_sequence(hidden, self.layout).index_select(0, trained)
-        hidden, labels = selected.to(weight.dtype), microbatch.labels[trained]
-        compute = partial(
-            linear_logprob,
-            tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
-            valid_vocab=self.vocab_size,
-        )
-
-        def measured(precision: Precision, tokens: slice) -> Tensor:
-            return compute(hidden[tokens], weight, labels[tokens], precision=self.products(precision, hidden))[0]
-
-        if note := self.guard.check(len(labels), measured):
-            warnings.warn(f"model.head_precision: {note}", stacklevel=1)
-        logprobs, _, entropy = compute(
+        hidden = selected.to(weight.dtype)
+        logprobs, _, entropy = linear_logprob(
             hidden,
             weight,
-            labels,
+            microbatch.labels[trained],
+            tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
+            valid_vocab=self.vocab_size,
             entropy=True,
-            precision=self.products(self.guard.precision, hidden),
-            accumulate_main_grad=True,  # where Megatron's data parallelism has made one, whatever its layers do
+            precision=make_arithmetic(self.precision, hidden.device, hidden.dtype, FP8_OPTIONS[self.fp8]),
+            # Where Megatron's data parallelism has made a main_grad, whatever its layers do.
+            accumulate_main_grad=True,
+            placeholder_gradient=True,
         )
         assert entropy is not None
         empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=hidden.device)
         return TokenOutputs(
             values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy)
         )
-
-    def products(self, precision: Precision, hidden: Tensor) -> Precision | Gemms:
-        if not is_fp8(precision):
-            return precision
-        return make_fp8_gemms(
-            hidden.device, hidden.dtype, with_values=precision == "fp8", options=FP8_OPTIONS[self.fp8]
-        )
-
-
-def is_fp8(precision: Precision) -> bool:
-    return precision in ("fp8_grad", "fp8")
 
 
 class ScalarProjection(torch.nn.Module):

@@ -41,6 +41,7 @@ class DeviceMemory:
         for storage in (*keeps.values(), *drops.values()):
             num_bytes += storage.nbytes()
             storage.resize_(0)
+        give_back_memory(keeps.values())
         self.is_offloaded = True
         return num_bytes
 
@@ -68,6 +69,13 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
 
 def as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def give_back_memory(freed: Iterable[torch.UntypedStorage]) -> None:
+    """To the driver: other processes cannot use what torch's allocator keeps, its own or lent through CUDA IPC."""
+    if any(storage.device.type == "cuda" for storage in freed):
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def wait(moved: Iterable[torch.UntypedStorage]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -15,6 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_oreal.config import OptimizerConfig
 from megatron_oreal.models.build import PackedGPTModel
+from megatron_oreal.models.cuda_optimizer import use_foreach_norms, use_fused_adam
+from megatron_oreal.parallel.layout import ParallelLayout
 
 
 @dataclass(slots=True)
@@ -25,6 +28,8 @@ class Training:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     is_sharded: bool  # data-parallel ranks hold different parts of the optimizer
+    is_on_cuda: bool = False
+    overlaps_reduction: bool = False  # of gradients over data parallelism with the backward pass
 
     @property
     def inner_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -45,6 +50,8 @@ class Training:
         """The model's parameters must be restored already."""
         for optimizer, saved, masters in zip(self.inner_optimizers, state["optimizers"], state["masters"], strict=True):
             optimizer.load_state_dict(saved)
+            if self.is_on_cuda:
+                use_fused_adam(optimizer)  # what was saved elsewhere may say otherwise
             with torch.no_grad():
                 for parameter, master in zip(parameters(optimizer), masters, strict=True):
                     parameter.copy_(master)
@@ -53,17 +60,22 @@ class Training:
 
 
 def prepare_training(
-    chunks: list[PackedGPTModel], config: TransformerConfig, settings: OptimizerConfig, num_updates: int
+    chunks: list[PackedGPTModel],
+    config: TransformerConfig,
+    settings: OptimizerConfig,
+    num_updates: int,
+    layout: ParallelLayout,
 ) -> Training:
     """Wraps the chunks for data parallelism; `num_updates` is where a cosine schedule without decay_steps ends."""
+    is_on_cuda, half = layout.device.type == "cuda", config.params_dtype is torch.bfloat16
+    is_sharded, overlaps = chosen(settings, config, layout)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=settings.distributed, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True, use_distributed_optimizer=is_sharded, overlap_grad_reduce=overlaps
     )
     wrapped = [
         DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
-    half = config.params_dtype is torch.bfloat16
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -75,8 +87,11 @@ def prepare_training(
         clip_grad=settings.clip_grad,
         bf16=half,
         params_dtype=config.params_dtype,
-        use_distributed_optimizer=settings.distributed,
+        use_distributed_optimizer=is_sharded,
+        **moment_settings(settings, is_sharded),
     )
+    if is_on_cuda:
+        use_foreach_norms()
     # The standard overrides: no weight decay for biases and norms.
     optimizer = get_megatron_optimizer(
         optimizer_config,
@@ -86,7 +101,43 @@ def prepare_training(
     )
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_gradients
-    return Training(wrapped, optimizer, build_schedule(optimizer, settings, num_updates), settings.distributed)
+    if overlaps:  # only the last micro-batch's backward pass starts the reductions
+        config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]
+    schedule = build_schedule(optimizer, settings, num_updates)
+    training = Training(wrapped, optimizer, schedule, is_sharded, is_on_cuda, overlaps)
+    if is_on_cuda:
+        for inner in training.inner_optimizers:
+            use_fused_adam(inner)
+    return training
+
+
+def chosen(settings: OptimizerConfig, config: TransformerConfig, layout: ParallelLayout) -> tuple[bool, bool]:
+    """(optimizer state is sharded, reduction of gradients overlaps), where the settings may leave both open.
+
+    Experts do not overlap unless they are told to: one that no token of the last micro-batch chose has no gradient, and
+    Megatron would wait for it.
+    """
+    replicated_on_cuda = layout.device.type == "cuda" and layout.data_size > 1
+    is_sharded = replicated_on_cuda if settings.distributed == "auto" else settings.distributed
+    overlaps = settings.overlap_grad_reduce
+    if overlaps == "auto":
+        overlaps = replicated_on_cuda and config.num_moe_experts is None
+    return is_sharded, overlaps
+
+
+def moment_settings(settings: OptimizerConfig, is_sharded: bool) -> dict[str, Any]:
+    """Of Megatron's OptimizerConfig. Raises ValueError where Adam's moments cannot be kept in bfloat16."""
+    if settings.moments == "float32":
+        return {}
+    if not is_sharded:
+        raise ValueError("optimizer.moments=bfloat16 needs optimizer.distributed=true: set it, or moments=float32")
+    if not HAVE_TE:
+        raise ValueError("optimizer.moments=bfloat16 needs Transformer Engine's Adam: install it, or set float32")
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+    }
 
 
 def copy_of(parameter: torch.Tensor) -> torch.Tensor:

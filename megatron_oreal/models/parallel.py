@@ -1,4 +1,9 @@
-"""The parallel layout of this process, and the backend it runs on: chosen once, before anything is built."""
+"""The parallel layout of this process and the backend that it runs on: both are chosen once, before anything is built.
+
+On CUDA, the group of all processes has two backends: NCCL for tensors on GPUs, and gloo for Python objects and tensors
+on the host. Megatron's own groups have NCCL alone, because gloo would open a mesh of sockets for each of the more than
+twenty.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,10 @@ import logging
 import os
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,14 +23,21 @@ from megatron_oreal.config import ParallelConfig
 from megatron_oreal.models import megatron_on_cpu
 from megatron_oreal.parallel.layout import ParallelLayout
 
+ON_CUDA = "cpu:gloo,cuda:nccl"  # backends of the group of all processes
 
-def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) -> ParallelLayout:
+
+def initialize(parallel: ParallelConfig, seed: int, deterministic: bool | Literal["auto"] = "auto") -> ParallelLayout:
     """Starts torch.distributed (a world of one without a launcher) and Megatron's process groups.
 
-    Raises ValueError where the launcher's number of processes does not fit the layout.
+    `deterministic`: whether updates give the same numbers each time; "auto" is True on a CPU, where it costs little,
+    and False on CUDA. Raises ValueError where the launcher's number of processes does not fit the layout.
     """
     quiet_megatron()
     on_cpu = megatron_on_cpu.enable()
+    if deterministic == "auto":
+        deterministic = on_cpu
+    if not on_cpu:
+        set_cuda_environment(parallel, deterministic)
     from megatron.core import parallel_state, tensor_parallel
 
     device = torch.device("cpu") if on_cpu else local_cuda_device()
@@ -31,16 +45,17 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) 
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     if not dist.is_initialized():
-        # What is on the CPU, all objects among it, goes by gloo: it leaves GPUs alone.
-        backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=timeout, **single_process_rendezvous())
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
-        create_gloo_process_groups=False,
-    )
+        # With its device, NCCL connects here, and makes the smaller groups from this one.
+        backend: dict[str, Any] = {"backend": "gloo"} if on_cpu else {"backend": ON_CUDA, "device_id": device}
+        dist.init_process_group(**backend, timeout=timeout, **single_process_rendezvous())
+    with megatron_groups("gloo" if on_cpu else "nccl"):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
+            create_gloo_process_groups=False,
+        )
     layout = ParallelLayout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -56,15 +71,63 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool = True) 
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        deterministic_updates=deterministic and not on_cpu,
     )
     random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # what is allocated is written before it is read
+    if deterministic and on_cpu:
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return layout
+
+
+def set_cuda_environment(parallel: ParallelConfig, deterministic: bool) -> None:
+    """Variables that CUDA's libraries read when they start; what the user has set stays.
+
+    `PYTORCH_CUDA_ALLOC_CONF` must be set before torch is imported: see use_expandable_segments of launch.py.
+    """
+    if parallel.tensor > 1:
+        # One hardware queue: a gradient's all-reduce starts before the product that hides it, as Megatron intends.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # of Transformer Engine's attention
+
+
+@contextmanager
+def megatron_groups(backend: str) -> Iterator[None]:
+    """Inside, groups that Megatron makes without naming a backend get this one, not all those of the whole world."""
+    from megatron.core import parallel_state
+
+    create_group = parallel_state.create_group
+
+    def create_with_backend(*args: Any, **kwargs: Any) -> Any:
+        return create_group(*args, **{**kwargs, "backend": kwargs.get("backend") or backend})
+
+    parallel_state.create_group = create_with_backend
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create_group
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Inside, torch takes deterministic algorithms only, and raises RuntimeError where it has none.
+
+    A warning instead (warn_only) would be no use: the backward passes of fused attention then stay as they are.
+    """
+    if not enabled:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def local_cuda_device() -> torch.device:

@@ -23,12 +23,15 @@ from megatron_oreal.models.build import (
     PackedGPTModel,
     build_chunks,
     global_parameters,
+    resolved_for,
     transformer_config,
     uses_transformer_engine,
 )
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
+from megatron_oreal.models.parallel import deterministic_algorithms
+from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs, TokenStream
 from megatron_oreal.weights.families import Architecture
@@ -54,6 +57,7 @@ class TrainableModel:
         num_updates: int = 1,
     ) -> None:
         self.name, self.architecture, self.head, self.layout = name, architecture, head, layout
+        config = resolved_for(config, layout.device)
         self.transformer_engine = uses_transformer_engine(config, layout.device)
         self.megatron_config = transformer_config(architecture, config, layout, self.transformer_engine)
         self.chunks: list[PackedGPTModel] = build_chunks(
@@ -63,7 +67,7 @@ class TrainableModel:
         self.memory = DeviceMemory()
         self.training: Training | None = None
         if training is not None:
-            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates)
+            self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates, layout)
         else:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
@@ -108,9 +112,13 @@ class TrainableModel:
         return {f"time/in_update/{self.name}_{kind}": value for kind, value in seconds.items()}
 
     @contextmanager
-    def _timed(self, kind: str) -> Iterator[None]:
+    def _pass(self, kind: str) -> Iterator[None]:
+        """Around one pass over a batch. Each model pays for its own work: the device is waited for at the end."""
         start = time.perf_counter()
-        yield
+        with deterministic_algorithms(self.layout.deterministic_updates):
+            yield
+        if self.layout.device.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
 
     @torch.no_grad()
@@ -120,26 +128,28 @@ class TrainableModel:
         def collect(outputs: TokenOutputs, _microbatch: Microbatch) -> Tensor:
             return outputs.values
 
-        with self._timed("forward"):
+        with self._pass("forward"):
             values = self._run(batch, collect, forward_only=True)
-        for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
-            setattr(microbatch, stream, tensor)
+        self._fill_stream(batch, stream, values)
 
     @torch.no_grad()
-    def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """The loss's metrics without an update."""
-        with self._timed("forward"):
-            outputs: list[LossOutput] = self._run(batch, loss, forward_only=True)
+    def measure(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        """Returns the loss's metrics and updates nothing. `keep`: see `_run_loss`."""
+        with self._pass("forward"):
+            outputs: list[LossOutput] = self._run_loss(batch, loss, keep, forward_only=True)
         return self._reduce([output.metrics for output in outputs])
 
-    def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """One optimizer step. Raises NonFiniteLossError, before the weights change, naming the component."""
-        with self._timed("train"):
-            return self._train_step(batch, loss)
+    def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        """Takes one optimizer step and returns the loss's metrics from before it. `keep`: see `_run_loss`.
 
-    def _train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        Raises NonFiniteLossError, before the weights change, naming the component.
+        """
+        with self._pass("train"):
+            return self._train_step(batch, loss, keep)
+
+    def _train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None) -> dict[str, float]:
         training = self._training
-        metrics = self.accumulate_gradients(batch, loss)
+        metrics = self.accumulate_gradients(batch, loss, keep)
         for component, value in metrics.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(f"{component} is {value}")
@@ -152,18 +162,41 @@ class TrainableModel:
         metrics[f"{self.name}/lr"] = float(training.optimizer.param_groups[0]["lr"])
         return metrics
 
-    def accumulate_gradients(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        """The loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
+    def accumulate_gradients(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        """Returns the loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
         training = self._training
         for chunk in training.chunks:
             chunk.zero_grad_buffer()
         training.optimizer.zero_grad()
-        return self._reduce(self._run(batch, loss, forward_only=False))
+        return self._reduce(self._run_loss(batch, loss, keep, forward_only=False))
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         if self.layout.data_size > 1:
             dist.all_reduce(values, group=self.layout.data_group)
         return values
+
+    def _run_loss(self, batch: Batch, loss: Loss, keep: TokenStream | None, *, forward_only: bool) -> list[Any]:
+        """Evaluates the loss on every micro-batch.
+
+        With `keep`, the stream of that name holds the head's detached values of this pass: on the last pipeline stage,
+        where the losses are, from before the loss is evaluated, and on the other stages from the end of the pass.
+        """
+        if keep is None:
+            return self._run(batch, loss, forward_only=forward_only)
+
+        def keep_and_evaluate(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+            setattr(microbatch, keep, outputs.values.detach())
+            return loss(outputs, microbatch)
+
+        results = self._run(batch, keep_and_evaluate, forward_only=forward_only)
+        kept = [getattr(microbatch, keep) for microbatch in batch.microbatches] if results else []
+        self._fill_stream(batch, keep, kept)
+        return results
+
+    def _fill_stream(self, batch: Batch, stream: TokenStream, values: list[Tensor]) -> None:
+        """Writes the last stage's values of each micro-batch to its stream, on every pipeline stage."""
+        for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
+            setattr(microbatch, stream, tensor)
 
     def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""
@@ -204,7 +237,8 @@ class TrainableModel:
     def _packed_parameters(self, microbatch: Microbatch) -> PackedSeqParams:
         if not self.transformer_engine:
             if microbatch.packed is None:
-                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.max_seqlen)
+                dtype = self.megatron_config.params_dtype
+                microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.lengths, dtype)
             return microbatch.packed  # type: ignore[return-value]
         lengths = {"cu_seqlens_q": microbatch.cu_seqlens, "cu_seqlens_kv": microbatch.cu_seqlens}
         longest = {"max_seqlen_q": microbatch.max_seqlen, "max_seqlen_kv": microbatch.max_seqlen}
@@ -220,13 +254,12 @@ class TrainableModel:
 
     def _reduce(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sums (or maxima, for names in _max) over micro-batches and data parallelism, known to every stage."""
-        names = [sorted(metrics[0]) if metrics else []]
-        if self.layout.pipeline_size > 1:
-            dist.broadcast_object_list(names, self.layout.last_stage_rank, group=self.layout.pipeline_group)
-        is_max = torch.tensor([name.endswith("_max") for name in names[0]], device=self.layout.device)
-        sums = torch.zeros(len(names[0]), dtype=torch.float64, device=self.layout.device)
+        names = sorted(metrics[0]) if metrics else []
+        names = broadcast_object(names, self.layout.last_stage_rank, self.layout.pipeline_group)
+        is_max = torch.tensor([name.endswith("_max") for name in names], device=self.layout.device)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
         for microbatch in metrics:
-            values = torch.stack([microbatch[name].detach().double() for name in names[0]])
+            values = torch.stack([microbatch[name].detach().double() for name in names])
             sums = torch.where(is_max, torch.maximum(sums, values), sums + values)
         maxima = sums.clone()
         if self.layout.pipeline_size > 1:
@@ -236,7 +269,7 @@ class TrainableModel:
             dist.all_reduce(sums, group=self.layout.data_group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.layout.data_group)
         reduced = torch.where(is_max, maxima, sums).tolist()
-        return {f"{self.name}/{name}": value for name, value in zip(names[0], reduced, strict=True)}
+        return {f"{self.name}/{name}": value for name, value in zip(names, reduced, strict=True)}
 
 
 def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:

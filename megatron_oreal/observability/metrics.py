@@ -9,14 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
-from typing_extensions import Self
-
+from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.tensorboard import TensorBoard
-
-Metrics = dict[str, float]
+from megatron_oreal.types import Metrics as Metrics
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -64,7 +61,7 @@ class PhaseTimer:
         return self.clock()
 
 
-class MetricsLog:
+class MetricsLog(Closing):
     """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard.
 
     JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf". A line is on disk when
@@ -80,6 +77,11 @@ class MetricsLog:
         self.last_step = start_step - 1
         self.file = path.open("ab")
         self.tensorboard = TensorBoard(run_dir, start_step)
+
+    @staticmethod
+    def silent() -> MetricsLog:
+        """For the ranks that write no records."""
+        return SilentMetricsLog()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends the record of `step`; steps rise. Values are numbers or one-element tensors."""
@@ -100,13 +102,19 @@ class MetricsLog:
         self.file.close()
         self.tensorboard.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+class SilentMetricsLog(MetricsLog):
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def metrics_path(run_dir: Path) -> Path:

@@ -6,14 +6,14 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn, TextIO
 
 from tqdm import tqdm
-from typing_extensions import Self
+
+from megatron_oreal.observability.closing import Closing
 
 
-class ProgressBar:
+class ProgressBar(Closing):
     """Counts from `initial` to `total` in `unit`s, with rate, time left and a few numbers; one process of a run has it.
 
     A terminal shows a bar. Elsewhere, and always in `log_file`, a line is written at the first and the last unit and
@@ -79,14 +79,6 @@ class ProgressBar:
         if self.log is not None:
             self.log.close()
             self.log = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def status(self, elapsed_seconds: float, postfix: dict[str, float | str]) -> str:
         parts = [f"{self.description} {self.count}/{self.total} {self.unit}".strip()]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """Ranks, sizes and process groups; pass it instead of asking Megatron's global state."""
+    """The ranks, sizes and process groups of one rank. Functions take it and never ask Megatron's global state."""
 
     rank: int
     world_size: int
@@ -26,14 +26,13 @@ class ParallelLayout:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    # Updates run under torch's deterministic algorithms; on a CPU everything does, see models/parallel.py.
+    deterministic_updates: bool = False
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the first rank, which writes files and speaks to servers."""
         return self.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def last_stage_rank(self) -> int:

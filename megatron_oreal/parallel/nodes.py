@@ -1,4 +1,4 @@
-"""Which node of the job this process runs on."""
+"""Tells on which node of the job this process runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, frozen=True)
 class Node:
-    """Where this process is."""
+    """The place of one trainer process in the job."""
 
     index: int
     num_nodes: int
@@ -18,7 +18,7 @@ class Node:
 
 
 def this_node(environment: Mapping[str, str] = os.environ) -> Node:
-    """As torchrun's variables say. Raises ValueError where the nodes are not alike."""
+    """Reads torchrun's variables. Raises ValueError when the nodes have different numbers of processes."""
     rank, local_rank = int(environment.get("RANK", "0")), int(environment.get("LOCAL_RANK", "0"))
     world_size, num_ranks = int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
     index = int(environment.get("GROUP_RANK", rank // num_ranks))

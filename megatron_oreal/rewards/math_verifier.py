@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
+from megatron_oreal.observability.closing import Closing
 from megatron_oreal.rewards.algebra_needed import AlgebraNeeded
 from megatron_oreal.rewards.answer import MAX_NESTING, extract_answer, nesting_depth
 from megatron_oreal.rewards.comparison import is_same
@@ -32,7 +32,7 @@ STATUS_OF_OUTCOME: dict[Outcome, VerdictStatus] = {
 }
 
 
-class MathVerifier:
+class MathVerifier(Closing):
     """Judges responses against reference answers; a context manager, because it may own processes.
 
     num_workers: processes for comparisons that take algebra; none is started before the first of them.
@@ -95,14 +95,6 @@ class MathVerifier:
     def close(self) -> None:
         """Ends the worker processes. The verifier cannot be used afterwards."""
         self.pool.close()
-
-    def __enter__(self) -> MathVerifier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @dataclass(slots=True, frozen=True)

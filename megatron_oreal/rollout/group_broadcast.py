@@ -1,75 +1,105 @@
-"""Groups from the first rank, which asks the servers, to all others: flat integers, not pickled lists.
+"""Gives every rank the groups that the first rank's rollout thread collects.
 
-Texts and extracted answers stay on the first rank. The others learn now and then that it is still at work, so a rollout
-may take longer than a collective.
+The main threads of all ranks meet in `share`. The first rank's main thread tells the others again and again what comes
+next: the rollout is still under way (so a rollout may take longer than a collective), the engine needs all ranks for a
+piece of generation, the groups are ready, or the rollout has failed. Groups travel as flat integers (`group_codec`),
+not as pickled lists. Texts and extracted answers stay on the first rank.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_oreal.data.prompts import EncodedPrompt
-from megatron_oreal.engines.sglang.client import ServerError
+from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.parallel.collectives import is_alone
-from megatron_oreal.rollout.group_codec import PlacedGroup, pack, unpack
+from megatron_oreal.rollout.group_codec import NumberedGroup, pack, unpack
 
 Result = TypeVar("Result")
 
 HEARTBEAT_SECONDS = 5.0
-WORKING, FAILED, DONE = 0, 1, 2  # what the first rank says of its rollout
+WORKING, GENERATE, FAILED, DONE = 0, 1, 2, 3  # what the first rank says of its rollout
+
+
+class RolloutError(OSError):
+    """The rollout failed on the first rank; the other ranks raise this with the first rank's message."""
 
 
 def in_thread(function: Callable[[], Result]) -> Future[Result]:
-    """A daemon thread's result: one that hangs does not keep the process alive."""
+    """Runs `function` in a daemon thread: one that hangs does not keep the process alive."""
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the future
+        except BaseException as error:  # noqa: BLE001  # whoever waits for the future gets the error
             future.set_exception(error)
 
     threading.Thread(target=run, name="rollout", daemon=True).start()
     return future
 
 
-def share(future: Future[list[PlacedGroup]] | None, prompts: Sequence[EncodedPrompt]) -> list[PlacedGroup]:
-    """The first rank's groups, on all ranks; `future` is None on the others. Collective.
+def share(
+    future: Future[list[NumberedGroup]], engine: RolloutEngine, prompts: Sequence[EncodedPrompt], is_main: bool
+) -> list[NumberedGroup]:
+    """Returns the first rank's groups on all ranks. Collective; only main threads may call it.
 
-    An error of the first rank is raised there, and as ServerError with its message on the others.
+    On the first rank (`is_main`) a rollout thread completes `future`; on the others the future stays empty. While the
+    rollout runs, the engine may need all ranks (`RolloutEngine.take_part`). An error of the rollout is raised as it is
+    on the first rank, and as RolloutError with its message on the others.
     """
-    if is_alone():
-        assert future is not None
-        return future.result()
-    # On the CPU in any case: the GPU may be a colocated server's meanwhile.
-    packed, state = torch.empty(0, dtype=torch.int32), WORKING
-    while state == WORKING:
-        if future is not None:
-            state = poll(future)
-            packed = pack(future.result()) if state == DONE else packed
-        header = torch.tensor([state, len(packed)])
-        dist.broadcast(header, src=0)
-        state, size = header.tolist()
+    if is_main:
+        future.add_done_callback(lambda _: engine.calls.wake())
+    state = WORKING
+    try:
+        while state in (WORKING, GENERATE):
+            next_state = wait_for_news(future, engine) if is_main else WORKING
+            state = int(broadcast(torch.tensor(next_state)))
+            if state == GENERATE:
+                engine.take_part()
+    except BaseException:
+        engine.calls.close()  # a rollout thread that waits for this thread would wait for ever
+        raise
     if state == FAILED:
-        message = [str(future.exception()) if future is not None else ""]
-        dist.broadcast_object_list(message, src=0)
-        if future is not None:
-            future.result()
-        raise ServerError(message[0])
-    if future is None:
-        packed = torch.empty(size, dtype=torch.int32)
-    dist.broadcast(packed, src=0)
-    return future.result() if future is not None else unpack(packed, prompts)
+        message = broadcast_text(str(future.exception()) if is_main else "")
+        if is_main:
+            future.result()  # raises the error itself
+        raise RolloutError(message)
+    if is_alone():
+        return future.result()
+    packed = pack(future.result()) if is_main else torch.empty(0, dtype=torch.int32)
+    size = int(broadcast(torch.tensor(len(packed))))
+    packed = broadcast(packed if is_main else torch.empty(size, dtype=torch.int32))
+    return future.result() if is_main else unpack(packed, prompts)
 
 
-def poll(future: Future[list[PlacedGroup]]) -> int:
-    """Waits for it, but not for long."""
-    if not wait([future], timeout=HEARTBEAT_SECONDS).done:
+def wait_for_news(future: Future[list[NumberedGroup]], engine: RolloutEngine) -> int:
+    """Waits until the rollout needs all ranks or is over, but not longer than one heartbeat; returns what to do."""
+    if engine.calls.wait(future.done, HEARTBEAT_SECONDS):
+        return GENERATE
+    if not future.done():
         return WORKING
     return FAILED if future.exception() is not None else DONE
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """The first rank's tensor on all ranks, in host memory: a colocated server may have the GPUs. Collective."""
+    if not is_alone():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def broadcast_text(text: str) -> str:
+    """The first rank's text on all ranks. Collective."""
+    if is_alone():
+        return text
+    texts = [text]
+    dist.broadcast_object_list(texts, src=0)
+    return texts[0]

@@ -1,8 +1,14 @@
-"""Encodes groups as one flat buffer of 32-bit integers, and decodes them."""
+"""Encodes groups as one flat buffer of 32-bit integers, and decodes them.
+
+The buffer holds, in this order: the number of groups; 3 integers for each group; 6 integers for each sample; the
+response ids of all samples; their policy versions; their rollout log-probs; their model log-probs. Floats travel as
+their bits. What every rank knows (the prompts) and what only the first rank needs (texts, extracted answers) is left
+out. Encoding and decoding loop over samples, never over tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -11,7 +17,15 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.data.prompts import EncodedPrompt
-from megatron_oreal.types import FinishReason, Group, Sample, Verdict, VerdictStatus
+from megatron_oreal.types import (
+    FinishReason,
+    Float32Array,
+    Group,
+    Int32Array,
+    Sample,
+    Verdict,
+    VerdictStatus,
+)
 
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 STATUSES: tuple[VerdictStatus, ...] = get_args(VerdictStatus)
@@ -19,32 +33,39 @@ NO_VERDICT = -1
 
 
 @dataclass(slots=True)
-class PlacedGroup:
-    prompt_number: int  # in the list of prompts that all ranks have
+class NumberedGroup:
+    """A group and its prompt's index, by which the other ranks find the prompt.
+
+    Example: NumberedGroup(17, Group(prompts[17].prompt, samples)).
+    """
+
+    prompt_number: int  # index in the list of prompts that all ranks have
     group: Group
-    is_chosen: bool = True  # to train on
+    is_chosen: bool = True  # whether the step trains on it
 
 
-def pack(groups: Sequence[PlacedGroup]) -> Tensor:
-    """int32: number of groups; per group 3, per sample 6 integers; then the samples' tokens. Floats as their bits."""
-    samples = [sample for placed in groups for sample in placed.group.samples]
-    heads = [[placed.prompt_number, len(placed.group.samples), placed.is_chosen] for placed in groups]
+def pack(groups: Sequence[NumberedGroup]) -> Tensor:
+    """int32, see the module's description; `unpack` is the inverse."""
+    samples = [sample for numbered in groups for sample in numbered.group.samples]
+    heads = [[numbered.prompt_number, len(numbered.group.samples), numbered.is_chosen] for numbered in groups]
     parts = [
         np.array([len(groups)], dtype=np.int32),
         np.array(heads, dtype=np.int32).ravel(),
         np.array([sample_head(sample) for sample in samples], dtype=np.int32).ravel(),
-        integers(sample.response_ids for sample in samples),
-        integers(sample.policy_versions for sample in samples),
-        floats(sample.rollout_logprobs for sample in samples),
-        floats(sample.model_logprobs for sample in samples),
+        *(sample.response_ids for sample in samples),
+        *(sample.policy_versions for sample in samples),
+        *(sample.rollout_logprobs.view(np.int32) for sample in samples),
+        *(sample.model_logprobs.view(np.int32) for sample in samples),
     ]
     return torch.from_numpy(np.concatenate(parts))
 
 
 def sample_head(sample: Sample) -> list[int]:
+    """Number of tokens, which of the arrays are known, finish reason, status, policy version, reward."""
+    known = [len(array) > 0 for array in (sample.policy_versions, sample.rollout_logprobs, sample.model_logprobs)]
     return [
         len(sample.response_ids),
-        bool(sample.policy_versions) | bool(sample.rollout_logprobs) << 1 | bool(sample.model_logprobs) << 2,
+        known[0] | known[1] << 1 | known[2] << 2,
         FINISH_REASONS.index(sample.finish_reason),
         NO_VERDICT if sample.verdict is None else STATUSES.index(sample.verdict.status),
         sample.policy_version,
@@ -52,44 +73,34 @@ def sample_head(sample: Sample) -> list[int]:
     ]
 
 
-def integers(rows: Iterable[Sequence[int]]) -> np.ndarray:
-    return np.fromiter((value for row in rows for value in row), dtype=np.int32)
-
-
-def floats(rows: Iterable[Sequence[float]]) -> np.ndarray:
-    return np.fromiter((value for row in rows for value in row), dtype=np.float32).view(np.int32)
-
-
 class Reader:
-    """Takes `pack`'s parts off its front."""
+    """Takes the parts that `pack` wrote off the buffer's front. The arrays are views of the buffer, not copies."""
 
     def __init__(self, packed: Tensor) -> None:
-        self.rest = packed.cpu().numpy()
+        self.rest: Int32Array = packed.cpu().numpy()
 
     def table(self, num_rows: int, num_columns: int) -> list[list[int]]:
-        return self._take(num_rows * num_columns).reshape(num_rows, num_columns).tolist()
+        rows: list[list[int]] = self._take(num_rows * num_columns).reshape(num_rows, num_columns).tolist()
+        return rows
 
-    def integers(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        return iter([row.tolist() for row in self._rows(lengths)])
+    def integers(self, lengths: Sequence[int]) -> Iterator[Int32Array]:
+        return iter([self._take(length) for length in lengths])
 
-    def floats(self, lengths: Sequence[int]) -> Iterator[list[float]]:
-        return iter([row.view(np.float32).tolist() for row in self._rows(lengths)])
+    def floats(self, lengths: Sequence[int]) -> Iterator[Float32Array]:
+        return iter([self._take(length).view(np.float32) for length in lengths])
 
-    def _rows(self, lengths: Sequence[int]) -> list[np.ndarray]:
-        return np.split(self._take(sum(lengths)), np.cumsum(lengths))[:-1]
-
-    def _take(self, count: int) -> np.ndarray:
+    def _take(self, count: int) -> Int32Array:
         taken, self.rest = self.rest[:count], self.rest[count:]
         return taken
 
 
-def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[PlacedGroup]:
+def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[NumberedGroup]:
+    """What `pack` was given, without texts and extracted answers. `prompts`: the list that prompt numbers refer to."""
     reader = Reader(packed)
     ((num_groups,),) = reader.table(1, 1)
     group_heads = reader.table(num_groups, 3)
     heads = reader.table(sum(size for _, size, _ in group_heads), 6)
-    lengths = [head[0] for head in heads]
-    ids = reader.integers(lengths)
+    ids = reader.integers([head[0] for head in heads])
     versions = reader.integers([head[0] * (head[1] & 1) for head in heads])
     rollout_logprobs = reader.floats([head[0] * (head[1] >> 1 & 1) for head in heads])
     model_logprobs = reader.floats([head[0] * (head[1] >> 2) for head in heads])
@@ -116,5 +127,5 @@ def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[PlacedGroup
                 policy_versions=next(versions),
             )
             samples.append(sample)
-        groups.append(PlacedGroup(number, Group(prompt.prompt, samples), bool(is_chosen)))
+        groups.append(NumberedGroup(number, Group(prompt.prompt, samples), bool(is_chosen)))
     return groups

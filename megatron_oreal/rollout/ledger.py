@@ -1,11 +1,12 @@
-"""Responses on disk as soon as they end, so that a killed run generates only those that were missing.
+"""Writes responses to disk as soon as they end, so that a killed run generates only those that were missing.
 
     RUN_DIR/ledger/weights.jsonl      the fingerprint of each policy version
     RUN_DIR/ledger/step_000007.bin    the responses of step 7, in the order in which they ended
 
-A record is its length, its checksum, a JSON header and the tokens' numbers. It is found again by its prompt, seed and
-sampling parameters, and used when the run has the weights that made its newest token: bit by bit, as fingerprints say.
-A torn record, and what follows it, is ignored. Responses that a step gave up go to the next step's file.
+A record consists of its length, its checksum, a JSON header and the tokens' numbers. The ledger finds it by its prompt,
+seed and sampling parameters, and uses it when the run has the very weights that made the record's newest token; the
+weights' fingerprints show that. A torn record, and what follows it, is ignored. Responses that a step gave up go to the
+next step's file.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import re
 import struct
 import threading
 import zlib
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import numpy as np
-from typing_extensions import Self
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest, SamplingParams
+from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import sync_folder, write_atomically
-from megatron_oreal.types import FinishReason
+from megatron_oreal.types import FinishReason, Int32Array
 
 STEP_FILE = re.compile(r"step_(\d+)\.bin")
 FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, checksum of both
@@ -37,28 +38,32 @@ FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, chec
 @dataclass(slots=True, frozen=True)
 class Header:
     key: str  # see response_key
-    weights: str  # the fingerprint of those of its newest token; empty where it was not known yet
-    is_carried: bool  # given up by the step before
+    weights: str  # fingerprint of the weights that made the newest token; empty where it was not known yet
+    is_carried: bool  # the step before gave it up
     finish_reason: FinishReason  # abort: it can be continued
     num_tokens: int
     has_rollout_logprobs: bool
     policy_versions: list[tuple[int, int]]  # runs of (version, number of tokens)
+    batch: BatchIndex = ALONE  # the records of a batch stand one after the other
+
+
+HEADER_FIELDS = tuple(field.name for field in fields(Header))
 
 
 @dataclass(slots=True, frozen=True)
 class Record:
     header: Header
     numbers: bytes  # token ids as int32, then log-probs as float64
-    number: int  # of its step's records
-    is_ours: bool  # made by this process
+    number: int  # index among its step's records
+    is_ours: bool  # whether this process made it
 
     @property
     def generation(self) -> Generation:
         header = self.header
-        ids = np.frombuffer(self.numbers, "<i4", header.num_tokens).tolist()
-        logprobs = np.frombuffer(self.numbers, "<f8", offset=4 * header.num_tokens).tolist()
+        ids = np.frombuffer(self.numbers, "<i4", header.num_tokens)
+        logprobs = np.frombuffer(self.numbers, "<f8", offset=4 * header.num_tokens).astype(np.float32)
         num_rollout = header.num_tokens if header.has_rollout_logprobs else 0
-        versions = [version for version, count in header.policy_versions for _ in range(count)]
+        versions = np.repeat(*np.array(header.policy_versions, dtype=np.int32).reshape(-1, 2).T)
         return Generation(ids, logprobs[:num_rollout], logprobs[num_rollout:], header.finish_reason, versions)
 
     @property
@@ -70,28 +75,30 @@ class Record:
         return min(version for version, _ in self.header.policy_versions)
 
     def rank(self, oldest_version: int) -> tuple[bool, bool, int]:
-        """Of several responses to one request, the largest is used."""
+        """Ranks several responses to one request: the one of the largest rank is used."""
         is_whole = self.header.finish_reason != "abort"
         return self.oldest_version >= oldest_version, is_whole, self.header.num_tokens
 
     @property
     def place(self) -> tuple[bool, int]:
-        """In the order in which a step came to know its responses: those of the step before are there at once."""
+        """Sorts records as a step came to know its responses: those of the step before are there at once."""
         return not self.header.is_carried, self.number
 
     def encode(self) -> bytes:
-        head = json.dumps(asdict(self.header)).encode()
+        head = json.dumps({name: getattr(self.header, name) for name in HEADER_FIELDS}).encode()
         checksum = zlib.crc32(self.numbers, zlib.crc32(head))
         return FRAME.pack(len(head), len(self.numbers), checksum) + head + self.numbers
 
 
-class Ledger:
-    """Safe to call from several threads. Without a folder it keeps nothing but what a step hands to the next."""
+class Ledger(Closing):
+    """Any thread may call any method. Without a folder, a ledger keeps only what a step hands to the next."""
 
     def __init__(self, folder: Path | None, start_step: int = 0) -> None:
         """Reads what an interrupted run left for `start_step` and later steps; what is older is removed."""
         self.folder = folder
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # guards what follows
+        self.syncing = threading.Lock()  # held while the disk writes
+        self.unsynced: set[int] = set()  # steps with records that the disk may not hold yet
         self.files: dict[int, IO[bytes]] = {}
         self.records: dict[int, dict[str, list[Record]]] = {}  # step -> key -> in the order written
         self.weights: dict[int, str] = {}  # policy version -> fingerprint
@@ -99,7 +106,7 @@ class Ledger:
             folder.mkdir(parents=True, exist_ok=True)
             self._remove_before(start_step)
             for step, path in step_files(folder).items():
-                for record in read_records(path):
+                for record in of_whole_batches(read_records(path)):
                     self._keep(step, record)
             # Versions from here on are the same as before only if their weights turn out to be.
             known = read_weights(folder / "weights.jsonl")
@@ -108,7 +115,7 @@ class Ledger:
             write_atomically(folder / "weights.jsonl", "".join(lines))
 
     def set_weights(self, version: int, fingerprint: str) -> None:
-        """Tells which weights `version` is."""
+        """Says which weights `version` names."""
         with self.lock:
             self.weights[version] = fingerprint
             if self.folder is not None:
@@ -118,32 +125,39 @@ class Ledger:
                     os.fsync(file.fileno())
 
     def find(self, step: int, key: str, oldest_version: int = 0) -> Record | None:
-        """The most complete response that the run's own weights gave to the request of this key.
+        """Returns the most complete response that the run's own weights gave to the request of this key.
 
-        One with a token of weights before `oldest_version` only where there is no other.
+        A response with a token of weights before `oldest_version` is returned only where there is no other.
         """
         with self.lock:
             return self._find(step, key, oldest_version)
 
-    def add(self, step: int, key: str, generation: Generation) -> None:
-        """Writes a response that has ended. It outlives the process at once, the machine after `sync`."""
+    def add(self, step: int, key: str, generation: Generation, batch: BatchIndex = ALONE) -> None:
+        """Writes a response that has ended. It outlives the process at once, the machine after `sync`.
+
+        After a kill, a batch is used as a whole or not at all: the rest of it, generated anew, would have other last
+        digits.
+        """
         with self.lock:
-            self._write(step, key, generation, is_carried=False)
+            self._write(step, key, generation, batch=batch)
 
     def carry(self, step: int, key: str, generation: Generation) -> None:
-        """Hands a response, whole or begun, to `step`, unless it is there from before a kill."""
+        """Hands a response, whole or begun, to `step`, unless `step` has it from before a kill."""
         with self.lock:
             if self._find(step, key, 0) is None:
                 self._keep(step, self._write(step, key, generation, is_carried=True))
 
     def sync(self, step: int) -> None:
-        with self.lock:
-            file = self.files.get(step)
-        if file is not None:  # the disk may be slow: others go on writing
-            os.fsync(file.fileno())
+        """Waits until the disk holds all that was written for `step` before this call."""
+        with self.syncing:
+            with self.lock:
+                file = self.files.get(step) if step in self.unsynced else None
+                self.unsynced.discard(step)
+            if file is not None:  # the disk may be slow: other threads go on writing
+                os.fsync(file.fileno())
 
     def finish(self, step: int) -> None:
-        """No response of the step will be looked up again by this process."""
+        """Forgets the step's responses: this process will not look them up again."""
         with self.lock:
             self.records.pop(step, None)
 
@@ -158,14 +172,6 @@ class Ledger:
                 file.close()
             self.files = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _find(self, step: int, key: str, oldest_version: int) -> Record | None:
         records = self.records.get(step, {}).get(key, [])
         return max(filter(self._is_valid, records), key=lambda record: record.rank(oldest_version), default=None)
@@ -177,18 +183,21 @@ class Ledger:
     def _keep(self, step: int, record: Record) -> None:
         self.records.setdefault(step, {}).setdefault(record.header.key, []).append(record)
 
-    def _write(self, step: int, key: str, generation: Generation, is_carried: bool) -> Record:
+    def _write(
+        self, step: int, key: str, generation: Generation, is_carried: bool = False, batch: BatchIndex = ALONE
+    ) -> Record:
         header = Header(
             key=key,
-            weights=self.weights.get(max(generation.policy_versions), ""),
+            weights=self.weights.get(int(generation.policy_versions.max()), ""),
             is_carried=is_carried,
             finish_reason=generation.finish_reason,
             num_tokens=len(generation.response_ids),
-            has_rollout_logprobs=bool(generation.rollout_logprobs),
-            policy_versions=[(version, len(list(run))) for version, run in groupby(generation.policy_versions)],
+            has_rollout_logprobs=len(generation.rollout_logprobs) > 0,
+            policy_versions=runs(generation.policy_versions),
+            batch=batch,
         )
-        ids = np.array(generation.response_ids, dtype="<i4")
-        logprobs = np.array([*generation.rollout_logprobs, *generation.model_logprobs], dtype="<f8")
+        ids = generation.response_ids.astype("<i4")
+        logprobs = np.concatenate([generation.rollout_logprobs, generation.model_logprobs]).astype("<f8")
         number = len(self.records.get(step, {}))
         record = Record(header, ids.tobytes() + logprobs.tobytes(), number, is_ours=True)
         if self.folder is not None:
@@ -196,7 +205,9 @@ class Ledger:
                 self.files[step] = (self.folder / f"step_{step:06d}.bin").open("ab")
                 sync_folder(self.folder)
             self.files[step].write(record.encode())
-            self.files[step].flush()
+            if batch.position == batch.size - 1:  # a part of a batch is of no use
+                self.files[step].flush()
+            self.unsynced.add(step)
         return record
 
     def _remove_before(self, step: int) -> None:
@@ -210,13 +221,25 @@ class Ledger:
 
 
 def response_key(request: GenerationRequest, params: SamplingParams) -> str:
-    """What a response depends on besides the weights."""
-    parts = json.dumps([request.prompt_ids, request.seed, asdict(params)], sort_keys=True)
+    """Returns a digest of what a response depends on besides the weights."""
+    parts = f"[{json.dumps(request.prompt_ids.tolist())}, {request.seed}, {params_text(params)}]"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
 
+@cache
+def params_text(params: SamplingParams) -> str:
+    return json.dumps(asdict(params), sort_keys=True)
+
+
+def runs(values: Int32Array) -> list[tuple[int, int]]:
+    """(value, how often it follows itself) of each run of equal values: 3 3 3 4 -> (3, 3), (4, 1)."""
+    starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    lengths = np.diff(starts, append=len(values))
+    return list(zip(values[starts].tolist(), lengths.tolist(), strict=True))
+
+
 def read_records(path: Path) -> list[Record]:
-    """The whole records at the file's beginning; what comes after is cut off, so that more can follow."""
+    """Returns the whole records at the file's beginning, and cuts off what comes after, so that more can follow."""
     content = path.read_bytes()
     records: list[Record] = []
     start = 0
@@ -236,8 +259,24 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def of_whole_batches(records: Sequence[Record]) -> list[Record]:
+    """Leaves out the records of batches that were not written to the end."""
+    whole: list[Record] = []
+    batch: list[Record] = []
+    for record in records:
+        position, size = record.header.batch
+        if position == 0:
+            batch = []
+        if position == len(batch):
+            batch.append(record)
+        if len(batch) == size:
+            whole += batch
+            batch = []
+    return whole
+
+
 def step_files(folder: Path) -> dict[int, Path]:
-    """By step, rising."""
+    """Returns the folder's files by step, in rising order."""
     matches = ((STEP_FILE.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
@@ -247,7 +286,7 @@ def weights_line(version: int, fingerprint: str) -> str:
 
 
 def read_weights(path: Path) -> dict[int, str]:
-    """The last fingerprint of each version; a torn last line is left out."""
+    """Returns the last fingerprint of each version; a torn last line is left out."""
     weights = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

@@ -1,7 +1,8 @@
-"""What Open-Reasoner-Zero (arXiv:2503.24290) logs of its samples: repetition, reflection words, lengths, pass@n.
+"""Computes the metrics of a step's samples: rewards, lengths, verdicts, age, repetition, reflection words, pass@n.
 
-Its repeat score is the share of a text's substrings that occurred before, which takes a suffix array for each text.
-Here it is the share of token n-grams of one length: 0 without repetition, near 1 for an endless loop.
+`text_metrics` follows what Open-Reasoner-Zero (arXiv:2503.24290) logs. Its repeat score is the share of a text's
+substrings that occurred before, which takes a suffix array for each text. Ours is the share of token n-grams of one
+length that occurred before: 0 without repetition, near 1 for an endless loop.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_oreal.statistics import pass_at_k
-from megatron_oreal.types import Group, Sample
+from megatron_oreal.types import Group, Int32Array, Sample
 
 REFLECTION_WORDS = ("wait", "recheck", "retry", "alternatively", "however")
 # The look-behind comes last: a pattern that begins with plain letters is searched for several times faster.
@@ -24,9 +25,9 @@ MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no token's bits are lost
 
 
 def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics of all samples; those about correct or incorrect answers are left out where there are none.
+    """Metrics of all samples; those about correct or about incorrect answers are left out where there are none.
 
-    Only the rank that knows the texts (`Sample.response_text`) counts reflection words.
+    Reflection words are counted in `Sample.response_text`, which only the first rank has.
     """
     samples = [sample for group in groups for sample in group.samples]
     repetitions = [repetition(sample.response_ids) for sample in samples]
@@ -52,20 +53,23 @@ def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics | pass_at_metrics(groups)
 
 
-def repetition(token_ids: Sequence[int], ngram_tokens: int = NGRAM_TOKENS) -> float:
-    """The share of n-grams that occurred before in the same response, in [0, 1); 0 for a shorter one."""
+def repetition(token_ids: Sequence[int] | Int32Array, ngram_tokens: int = NGRAM_TOKENS) -> float:
+    """The share of n-grams that occurred before in the same response, in [0, 1); 0 for a response without an n-gram.
+
+    Example: of the 3-grams 123, 231, 312, 123 in 1 2 3 1 2 3, one of four occurred before: 0.25.
+    """
     tokens = np.asarray(token_ids, dtype=np.uint64)
     count = tokens.size - ngram_tokens + 1
     if count < 1:
         return 0.0
     hashes = np.zeros(count, dtype=np.uint64)
-    for offset in range(ngram_tokens):  # a polynomial in the tokens, modulo 2^64
+    for offset in range(ngram_tokens):  # each n-gram's hash is a polynomial in its tokens, modulo 2^64
         hashes = hashes * np.uint64(MULTIPLIER) + tokens[offset : offset + count] + np.uint64(1)
     return 1.0 - np.unique(hashes).size / count
 
 
 def num_reflection_words(text: str) -> int:
-    """How often a response turns back on itself: whole words, in any case."""
+    """Counts the words with which a response questions its own reasoning; whole words, in upper or lower case."""
     lowered = text.lower()
     return sum(len(pattern.findall(lowered)) for pattern in REFLECTION)
 
@@ -97,11 +101,11 @@ Number = TypeVar("Number", int, float)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, lengths and verdicts of all samples, before any selection."""
+    """Rewards, lengths and verdicts of all samples, before the algorithm selects those to train on."""
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample for sample in samples if sample.is_judged]
     lengths = [len(sample.response_ids) for sample in samples]
-    known = [sample.rollout_logprobs for sample in samples if sample.rollout_logprobs]
+    known = [sample for sample in samples if len(sample.rollout_logprobs)]
     statuses = [sample.verdict.status for sample in samples if sample.verdict is not None]
     pass_rates = [group.pass_rate for group in groups if group.judged_samples]
     metrics = {
@@ -123,9 +127,17 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "verifier/timeout": statuses.count("timeout"),
         "verifier/crash": statuses.count("crash"),
     }
-    if known:  # the engine can tell
-        metrics["rollout/logprob_mean"] = sum(map(sum, known)) / max(1, sum(map(len, known)))
+    if known:
+        metrics["rollout/logprob_mean"] = sum(map(logprob_sum, known)) / sum(len(s.rollout_logprobs) for s in known)
     return metrics
+
+
+def logprob_sum(sample: Sample) -> float:
+    """The log-prob of the whole response as it was sampled, summed in float64 from the first token to the last.
+
+    The order is fixed because another one may change the last digit; `np.sum` chooses its own.
+    """
+    return 0.0 + float(np.cumsum(sample.rollout_logprobs, dtype=np.float64)[-1])  # 0.0 + -0.0 is 0.0
 
 
 def nearest_rank(values: Sequence[Number], share: float) -> Number:
@@ -134,6 +146,6 @@ def nearest_rank(values: Sequence[Number], share: float) -> Number:
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """How many steps the samples that `step` trains on are old, each by its oldest token."""
+    """How many steps before `step` the weights that generated each sample's oldest token were current."""
     ages = [step - sample.policy_version for group in groups for sample in group.samples]
     return {"rollout/staleness_mean": sum(ages) / max(1, len(ages)), "rollout/staleness_max": max(ages, default=0)}

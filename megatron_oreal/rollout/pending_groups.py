@@ -1,4 +1,4 @@
-"""The responses to a set of prompts as they come in, and the moment when there are enough of them."""
+"""Collects the responses to a set of prompts into groups, and says when there are enough groups."""
 
 from __future__ import annotations
 
@@ -11,48 +11,55 @@ from dataclasses import dataclass
 
 from megatron_oreal.algorithms.sample_selection import is_mixed
 from megatron_oreal.data.prompts import EncodedPrompt
-from megatron_oreal.engines.engine import Generation, GenerationRequest
+from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest
 from megatron_oreal.types import Group
+
+JUDGING_THREADS = 4  # groups that are verified at the same time: one slow comparison does not hold the others up
 
 
 @dataclass(slots=True, frozen=True)
-class Asked:
+class PromptRequest:
+    """A prompt that is to be sampled. Example: PromptRequest(prompt, "0/7/3"), the prompt at index 3 of step 7."""
+
     prompt: EncodedPrompt
-    origin: str  # what its samples' seeds depend on, besides their number
+    seed_key: str  # the samples' seeds depend on it and on their number in the group
 
     def requests(self, num_samples: int) -> list[GenerationRequest]:
-        seeds = (sample_seed(f"{self.origin}/{number}") for number in range(num_samples))
+        """Returns one request for each sample of the group."""
+        seeds = (sample_seed(f"{self.seed_key}/{number}") for number in range(num_samples))
         return [GenerationRequest(self.prompt.token_ids, seed) for seed in seeds]
 
 
 @dataclass(slots=True, frozen=True)
-class Goal:
-    """With so many usable groups, the rest may be given up."""
+class StopCondition:
+    """Once `num_groups` usable groups are complete, the rest may be given up."""
 
     num_groups: int
-    needs_mixed: bool  # a group of one kind is not usable
+    needs_mixed: bool  # whether a group is usable only with correct and incorrect samples
 
 
-Judge = Callable[[Asked, Sequence[Generation]], Group]
+Judge = Callable[[PromptRequest, Sequence[Generation]], Group]
 
 
-class Harvest:
-    """A `Watch`. Request i belongs to prompt i // num_samples; a group is judged when its last response is there.
+class PendingGroups:
+    """A `Watch` that takes the engine's responses and judges each group when its last response is there.
 
-    Without a goal nothing is given up. Judging runs beside the generation, in a thread of its own; only where the goal
-    depends on verdicts does the engine's call wait for it. An error of the judge, or of `keep`, ends the harvest and
-    comes out of `groups`. What is told after the end is not taken.
+    Request i belongs to prompt i // num_samples. Groups are judged in threads of their own, beside the generation; only
+    where a stop condition depends on verdicts does the engine's call wait for the judge. Without a stop condition
+    nothing is given up. An error of `judge` or `keep` ends the collection, and `groups` raises it. Responses that come
+    after the end are not taken.
     """
 
     def __init__(
         self,
-        asked: Sequence[Asked],
+        prompt_requests: Sequence[PromptRequest],
         num_samples: int,
         judge: Judge,
-        goal: Goal | None = None,
-        keep: Callable[[int, Generation], None] | None = None,  # told of each response that is taken
+        stop_condition: StopCondition | None = None,
+        keep: Callable[[int, Generation, BatchIndex], None] | None = None,  # gets each response that is taken
     ) -> None:
-        self.asked, self.num_samples, self.judge, self.goal, self.keep = asked, num_samples, judge, goal, keep
+        self.prompt_requests, self.num_samples, self.judge = prompt_requests, num_samples, judge
+        self.stop_condition, self.keep = stop_condition, keep
         self.finished: dict[int, Generation] = {}  # by request
         self.seconds: list[float] = []  # from the start to each response
         self.is_over = False
@@ -61,35 +68,35 @@ class Harvest:
         self.error: Exception | None = None
         self.start = time.monotonic()
         self.lock = threading.Lock()
-        self.judging = ThreadPoolExecutor(1, "judging")
+        self.judging = ThreadPoolExecutor(JUDGING_THREADS, "judging")
 
-    def __call__(self, index: int, generation: Generation) -> bool:
+    def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
         with self.lock:
             if not self.is_over and generation.finish_reason != "abort" and index not in self.finished:
                 try:
                     if self.keep is not None:
-                        self.keep(index, generation)
+                        self.keep(index, generation, batch)
                     self._take(index, generation)
-                except Exception as error:  # noqa: BLE001  # the engine calls: it belongs to who reads the groups
+                except Exception as error:  # noqa: BLE001  # not the engine's error: `groups` raises it
                     self.error, self.is_over = error, True
                 else:
                     self.seconds.append(time.monotonic() - self.start)
             return self.is_over
 
     def take_known(self, index: int, generation: Generation) -> None:
-        """A response that was there before."""
+        """Takes a response that the ledger holds: it is not told to `keep` again, and took no time."""
         with self.lock:
             if not self.is_over:
                 self._take(index, generation)
 
     def groups(self) -> dict[int, Group]:
-        """The complete groups by their prompt's number, in the order in which they were complete."""
+        """Returns the complete groups by their prompt's number, in the order in which they were complete."""
         if self.error is not None:
             raise self.error
         return {number: judged.result() for number, judged in self.judged.items()}
 
     def stop(self) -> None:
-        """Whatever is missing is given up."""
+        """Gives up whatever is missing."""
         self.is_over = True
 
     def close(self) -> None:
@@ -101,12 +108,13 @@ class Harvest:
         members = range(number * self.num_samples, (number + 1) * self.num_samples)
         if all(member in self.finished for member in members):
             generations = [self.finished[member] for member in members]
-            self.judged[number] = self.judging.submit(self.judge, self.asked[number], generations)
-            if self.goal is not None:
-                self.num_usable += not self.goal.needs_mixed or is_mixed(self.judged[number].result())
-                self.is_over = self.num_usable >= self.goal.num_groups
+            self.judged[number] = self.judging.submit(self.judge, self.prompt_requests[number], generations)
+            if self.stop_condition is not None:
+                needs_mixed = self.stop_condition.needs_mixed
+                self.num_usable += not needs_mixed or is_mixed(self.judged[number].result())
+                self.is_over = self.num_usable >= self.stop_condition.num_groups
 
 
 def sample_seed(key: str) -> int:
-    """A 63-bit seed, the same on every machine and Python version."""
+    """Returns a 63-bit seed, the same on every machine and Python version."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

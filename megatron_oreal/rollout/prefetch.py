@@ -1,8 +1,8 @@
-"""Groups that are produced beside the training, up to `staleness` steps ahead of it.
+"""Collects each step's groups, up to `staleness` steps ahead of the training.
 
-A thread of the first rank produces one step's groups after the other; the main threads of all ranks take them together.
-Step t begins when step t - staleness is asked for, and so when the weights of that step are on the servers: with
-staleness 0 the thread works only while the trainer waits for it.
+A thread of the first rank, the production thread, makes one step's groups after the other; the main threads of all
+ranks take them together. Step t begins when step t - staleness is asked for, and so when the engine has the weights of
+that step: with staleness 0 the production thread works only while the trainer waits for it.
 """
 
 from __future__ import annotations
@@ -10,43 +10,63 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
-from megatron_oreal.rollout.collector import Collected
+from megatron_oreal.observability.metrics import Metrics
 from megatron_oreal.rollout.group_broadcast import share
-from megatron_oreal.rollout.group_codec import PlacedGroup
+from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.producer import GroupProducer, Produced, ProductionStoppedError
+from megatron_oreal.types import Group
 
 CLOSE_SECONDS = 10.0  # for the engine to give up what is under way
 
 
-class BackgroundCollector:
-    """`cursor` stands where the collected groups end, whatever is produced ahead of them."""
+@dataclass(slots=True, frozen=True)
+class Collected:
+    """One step's groups, as every rank gets them."""
+
+    groups: list[Group]  # to train on
+    sampled: list[Group]  # all, also those that were not usable
+    metrics: Metrics = field(default_factory=dict)  # how they were made; empty on the other ranks
+    notes: list[str] = field(default_factory=list)  # for the log
+
+
+class PrefetchingCollector:
+    """Hands out the groups that the first rank's producer makes.
+
+    `cursor` stands where the collected groups end; the producer has a cursor of its own, which may be ahead. The other
+    ranks have a producer too, but never ask it.
+    """
 
     def __init__(
         self,
-        producer: GroupProducer | None,  # of the first rank, with a cursor of its own
+        producer: GroupProducer,
         cursor: PromptCursor[EncodedPrompt],
-        staleness: int,
+        is_main: bool,
         first_step: int,
         num_steps: int,  # of the run: nothing is produced for later ones
     ) -> None:
-        self.producer, self.cursor = producer, cursor
-        self.staleness, self.first_step, self.num_steps = staleness, first_step, num_steps
-        self.futures: defaultdict[int, Future[list[PlacedGroup]]] = defaultdict(Future)  # by step
+        self.producer, self.cursor, self.is_main = producer, cursor, is_main
+        self.staleness = producer.config.staleness
+        self.first_step, self.num_steps = first_step, num_steps
+        self.futures: defaultdict[int, Future[list[NumberedGroup]]] = defaultdict(Future)  # by step
         self.produced: dict[int, Produced] = {}
-        self.last_wanted = first_step - staleness - 1  # the step that was asked for last
+        self.last_wanted = first_step - self.staleness - 1  # the step that was asked for last
         self.is_closed = False
         self.changed = threading.Condition()  # guards all of the above
         self.thread: threading.Thread | None = None
 
     def collect(self, step: int) -> Collected:
-        """Collective. An error of the production is raised here: on the first rank the error itself."""
-        future = self._want(step) if self.producer is not None else None
-        placed = share(future, self.cursor.prompts)
-        groups = [one.group for one in placed if one.is_chosen]
-        sampled = [one.group for one in placed]
-        if future is None:
+        """Returns the groups of `step` on all ranks. Collective; only main threads may call it.
+
+        An error of the production is raised here: on the first rank the error itself.
+        """
+        future = self._want(step)
+        numbered = share(future, self.producer.sampler.engine, self.cursor.prompts, self.is_main)
+        groups = [one.group for one in numbered if one.is_chosen]
+        sampled = [one.group for one in numbered]
+        if not self.is_main:
             return Collected(groups, sampled)
         with self.changed:
             produced = self.produced.pop(step)
@@ -59,13 +79,15 @@ class BackgroundCollector:
         with self.changed:
             self.is_closed = True
             self.changed.notify_all()
-        if self.producer is not None:
-            self.producer.stop()
+        self.producer.stop()
         if self.thread is not None:
             # A request may hang: the thread ends with the engine, which is closed after this, or with the process.
             self.thread.join(CLOSE_SECONDS)
 
-    def _want(self, step: int) -> Future[list[PlacedGroup]]:
+    def _want(self, step: int) -> Future[list[NumberedGroup]]:
+        """Lets the production thread begin what may now begin; on the other ranks the future stays empty."""
+        if not self.is_main:
+            return Future()
         if self.thread is None:
             self.thread = threading.Thread(target=self._produce_all, name="production", daemon=True)
             self.thread.start()
@@ -75,7 +97,6 @@ class BackgroundCollector:
             return self.futures[step]
 
     def _produce_all(self) -> None:
-        assert self.producer is not None
         for step in range(self.first_step, self.num_steps):
             with self.changed:
                 while not self.is_closed and self.last_wanted < step - self.staleness:
@@ -87,7 +108,7 @@ class BackgroundCollector:
                 produced = self.producer.produce(step)
             except ProductionStoppedError:
                 return
-            except BaseException as error:  # noqa: BLE001  # it belongs to the main thread, which collects
+            except BaseException as error:  # noqa: BLE001  # the main thread, which collects, gets the error
                 future.set_exception(error)
                 return
             with self.changed:

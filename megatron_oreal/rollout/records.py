@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.rollout.metrics import logprob_sum
 from megatron_oreal.types import Group, Sample
 
 
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """One JSON object a sample; the file appears whole."""
+    """Writes one JSON object for each sample; readers never see a part of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         path, "".join(json.dumps(sample_row(group, sample)) + "\n" for group in groups for sample in group.samples)
@@ -29,7 +30,7 @@ def sample_row(group: Group, sample: Sample) -> dict[str, object]:
         "extracted": verdict.extracted if verdict else None,
         "reward": verdict.reward if verdict else None,
         "num_tokens": len(sample.response_ids),
-        "logprob": round(sum(sample.rollout_logprobs), 6) if sample.rollout_logprobs else None,
+        "logprob": round(logprob_sum(sample), 6) if len(sample.rollout_logprobs) else None,
         "finish_reason": sample.finish_reason,
         "policy_version": sample.policy_version,
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.models.trainable import TrainableModel
-from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.parallel.collectives import wait_for_all_ranks
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.run.engines import AnyConfig
 
@@ -27,39 +27,54 @@ class DeviceSharing:
 
     @contextmanager
     def training(self, pushes: bool) -> Iterator[None]:
-        """The block has the devices. One that `pushes` new weights may have the memory of the servers' old ones too.
+        """Collective. Inside the block the models are on the devices.
 
-        Collective.
+        A block that `pushes` new weights also takes the memory of the servers' old ones.
         """
         if self.engine is None:
             yield
             return
         if self.frees_servers:
             self.engine.release_memory(["kv_cache", "weights"] if pushes else ["kv_cache"])
-        exchanged(None)  # until the first rank has freed the devices of all
+        wait_for_all_ranks()  # until the first rank has freed the devices of all
         for model in self.models:
             model.restore()
         yield
         self.generate()
 
     def receive(self) -> None:
-        """Before a push."""
+        """Before a push: the servers get the memory of their weights back."""
         if self.engine is not None and self.frees_servers:
             self.engine.resume_memory(["weights"])
 
     def generate(self) -> None:
-        """Collective. The servers have the devices from now on."""
+        """Collective. The models leave the devices to the servers, until the next `training` block."""
         if self.engine is None:
             return
         for model in self.models:
             model.offload()
-        exchanged(None)  # until all ranks' devices are free
+        wait_for_all_ranks()  # until all ranks' devices are free
         if self.frees_servers:
             self.engine.resume_memory(["kv_cache"])
+
+
+def colocated(config: AnyConfig, engine: RolloutEngine) -> SglangEngine | None:
+    """The engine, if its servers share the trainer's devices."""
+    return engine if isinstance(engine, SglangEngine) and config.rollout.sglang.placement == "colocated" else None
+
+
+def make_room_for_models(config: AnyConfig, layout: ParallelLayout, engine: RolloutEngine) -> None:
+    """Collective, before the trainer builds its models: servers that have just started fill most of a shared GPU.
+
+    They get their memory back in two parts: that of the weights for the first push, the rest when they generate.
+    """
+    servers = colocated(config, engine)
+    if servers is not None and layout.device.type == "cuda":
+        servers.release_memory(["kv_cache", "weights"])
+        wait_for_all_ranks()  # until the first rank has freed the devices of all
 
 
 def device_sharing(
     config: AnyConfig, layout: ParallelLayout, engine: RolloutEngine, models: Sequence[TrainableModel]
 ) -> DeviceSharing:
-    shares = engine if isinstance(engine, SglangEngine) and config.rollout.sglang.placement == "colocated" else None
-    return DeviceSharing(shares, models, layout.device.type == "cuda")
+    return DeviceSharing(colocated(config, engine), models, layout.device.type == "cuda")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 import torch.distributed as dist
 
-from megatron_oreal.config import EvalRunConfig, SftConfig, SglangConfig, TrainConfig
+from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
 from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.engines.local.engine import LocalEngine
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
@@ -22,10 +23,10 @@ from megatron_oreal.engines.sglang.weights.transport import WeightTransport
 from megatron_oreal.models.build import DTYPES
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.nodes import this_node
+from megatron_oreal.types import Notify
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 AnyConfig = TrainConfig | SftConfig | EvalRunConfig
-Notify = Callable[[str], None]
 
 
 @contextmanager
@@ -51,17 +52,12 @@ def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, sta
 
     It starts the servers too, but colocated ones: those are started on each node.
     """
-    servers = server_settings(config)
-    fleet = None
-    model, run_dir = config.model, config.run_dir
-    context_length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    device_type: DeviceType = "cuda" if layout.device.type == "cuda" else "cpu"
+    settings = server_settings(config, layout.device)
+    servers, fleet = settings.config, None
     if servers.placement == "colocated":
-        settings = ServerSettings(servers, model.path, model.dtype, run_dir, device_type, context_length)
         fleet = stack.enter_context(open_colocated_servers(settings, notify))
     elif layout.is_main:
-        opened = open_servers(servers, model.path, model.dtype, run_dir, device_type, context_length, notify)
-        fleet = stack.enter_context(opened)
+        fleet = stack.enter_context(open_servers(settings, notify))
     thread = EventLoopThread("sglang")
 
     def ranks_of(client: SglangClient) -> Sequence[int]:
@@ -71,27 +67,31 @@ def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, sta
     transport = weight_transport(config, layout, thread, ranks_of)
     endpoints = fleet.endpoints if fleet is not None else []
     router = fleet.router.endpoint if fleet is not None and fleet.router is not None else None
-    engine = SglangEngine(servers, config.model.path, endpoints, transport, thread, fleet, notify, router)
+    engine = SglangEngine(
+        servers, config.model.path, endpoints, transport, thread, fleet, notify, router, rank=layout.rank
+    )
     if isinstance(config, EvalRunConfig):
         engine.check_unchanged()
     return engine
 
 
-def server_settings(config: AnyConfig) -> SglangConfig:
-    """Servers look for the tokenizer beside the model, unless they are told where it is.
+def server_settings(config: AnyConfig, device: torch.device) -> ServerSettings:
+    """Returns what the run's servers share. They look for the tokenizer beside the model, unless a flag names it.
 
-    Raises ValueError for a model that they cannot read.
+    Raises ValueError for a model that servers cannot read.
     """
     if is_torch_dist(config.model.path):
         raise ValueError(
             f"model.path: SGLang reads Hugging Face directories, {config.model.path} is a torch_dist checkpoint: "
             "convert it with tools/convert.py mcore2hf"
         )
-    servers = config.rollout.sglang
-    if config.model.tokenizer is None:
-        return servers
-    flags = {"tokenizer-path": str(config.model.tokenizer.resolve())} | servers.flags
-    return servers.model_copy(update={"flags": flags})
+    servers, model = config.rollout.sglang, config.model
+    if model.tokenizer is not None:
+        flags = {"tokenizer-path": str(model.tokenizer.resolve())} | servers.flags
+        servers = servers.model_copy(update={"flags": flags})
+    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    context_length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return ServerSettings(servers, model.path, model.dtype, config.run_dir, device_type, context_length)
 
 
 def weight_transport(

@@ -1,4 +1,4 @@
-"""What every kind of run reads and checks before it builds anything."""
+"""Reads and checks what every kind of run needs before it builds anything."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from megatron_oreal.config import (
     TrainConfig,
     check_layout,
     check_lengths,
+    flatten,
+    read_resolved,
     to_yaml,
 )
 from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prompts
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
-from megatron_oreal.engines.local.engine import GENERATED_FAMILIES
-from megatron_oreal.weights.families import Architecture, read_architecture
+from megatron_oreal.types import Int32Array
+from megatron_oreal.weights.families import Architecture, read_architecture, trainable_families
 
 # Settings that may change between a run and its continuation.
 CHANGEABLE = (
@@ -37,15 +39,18 @@ CHANGEABLE_IN_EVAL = (
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
+    """What was read: the same for every kind of run."""
+
     architecture: Architecture
     tokenizer: Tokenizer
     sampling: SamplingParams
     eval_prompts: Mapping[str, list[EncodedPrompt]]
-    notes: list[str]  # what was left out, for the log
+    notes: list[str]  # What was left out, for the log.
 
 
 def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
-    check_lengths(config, check_layout(config, GENERATED_FAMILIES))
+    """Reads architecture, tokenizer and held-out prompts, and checks them against each other. Raises ValueError."""
+    check_lengths(config, check_layout(config, trainable_families()))
     architecture, tokenizer = read_architecture(config.model.path), load_tokenizer(config.model.tokenizer_path)
     datasets: dict[str, list[EncodedPrompt]] = {}
     notes: list[str] = []
@@ -58,8 +63,9 @@ def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
     return Inputs(architecture, tokenizer, sampling_params(config.rollout, tokenizer), datasets, notes)
 
 
-def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture) -> None:
-    largest = max(map(max, sequences))
+def check_vocabulary(sequences: Iterable[Int32Array], architecture: Architecture) -> None:
+    """Refuses a tokenizer whose tokens the model does not have."""
+    largest = max(int(token_ids.max()) for token_ids in sequences)
     if largest >= architecture.vocab_size:
         raise ValueError(
             f"model.tokenizer: its token {largest} is beyond the model's vocab_size={architecture.vocab_size}; "
@@ -68,10 +74,13 @@ def check_vocabulary(sequences: Iterable[list[int]], architecture: Architecture)
 
 
 def check_initial_weights(config: TrainConfig, architecture: Architecture) -> None:
-    for name, path in (("reward_model", config.reward_model.path), ("critic", config.critic.path)):
+    """Refuses initial weights of a reward model or a critic that are not of the policy's architecture."""
+    for name, model in config.algorithm.scalar_models.items():
+        path = model.path
         if path is not None and (not (path / "config.json").is_file() or read_architecture(path) != architecture):
             raise ValueError(
-                f"{name}.path: {path} is not a Hugging Face directory of the policy's architecture; give one or drop it"
+                f"algorithm.{name}.path: {path} is not a Hugging Face directory of the policy's architecture; give one "
+                "or drop it"
             )
 
 
@@ -91,7 +100,11 @@ def note_skipped(notes: list[str], count: int, what: str) -> None:
 
 
 def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEABLE) -> None:
-    """Refuses a folder that another configuration has begun to fill. Raises ValueError with the differences."""
+    """Refuses a folder that another configuration has begun to fill. Raises ValueError with the differences.
+
+    A run that an older version began resumes: a setting that did not exist then has its default, sections are read
+    where they stood, and settings without effect are not compared.
+    """
     file = config.run_dir / "config.yaml"
     if config.run_dir.exists() and not config.run_dir.is_dir():
         raise ValueError(f"run_dir: {config.run_dir} is a file; give a folder")
@@ -103,13 +116,14 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
         raise ValueError(f"run_dir: {config.run_dir} is not yours to write; change its permissions or give another")
     if not file.is_file():
         return
-    before, now = flatten(yaml.safe_load(file.read_text())), flatten(yaml.safe_load(to_yaml(config)))
+    before, now = read_resolved(file.read_text(), config), flatten(yaml.safe_load(to_yaml(config)))
+    idle = {setting.name for setting in config.idle_settings()}
     if "num_steps" in changeable and moves_with_num_steps(now):
         changeable = tuple(name for name in changeable if name != "num_steps")
     differences = [
         f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(changeable)
+        if before.get(name) != now.get(name) and name not in idle and not name.startswith(changeable)
     ]
     if differences:
         raise ValueError(
@@ -119,16 +133,6 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
 
 
 def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
-    """Whether a learning rate's cosine ends with the run: then more steps are another schedule."""
+    """Says whether the cosine of a learning rate ends with the run: then more steps are another schedule."""
     cosines = [name.removesuffix(".decay") for name, value in settings.items() if value == "cosine"]
     return any(settings[f"{name}.decay_steps"] is None for name in cosines)
-
-
-def flatten(settings: object, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(settings, dict):
-        return {prefix.removesuffix("."): settings}
-    flat: dict[str, object] = {}
-    for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.")
-    return flat

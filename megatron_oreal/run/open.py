@@ -1,13 +1,13 @@
-"""Builds and closes everything that the loops in train.py use."""
+"""Opens and closes everything that the loops in train.py use."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
+from megatron_oreal.algorithms.model import GroupAlgorithm
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.train_state import TrainState
 from megatron_oreal.config import (
@@ -20,7 +20,6 @@ from megatron_oreal.config import (
 )
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
-from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models import parallel
 from megatron_oreal.models.trainable import TrainableModel
@@ -29,8 +28,9 @@ from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.run.algorithms import GroupAlgorithm, build_algorithm, build_sft
-from megatron_oreal.run.devices import device_sharing
+from megatron_oreal.run.algorithms import build_algorithm, build_sft
+from megatron_oreal.run.device_defaults import describe, with_device_defaults
+from megatron_oreal.run.devices import device_sharing, make_room_for_models
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     CHANGEABLE_IN_EVAL,
@@ -46,11 +46,11 @@ from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
 from megatron_oreal.types import TrainingSequence
 
 
-@contextlib.contextmanager
-def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, GroupAlgorithm]]:
-    """Everything of a reinforcement learning run, resumed where its folder says. Raises ValueError for bad input."""
+def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, EncodedPrompt, GroupAlgorithm]]:
+    """Opens a reinforcement learning run, resumed from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    config = with_device_defaults(config, architecture)
     prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
     encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
@@ -58,35 +58,33 @@ def open_train(config: TrainConfig) -> Iterator[Run[TrainConfig, EncodedPrompt, 
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_initial_weights(config, architecture)
     check_run_dir(config)
-    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
-        algorithm, models = build_algorithm(config, layout)
-        with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
-            yield run
+    return open_run(config, inputs, cursor, build_algorithm, keeps_responses=config.rollout.ledger)
 
 
-@contextlib.contextmanager
-def open_sft(config: SftConfig) -> Iterator[Run[SftConfig, TrainingSequence, Sft]]:
-    """Everything of a supervised run. Raises ValueError for bad input."""
+def open_sft(config: SftConfig) -> AbstractContextManager[Run[SftConfig, TrainingSequence, Sft]]:
+    """Opens a supervised run, resumed from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    config = with_device_defaults(config, architecture)
     sequences, num_skipped = encode_examples(read_examples(config.data.examples), inputs.tokenizer, config.data)
-    check_vocabulary((sequence.prompt_ids + sequence.response_ids for sequence in sequences), architecture)
+    check_vocabulary((sequence.token_ids for sequence in sequences), architecture)
     note_skipped(inputs.notes, num_skipped, "examples longer than data.max_tokens or data.max_prompt_tokens")
     cursor = PromptCursor(sequences, config.data.shuffle, config.seed)
     check_run_dir(config)
-    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce):
-        algorithm, models = build_sft(config, layout)
-        with assembled(config, layout, engine, announce, inputs, models, algorithm, cursor) as run:
-            yield run
+    return open_run(config, inputs, cursor, build_sft, keeps_responses=False)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
-    """Everything of an evaluation: no trainer, the engine's own copy of the model answers. Raises ValueError."""
+    """Opens an evaluation: there is no trainer, the engine's own copy of the model answers. Raises ValueError."""
     inputs = read_inputs(config)
+    config = with_device_defaults(config, inputs.architecture)
     check_run_dir(config, CHANGEABLE_IN_EVAL)
-    with opened_layout(config) as layout, opened_engine(config, layout) as (engine, announce), ExitStack() as stack:
-        verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
+    with ExitStack() as stack:
+        layout = stack.enter_context(open_layout(config))
+        announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+        engine = stack.enter_context(open_engine(config, layout, announce))
+        verifier = stack.enter_context(open_verifier(config.verifier))
         progress = ProgressBar.silent()
         if layout.is_main:
             write_atomically(config.run_dir / "config.yaml", to_yaml(config))
@@ -98,7 +96,7 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
         yield EvalRun(
             config=config,
             layout=layout,
-            sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
+            sampler=build_sampler(config, layout, engine, inputs.tokenizer, verifier),
             sampling=inputs.sampling,
             datasets=inputs.eval_prompts,
             notes=inputs.notes,
@@ -106,8 +104,8 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
         )
 
 
-@contextlib.contextmanager
-def opened_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
+@contextmanager
+def open_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
     layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
     try:
         yield layout
@@ -118,29 +116,22 @@ def opened_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
     parallel.finalize()
 
 
-@contextlib.contextmanager
-def opened_engine(
-    config: TrainConfig | SftConfig | EvalRunConfig, layout: ParallelLayout
-) -> Iterator[tuple[RolloutEngine, Announcer]]:
-    announce = Announcer(layout.is_main, config.run_dir / "log.txt")
-    with open_engine(config, layout, announce) as engine:
-        yield engine, announce
-
-
-@contextlib.contextmanager
-def assembled(
+@contextmanager
+def open_run(
     config: Config,
-    layout: ParallelLayout,
-    engine: RolloutEngine,
-    announce: Announcer,
     inputs: Inputs,
-    models: Mapping[str, TrainableModel],
-    algorithm: Algorithm,
     cursor: PromptCursor[Item],
+    build: Callable[[Config, ParallelLayout], tuple[Algorithm, dict[str, TrainableModel]]],
+    keeps_responses: bool,  # whether the ledger keeps what the engine generates
 ) -> Iterator[Run[Config, Item, Algorithm]]:
-    """What every kind of run has around its models; restores the newest checkpoint."""
+    """Opens what every kind of training run has, restores the newest checkpoint and pushes the policy's weights."""
     with ExitStack() as stack:
-        verifier = stack.enter_context(open_verifier(config.verifier)) if layout.is_main else None
+        layout = stack.enter_context(open_layout(config))
+        announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+        engine = stack.enter_context(open_engine(config, layout, announce))
+        make_room_for_models(config, layout, engine)
+        algorithm, models = build(config, layout)
+        verifier = stack.enter_context(open_verifier(config.verifier))
         trained = {name: model for name, model in models.items() if model.training is not None}
         train_state = TrainState(config.run_dir / "checkpoints", trained, layout, config.checkpoint)
         restored = train_state.load_latest()
@@ -148,10 +139,10 @@ def assembled(
         if restored is not None:
             start_step, num_skipped_steps = restored.step, restored.num_skipped_steps
             cursor.restore(restored.cursor)
+        log, keeps_responses = MetricsLog.silent(), keeps_responses and layout.is_main
         if layout.is_main:
             write_atomically(config.run_dir / "config.yaml", to_yaml(config))
-        log = stack.enter_context(MetricsLog(config.run_dir, start_step)) if layout.is_main else None
-        keeps_responses = layout.is_main and not engine.is_collective and config.rollout.ledger
+            log = stack.enter_context(MetricsLog(config.run_dir, start_step))
         ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
         progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
         run = Run(
@@ -161,7 +152,7 @@ def assembled(
             models=models,
             algorithm=algorithm,
             engine=engine,
-            sampler=build_sampler(config, engine, inputs.tokenizer, verifier),
+            sampler=build_sampler(config, layout, engine, inputs.tokenizer, verifier),
             sampling=inputs.sampling,
             weight_sync=WeightSync(models["policy"].weight_stream(), engine, has_fingerprint=keeps_responses),
             devices=device_sharing(config, layout, engine, list(models.values())),
@@ -176,7 +167,7 @@ def assembled(
         )
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
-        for note in inputs.notes:
+        for note in (describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
         run.push_weights(start_step)
         run.devices.generate()

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from safetensors import SafetensorError
 
+from megatron_oreal.algorithms.model import GroupAlgorithm
 from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
 from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
@@ -20,7 +21,6 @@ from megatron_oreal.observability.progress import ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.sampler import Sampler
-from megatron_oreal.run.algorithms import GroupAlgorithm
 from megatron_oreal.run.devices import DeviceSharing
 from megatron_oreal.types import TrainingSequence
 from megatron_oreal.weights.hf_directory import save_hf
@@ -42,11 +42,11 @@ class Run(Generic[Config, Item, Algorithm]):
     sampling: SamplingParams
     weight_sync: WeightSync
     devices: DeviceSharing
-    ledger: Ledger  # without a folder where no engine needs one
+    ledger: Ledger  # on the other ranks, and where no response is kept, it has no folder
     eval_prompts: Mapping[str, list[EncodedPrompt]]
     train_state: TrainState
     timer: PhaseTimer
-    log: MetricsLog | None  # on the first rank
+    log: MetricsLog  # the first rank's writes files
     progress: ProgressBar
     start_step: int = 0
     num_skipped_steps: int = 0
@@ -63,7 +63,7 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
 
     def push_weights(self, version: int) -> None:
-        """The policy to the engine, which answers with it from then on. Collective."""
+        """Gives the policy's weights to the engine, which generates with them from then on. Collective."""
         self.devices.receive()
         self.record(self.weight_sync.push(version).metrics())
         if self.weight_sync.fingerprint:
@@ -82,8 +82,7 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics |= rates(self.metrics)
         for model in self.models.values():
             self.metrics |= model.flush_seconds()
-        if self.log is not None:
-            self.log.log(step, self.metrics)
+        self.log.log(step, self.metrics)
         self.metrics = {}
 
     def export(self) -> None:

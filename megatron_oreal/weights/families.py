@@ -1,37 +1,37 @@
-"""One entry a model family: its architecture, read from config.json, and its parameter table. Imports no megatron.
+"""The table of model families. An entry reads the family's config.json and lists its parameters.
 
 To add a family, add a function that reads its config.json, a function that gives its rows, and a line in FAMILIES; see
-README.md in this folder.
+README.md in this folder. The module imports neither megatron nor torch: the command line asks it which models can be
+trained, on machines that have neither.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_oreal.config.model_files import ModelSettings, read_model_settings
 from megatron_oreal.weights.mapping import Direct, GateUp, Place, Qkv, Row, places
 from megatron_oreal.weights.rotary import Llama3Scaling, read_rotary
 
-Head = Literal["lm", "scalar"]
-Settings = dict[str, Any]  # a parsed config.json
+HeadKind = Literal["lm", "scalar"]  # a language model's output layer, or one number for each token
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts in every layer, routed by a softmax."""
+    """The mixture of experts that every layer has; a softmax routes the tokens."""
 
     count: int
     num_per_token: int
     intermediate_size: int
-    weights_sum_to_one: bool  # of the chosen experts; else they keep their share of the softmax over all
+    weights_sum_to_one: bool  # False: a chosen expert keeps its share of the softmax over all experts
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What building the model takes, in Hugging Face's terms."""
+    """What one must know to build the model, in Hugging Face's terms."""
 
     family: str
     num_layers: int
@@ -57,27 +57,19 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    read: Callable[[Settings], Architecture]
-    rows: Callable[[Architecture, Head], list[Row]]
-
-
-def read_settings(path: Path) -> Settings:
-    """The parsed config.json of a Hugging Face directory."""
-    file = path / "config.json"
-    try:
-        settings = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory") from None
-    except ValueError:
-        raise ValueError(f"model.path: {file} is not JSON; save the model again") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"model.path: {file} is not a mapping; save the model again")
-    return settings
+    read: Callable[[ModelSettings], Architecture]
+    rows: Callable[[Architecture, HeadKind], list[Row]]
+    # What the local engine generates with: its own decoder, for layers that are exactly Llama's or Qwen2's, or the
+    # model of transformers. None: checkpoints of the family can be converted, but not trained.
+    decoder: Literal["llama", "transformers"] | None = None
 
 
 def read_architecture(path: Path) -> Architecture:
-    """Raises ValueError for an unknown model_type and for settings that would be carried over wrongly."""
-    settings = read_settings(path)
+    """Reads the architecture from `path`/config.json.
+
+    Raises ValueError for an unknown model_type and for settings that would be carried over wrongly.
+    """
+    settings = read_model_settings(path)
     model_type = settings.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"model.path: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
@@ -85,16 +77,21 @@ def read_architecture(path: Path) -> Architecture:
         return FAMILIES[model_type].read(settings)
     except KeyError as error:
         raise ValueError(f"model.path: {path / 'config.json'} lacks {error}; give the model's own") from None
-    except TypeError as error:
+    except (TypeError, AttributeError, ZeroDivisionError) as error:  # a setting is of the wrong type, or zero
         raise ValueError(f"model.path: {path / 'config.json'}: {error}; give the model's own") from None
 
 
-def parameter_rows(architecture: Architecture, head: Head) -> list[Row]:
+def trainable_families() -> list[str]:
+    """The model types that can be trained and evaluated, because the local engine generates with them."""
+    return [model_type for model_type, family in FAMILIES.items() if family.decoder is not None]
+
+
+def parameter_rows(architecture: Architecture, head: HeadKind) -> list[Row]:
     return FAMILIES[architecture.family].rows(architecture, head)
 
 
-def parameters(architecture: Architecture, head: Head) -> Iterator[tuple[Row, Place]]:
-    """Every parameter of the whole model."""
+def parameters(architecture: Architecture, head: HeadKind) -> Iterator[tuple[Row, Place]]:
+    """Yields every parameter of the whole model."""
     for row in parameter_rows(architecture, head):
         for place in places(row, architecture.num_layers, architecture.num_experts):
             yield row, place
@@ -103,8 +100,13 @@ def parameters(architecture: Architecture, head: Head) -> Iterator[tuple[Row, Pl
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 
-def read_common(settings: Settings, family: str, **family_settings: Any) -> Architecture:
-    """What all families name alike; `family_settings` are fields of Architecture that they do not."""
+# In these families every attention head has a key and a value of its own where config.json says nothing. In the others
+# transformers would take a fixed number then, so their config.json must say it.
+KV_HEADS_LIKE_HEADS: ModelSettings = {"num_key_value_heads": None}
+
+
+def read_common(settings: ModelSettings, family: str, **family_settings: Any) -> Architecture:
+    """Reads the settings that all families name alike; `family_settings` are the other fields of Architecture."""
     refuse(settings, "quantization_config")  # the weights would be read without their scales
     if settings.get("hidden_act", "silu") != "silu":
         raise ValueError(f"model.path: hidden_act {settings['hidden_act']!r} is not supported; only 'silu' is")
@@ -116,7 +118,7 @@ def read_common(settings: Settings, family: str, **family_settings: Any) -> Arch
         "hidden_size": settings["hidden_size"],
         "intermediate_size": settings["intermediate_size"],
         "num_heads": heads,
-        "num_kv_heads": settings.get("num_key_value_heads") or heads,
+        "num_kv_heads": settings["num_key_value_heads"] or heads,
         "head_dim": settings.get("head_dim") or settings["hidden_size"] // heads,
         "vocab_size": settings["vocab_size"],
         "max_positions": settings.get("max_position_embeddings", 32768),
@@ -129,32 +131,34 @@ def read_common(settings: Settings, family: str, **family_settings: Any) -> Arch
     return Architecture(**fields | family_settings)
 
 
-def refuse(settings: Settings, *names: str) -> None:
-    """Settings that must be absent, null or false."""
+def refuse(settings: ModelSettings, *names: str) -> None:
+    """Raises ValueError for a setting that is not absent, null or false."""
     for name in names:
         if settings.get(name):
             raise ValueError(f"model.path: {name}={settings[name]!r} is not supported; only without it")
 
 
-def refuse_sliding_window(settings: Settings) -> None:
-    """Of the Qwen families, which name a window and switch it on apart."""
+def refuse_sliding_window(settings: ModelSettings) -> None:
+    """Refuses an active window: the Qwen families name its size and switch it on by another setting."""
     if settings.get("use_sliding_window") or "sliding_attention" in (settings.get("layer_types") or []):
         raise ValueError("model.path: sliding-window attention is not supported; set use_sliding_window to false")
 
 
-def read_qwen2(settings: Settings) -> Architecture:
+def read_qwen2(settings: ModelSettings) -> Architecture:
     refuse_sliding_window(settings)
     return read_common(settings, "qwen2", qkv_bias=True)
 
 
-def read_qwen3(settings: Settings, family: str = "qwen3", default_head_dim: int = 128, **more: Any) -> Architecture:
+def read_qwen3(
+    settings: ModelSettings, family: str = "qwen3", default_head_dim: int = 128, **more: Any
+) -> Architecture:
     refuse_sliding_window(settings)
     refuse(settings, "attention_bias")
     head_dim = settings.get("head_dim") or default_head_dim
     return read_common(settings, family, qk_norm=True, head_dim=head_dim, **more)
 
 
-def read_qwen3_moe(settings: Settings) -> Architecture:
+def read_qwen3_moe(settings: ModelSettings) -> Architecture:
     refuse(settings, "mlp_only_layers")
     if settings.get("decoder_sparse_step", 1) != 1:
         raise ValueError("model.path: decoder_sparse_step must be 1: layers without experts are not supported")
@@ -169,24 +173,24 @@ def read_qwen3_moe(settings: Settings) -> Architecture:
     return read_qwen3(settings, "qwen3_moe", default_head_dim, experts=experts)
 
 
-def read_llama(settings: Settings) -> Architecture:
+def read_llama(settings: ModelSettings) -> Architecture:
     refuse(settings, "attention_bias", "mlp_bias")
-    return read_common(settings, "llama")
+    return read_common(KV_HEADS_LIKE_HEADS | settings, "llama")
 
 
-def read_mistral(settings: Settings) -> Architecture:
+def read_mistral(settings: ModelSettings) -> Architecture:
     # transformers takes 4096 for a config.json that does not name it.
     if settings.get("sliding_window", 4096):
         raise ValueError("model.path: sliding-window attention is not supported; set sliding_window to null")
     return read_common(settings, "mistral")
 
 
-def read_internlm2(settings: Settings) -> Architecture:
+def read_internlm2(settings: ModelSettings) -> Architecture:
     refuse(settings, "bias")
-    return read_common(settings, "internlm2")
+    return read_common(KV_HEADS_LIKE_HEADS | settings, "internlm2")
 
 
-def read_internlm3(settings: Settings) -> Architecture:
+def read_internlm3(settings: ModelSettings) -> Architecture:
     refuse(settings, "bias")  # of the output projection and the MLP
     return read_common(settings, "internlm3", qkv_bias=settings.get("qkv_bias", False))
 
@@ -196,8 +200,8 @@ def read_internlm3(settings: Settings) -> Architecture:
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 
 
-def llama_rows(architecture: Architecture, head: Head) -> list[Row]:
-    """Llama's names, with what the architecture has besides: biases of q, k and v, norms of q and k, experts."""
+def llama_rows(architecture: Architecture, head: HeadKind) -> list[Row]:
+    """Lists Llama's names, and those of what the architecture has besides: biases, norms of q and k, experts."""
     return [
         *outer_rows(architecture, head, "model.embed_tokens.weight", "lm_head.weight"),
         *llama_attention_rows(architecture),
@@ -247,7 +251,7 @@ def expert_rows(architecture: Architecture, experts: Experts) -> list[Row]:
     ]
 
 
-def internlm2_rows(architecture: Architecture, head: Head) -> list[Row]:
+def internlm2_rows(architecture: Architecture, head: HeadKind) -> list[Row]:
     hidden = architecture.hidden_size
     query_size, qkv_size = attention_sizes(architecture)
     attention, mlp = HF_LAYER + "attention.", HF_LAYER + "feed_forward."
@@ -272,7 +276,7 @@ def internlm2_rows(architecture: Architecture, head: Head) -> list[Row]:
 
 
 def attention_sizes(architecture: Architecture) -> tuple[int, int]:
-    """(of the queries, of queries, keys and values together)"""
+    """Returns the rows of the queries alone, and those of queries, keys and values together."""
     query_size = architecture.num_heads * architecture.head_dim
     return query_size, query_size + 2 * architecture.num_kv_heads * architecture.head_dim
 
@@ -286,8 +290,8 @@ def mlp_rows(prefix: str, gate_up_down: tuple[str, ...], hidden_size: int, inter
     ]
 
 
-def outer_rows(architecture: Architecture, head: Head, embedding: str, output: str) -> list[Row]:
-    """What is outside of the layers; the heads of sequence classifiers are `score.weight` in every family."""
+def outer_rows(architecture: Architecture, head: HeadKind, embedding: str, output: str) -> list[Row]:
+    """Lists what is outside of the layers. The head of a sequence classifier is `score.weight` in every family."""
     hidden, whole = architecture.hidden_size, (architecture.vocab_size, architecture.hidden_size)
     rows = [
         Row("embedding.word_embeddings.weight", (embedding,), Direct(axis=0), whole, pads_vocabulary=True),
@@ -311,17 +315,19 @@ TRANSFORMER_ENGINE_ALIASES = {
 
 
 def canonical_name(megatron_name: str) -> str:
+    """Returns the name that the tables use for a parameter of Megatron."""
     for alias, name in TRANSFORMER_ENGINE_ALIASES.items():
         megatron_name = megatron_name.replace(alias, name)
     return megatron_name
 
 
+# By the model_type of config.json.
 FAMILIES: dict[str, Family] = {
-    "qwen2": Family(read_qwen2, llama_rows),
-    "qwen3": Family(read_qwen3, llama_rows),
+    "qwen2": Family(read_qwen2, llama_rows, decoder="llama"),
+    "qwen3": Family(read_qwen3, llama_rows, decoder="transformers"),
     "qwen3_moe": Family(read_qwen3_moe, llama_rows),
-    "llama": Family(read_llama, llama_rows),
-    "mistral": Family(read_mistral, llama_rows),
+    "llama": Family(read_llama, llama_rows, decoder="llama"),
+    "mistral": Family(read_mistral, llama_rows, decoder="transformers"),
     "internlm2": Family(read_internlm2, internlm2_rows),
     "internlm3": Family(read_internlm3, llama_rows),
 }

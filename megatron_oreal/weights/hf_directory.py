@@ -1,9 +1,8 @@
-"""Hugging Face directories and live models: read into the shards, and a stream of whole tensors out of them."""
+"""Reads tensors of Hugging Face directories, whole or in slices, and writes a weight stream as such a directory."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_oreal.config.model_files import copy_model_file
 from megatron_oreal.observability.files import temporary_directory
-from megatron_oreal.weights.families import Head
+from megatron_oreal.weights.families import HeadKind
+from megatron_oreal.weights.fingerprint import drain
 from megatron_oreal.weights.mapping import Place, Row, pad_rows, rows_of_rank
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 4 * 2**30  # of one file of an exported checkpoint
+SHARD_BYTES = 4 * 2**30  # that one file of an exported checkpoint holds at most
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HfReader:
-    """Tensors of a safetensors directory by name, read on demand. Raises ValueError for missing files and names."""
+    """Reads tensors of a safetensors directory by name, on demand. Raises ValueError for missing files and names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +59,7 @@ class HfReader:
             raise ValueError(f"model.path: {self.path} has no tensor {name}") from None
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype."""
+        """Returns the tensor's shape and dtype."""
         stored = self._stored(name)
         shape = tuple(stored.get_shape())
         kept = stored.get_dtype()
@@ -77,7 +78,7 @@ class HfReader:
                 raise ValueError(f"model.path: {self.path / file}: {name} {reason}; save the model again")
 
     def read(self, name: str, axis: int | None, rank: int, size: int) -> Tensor:
-        """The rank-th of `size` equal slices along `axis`."""
+        """Reads the rank-th of `size` equal slices along `axis`."""
         stored = self._stored(name)
         if axis is None or size == 1:
             return stored[:]
@@ -85,14 +86,14 @@ class HfReader:
         part = slice(rank * length, (rank + 1) * length)
         return stored[part] if axis == 0 else stored[:, part]
 
-    def has_head(self, head: Head) -> bool:
+    def has_head(self, head: HeadKind) -> bool:
         return head == "lm" or "score.weight" in self.file_of
 
     def hf_tensors(self, row: Row, place: Place) -> list[Tensor]:
         return [self.read(name, None, 0, 1) for name in row.hf_names(place)]
 
     def shard(self, row: Row, place: Place, padded_rows: int, rank: int, size: int) -> Tensor:
-        """A tensor-parallel rank's part of a Megatron parameter; vocabularies are padded up to `padded_rows`."""
+        """Reads a tensor-parallel rank's part of a Megatron parameter; vocabularies are padded up to `padded_rows`."""
         if row.pads_vocabulary:
             (name,) = row.hf_names(place)
             return pad_rows(self._rows_of_rank(name, row.shape[0], padded_rows, rank, size), padded_rows // size)
@@ -111,14 +112,13 @@ class HfReader:
         return part
 
 
-def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, out: Path, writes: bool) -> None:
-    """Consumes the stream on every rank; the one that `writes` makes a Hugging Face directory of it.
+def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, out: Path, is_main: bool) -> None:
+    """Consumes the stream on every rank; the first rank, which `is_main`, makes a Hugging Face directory of it.
 
     config.json comes from `source`, the tokenizer's files from `tokenizer`. The directory appears whole or not at all.
     """
-    if not writes:
-        for _ in stream:
-            pass
+    if not is_main:
+        drain(stream)
         return
     with temporary_directory(out) as directory:
         writer, tensors = ShardWriter(directory), iter(stream)
@@ -126,8 +126,7 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path,
             for name, tensor in tensors:
                 writer.add(name, tensor)
         except (OSError, SafetensorError):
-            for _ in tensors:  # the other ranks are in its collectives
-                pass
+            drain(tensors)
             raise
         writer.close()
         copy_companions(source, directory, ("config.json", "generation_config.json"))
@@ -140,7 +139,7 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path,
 
 
 class ShardWriter:
-    """Safetensors files of bounded size with their index; a single file when one suffices."""
+    """Writes safetensors files of bounded size with their index, or a single file when one suffices."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -178,4 +177,4 @@ class ShardWriter:
 def copy_companions(source: Path, directory: Path, names: Sequence[str]) -> None:
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+            copy_model_file(source / name, directory / name)

@@ -1,6 +1,6 @@
-"""The weights that a run starts from: a Hugging Face directory, or a torch_dist one that tools/convert.py wrote.
+"""Reads the weights that a run starts from: a Hugging Face directory, or a torch_dist one that tools/convert.py wrote.
 
-Either is read by name and slice: a tensor- and pipeline-parallel rank reads its own part, without collectives.
+Both are read by name and slice: each tensor- and pipeline-parallel rank reads its own part, without collectives.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.parallel.layout import ParallelLayout
-from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows, parameters
+from megatron_oreal.weights.families import Architecture, HeadKind, canonical_name, parameter_rows, parameters
 from megatron_oreal.weights.hf_directory import HfReader
 from megatron_oreal.weights.mapping import Place, Row, find_row, padded_vocabulary
 from megatron_oreal.weights.torch_dist_reader import TorchDistReader, is_torch_dist
 
 
 class WeightsReader(Protocol):
-    def has_head(self, head: Head) -> bool: ...
+    def has_head(self, head: HeadKind) -> bool: ...
     def hf_tensors(self, row: Row, place: Place) -> list[Tensor]: ...
     def shard(self, row: Row, place: Place, padded_rows: int, rank: int, size: int) -> Tensor: ...
 
 
 def open_weights(path: Path, architecture: Architecture) -> WeightsReader:
-    """Raises ValueError for a directory that holds neither kind of weights."""
+    """Opens either kind of directory. Raises ValueError when it holds neither kind of weights."""
     return TorchDistReader(path, architecture, "model.path") if is_torch_dist(path) else HfReader(path)
 
 
 def load_parameters(
-    named: Iterable[tuple[str, Tensor]], path: Path, architecture: Architecture, head: Head, layout: ParallelLayout
+    named: Iterable[tuple[str, Tensor]], path: Path, architecture: Architecture, head: HeadKind, layout: ParallelLayout
 ) -> None:
-    """Fills this rank's parameters, named by Megatron's global names; a scalar head that is not there stays as it is.
+    """Fills this rank's parameters, which have Megatron's global names; a scalar head that the file lacks stays.
 
     Raises ValueError for a missing or misshapen tensor, naming it.
     """
@@ -55,7 +55,7 @@ def load_parameters(
 
 
 def hf_weights(path: Path, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """A language model's whole tensors by their Hugging Face names, one at a time."""
+    """Yields a language model's whole tensors with their Hugging Face names, one at a time."""
     reader = open_weights(path, architecture)
     for row, place in parameters(architecture, "lm"):
         if row.exported:

@@ -1,8 +1,8 @@
 """Rows that tie a Megatron parameter to its Hugging Face tensors, and the invertible operations between them.
 
-Pure tensor code: no collectives, no files, no model. An operation works on a tensor-parallel shard exactly as on the
-whole tensor: rank r of R takes the r-th of R equal slices of every Hugging Face tensor along `axis` and merges those,
-and the other way round it splits its shard and the slices of all ranks are concatenated along `axis`.
+This is pure tensor code, without collectives, files or models. An operation works on a tensor-parallel shard exactly as
+on the whole tensor. To read, rank r of R takes the r-th of R equal slices of every Hugging Face tensor along `axis`
+and merges those; to write, it splits its shard, and the slices of all ranks are concatenated along `axis`.
 """
 
 from __future__ import annotations
@@ -10,34 +10,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the tables are read on machines without torch
+    from torch import Tensor
 
 
 class Op(Protocol):
-    """`axis`: along which tensor parallelism slices the Hugging Face tensors; None: every rank has the whole."""
+    """An operation between the two; tensor parallelism slices the Hugging Face tensors along `axis`.
+
+    Where `axis` is None, every rank has the whole tensor.
+    """
 
     @property
     def axis(self) -> int | None: ...
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Hugging Face tensors (whole or slices) -> Megatron's parameter (whole or shard)."""
+        """Makes Megatron's parameter (whole or shard) of the Hugging Face tensors (whole or slices)."""
         ...
 
     def split(self, parameter: Tensor) -> list[Tensor]:
-        """The inverse of merge."""
+        """Undoes `merge`."""
         ...
 
     def shard(self, parameter: Tensor, rank: int, size: int) -> Tensor:
-        """The rank's part of Megatron's whole parameter: a view where it is in one piece."""
+        """Returns the rank's part of Megatron's whole parameter, as a view where it is in one piece."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """The same tensor under another name."""
+    """Both have the same tensor, under different names."""
 
     axis: int | None = None
 
@@ -53,13 +56,15 @@ class Direct:
 
 @dataclass(frozen=True, slots=True)
 class Qkv:
-    """q, k and v interleaved by key/value group: [q heads of the group, k, v] for each group, weights and biases."""
+    """Megatron interleaves q, k and v by key/value group: each group has its q heads, then its k, then its v."""
 
     queries_per_group: int
     head_dim: int
     axis: int | None = 0
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        import torch
+
         query, key, value = tensors
         groups, rest = key.shape[0] // self.head_dim, key.shape[1:]
         parts = (
@@ -81,11 +86,13 @@ class Qkv:
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
-    """The gate's rows above the up projection's; a shard holds its slice of each."""
+    """Megatron has the gate's rows above those of the up projection; a shard holds its slice of each."""
 
     axis: int | None = 0
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        import torch
+
         return torch.cat(list(tensors), dim=0)
 
     def split(self, parameter: Tensor) -> list[Tensor]:
@@ -99,7 +106,10 @@ class GateUp:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Which of a row's parameters: layer and expert, counted from 0 over the whole model; None where there is none."""
+    """Says which of a row's parameters is meant: its layer and expert, counted from 0 over the whole model.
+
+    Example: the third expert of the first layer is Place(layer=0, expert=2); the embedding is Place().
+    """
 
     layer: int | None = None
     expert: int | None = None
@@ -107,14 +117,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`{layer}` and `{expert}` in a name stand for their numbers."""
+    """A kind of parameter, such as the attention output of every layer, with its names on both sides.
+
+    `{layer}` and `{expert}` in a name stand for their numbers. Example: Row("decoder.final_layernorm.weight",
+    ("model.norm.weight",), Direct(), (hidden_size,)).
+    """
 
     megatron: str
     hf: tuple[str, ...]
     op: Op
-    shape: tuple[int, ...]  # of Megatron's whole parameter, without padding
-    pads_vocabulary: bool = False  # Megatron's has rows of zeros behind the vocabulary, to divide by tensor parallelism
-    exported: bool = True  # False: a second place of a tensor that another row exports
+    shape: tuple[int, ...]  # of Megatron's whole parameter, without the padding
+    pads_vocabulary: bool = False  # Megatron's parameter ends with rows of zeros, so that the ranks' shards are equal
+    exported: bool = True  # False: Megatron's second copy of a tensor that another row exports
 
     def hf_names(self, place: Place) -> list[str]:
         return [name.format(layer=place.layer, expert=place.expert) for name in self.hf]
@@ -123,11 +137,13 @@ class Row:
         return self.megatron.format(layer=place.layer, expert=place.expert)
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
+        import torch
+
         return [tuple(part.shape) for part in self.op.split(torch.empty(self.shape, device="meta"))]
 
 
 def places(row: Row, num_layers: int, num_experts: int) -> Iterator[Place]:
-    """Every parameter of a row, in order."""
+    """Yields the place of each parameter of a row, in order."""
     for layer in range(num_layers) if "{layer}" in row.megatron else [None]:
         for expert in range(num_experts) if "{expert}" in row.megatron else [None]:
             yield Place(layer, expert)
@@ -142,12 +158,14 @@ def padded_vocabulary(vocab_size: int, tensor_size: int) -> int:
 
 
 def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
+    import torch
+
     padding = tensor.new_zeros(num_rows - tensor.shape[0], *tensor.shape[1:])
     return torch.cat([tensor, padding]) if len(padding) else tensor
 
 
 def rows_of_rank(num_rows: int, padded_rows: int, rank: int, size: int) -> slice:
-    """The rows that a rank has of a tensor that is padded up to `padded_rows`; those behind `num_rows` are zeros."""
+    """Returns the rows that a rank reads of a tensor of `num_rows`, which is padded with zeros up to `padded_rows`."""
     length = padded_rows // size
     return slice(rank * length, min((rank + 1) * length, num_rows))
 
@@ -156,7 +174,7 @@ LAYER_NUMBER, EXPERT_NUMBER = re.compile(r"(?<=^decoder\.layers\.)\d+"), re.comp
 
 
 def find_row(rows: Sequence[Row], megatron_name: str) -> tuple[Row, Place]:
-    """The row of a parameter such as decoder.layers.3.mlp.linear_fc2.weight, and which of the row's it is.
+    """Finds the row and the place of a parameter such as decoder.layers.3.mlp.linear_fc2.weight.
 
     Raises ValueError for a parameter that no row knows.
     """

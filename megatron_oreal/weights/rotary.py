@@ -1,18 +1,19 @@
-"""Rotary positions as config.json describes them: what is carried over, and what is refused by name."""
+"""Reads the rotary positions that a config.json describes; what cannot be carried over is refused by name."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the tables are read on machines without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """Long wavelengths are stretched by `factor`, short ones kept, those in between mixed; rope_type "llama3"."""
+    """rope_type "llama3": long wavelengths are stretched by `factor`, short ones stay, those in between are mixed."""
 
     factor: float
     low_freq_factor: float
@@ -21,7 +22,7 @@ class Llama3Scaling:
 
 
 def read_rotary(settings: dict[str, Any], family: str) -> tuple[float, Llama3Scaling | None]:
-    """(theta, scaling) of a config.json. Raises ValueError for a rope type that is not carried over."""
+    """Returns theta and the scaling of a config.json. Raises ValueError for a rope type that is not carried over."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or settings.get("rope_theta", 10000.0))
     if rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -45,7 +46,9 @@ def read_rotary(settings: dict[str, Any], family: str) -> tuple[float, Llama3Sca
 def rotary_frequencies(
     theta: float, head_dim: int, scaling: Llama3Scaling | None, device: torch.device | None = None
 ) -> Tensor:
-    """Radians a position, [head_dim / 2] float32."""
+    """Returns the radians that a position adds, [head_dim / 2] float32."""
+    import torch
+
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     frequencies = 1.0 / theta**exponents
     if scaling is None:

@@ -1,4 +1,4 @@
-"""Streams a sharded model's weights, tensor by tensor, under their Hugging Face names."""
+"""Streams the weights of a live, sharded model, tensor by tensor, under their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
-from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows
+from megatron_oreal.weights.families import Architecture, HeadKind, canonical_name, parameter_rows
 from megatron_oreal.weights.mapping import Direct, Place, Row, find_row
 
-BUCKET_BYTES = 512 * 2**20  # of whole parameters, gathered in one collective
-CPU_BUCKET_BYTES = 32 * 2**20  # faster than larger ones, which the caches do not hold
-# Its name before torch 2.13 and after it.
+BUCKET_BYTES = 512 * 2**20  # whole parameters that are gathered in one collective
+CPU_BUCKET_BYTES = 32 * 2**20  # caches hold a bucket of this size
+# torch 2.13 has renamed this function.
 ALL_GATHER = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    name: str  # Megatron's name, experts numbered from 0 on their rank
-    shape: tuple[int, ...]  # of the shard
+    """A parameter that one pipeline stage has, and what it becomes in the stream."""
+
+    name: str  # Megatron's name; experts are numbered from 0 on their rank
+    shape: tuple[int, ...]  # of the shard on one rank
     dtype: torch.dtype
     row: Row
     place: Place
@@ -34,21 +37,21 @@ class PlannedParameter:
 
 
 class WeightStream:
-    """A live model's weights as (Hugging Face name, whole tensor), on every rank, in one fixed order.
+    """Yields a live model's weights as (Hugging Face name, whole tensor), on every rank and in one fixed order.
 
-    The plan is made once. Every rank of the groups must iterate together: a bucket is one broadcast over the pipeline
-    from its owner and one all-gather over tensor parallelism; one of experts is also gathered over `expert_group`.
-    Over gloo an all-gather is a broadcast of each rank.
+    The plan is made once. All ranks of the groups must iterate together: a bucket takes one broadcast over the
+    pipeline, from the stage that owns it, and one all-gather over tensor parallelism; experts are also gathered over
+    `expert_group`. Over gloo an all-gather is a broadcast from each rank.
 
-    bucket_bytes: of whole parameters that are gathered together; a larger parameter is alone. Memory: two buckets and
-    two tensors (the one that is being made, and the one that the consumer still has).
+    bucket_bytes: size of the whole parameters that are gathered together; a larger parameter gets a bucket of its own.
+    The stream needs memory for two buckets and two tensors: the one that it makes, and the one that the consumer has.
     """
 
     def __init__(
         self,
         parameters: Sequence[tuple[str, Tensor]],
         architecture: Architecture,
-        head: Head,
+        head: HeadKind,
         layout: ParallelLayout,
         bucket_bytes: int = BUCKET_BYTES,
         expert_group: dist.ProcessGroup | None = None,
@@ -66,23 +69,22 @@ class WeightStream:
             row, place = find_row(rows, canonical_name(name))
             if row.exported:
                 local.append(PlannedParameter(name, tuple(parameter.shape), parameter.dtype, row, place))
-        if self.expert_size > 1:  # else the two kinds would alternate, and with them the buckets
+        if self.expert_size > 1:  # experts last: each change between the two kinds begins a bucket
             local.sort(key=lambda item: item.place.expert is not None)
-        self.plan: list[list[PlannedParameter]] = [[] for _ in range(layout.pipeline_size)]
-        dist.all_gather_object(self.plan, local, group=layout.pipeline_group)
+        self.plan = all_gather_object(local, layout.pipeline_group)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for stage, planned in enumerate(self.plan):
             for bucket in self._buckets(planned):
-                # No name for what was gathered: it is gone before the next bucket comes.
+                # The gathered tensor has no name here, so that it is freed before the next bucket is gathered.
                 yield from self._hf_tensors(bucket, self._gather(bucket, stage))
 
     def _num_shards(self, item: PlannedParameter) -> tuple[int, int]:
-        """Over expert and tensor parallelism."""
+        """Returns the number of shards over expert parallelism and over tensor parallelism."""
         return (self.expert_size if item.place.expert is not None else 1), self.layout.tensor_size
 
     def _buckets(self, planned: Sequence[PlannedParameter]) -> Iterator[list[PlannedParameter]]:
-        """Runs of parameters of one dtype and one kind, at most `bucket_bytes` together when gathered."""
+        """Yields runs of parameters of one dtype and one kind, of at most `bucket_bytes` when they are gathered."""
         bucket: list[PlannedParameter] = []
         filled = 0
         for item in planned:
@@ -101,7 +103,7 @@ class WeightStream:
             yield bucket
 
     def _gather(self, bucket: list[PlannedParameter], stage: int) -> Tensor:
-        """The flat shards of a bucket, [expert ranks, tensor ranks, elements of a shard]."""
+        """Gathers the flat shards of a bucket: [expert ranks, tensor ranks, elements of a shard]."""
         layout, (expert_size, tensor_size) = self.layout, self._num_shards(bucket[0])
         if layout.pipeline_rank == stage:
             flat = torch.cat([self.parameters[item.name].detach().reshape(-1) for item in bucket])
@@ -129,10 +131,10 @@ class WeightStream:
                 yield from zip(item.row.hf_names(place), self._whole(item, of_rank), strict=True)
 
     def _whole(self, item: PlannedParameter, shards: Tensor) -> Iterator[Tensor]:
-        """The Hugging Face tensors of a parameter, from its flat shards [tensor ranks, elements]."""
+        """Yields the Hugging Face tensors of a parameter, made of its flat shards [tensor ranks, elements]."""
         axis = item.row.op.axis
         if isinstance(item.row.op, Direct) and axis == 0 and shards.is_contiguous():
-            whole = shards.view(-1, *item.shape[1:])  # alone in its bucket: large, and already in order
+            whole = shards.view(-1, *item.shape[1:])  # a large parameter with a bucket of its own is already in order
             yield whole[: self.vocab_size] if item.row.pads_vocabulary else whole
             return
         pieces = [item.row.op.split(shard.view(item.shape)) for shard in (shards if axis is not None else shards[:1])]
@@ -140,17 +142,17 @@ class WeightStream:
             if len(pieces) > 1:
                 whole = torch.cat([piece[number] for piece in pieces], dim=axis or 0)
             elif self.layout.tensor_size > 1:
-                whole = pieces[0][number].clone()  # a view would keep the bucket of every rank
+                whole = pieces[0][number].clone()  # a view would keep the whole bucket alive
             else:
                 whole = pieces[0][number]
             yield (whole[: self.vocab_size] if item.row.pads_vocabulary else whole).contiguous()
 
 
 def all_gather(flat: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
-    """[n] of every rank -> [size * n]"""
+    """Gathers [n] of every rank: [size * n]."""
     gathered = torch.empty(size * len(flat), dtype=flat.dtype, device=flat.device)
     if flat.device.type == "cpu":
-        # gloo broadcasts in place, and copies twice what it gathers.
+        # gloo broadcasts in place, while its all-gather copies everything twice.
         for rank, part in enumerate(gathered.chunk(size)):
             if rank == dist.get_rank(group):
                 part.copy_(flat)

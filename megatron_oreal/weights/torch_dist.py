@@ -1,12 +1,12 @@
-"""Megatron-core's torch_dist checkpoints, written without a model, a process group or a GPU.
+"""Writes megatron-core's torch_dist checkpoints, without a model, a process group or a GPU.
 
     DIR/latest_checkpointed_iteration.txt    "release", or an iteration's number
     DIR/release/.metadata                    which tensors there are, and where each chunk of them is
     DIR/release/__<n>_0.distcp               chunks, each a small file of torch.save
-    DIR/release/common.pt, metadata.json     what Megatron-LM --load asks for besides
+    DIR/release/common.pt, metadata.json     further files that Megatron-LM --load asks for
 
-Every tensor has its whole shape, over all parallel ranks, with layers (and experts) in front: a checkpoint fits every
-layout.
+Every tensor is described with its whole shape over all parallel ranks, and with layers (and experts) as its first
+dimensions, so that a checkpoint fits every layout.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_oreal.weights.families import TRANSFORMER_ENGINE_ALIASES, Architecture, Head
+from megatron_oreal.weights.families import TRANSFORMER_ENGINE_ALIASES, Architecture, HeadKind
 from megatron_oreal.weights.mapping import Place, Row, pad_rows
 
 TRACKER, ITERATION = "latest_checkpointed_iteration.txt", "release"
 VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by
-ALIGNMENT = 64  # bytes, of each chunk in its file
+ALIGNMENT = 64  # bytes; each chunk begins at a multiple of it in its file
 NORM_KEYS = {canonical: key for key, canonical in TRANSFORMER_ENGINE_ALIASES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A part of a tensor, and where it is."""
+    """A part of a tensor, and where it is in the files."""
 
     key: str
     offsets: tuple[int, ...]
@@ -57,7 +57,7 @@ class StoredChunk:
 
 
 def stored_keys(row: Row, architecture: Architecture) -> list[str]:
-    """The names of a row's tensor over all layers: usually one."""
+    """Returns the names of the tensor that holds a row's parameters of all layers; usually there is one."""
     if not row.exported:  # tied to the embedding
         return ["embedding.word_embeddings.weight"]
     key = row.megatron.replace(".{layer}.", ".").replace("local_experts.{expert}.", "experts.")
@@ -70,7 +70,7 @@ def stored_keys(row: Row, architecture: Architecture) -> list[str]:
 
 
 def stacked_sizes(row: Row, architecture: Architecture) -> tuple[int, ...]:
-    """Of the dimensions in front of the parameter's own."""
+    """Returns the sizes of the dimensions that stand before the parameter's own."""
     layers = (architecture.num_layers,) if "{layer}" in row.megatron else ()
     return (*layers, architecture.num_experts) if "{expert}" in row.megatron else layers
 
@@ -80,7 +80,7 @@ def stacked_offsets(place: Place) -> tuple[int, ...]:
 
 
 def extra_state_keys(architecture: Architecture) -> list[str]:
-    """Of the objects without content that Megatron demands beside modules; what is not asked for does no harm."""
+    """Returns the keys of empty objects that Megatron demands beside modules; further ones do no harm."""
     attention = ("linear_qkv", "linear_proj", "core_attention", "q_layernorm", "k_layernorm")
     modules = [*(f"self_attention.{name}" for name in attention), "input_layernorm", "pre_mlp_layernorm"]
     num_layers, num_experts = architecture.num_layers, architecture.num_experts
@@ -104,7 +104,7 @@ def extra_state_keys(architecture: Architecture) -> list[str]:
 def write_parameter(
     file: IO[bytes], row: Row, place: Place, tensors: Sequence[Tensor], architecture: Architecture, padded_rows: int
 ) -> list[StoredChunk]:
-    """Appends a parameter, made of its Hugging Face tensors, to an open .distcp file. Returns what was stored."""
+    """Makes a parameter of its Hugging Face tensors and appends it to a .distcp file. Returns where its chunks are."""
     merged = row.op.merge(tensors)
     if row.pads_vocabulary:
         merged = pad_rows(merged, padded_rows)
@@ -130,7 +130,7 @@ def write_metadata(
     dtypes: dict[str, torch.dtype],
     architecture: Architecture,
 ) -> None:
-    """Makes an iteration's directory complete; `sizes` and `dtypes` are those of the whole tensors, by key."""
+    """Writes .metadata, the last file of an iteration; `sizes` and `dtypes` are those of the whole tensors, by key."""
     described: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype=dtypes[key]), torch.Size(size), [])
         for key, size in sizes.items()
@@ -150,8 +150,8 @@ def write_metadata(
         pickle.dump(metadata, file)
 
 
-def write_companions(directory: Path, architecture: Architecture, head: Head, padded_rows: int) -> None:
-    """Megatron-LM's own files."""
+def write_companions(directory: Path, architecture: Architecture, head: HeadKind, padded_rows: int) -> None:
+    """Writes the files that Megatron-LM itself reads."""
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (directory / "metadata.json").write_text(
         json.dumps(versions | {"common_backend": "torch", "common_backend_version": 1})
@@ -166,8 +166,8 @@ def write_companions(directory: Path, architecture: Architecture, head: Head, pa
     torch.save(common, directory / "common.pt")
 
 
-def megatron_arguments(architecture: Architecture, head: Head, padded_rows: int) -> Namespace:
-    """What Megatron-LM compares its arguments with, and what it sets them from with --use-checkpoint-args.
+def megatron_arguments(architecture: Architecture, head: HeadKind, padded_rows: int) -> Namespace:
+    """Returns what Megatron-LM compares its arguments with, and sets them from with --use-checkpoint-args.
 
     --norm-epsilon, --qk-layernorm and --use-rope-scaling it takes from no checkpoint: they are noted to be looked up.
     The tokenizer's are left out: it would prefer them to those that were given.

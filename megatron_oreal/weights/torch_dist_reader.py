@@ -1,7 +1,7 @@
-"""torch_dist checkpoints read without a model, a process group or a GPU; see torch_dist.py for what they consist of.
+"""Reads torch_dist checkpoints without a model, a process group or a GPU. torch_dist.py says what they consist of.
 
-Those of megatron-core itself are read as well, whatever layout wrote them; so are checkpoints of unlike layers, whose
-names hold the layer's number. Nothing is unpickled that could run code.
+Checkpoints of megatron-core itself can be read too, whatever layout wrote them, and so can those whose layers differ,
+where the names hold the layer's number. Nothing is unpickled that could run code.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_oreal.weights.families import Architecture, Head
+from megatron_oreal.weights.families import Architecture, HeadKind
 from megatron_oreal.weights.mapping import Place, Row, pad_rows, rows_of_rank
 from megatron_oreal.weights.torch_dist import ITERATION, TRACKER, stacked_offsets, stacked_sizes, stored_keys
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Makes nothing but the descriptions that a .metadata file consists of."""
+    """Unpickles only the descriptions that a .metadata file consists of, and refuses everything else."""
 
     def __init__(self, file: IO[bytes], setting: str) -> None:
         super().__init__(file)
@@ -79,7 +79,7 @@ class FileView(io.RawIOBase):
 
 
 class TorchDistReader:
-    """A torch_dist checkpoint's parameters: their Hugging Face tensors, or a tensor-parallel rank's part of them.
+    """Reads a torch_dist checkpoint's parameters as Hugging Face tensors, or a tensor-parallel rank's part of one.
 
     Files are mapped, and only what is asked for is read. Raises ValueError, beginning with `setting`, for whatever is
     wrong.
@@ -121,18 +121,18 @@ class TorchDistReader:
         whole = self._read(*self._find(row, place))
         return row.op.split(whole[: row.shape[0]] if row.pads_vocabulary else whole)
 
-    def has_head(self, head: Head) -> bool:
+    def has_head(self, head: HeadKind) -> bool:
         return noted_head(self.directory) == head
 
     def shard(self, row: Row, place: Place, padded_rows: int, rank: int, size: int) -> Tensor:
-        """A tensor-parallel rank's part of a parameter; vocabularies are padded up to `padded_rows`."""
+        """Reads a tensor-parallel rank's part of a parameter; vocabularies are padded up to `padded_rows`."""
         whole = self._read(*self._checked(row, place))
         if row.pads_vocabulary:
             return pad_rows(whole[rows_of_rank(row.shape[0], padded_rows, rank, size)], padded_rows // size)
         return row.op.shard(whole, rank, size)
 
     def _checked(self, row: Row, place: Place) -> tuple[str, TensorStorageMetadata, tuple[int, ...]]:
-        """As `_find`, of the shape that config.json asks for."""
+        """Does what `_find` does, and checks the shape that config.json asks for."""
         key, described, lead = self._find(row, place)
         shape = tuple(described.size[len(lead) :])
         fits = shape == row.shape or (row.pads_vocabulary and shape[1:] == row.shape[1:] and shape >= row.shape)
@@ -145,7 +145,7 @@ class TorchDistReader:
         return key, described, lead
 
     def _find(self, row: Row, place: Place) -> tuple[str, TensorStorageMetadata, tuple[int, ...]]:
-        """(key, description, offsets in the stacked dimensions)"""
+        """Returns a parameter's key, its description, and its offsets in the stacked dimensions."""
         lead = stacked_offsets(place)
         for key in stored_keys(row, self.architecture):
             if (found := self.tensors.get(self.prefix + key)) is not None:
@@ -175,7 +175,7 @@ class TorchDistReader:
     def _chunks_at(
         self, key: str, described: TensorStorageMetadata, lead: tuple[int, ...]
     ) -> list[ChunkStorageMetadata]:
-        """The chunks that hold a part of one layer and expert."""
+        """Returns the chunks that hold a part of one layer and expert."""
         if key not in self.chunks_at:
             found = self.chunks_at[key] = {}
             for chunk in described.chunks:
@@ -185,7 +185,7 @@ class TorchDistReader:
         return self.chunks_at[key].get(lead, [])
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """A view into the mapped file, without a copy of its own."""
+        """Returns a view into the mapped file, not a copy."""
         stored = self.storage.get(MetadataIndex(key, chunk.offsets))
         if stored is None:
             raise ValueError(
@@ -227,7 +227,7 @@ class TorchDistReader:
 
 
 def first_record(file: FileView) -> int:
-    """Where, in bytes, the first tensor of a torch.save file begins; records are stored as they are."""
+    """Returns the byte at which the first tensor of a torch.save file begins; records are stored uncompressed."""
     with zipfile.ZipFile(file) as archive:
         entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
     file.seek(entry.header_offset + 26)
@@ -240,7 +240,7 @@ def is_torch_dist(path: Path) -> bool:
 
 
 def iteration_directory(path: Path, setting: str = "--mcore") -> Path:
-    """The directory with .metadata: `path` itself, or the one that its tracker file names."""
+    """Returns the directory with .metadata: `path` itself, or the one that its tracker file names."""
     if (path / ".metadata").is_file():
         return path
     if not (path / TRACKER).is_file():
@@ -253,7 +253,7 @@ def iteration_directory(path: Path, setting: str = "--mcore") -> Path:
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """common.pt of a checkpoint, as plain values; what would need code of its own is refused."""
+    """Reads common.pt of a checkpoint as plain values; objects that would need code of their own are refused."""
     file = iteration_directory(path) / "common.pt"
     # For good, as Megatron has it: safe_globals() would take Megatron's own entry away.
     torch.serialization.add_safe_globals([Namespace])
@@ -264,8 +264,8 @@ def read_common(path: Path) -> dict[str, Any]:
     return common if isinstance(common, dict) else {}
 
 
-def noted_head(path: Path) -> Head:
-    """What the conversion noted; Megatron's own checkpoints are language models."""
+def noted_head(path: Path) -> HeadKind:
+    """Returns the head that the conversion has noted; Megatron's own checkpoints are language models."""
     arguments = read_common(path).get("args")
     noted = vars(arguments).get("head") if isinstance(arguments, Namespace) else None
     return "scalar" if noted == "scalar" else "lm"

@@ -37,18 +37,26 @@ class TableModel:
             setattr(microbatch, stream, self.outputs(microbatch).values)
 
     @torch.no_grad()
-    def measure(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        self.batches.append(batch)
-        return self.summed([loss(self.outputs(microbatch), microbatch) for microbatch in batch.microbatches])
+    def measure(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        return self.summed(self.evaluate(batch, loss, keep))
 
-    def train_step(self, batch: Batch, loss: Loss) -> dict[str, float]:
-        self.batches.append(batch)
-        outputs = [loss(self.outputs(microbatch), microbatch) for microbatch in batch.microbatches]
+    def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        outputs = self.evaluate(batch, loss, keep)
         (gradient,) = torch.autograd.grad(sum((output.loss for output in outputs), torch.zeros(())), self.table)
         self.gradients.append({token: value for token, value in enumerate(gradient.tolist()) if abs(value) > 1e-12})
         with torch.no_grad():
             self.table -= self.lr * gradient
         return self.summed(outputs)
+
+    def evaluate(self, batch: Batch, loss: Loss, keep: TokenStream | None) -> list[LossOutput]:
+        self.batches.append(batch)
+        losses = []
+        for microbatch in batch.microbatches:
+            outputs = self.outputs(microbatch)
+            if keep is not None:
+                setattr(microbatch, keep, outputs.values.detach())
+            losses.append(loss(outputs, microbatch))
+        return losses
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         return values

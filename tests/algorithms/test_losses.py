@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_oreal.algorithms.losses import (
+    PolicyTerms,
     cross_entropy,
     engine_mismatch,
     importance_metrics,
@@ -153,3 +154,36 @@ def test_tokens_of_unknown_log_prob_weigh_one() -> None:
     microbatch.old_logprobs = torch.tensor([0.0, -5.0, -6.0, 0.0])
     assert importance_weights(microbatch, 2.0).tolist() == [1.0] * 4
     assert values(engine_mismatch(microbatch, batch))["mismatch"] == 0.0
+
+
+def test_the_terms_of_a_policy_loss_by_hand() -> None:
+    batch = make_batch()
+    (microbatch,) = batch.microbatches
+    logprobs = spread([-1.0, -2.0, -0.5, -1.5, -5.0], outside=0.0).requires_grad_()
+    outputs = TokenOutputs(logprobs, spread([1.0, 2.0, 3.0, 4.0, 5.0], outside=0.0))
+    microbatch.old_logprobs = spread([-1.0 - log(2), -2.0, -0.5, -1.5, -5.0], outside=0.0)
+    terms = PolicyTerms(outputs, microbatch, batch, importance_cap=1.5)
+    assert terms.old_logprobs is microbatch.old_logprobs
+    assert terms.mean(spread([1.0, 2.0, 3.0, 4.0, 10.0])).item() == 4.0
+    assert terms.kl("mse", microbatch.old_logprobs).item() == pytest.approx(log(2) ** 2 / 2 / 5)
+    assert terms.entropy().item() == 3.0
+    # The engine's log-probs are -0.25, -0.5, -1, -2, -3: ratios exp(-0.75)/2, exp(-1.5), exp(0.5), exp(0.5), exp(-2).
+    weights = spread([exp(-0.75) / 2, exp(-1.5), 1.5, 1.5, exp(-2)], outside=1.0).float()
+    torch.testing.assert_close(terms.corrected(torch.full((11,), 2.0)), 2 * weights)
+    output = terms.output(terms.mean(logprobs), {"mine": logprobs.sum()})
+    assert output.loss.requires_grad and not any(value.requires_grad for value in output.metrics.values())
+    assert {"mine", "loss", "mismatch", "mismatch_max", "importance_mean"} <= output.metrics.keys()
+    on_policy = PolicyTerms(outputs, microbatch, batch, None)
+    coefficients = torch.ones(11)
+    assert on_policy.corrected(coefficients) is coefficients
+    assert "importance_mean" not in on_policy.output(terms.mean(logprobs), {}).metrics
+
+
+def test_a_first_pass_that_keeps_nothing_is_its_own_old_policy_and_writes_nothing() -> None:
+    batch = make_batch()
+    (microbatch,) = batch.microbatches
+    logprobs = spread([-1.0, -2.0, -0.5, -1.5, -5.0], outside=0.0).requires_grad_()
+    terms = PolicyTerms(TokenOutputs(logprobs, logprobs.detach()), microbatch, batch, None)
+    assert torch.equal(terms.old_logprobs, logprobs.detach()) and not terms.old_logprobs.requires_grad
+    assert terms.output(terms.mean(logprobs), {}).metrics["mismatch"].item() == pytest.approx(5.25 / 5)
+    assert microbatch.old_logprobs is None

@@ -176,7 +176,7 @@ def by_definition(
 
 
 def weights_by_definition(sample: Sample, scores: dict[int, float], config: OrealConfig) -> list[float]:
-    tokens, length = sample.prompt_ids + sample.response_ids, len(sample.response_ids)
+    tokens, length = [*sample.prompt_ids, *sample.response_ids], len(sample.response_ids)
     start = len(sample.prompt_ids) - (config.score_position == "before")
     own = [scores[token] for token in tokens[start : start + length]]
     if config.prefix_mean:

@@ -337,7 +337,7 @@ def test_pure_rejection_sampling_takes_the_first_correct_ones(table_model: Any) 
     metrics, policy = update(table_model, config, GROUPS, LOGPROBS)
     assert metrics["train/num_sequences"] == 5
     assert policy.gradients[0] == pytest.approx(dict.fromkeys((10, 11, 30, 31, 32, 33, 50, 51), -1 / 5))
-    assert [sample.response_ids for sample in first_correct(FREQUENT.samples, 2)] == [[30], [31, 32, 33]]
+    assert [sample.response_ids.tolist() for sample in first_correct(FREQUENT.samples, 2)] == [[30], [31, 32, 33]]
     assert first_correct(RARE.samples, 2) == [RARE.samples[0]] and first_correct([], 2) == []
 
 

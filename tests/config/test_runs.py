@@ -1,3 +1,4 @@
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_oreal.config import (
     read_model_shape,
     to_yaml,
 )
+from megatron_oreal.config.model_files import copy_model_file
 
 TRAIN = """
 run_dir: runs/a
@@ -94,12 +96,12 @@ def test_an_unknown_key_is_named_with_what_was_meant(tmp_path: Path, key: str, m
         ("policy.optimizer.lr=inf", "policy.optimizer.lr: Input should be a finite number"),
         ("rollout.top_p=.nan", "rollout.top_p: Input should be a finite number"),
         ("data.shuffle=perhaps", "data.shuffle: Input should be a valid boolean"),
-        ("model.dtype=float16", "model.dtype: Input should be 'float32' or 'bfloat16', got 'float16'"),
+        ("model.dtype=float16", "model.dtype: Input should be 'auto', 'float32' or 'bfloat16', got 'float16'"),
         ("rollout.stop_tokens=</s>", "rollout.stop_tokens: Input should be a valid list, got '</s>'"),
         ("data.repeats_by_pass_rate=[[0.2, x]]", "data.repeats_by_pass_rate.0.1: Input should be a valid integer"),
         ("model=small", "model: Input should be a valid dictionary"),
         ("model.fp8_bf16_ends=-1", "model.fp8_bf16_ends: Input should be greater than or equal to 0, got -1"),
-        ("model.head_fp8=torch_block", "model.head_fp8: Input should be 'torch_row', 'torch_tensor', 'transformer_"),
+        ("model.head_fp8=torch_block", "model.head_fp8: Input should be 'torch', 'transformer_engine_tensor', "),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -138,6 +140,7 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
         "num_steps=1e3",
         "policy.optimizer.lr=1e-6",
         "policy.optimizer.min_lr=1E-7",
+        "policy.optimizer.decay=cosine",
         "rollout.stop_tokens=['<|im_end|>', '</s>']",
         "data.repeats_by_pass_rate=[[0.2, 6], [0.6, 4]]",
         "data.suffix=' = ?'",
@@ -160,7 +163,7 @@ def test_overrides_are_yaml_and_win_over_the_file(tmp_path: Path) -> None:
 def test_a_number_that_yaml_takes_for_text_is_one_in_the_file_too(tmp_path: Path) -> None:
     text = TRAIN + "policy: {optimizer: {lr: 1e-5}}\n"
     assert load(tmp_path, text=text).policy.optimizer.lr == 1e-5
-    assert load(tmp_path, "reward_model.optimizer.lr=2e-5", text=text).policy.optimizer.lr == 1e-5
+    assert load(tmp_path, "algorithm.reward_model.optimizer.lr=2e-5", text=text).policy.optimizer.lr == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,7 @@ def test_a_single_choice_overrides_the_preset(tmp_path: Path) -> None:
         (["data.repeats_by_pass_rate=[[0.6, -1]]"], "data.repeats_by_pass_rate needs rising bounds and repeats >= 0"),
         (["model.fp8_bf16_ends=1"], "model.fp8_bf16_ends=1 needs model.fp8=tensorwise, blockwise or mxfp8"),
         (["model.fp8_bf16_ends=1", "model.fp8=delayed"], "model.fp8_bf16_ends=1 needs model.fp8=tensorwise, "),
-        (["model.head_fp8=torch_tensor"], "model.head_fp8=torch_tensor needs model.head_precision=fp8_grad or fp8"),
+        (["model.head_fp8=transformer_engine_mx"], "model.head_fp8=transformer_engine_mx needs model.head_precision="),
         (["checkpoint.best_metric=eval/a/greedy"], "checkpoint.best_metric 'eval/a/greedy' is not measured here"),
         (
             ["checkpoint.best_metric=eval/a/maj", "eval.prompts.a=a.jsonl"],
@@ -216,6 +219,19 @@ def test_a_single_choice_overrides_the_preset(tmp_path: Path) -> None:
 )
 def test_impossible_combinations_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
     assert refuse(tmp_path, *overrides).startswith(message)
+
+
+@pytest.mark.parametrize("override", ["rollout.staleness=1", "rollout.unfinished=resume"])
+def test_what_needs_servers_is_refused_without_them(tmp_path: Path, override: str) -> None:
+    name = override.partition("=")[0]
+    assert f"{name} needs servers: set rollout.engine=sglang, or drop it" in refuse(tmp_path, override)
+    load(tmp_path, override, "rollout.engine=sglang")
+
+
+def test_over_sampling_and_the_ledger_work_with_either_engine(tmp_path: Path) -> None:
+    for engine in ("local", "sglang"):
+        rollout = load(tmp_path, "rollout.oversampling=1.5", f"rollout.engine={engine}").rollout
+        assert (rollout.oversampling, rollout.ledger) == (1.5, True)
 
 
 def test_supervised_training_has_its_own_sections(tmp_path: Path) -> None:
@@ -279,6 +295,47 @@ def test_a_layout_that_fits_gives_the_models_shape(tmp_path: Path) -> None:
 def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model\.path: .*config\.json does not exist"):
         read_model_shape(tmp_path)
+
+
+@pytest.mark.parametrize("absent", [{}, {"num_key_value_heads": None}])
+def test_without_key_value_heads_there_are_as_many_as_attention_heads(tmp_path: Path, absent: dict[str, None]) -> None:
+    settings = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"} | absent
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_model_shape(tmp_path).num_key_value_heads == SHAPE["num_attention_heads"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(codecs.BOM_UTF8 + json.dumps(SHAPE).encode())
+    assert read_model_shape(tmp_path).model_dump() == SHAPE
+
+
+def test_a_copied_file_has_no_byte_order_mark(tmp_path: Path) -> None:
+    for name, content in (("a.json", b"{}"), ("a.model", b"\x00")):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+        copy_model_file(tmp_path / name, tmp_path / f"copy-{name}")
+    assert (tmp_path / "copy-a.json").read_bytes() == b"{}"
+    assert (tmp_path / "copy-a.model").read_bytes() == codecs.BOM_UTF8 + b"\x00"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "it is not JSON; save the model again"),
+        (b"[" * 100_000, "it is not JSON; save the model again"),
+        (b"\xff\xfe{", "it is not JSON; save the model again"),
+        (b"3", "it is not a mapping; save the model again"),
+        (
+            json.dumps(SHAPE | {"num_attention_heads": 0}).encode(),
+            "num_attention_heads: Input should be greater than 0",
+        ),
+    ],
+)
+def test_a_config_that_is_none_is_refused_in_one_short_line(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        read_model_shape(tmp_path)
+    said = str(raised.value).removeprefix(f"model.path: {tmp_path / 'config.json'}: ")
+    assert said.startswith(message) and "\n" not in said and len(said) < 120
 
 
 def test_lengths_must_fit_the_model(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.conversion.conversion import ConversionOptions
 from megatron_oreal.weights.hf_directory import HfReader
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoints import MODELS, write_checkpoint
@@ -51,8 +51,8 @@ def run(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_round_trip_gives_the_same_bits(tmp_path: Path, model: str, dtype: torch.dtype) -> None:
     hf = write_checkpoint(tmp_path / "hf", model, dtype)
-    conversion.hf_to_megatron(hf, tmp_path / "mcore", Options())
-    report = conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", Options())
+    conversion.hf_to_megatron(hf, tmp_path / "mcore", ConversionOptions())
+    report = conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", ConversionOptions())
     assert_same_tensors(tmp_path / "back", hf)
     assert report.num_tensors == len(tensors_of(hf))
     for name in ("config.json", "tokenizer_config.json"):
@@ -63,9 +63,9 @@ def test_several_processes_and_files_give_the_same_bits(tmp_path: Path, monkeypa
     monkeypatch.setattr(conversion, "SMALLEST_ITEM", 4096)
     monkeypatch.setattr(conversion, "SHARD_BYTES", 20_000)
     hf = write_checkpoint(tmp_path / "hf", "qwen3_moe", num_files=3)
-    conversion.hf_to_megatron(hf, tmp_path / "mcore", Options(num_workers=2))
+    conversion.hf_to_megatron(hf, tmp_path / "mcore", ConversionOptions(num_workers=2))
     assert len(list((tmp_path / "mcore" / "release").glob("*.distcp"))) > 3
-    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", Options(num_workers=2))
+    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", ConversionOptions(num_workers=2))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
     assert_same_tensors(tmp_path / "back", hf)
 
@@ -75,16 +75,16 @@ def test_not_a_number_and_minus_zero_survive(tmp_path: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     tensors["model.norm.weight"][:2] = torch.tensor([float("nan"), -0.0])
     save_file(tensors, hf / "model.safetensors")
-    conversion.hf_to_megatron(hf, tmp_path / "mcore", Options())
-    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", Options())
+    conversion.hf_to_megatron(hf, tmp_path / "mcore", ConversionOptions())
+    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", ConversionOptions())
     back = load_file(tmp_path / "back" / "model.safetensors")["model.norm.weight"]
     assert torch.equal(back.view(torch.int32), tensors["model.norm.weight"].view(torch.int32))
 
 
 def test_another_dtype_on_request(tmp_path: Path) -> None:
     hf = write_checkpoint(tmp_path / "hf", "qwen2")
-    conversion.hf_to_megatron(hf, tmp_path / "mcore", Options(dtype=torch.bfloat16))
-    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", Options(dtype=torch.float32))
+    conversion.hf_to_megatron(hf, tmp_path / "mcore", ConversionOptions(dtype=torch.bfloat16))
+    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", ConversionOptions(dtype=torch.float32))
     found = tensors_of(tmp_path / "back")
     for name, tensor in tensors_of(hf).items():
         assert torch.equal(found[name], tensor.bfloat16().float())
@@ -98,9 +98,9 @@ def test_a_dtype_of_the_same_size(tmp_path: Path, stored: torch.dtype, wanted: t
     tensors = {name: 0.02 * torch.randn_like(tensor) for name, tensor in tensors_of(hf).items()}
     for file in hf.glob("*.safetensors"):
         save_file({name: tensors[name] for name in load_file(file)}, file)
-    conversion.hf_to_megatron(hf, tmp_path / "mcore", Options(dtype=wanted))
+    conversion.hf_to_megatron(hf, tmp_path / "mcore", ConversionOptions(dtype=wanted))
     conversion.verify(hf, tmp_path / "mcore", 1)
-    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", Options(dtype=stored))
+    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", ConversionOptions(dtype=stored))
     for name, tensor in tensors_of(tmp_path / "back").items():
         assert torch.equal(tensor, tensors[name].to(wanted).to(stored))
 
@@ -108,8 +108,8 @@ def test_a_dtype_of_the_same_size(tmp_path: Path, stored: torch.dtype, wanted: t
 def test_a_scalar_head_is_declared_and_kept(tmp_path: Path) -> None:
     names = ["Qwen2ForSequenceClassification"]
     hf = write_checkpoint(tmp_path / "hf", "qwen2", head="scalar", architectures=names, num_labels=1)
-    conversion.hf_to_megatron(hf, tmp_path / "mcore", Options())
-    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", Options())
+    conversion.hf_to_megatron(hf, tmp_path / "mcore", ConversionOptions())
+    conversion.megatron_to_hf(tmp_path / "mcore", tmp_path / "back", ConversionOptions())
     assert_same_tensors(tmp_path / "back", hf)
     from transformers import AutoModelForSequenceClassification
 
@@ -126,7 +126,7 @@ def test_the_trainers_own_checkpoints_are_read(
     hf = write_checkpoint(tmp_path / "hf", model, head=head)
     folder = write_trainer_model(tmp_path / "run", hf, head, role, tensor, pipeline)
     (tmp_path / "run" / "config.yaml").write_text(f"model: {{path: {hf}}}\n")
-    conversion.megatron_to_hf(folder, tmp_path / "out", Options())
+    conversion.megatron_to_hf(folder, tmp_path / "out", ConversionOptions())
     assert_same_tensors(tmp_path / "out", hf)
 
 
@@ -248,7 +248,7 @@ def test_a_bad_checkpoint_ends_with_one_line_and_nothing_left(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage, message = BAD_MCORE[case]
-    conversion.hf_to_megatron(write_checkpoint(tmp_path / "hf", "llama-plain"), tmp_path / "mcore", Options())
+    conversion.hf_to_megatron(write_checkpoint(tmp_path / "hf", "llama-plain"), tmp_path / "mcore", ConversionOptions())
     damage(tmp_path / "mcore")
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
@@ -263,7 +263,7 @@ def test_verify_names_the_tensor_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf, mcore = write_checkpoint(tmp_path / "hf", "qwen3", num_files=1), tmp_path / "mcore"
-    conversion.hf_to_megatron(hf, mcore, Options())
+    conversion.hf_to_megatron(hf, mcore, ConversionOptions())
     assert run("verify", "--hf", hf, "--mcore", mcore, monkeypatch=monkeypatch) == 0
     rewrite(hf, lambda tensors: tensors["model.layers.2.self_attn.k_norm.weight"].add_(1e-3))
     conversion.open_hf.cache_clear()
@@ -275,7 +275,7 @@ def test_inspect_and_existing_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf, mcore = write_checkpoint(tmp_path / "hf", "internlm2"), tmp_path / "mcore"
-    conversion.hf_to_megatron(hf, mcore, Options())
+    conversion.hf_to_megatron(hf, mcore, ConversionOptions())
     capsys.readouterr()
     for path, kind in ((hf, "Hugging Face"), (mcore, "Megatron")):
         assert run("inspect", path, monkeypatch=monkeypatch) == 0
@@ -296,9 +296,9 @@ def test_a_killed_conversion_leaves_no_output_and_is_cleared_away_by_the_next(tm
         process.send_signal(killer)
         assert process.wait(60) != 0 and not out.exists()
         assert bool(list(tmp_path.glob(".out.*.tmp"))) == (killer is signal.SIGKILL)
-        conversion.hf_to_megatron(hf, out, Options())
+        conversion.hf_to_megatron(hf, out, ConversionOptions())
         assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
-        conversion.megatron_to_hf(out, tmp_path / "back", Options())
+        conversion.megatron_to_hf(out, tmp_path / "back", ConversionOptions())
         assert_same_tensors(tmp_path / "back", hf)
         for path in (out, tmp_path / "back"):
             subprocess.run(["rm", "-r", path], check=True)

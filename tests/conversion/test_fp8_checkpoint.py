@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.conversion.conversion import ConversionOptions
 from megatron_oreal.weights.stream_filters import fp8_blocks
 from tests.conversion.test_conversion import run
 from tests.support.paths import ROOT, SGLANG_PYTHON
@@ -55,8 +55,8 @@ save_file(whole, sys.argv[3])
 def convert(folder: Path, model: str) -> dict[str, Tensor]:
     """The original tensors, every quantised weight replaced by what its blocks stand for."""
     hf = write_checkpoint(folder / "hf", model, num_files=1, **SIZES)
-    conversion.hf_to_megatron(hf, folder / "mcore", Options())
-    conversion.megatron_to_hf(folder / "mcore", folder / "fp8", Options(fp8_blocks=True))
+    conversion.hf_to_megatron(hf, folder / "mcore", ConversionOptions())
+    conversion.megatron_to_hf(folder / "mcore", folder / "fp8", ConversionOptions(fp8_blocks=True))
     original = load_file(hf / "model.safetensors")
     written = load_file(folder / "fp8" / "model.safetensors")
     expected = {}
@@ -118,7 +118,7 @@ def test_the_linears_are_quantised_and_the_configuration_says_so(
 def test_what_is_not_made_of_blocks_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conversion.hf_to_megatron(write_checkpoint(tmp_path / "hf", "llama"), tmp_path / "mcore", Options())
+    conversion.hf_to_megatron(write_checkpoint(tmp_path / "hf", "llama"), tmp_path / "mcore", ConversionOptions())
     arguments = ("mcore2hf", "--mcore", tmp_path / "mcore", "--out", tmp_path / "out", "--fp8-blocks")
     assert run(*arguments, monkeypatch=monkeypatch) == 2
     errors = capsys.readouterr().err.splitlines()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.conversion.conversion import ConversionOptions
 from tests.support.tiny_checkpoints import write_checkpoint
 
 # Compared with the arguments of a run, without which check_checkpoint_args fails; by default and with --vocab-file.
@@ -28,7 +28,7 @@ COMPARED = {
 
 def common_of(folder: Path, model: str, **changes: Any) -> dict[str, Any]:
     hf = write_checkpoint(folder / "hf", model, **changes)
-    conversion.hf_to_megatron(hf, folder / "mcore", Options())
+    conversion.hf_to_megatron(hf, folder / "mcore", ConversionOptions())
     with torch.serialization.safe_globals([Namespace]):  # as torch.load has it by default: nothing else may be there
         common: dict[str, Any] = torch.load(folder / "mcore" / "release" / "common.pt", weights_only=True)
     return common

@@ -11,17 +11,16 @@ import torch
 import yaml
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.conversion.conversion import ConversionOptions
 from tests.conversion.test_conversion import assert_same_tensors, tensors_of
-from tests.integration.conftest import CHARACTERS, SPECIAL, write_lines, write_tokenizer
 from tests.support.tiny_checkpoints import write_checkpoint
+from tests.support.tiny_task import VOCABULARY, write_lines, write_tokenizer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["qwen2-tied", "qwen3"])
 def test_a_runs_checkpoint_is_what_the_run_exports(tmp_path: Path, model: str) -> None:
-    vocab_size = len(SPECIAL) + len(CHARACTERS)
-    hf = write_checkpoint(tmp_path / "model", model, vocab_size=vocab_size, num_files=1)
+    hf = write_checkpoint(tmp_path / "model", model, vocab_size=len(VOCABULARY), num_files=1)
     write_tokenizer(tmp_path / "tokenizer")
     write_lines(tmp_path / "sft.jsonl", [{"prompt": f"{n}+1=", "response": f"\\boxed{{{n}}}"} for n in range(10)])
     settings = {
@@ -45,7 +44,7 @@ def test_a_runs_checkpoint_is_what_the_run_exports(tmp_path: Path, model: str) -
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     policy = tmp_path / "run" / "checkpoints" / "step_000002" / "policy"
-    conversion.megatron_to_hf(policy, tmp_path / "out", Options())
+    conversion.megatron_to_hf(policy, tmp_path / "out", ConversionOptions())
     assert_same_tensors(tmp_path / "out", tmp_path / "run" / "hf")
     before = tensors_of(hf)["model.norm.weight"]
     assert not torch.equal(tensors_of(tmp_path / "out")["model.norm.weight"], before)

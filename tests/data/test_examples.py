@@ -55,3 +55,9 @@ def test_too_long_examples_are_counted(
 def test_only_too_long_examples_are_an_error(character_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"^data\.max_tokens=7, .*each of the 2 examples is longer"):
         encode_examples([SHORT, LONG], character_tokenizer, plain_config(100, 7))
+
+
+def test_a_prompt_without_a_token_is_named(character_tokenizer: Tokenizer) -> None:
+    nothing = Example((Message("user", ""),), "2")
+    with pytest.raises(ValueError, match=r"^data\.examples: the prompt of example 2 gives no token"):
+        encode_examples([SHORT, nothing], character_tokenizer, plain_config(10, 10))

@@ -1,10 +1,14 @@
+import math
+import random
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_oreal.data.packing import PackingPlan, assign, pack, pad_responses, unpad_responses
+from megatron_oreal.data.packing import PackingPlan, assign, own_bins, pack, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Microbatch, TrainingSequence
+from tests.support.tiny_models import random_sequences
 
 F, T = False, True
 FIRST = TrainingSequence([11, 12, 13], [14, 15], 0.5, True, [-0.25, -0.5])
@@ -80,7 +84,7 @@ def test_every_sequence_is_trained_exactly_once(data_size: int, num_sequences: i
     trained = [
         tokens for batch in batches for microbatch in batch.microbatches for tokens in trained_sequences(microbatch)
     ]
-    expected = [tuple(sequence.prompt_ids + sequence.response_ids) for sequence in make_sequences(lengths)]
+    expected = [tuple(sequence.token_ids.tolist()) for sequence in make_sequences(lengths)]
     assert sorted(trained) == expected
     num_masked = sum(int(microbatch.loss_mask.sum()) for batch in batches for microbatch in batch.microbatches)
     for batch in batches:
@@ -158,3 +162,66 @@ def test_a_filler_pads_to_nothing() -> None:
     padded, mask = pad_responses(torch.ones(2), filler)
     assert padded.tolist() == [[0]] and mask.tolist() == [[F]]
     assert unpad_responses(padded, filler).tolist() == [0, 0]
+
+
+def test_a_packed_microbatch_is_what_its_definition_says_token_by_token() -> None:
+    sequences = random_sequences(40, seed=3)
+    sequences[5].model_logprobs = np.empty(0, np.float32)
+    batch = pack(sequences, PackingPlan(0, 1, microbatch_tokens=64, token_multiple=8))
+    bins = own_bins(sequences, PackingPlan(0, 1, microbatch_tokens=64, token_multiple=8))
+    for microbatch, members in zip(batch.microbatches, bins, strict=True):
+        rows = []  # input id, position, sequence, trained, advantage, log-prob
+        for number, one in enumerate(members):
+            length, num_prompt = one.num_tokens, len(one.prompt_ids)
+            for position, token in enumerate([*one.prompt_ids.tolist(), *one.response_ids.tolist()]):
+                is_trained = num_prompt - 1 <= position < length - 1
+                known = (
+                    one.model_logprobs[position - num_prompt + 1] if is_trained and len(one.model_logprobs) else None
+                )
+                logprob = (math.nan if known is None else known) if is_trained else 0.0
+                rows.append((token, position, number, is_trained, one.advantage if is_trained else 0.0, logprob))
+        padding = -len(rows) % 8
+        rows += [(0, position, len(members), False, 0.0, 0.0) for position in range(padding)]
+        tensors = (microbatch.input_ids, microbatch.position_ids, microbatch.sequence_ids, microbatch.loss_mask,
+                   microbatch.advantages, microbatch.engine_logprobs)  # fmt: skip
+        for tensor, column in zip(tensors, zip(*rows, strict=True), strict=True):
+            assert torch.equal(tensor.nan_to_num(7.0), torch.tensor(column, dtype=tensor.dtype).nan_to_num(7.0))
+        assert microbatch.labels.tolist() == [*microbatch.input_ids[1:].tolist(), int(microbatch.input_ids[0])]
+        assert len(microbatch.is_correct) == len(members) + (padding > 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_assignment_is_first_fit_of_the_longest_first(seed: int) -> None:
+    """Beside an implementation that looks at every rank and every micro-batch."""
+    rng = random.Random(seed)
+    lengths, num_ranks = [rng.randint(1, 30) for _ in range(rng.randint(0, 60))], rng.randint(1, 4)
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        min(ranks, key=lambda rank: sum(lengths[i] for i in rank)).append(number)
+    expected = []
+    for rank in ranks:
+        bins: list[list[int]] = []
+        for number in rank:
+            fitting = (bin_ for bin_ in bins if sum(lengths[i] for i in bin_) + lengths[number] <= 25)
+            chosen = next(fitting, None)
+            if chosen is None:
+                bins.append(chosen := [])
+            chosen.append(number)
+        expected.append([sorted(bin_) for bin_ in bins])
+    assigned = assign(lengths, num_ranks, capacity=25)
+    assert [[bin_ for bin_ in bins if bin_] for bins in assigned] == expected
+
+
+def test_a_sequence_needs_a_prompt_and_log_probs_of_all_its_tokens() -> None:
+    plan = PackingPlan(0, 1, microbatch_tokens=100)
+    with pytest.raises(AssertionError, match="last prompt token"):
+        pack([FIRST, TrainingSequence([], [1, 2], 1.0, True)], plan)
+    with pytest.raises(AssertionError, match="for each response token"):
+        pack([TrainingSequence([1], [2, 3], 1.0, True, [-0.5])], plan)
+
+
+def test_read_only_arrays_are_packed() -> None:
+    """As those that are read from the ledger."""
+    ids = np.frombuffer(np.array([5, 6], np.int32).tobytes(), np.int32)
+    (microbatch,) = pack([TrainingSequence([1], ids, 1.0, True)], PackingPlan(0, 1, microbatch_tokens=9)).microbatches
+    assert microbatch.input_ids.tolist() == [1, 5, 6]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oreal.kernels import gemms, linear_logprob, tiles, torch_rows
+from megatron_oreal.kernels import blocks, linear_logprob, products, tiles, torch_rows
 from megatron_oreal.kernels.reference import linear_logprob_reference
 
 pytestmark = pytest.mark.gpu
@@ -57,8 +57,9 @@ def test_accuracy(
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against float64, over several tiles: absolute for outputs, relative in norm for gradients."""
+    """Against float64, over several blocks and tiles: absolute for outputs, relative in norm for gradients."""
     monkeypatch.setattr(tiles, "CUDA_BYTES", 2**22)
+    monkeypatch.setattr(blocks, "TILE_BYTES", 2**20)
     inputs = make(*shape, dtype)
     options: dict[str, Any] = {"temperature": 0.8, "valid_vocab": shape[1] - 3}
     found = results(*inputs, mode=mode, precision=precision, **options)
@@ -128,7 +129,7 @@ def test_accumulation_in_main_grad(
 ) -> None:
     """Also as with a torch that cannot add half-precision products to float32."""
     if not adds_in_place:
-        monkeypatch.setattr(gemms, "adds_to_float32", lambda _device_type: False)
+        monkeypatch.setattr(products, "adds_to_float32", lambda _device_type: False)
     hidden, weight, target = make(256, 5003, 64, torch.bfloat16)
     scale = torch.linspace(-1, 1, 256, device="cuda")
     options: dict[str, Any] = {"mode": mode, "token_scale": scale} if mode == "eager" else {}
@@ -146,11 +147,27 @@ def test_accumulation_in_main_grad(
 
 @pytest.mark.parametrize("mode", ["recompute", "eager"])
 def test_half_precision_sums_over_many_blocks_of_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "CUDA_BYTES", 1)  # the smallest tiles
-    inputs = make(64 * tiles.ALIGNMENT, 1031, 64, torch.bfloat16)
+    monkeypatch.setattr(tiles, "CUDA_BYTES", 1)  # the smallest blocks
+    inputs = make(24 * blocks.TOKEN_ALIGNMENT, 1031, 64, torch.bfloat16)
     found = results(*inputs, mode=mode)[-1]
     exact = results(inputs[0].double(), inputs[1].double(), inputs[2])[-1]
     assert float((found - exact).norm() / exact.norm()) <= 5e-3
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_what_is_kept_changes_nothing(with_entropy: bool) -> None:
+    """A second backward pass, which finds nothing kept, has the same bits; another number of blocks, other rounding."""
+    hidden, weight, target = make(384, 5003, 64, torch.bfloat16)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    scale, found = torch.linspace(-1, 1, 384, device="cuda"), []
+    for num_bytes in (2**28, 2 * 128 * 5003 + 2**22):
+        outputs = linear_logprob(*inputs, target, entropy=with_entropy, temperature=0.9, memory_bytes=num_bytes)
+        loss = sum((scale * output).sum() for output in outputs if output is not None)
+        found.append(torch.autograd.grad(loss, inputs, retain_graph=True))  # type: ignore[arg-type]
+        again = torch.autograd.grad(loss, inputs)  # type: ignore[arg-type]
+        assert all(torch.equal(mine, other) for mine, other in zip(found[-1], again, strict=True))
+    for mine, other in zip(*found, strict=True):
+        assert float((mine - other).float().norm() / other.float().norm()) <= 4e-3
 
 
 @pytest.mark.parametrize("mode", ["recompute", "eager"])

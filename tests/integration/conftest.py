@@ -1,8 +1,7 @@
-"""A tiny task of its own for whole runs: the prompt is a digit, the answer is that digit in a box."""
+"""A tiny task and configurations for whole runs."""
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -11,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-CHARACTERS = [*"0123456789+= ", "\\boxed{", "}"]
-SPECIAL = ["<pad>", "<eos>"]
+from tests.support.tiny_models import keep, write_tiny_model
+from tests.support.tiny_task import VOCABULARY, write_lines, write_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -25,22 +21,16 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, train.jsonl, heldout.jsonl and sft.jsonl."""
     folder = tmp_path_factory.mktemp("task")
     write_tokenizer(folder / "model")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(SPECIAL) + len(CHARACTERS),
-        hidden_size=32,
+    write_tiny_model(
+        folder / "model",
+        tied=True,
+        num_layers=2,
+        fill=keep,
+        vocab_size=len(VOCABULARY),
         intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=64,
-        tie_word_embeddings=True,
         pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype="float32",
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     rng = random.Random(0)
     prompts = [{"id": f"p{n}", "prompt": f"{n % 10}+{n // 10}=", "answer": str(n % 10)} for n in range(40)]
     write_lines(folder / "train.jsonl", prompts)
@@ -52,22 +42,6 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
         examples.append({"prompt": f"{first}+{second}=", "response": f"\\boxed{{{said}}}"})
     write_lines(folder / "sft.jsonl", examples)
     return folder
-
-
-def write_tokenizer(folder: Path) -> None:
-    folder.mkdir()
-    vocabulary = {token: number for number, token in enumerate(SPECIAL + CHARACTERS)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<pad>"))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False), AddedToken("}", normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +88,8 @@ def train_config(task: Path, warm_model: Path) -> dict[str, Any]:
             "max_prompt_tokens": 8,
         },
         "rollout": {"group_size": 4, "max_new_tokens": 8},
-        "algorithm": {"policy_freeze_steps": 1},
+        "algorithm": {"policy_freeze_steps": 1, "reward_model": {"optimizer": {"lr": 0.01}}},
         "policy": {"optimizer": {"lr": 0.001}},
-        "reward_model": {"optimizer": {"lr": 0.01}},
         "eval": {"prompts": {"heldout": str(task / "heldout.jsonl")}, "every": 3},
         "checkpoint": {"every": 2, "keep_last": 2, "keep_best": 1, "best_metric": "eval/heldout/greedy"},
     }

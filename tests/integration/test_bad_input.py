@@ -90,7 +90,9 @@ CASES = {
     "misshapen query": Case(["model.path={bad}/misshapen_query"], r"model\.path: .*q_proj.* has shape .*config\.json"),
     "short embedding": Case(["model.path={bad}/short"], r"model\.path: .*embed_tokens.* shape \(16, 32\), the model"),
     "broken index": Case(["model.path={bad}/broken_index"], r"model\.path: .*index\.json is not an index; save the"),
-    "no reward model": Case(["reward_model.path={bad}"], r"reward_model\.path: .* is not a Hugging Face directory of"),
+    "no reward model": Case(
+        ["algorithm.reward_model.path={bad}"], r"algorithm\.reward_model\.path: .* is not a Hugging Face directory of"
+    ),
     "no Transformer Engine": Case(["model.implementation=transformer_engine"], r"model\.implementation=transformer_e"),
     "run_dir is a file": Case(["run_dir={bad}/file"], r"run_dir: .*file is a file; give a folder"),
     "run_dir in a file": Case(["run_dir={bad}/file/run"], r"run_dir: .* cannot be made \(Not a directory\); give"),
@@ -280,12 +282,10 @@ def test_a_diverged_run_names_the_step_and_keeps_its_checkpoints(
 
 def test_several_processes_say_it_once(base_config: Settings, bad: Path, command_line: Run, tmp_path: Path) -> None:
     settings = base_config | {"run_dir": str(tmp_path / "run"), "parallel": {"data": 2}}
-    start = time.monotonic()
     override = f"data.prompts={bad}/malformed.jsonl"
     done = command_line("train", settings, tmp_path / "config.yaml", override)
     assert done.returncode == 2
     assert re.match(r"data\.prompts: .*malformed\.jsonl line 3 is not JSON", only_error(done.stderr))
-    assert time.monotonic() - start < 60  # twelve on two idle cores
     assert files_in(tmp_path) == {"config.yaml"}
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.conversion.conversion import ConversionOptions
 
 
 @pytest.mark.timeout(300)
@@ -24,9 +24,10 @@ def test_a_run_starts_from_a_torch_dist_directory(
 ) -> None:
     """The policy is frozen in the first step: it comes out as it went in."""
     mcore = tmp_path / "mcore"
-    conversion.hf_to_megatron(warm_model, mcore, Options())
+    conversion.hf_to_megatron(warm_model, mcore, ConversionOptions())
     settings = train_config | {"run_dir": str(tmp_path / "run"), "model": {"path": str(mcore)}, "num_steps": 1}
-    settings["reward_model"] = train_config["reward_model"] | {"path": str(mcore)}
+    reward_model = train_config["algorithm"]["reward_model"] | {"path": str(mcore)}
+    settings["algorithm"] = train_config["algorithm"] | {"reward_model": reward_model}
     done = command_line("train", settings, tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
     before = load_file(warm_model / "model.safetensors")

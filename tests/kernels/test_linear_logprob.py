@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_oreal.kernels import linear_logprob as exported
 from megatron_oreal.kernels import tiles, torch_rows
-from megatron_oreal.kernels.gemms import PlainGemms, adds_to_float32
 from megatron_oreal.kernels.gradients import MAX_ROUNDINGS
 from megatron_oreal.kernels.linear_logprob import linear_logprob
+from megatron_oreal.kernels.products import Products, adds_to_float32
 from megatron_oreal.kernels.reference import linear_logprob_reference
 
 TOKENS, HIDDEN, VOCABULARY = 13, 8, 20
@@ -190,9 +190,9 @@ def test_sums_of_half_precision_products(monkeypatch: pytest.MonkeyPatch, is_old
     monkeypatch.setattr(torch, "addmm", half_addmm)
     adds_to_float32.cache_clear()
     hidden, weight, _ = wide_inputs(torch.bfloat16)
-    gemms, out = PlainGemms(torch.bfloat16), torch.full((61, 199), torch.nan)
-    gemms.grad_hidden(hidden, weight.T, out, accumulate=False)
-    gemms.grad_hidden(hidden, weight.T, out, accumulate=True)
+    products, out = Products(torch.bfloat16), torch.full((61, 199), torch.nan)
+    products.grad_hidden(hidden, weight.T, out, accumulate=False)
+    products.grad_hidden(hidden, weight.T, out, accumulate=True)
     assert adds_to_float32("cpu") == (not is_old)
     adds_to_float32.cache_clear()
     torch.testing.assert_close(out, 2 * (hidden.float() @ weight.float().T))
@@ -211,8 +211,8 @@ def test_kept_logits_are_those_that_would_be_computed_again(
 ) -> None:
     """Of all tiles at least and at most these shares are kept; a second backward pass finds none of them."""
     monkeypatch.setattr(tiles, "CPU_BYTES", limit)
-    products, logits = [], PlainGemms.logits
-    monkeypatch.setattr(PlainGemms, "logits", lambda *inputs: products.append(1) or logits(*inputs))
+    products, logits = [], Products.logits
+    monkeypatch.setattr(Products, "logits", lambda *inputs: products.append(1) or logits(*inputs))
     hidden, weight, target = wide_inputs(dtype)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     logprobs, _, entropy = linear_logprob(*inputs, target, entropy=True)
@@ -355,7 +355,7 @@ def test_no_tokens() -> None:
         ({"target": torch.full((TOKENS,), 18), "valid_vocab": 18}, r"ids in \[0, 18\)"),
         ({"valid_vocab": VOCABULARY + 1}, r"valid_vocab must be in \[1, 20\]"),
         ({"valid_vocab": 0}, r"valid_vocab must be in \[1, 20\]"),
-        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp8_grad, fp8, got int8"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp8_grad, got int8"),
         ({"mode": "lazy"}, "mode must be recompute or eager, got lazy"),
         ({"mode": "eager"}, "needs token_scale, one number a target, 13, got None"),
         ({"mode": "eager", "token_scale": torch.ones(1)}, r"one number a target, 13, got \(1,\)"),

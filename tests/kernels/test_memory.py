@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_leaves
 from megatron_oreal.algorithms.ppo import Ppo
 from megatron_oreal.config import PpoConfig
 from megatron_oreal.data.packing import PackingPlan, pack
-from megatron_oreal.kernels import tiles, torch_rows
-from megatron_oreal.kernels.fp8.scaled import Fp8Options
+from megatron_oreal.kernels import blocks, tiles, torch_rows
+from megatron_oreal.kernels.block_passes import HalfPrecisionGradients
+from megatron_oreal.kernels.fp8 import gradients as fp8_gradients
 from megatron_oreal.kernels.linear_logprob import linear_logprob
-from megatron_oreal.kernels.precision import make_fp8_gemms
+from megatron_oreal.kernels.precision import Arithmetic
+from megatron_oreal.kernels.products import Products
 from megatron_oreal.models.heads import LogprobHead
 from megatron_oreal.types import TrainingSequence
 
@@ -87,18 +89,21 @@ def test_memory_is_flat_in_tokens_and_vocabulary(
 
 
 @pytest.mark.parametrize("mode", ["recompute", "eager"])
-@pytest.mark.parametrize("with_values", [False, True])
-def test_memory_is_flat_in_fp8_too(monkeypatch: pytest.MonkeyPatch, with_values: bool, mode: str) -> None:
-    """Quantised weights, copies in FP8 and the search for the largest logits are within the same bound."""
+@pytest.mark.parametrize("precision", ["half", "fp8_grad"])
+def test_memory_of_blocks_is_within_its_bound(monkeypatch: pytest.MonkeyPatch, precision: str, mode: str) -> None:
+    """Blocks, a tile of logits and quantised matrices; and what torch_rows takes in the place of the GPU's kernels."""
+    monkeypatch.setattr(blocks, "TILE_BYTES", 400_000)
+    monkeypatch.setattr(fp8_gradients, "WEIGHT_BYTES", 100_000)
+    monkeypatch.setattr(fp8_gradients, "SUM_BYTES", 100_000)
+    products = Products(torch.float32)
+    half = Arithmetic(products, lambda: HalfPrecisionGradients(products, torch.bfloat16))
     limit = 3_200_000
-    monkeypatch.setattr(tiles, "CPU_BYTES", limit)
-    monkeypatch.setattr(tiles, "CPU_BLOCK_BYTES", 40_000)
-    monkeypatch.setattr(torch_rows, "BLOCK_BYTES", 40_000)
     for num_tokens, num_columns in ((512, 2048), (1536, 2048), (512, 8192)):
-        gemms = make_fp8_gemms(torch.device("cpu"), torch.bfloat16, with_values, Fp8Options(num_exact=8))
-        peak, largest = measure(num_tokens, num_columns, torch.bfloat16, mode, precision=gemms)
-        assert peak <= limit + 3 * torch_rows.BLOCK_BYTES + 100 * num_tokens
-        assert largest < num_tokens * num_columns
+        options = {"precision": half if precision == "half" else "fp8_grad", "memory_bytes": limit}
+        peak, _ = measure(num_tokens, num_columns, torch.bfloat16, mode, **options)
+        tile = 128 * 1536 * 4  # at most, and four of its size in torch_rows; products are of float32 copies
+        copies = 4 * 128 * num_columns + 4 * num_columns * WIDTH
+        assert peak <= limit + 4 * tile + copies + 100 * num_tokens
 
 
 def test_a_large_vocabulary_stays_below_the_bound_of_a_cpu() -> None:

@@ -1,6 +1,8 @@
 """Groups of the first rank on the second one, through real processes, and packing alone."""
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,9 @@ import torch.multiprocessing as mp
 from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.rollout import group_broadcast as sharing
 from megatron_oreal.rollout.group_broadcast import in_thread, share
-from megatron_oreal.rollout.group_codec import PlacedGroup, pack, unpack
+from megatron_oreal.rollout.group_codec import NumberedGroup, pack, unpack
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.prefetch import BackgroundCollector
-from megatron_oreal.rollout.sampler import Sampler
+from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.types import Group, Sample, Verdict
 from tests.support.memory_engine import PARAMS, MemoryEngine, make_producer, make_prompts, make_tokenizer
 
@@ -34,7 +35,7 @@ def make_sample(number: int, response: list[int], **fields: object) -> Sample:
 
 
 GROUPS = [
-    PlacedGroup(
+    NumberedGroup(
         4,
         Group(
             PROMPTS[4].prompt,
@@ -45,8 +46,8 @@ GROUPS = [
             ],
         ),
     ),
-    PlacedGroup(0, Group(PROMPTS[0].prompt, []), is_chosen=False),
-    PlacedGroup(
+    NumberedGroup(0, Group(PROMPTS[0].prompt, []), is_chosen=False),
+    NumberedGroup(
         4,
         Group(
             PROMPTS[4].prompt,
@@ -69,7 +70,7 @@ def test_what_is_packed_is_unpacked() -> None:
 
 
 def test_one_process_needs_no_group() -> None:
-    assert share(in_thread(lambda: GROUPS), PROMPTS) is GROUPS
+    assert share(in_thread(lambda: GROUPS), MemoryEngine(), PROMPTS, is_main=True) is GROUPS
 
 
 def without_texts(groups: list[Group]) -> list[Group]:
@@ -89,22 +90,24 @@ def share_on_ranks(rank: int, folder: str) -> None:
     tokenizer = make_tokenizer(Path(folder) / f"rank{rank}")
     engine, results = MemoryEngine(), {}
 
-    def slow() -> list[PlacedGroup]:
+    def slow() -> list[NumberedGroup]:
         time.sleep(0.4)  # several heartbeats
         return GROUPS
 
-    def failing() -> list[PlacedGroup]:
+    def failing() -> list[NumberedGroup]:
         raise OSError("no server is left")
 
-    results["slow"] = share(in_thread(slow) if rank == 0 else None, PROMPTS)
+    def share_what(function: Callable[[], list[NumberedGroup]]) -> list[NumberedGroup]:
+        return share(in_thread(function) if rank == 0 else Future(), engine, PROMPTS, is_main=rank == 0)
+
+    results["slow"] = share_what(slow)
     with pytest.raises(OSError, match="no server is left"):
-        share(in_thread(failing) if rank == 0 else None, PROMPTS)
+        share_what(failing)
 
     cursor = PromptCursor(make_prompts(), shuffle=True, seed=0)
-    producer = None
-    if rank == 0:
-        producer = make_producer(engine, tokenizer, Ledger(None), cursor.copy(), staleness=1, oversampling=1.5)
-    collector = BackgroundCollector(producer, cursor, 1, first_step=0, num_steps=3)
+    settings = {"staleness": 1, "oversampling": 1.5, "is_main": rank == 0}
+    producer = make_producer(engine, tokenizer, Ledger(None), cursor.copy(), **settings)  # type: ignore[arg-type]
+    collector = PrefetchingCollector(producer, cursor, rank == 0, first_step=0, num_steps=3)
     for step in range(3):
         collected = collector.collect(step)
         engine.update_weights([], step + 1)
@@ -113,8 +116,7 @@ def share_on_ranks(rank: int, folder: str) -> None:
         assert bool(collected.metrics) == (rank == 0)
     collector.close()
 
-    sampler = producer.sampler if producer is not None else Sampler(engine, tokenizer, None, require_stop=True)
-    results["evaluation"] = without_texts(sampler.sample(PROMPTS, 2, PARAMS, "eval"))
+    results["evaluation"] = without_texts(producer.sampler.sample(PROMPTS, 2, PARAMS, "eval"))
     assert len(engine.asked) > 0 if rank == 0 else engine.asked == []
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.destroy_process_group()

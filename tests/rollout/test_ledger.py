@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
-from megatron_oreal.rollout.ledger import Ledger, response_key
-from megatron_oreal.weights.fingerprint import Fingerprint, bit_sums
+from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequest, SamplingParams
+from megatron_oreal.rollout.ledger import Ledger, response_key, runs
 
 WHOLE = Generation([5, 6, 1], [-0.1, -0.2, -0.3], [-1.5, -2.5, -1 / 3], "stop", [3, 3, 4])
 BEGUN = Generation([7, 8], [], [-0.5, -0.25], "abort", [4, 4])
@@ -111,6 +109,19 @@ def test_the_whole_response_counts_not_its_beginning(tmp_path: Path) -> None:
         assert record is not None and record.generation == WHOLE
 
 
+def test_a_batch_is_used_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Killed in the middle of the second batch; a response of another batch follows it."""
+    with Ledger(tmp_path) as ledger:
+        ledger.set_weights(4, "four")
+        for key, index, size in (("a", 0, 2), ("b", 1, 2), ("c", 0, 3), ("d", 1, 3)):
+            ledger.add(4, key, WHOLE, BatchIndex(index, size))
+    with resumed(tmp_path) as ledger:
+        assert [ledger.find(4, key) is not None for key in "abcd"] == [True, True, False, False]
+        ledger.add(4, "e", WHOLE)
+    with resumed(tmp_path) as ledger:
+        assert [ledger.find(4, key) is not None for key in "abcde"] == [True, True, False, False, True]
+
+
 def test_files_before_the_checkpoint_go(tmp_path: Path) -> None:
     with Ledger(tmp_path) as ledger:
         for step in range(4):
@@ -146,58 +157,8 @@ def test_the_key_is_all_that_a_response_depends_on() -> None:
     assert response_key(GenerationRequest([1, 2], 7, begun=BEGUN), params) in keys
 
 
-def digest(weights: list[tuple[str, Tensor]]) -> str:
-    fingerprint = Fingerprint(weights)
-    passed = list(fingerprint)
-    assert all(ours is theirs for (_, ours), (_, theirs) in zip(passed, weights, strict=True))
-    return fingerprint.digest()
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (64, 100), (257, 129)])
-def test_one_changed_bit_changes_the_fingerprint(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    weights = torch.randn(shape).to(dtype)
-    before = digest([("a", weights)])
-    octets = weights.view(-1).view(torch.uint8)
-    for place in {0, len(octets) // 2, len(octets) - 1}:
-        octets[place] ^= 1 << (place % 8)
-        assert digest([("a", weights)]) != before
-        octets[place] ^= 1 << (place % 8)
-    assert digest([("a", weights)]) == before
-
-
-def test_the_fingerprint_knows_order_names_and_shapes() -> None:
-    a, b = torch.randn(4000), torch.randn(4000)
-    swapped = a.clone()
-    swapped[[10, 3500]] = a[[3500, 10]]
-    weights = [("a", a), ("b", b)]
-    others = [
-        [("a", b), ("b", a)],
-        [("a", a), ("c", b)],
-        [("a", swapped), ("b", b)],
-        [("a", a.view(40, 100)), ("b", b)],
-        [("a", a)],
-    ]
-    assert len({digest(weights), *map(digest, others)}) == 6
-
-
-def test_the_fingerprint_is_that_of_the_values_however_they_lie_in_memory() -> None:
-    """Whole, as a slice of a flat buffer, transposed, and in another order of the stream."""
-    a, b = torch.randn(33, 77), torch.randn(1000).bfloat16()
-    flat = torch.cat([torch.zeros(1), a.reshape(-1)])
-    transposed = a.t().contiguous().t()
-    expected = digest([("a", a), ("b", b)])
-    assert digest([("a", flat[1:].view(33, 77)), ("b", b)]) == expected
-    assert digest([("a", transposed), ("b", b)]) == expected
-    assert digest([("b", b), ("a", a)]) == expected
-
-
-def test_bit_sums_by_hand() -> None:
-    """Words 1, 2, ..., 2000, and three octets at positions 2001 to 2003."""
-    words = torch.arange(1, 2001)
-    octets = torch.cat([words.view(torch.uint8), torch.tensor([9, 0, 4], dtype=torch.uint8)])
-    weighted = sum(n * n for n in range(1, 2001)) + 9 * 2001 + 4 * 2003
-    assert bit_sums(octets).tolist() == [2000 * 2001 // 2 + 13, weighted]
+def test_versions_are_written_as_runs() -> None:
+    values = [[], [3], [3, 3, 4], [4, 3, 3, 3, 4, 0, 0]]
+    expected = [[], [(3, 1)], [(3, 2), (4, 1)], [(4, 1), (3, 3), (4, 1), (0, 2)]]
+    assert [runs(np.array(one, np.int32)) for one in values] == expected
+    assert all(type(number) is int for run in runs(np.array([3, 4], np.int32)) for number in run)  # for JSON

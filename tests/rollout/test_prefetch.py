@@ -9,10 +9,9 @@ import pytest
 
 from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
-from megatron_oreal.rollout.collector import Collected
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.metrics import staleness_metrics
-from megatron_oreal.rollout.prefetch import BackgroundCollector
+from megatron_oreal.rollout.prefetch import Collected, PrefetchingCollector
 from megatron_oreal.rollout.producer import GroupProducer
 from tests.support.memory_engine import PARAMS, MemoryEngine, make_producer, make_prompts, make_tokenizer
 
@@ -24,13 +23,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def make_collector(
     engine: MemoryEngine, tokenizer: Tokenizer, staleness: int, ledger: Ledger | None = None, **settings: object
-) -> BackgroundCollector:
+) -> PrefetchingCollector:
     cursor = PromptCursor(make_prompts(), shuffle=True, seed=0)
     producer = make_producer(engine, tokenizer, ledger or Ledger(None), cursor.copy(), staleness=staleness, **settings)
-    return BackgroundCollector(producer, cursor, staleness, first_step=0, num_steps=6)
+    return PrefetchingCollector(producer, cursor, is_main=True, first_step=0, num_steps=6)
 
 
-def train(collector: BackgroundCollector, engine: MemoryEngine, train_step: Callable[[int], None]) -> list[Collected]:
+def train(collector: PrefetchingCollector, engine: MemoryEngine, train_step: Callable[[int], None]) -> list[Collected]:
     """The loop, from the engine's version on."""
     collected = []
     for step in range(engine.version, 6):
@@ -48,7 +47,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def ids_of(collected: list[Collected]) -> list[list[list[int]]]:
-    return [[sample.response_ids for group in c.groups for sample in group.samples] for c in collected]
+    return [[sample.response_ids.tolist() for group in c.groups for sample in group.samples] for c in collected]
 
 
 def no_training(step: int) -> None:
@@ -61,7 +60,9 @@ def test_on_policy_groups_are_those_of_the_producer_alone(tokenizer: Tokenizer) 
     producer, expected = make_producer(alone, tokenizer, Ledger(None)), []
     for step in range(6):
         alone.update_weights([], step)
-        expected.append([s.response_ids for placed in producer.produce(step).groups for s in placed.group.samples])
+        expected.append(
+            [s.response_ids.tolist() for placed in producer.produce(step).groups for s in placed.group.samples]
+        )
 
     def nothing_is_ahead(step: int) -> None:
         time.sleep(0.01)
@@ -121,7 +122,7 @@ def test_weights_change_in_the_middle_of_a_response(tokenizer: Tokenizer) -> Non
     pushed.set()
     second = [sample for group in collector.collect(2).groups for sample in group.samples]
     longer = [sample for sample in second if len(sample.response_ids) > 3]
-    assert longer and all(s.policy_versions == [1] * 3 + [2] * (len(s.response_ids) - 3) for s in longer)
+    assert longer and all(s.policy_versions.tolist() == [1] * 3 + [2] * (len(s.response_ids) - 3) for s in longer)
     assert {sample.policy_version for sample in second} == {1}
     collector.close()
 
@@ -129,7 +130,6 @@ def test_weights_change_in_the_middle_of_a_response(tokenizer: Tokenizer) -> Non
 def test_evaluation_goes_on_beside_it(tokenizer: Tokenizer) -> None:
     engine = MemoryEngine()
     collector = make_collector(engine, tokenizer, staleness=1)
-    assert collector.producer is not None
     sampler, evaluated = collector.producer.sampler, []
 
     def evaluate(step: int) -> None:
@@ -163,9 +163,8 @@ def test_an_error_of_the_engine_reaches_the_training(tokenizer: Tokenizer, stale
     collector.close()
 
 
-def begin_and_hang(engine: MemoryEngine, collector: BackgroundCollector) -> None:
+def begin_and_hang(engine: MemoryEngine, collector: PrefetchingCollector) -> None:
     """The production of step 1 hangs in the middle of its generation until the collector is closed."""
-    assert collector.producer is not None
     producer: GroupProducer = collector.producer
     reached = threading.Event()
     collector.collect(0)
@@ -223,7 +222,7 @@ def test_a_run_ahead_resumes_where_the_training_was(tokenizer: Tokenizer, tmp_pa
         engine.update_weights([], 2)
         ledger.set_weights(2, "2")
         producer = make_producer(engine, tokenizer, ledger, cursor.copy(), staleness=1, **settings)
-        resumed = BackgroundCollector(producer, cursor, 1, first_step=2, num_steps=6)
+        resumed = PrefetchingCollector(producer, cursor, is_main=True, first_step=2, num_steps=6)
         again = [resumed.collect(2)]
         wait_until(lambda: 3 in resumed.produced)
         assert engine.asked == []  # both were in the ledger

@@ -10,7 +10,7 @@ from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
 from megatron_oreal.rollout.ledger import Ledger
-from megatron_oreal.rollout.pending_groups import Asked, Goal, Harvest, sample_seed
+from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest, StopCondition, sample_seed
 from megatron_oreal.rollout.producer import GroupProducer, Produced
 from megatron_oreal.types import Group, Sample
 from tests.support.memory_engine import END, MemoryEngine, make_producer, make_prompts, make_tokenizer
@@ -30,7 +30,7 @@ def samples(produced: Produced, chosen_only: bool = False) -> list[Sample]:
 
 
 def ids_of(produced: Produced) -> list[list[int]]:
-    return [sample.response_ids for sample in samples(produced)]
+    return [sample.response_ids.tolist() for sample in samples(produced)]
 
 
 def without_times(produced: Produced) -> dict[str, float]:
@@ -55,7 +55,7 @@ def test_without_over_sampling_every_prompt_gives_its_group_in_order(tokenizer: 
     ]
     for sample in samples(produced):
         assert sample.finish_reason == "stop" and sample.response_ids[-1] == END
-        assert (sample.policy_version, sample.policy_versions) == (0, [])
+        assert (sample.policy_version, sample.policy_versions.tolist()) == (0, [])
         assert sample.verdict is not None and sample.verdict.extracted in sample.response_text
     assert {sample.is_correct for sample in samples(produced)} == {True, False}
     assert without_times(produced)["rollout/num_given_up"] == 0
@@ -73,7 +73,7 @@ def test_versions_are_kept_for_each_token(tokenizer: Tokenizer) -> None:
             length = len(sample.response_ids)
             assert sample.policy_version == 0
             expected = [0, 0, 0, 0] + [1] * (length - 4) if length > 4 else []
-            assert sample.policy_versions == (expected if names_versions else [])
+            assert sample.policy_versions.tolist() == (expected if names_versions else [])
 
 
 def test_responses_that_the_engine_cuts_are_continued(tokenizer: Tokenizer) -> None:
@@ -127,8 +127,10 @@ def test_the_slowest_prompts_are_given_up_and_come_first_in_the_next_step(tokeni
     engine.asked.clear()
     producer.produce(1)
     again = make_prompts()
-    by_id = {prompt.prompt.id: prompt.token_ids for prompt in again}
-    assert [request.prompt_ids for request in engine.asked[::4]] == [by_id[name] for name in given_up + asked[6:9]]
+    by_id = {prompt.prompt.id: prompt.token_ids.tolist() for prompt in again}
+    assert [request.prompt_ids.tolist() for request in engine.asked[::4]] == [
+        by_id[name] for name in given_up + asked[6:9]
+    ]
     assert all(request.begun is None for request in engine.asked)
 
 
@@ -159,8 +161,8 @@ def test_begun_responses_are_resumed_with_their_versions(tokenizer: Tokenizer) -
     begun = [request for request in engine.asked if request.begun is not None]
     assert len(begun) == second.metrics["rollout/num_resumed"] == first.metrics["rollout/num_given_up"]
     assert all(set(request.begun.policy_versions) == {0} for request in begun if request.begun)
-    mixed = [sample for sample in samples(second) if sample.policy_versions]
-    assert mixed and all(sorted(sample.policy_versions) == sample.policy_versions for sample in mixed)
+    mixed = [sample for sample in samples(second) if len(sample.policy_versions)]
+    assert mixed and all(sorted(sample.policy_versions) == sample.policy_versions.tolist() for sample in mixed)
     assert all((sample.policy_versions[0], sample.policy_versions[-1]) == (0, 1) for sample in mixed)
     # What was begun is not generated again.
     num_kept = sum(len(sample.response_ids) for sample in [*samples(first), *samples(second)])
@@ -258,7 +260,9 @@ def test_a_killed_run_generates_only_what_is_missing(
     for ours, theirs in zip(produced, expected[1:], strict=True):
         assert ids_of(ours) == ids_of(theirs)
         assert [placed.is_chosen for placed in ours.groups] == [placed.is_chosen for placed in theirs.groups]
-        assert [s.model_logprobs for s in samples(ours)] == [s.model_logprobs for s in samples(theirs)]
+        assert [s.model_logprobs.tolist() for s in samples(ours)] == [
+            s.model_logprobs.tolist() for s in samples(theirs)
+        ]
         assert ours.cursor_state == theirs.cursor_state
         if "oversampling" not in settings:  # of what was given up, the ledger holds what is resumed
             assert without_times(ours) == without_times(theirs)
@@ -291,7 +295,7 @@ def test_each_response_is_on_disk_when_it_ends(tokenizer: Tokenizer, tmp_path: P
     engine, seen = MemoryEngine(), []
     producer = make_producer(engine, tokenizer, Ledger(tmp_path))
     engine.tick = lambda: seen.append(
-        sum(path.stat().st_size for path in tmp_path.glob("*.bin")) if producer.harvest else 0
+        sum(path.stat().st_size for path in tmp_path.glob("*.bin")) if producer.pending else 0
     )
     push(producer, 0)
     producer.produce(0)
@@ -306,18 +310,18 @@ def test_a_full_disk_ends_the_step(tokenizer: Tokenizer, tmp_path: Path) -> None
         producer.produce(0)
 
 
-def judged(asked: Asked, generations: Sequence[Generation]) -> Group:
+def judged(asked: PromptRequest, generations: Sequence[Generation]) -> Group:
     return Group(asked.prompt.prompt, [])
 
 
 def test_a_harvest_takes_nothing_after_its_end() -> None:
-    asked = [Asked(prompt, "") for prompt in make_prompts(3)]
-    harvest = Harvest(asked, 2, judged, Goal(1, needs_mixed=False))
+    asked = [PromptRequest(prompt, "") for prompt in make_prompts(3)]
+    pending = PendingGroups(asked, 2, judged, StopCondition(1, needs_mixed=False))
     whole, cut = Generation([1], [], [0.0], "stop", [0]), Generation([1], [], [0.0], "abort", [0])
-    assert [harvest(0, whole), harvest(2, whole), harvest(1, cut), harvest(1, whole)] == [False, False, False, True]
-    assert harvest(3, whole)
-    assert list(harvest.groups()) == [0]
-    harvest.close()
+    assert [pending(0, whole), pending(2, whole), pending(1, cut), pending(1, whole)] == [False, False, False, True]
+    assert pending(3, whole)
+    assert list(pending.groups()) == [0]
+    pending.close()
 
 
 def test_an_error_of_the_verifier_comes_out(tokenizer: Tokenizer) -> None:

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.rewards import MathVerifier
-from megatron_oreal.rollout.metrics import nearest_rank, rollout_metrics, staleness_metrics
+from megatron_oreal.rollout.metrics import logprob_sum, nearest_rank, rollout_metrics, staleness_metrics
 from megatron_oreal.rollout.records import write_rollouts
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
@@ -38,6 +39,18 @@ def test_lengths_and_known_log_probs_by_hand() -> None:
     assert "rollout/logprob_mean" not in rollout_metrics([make_group(make_sample(4, logprob=None))])
 
 
+def test_log_probs_are_summed_in_double_precision_from_the_first_token_on() -> None:
+    logprobs = (-np.random.default_rng(0).exponential(size=1000)).astype(np.float32)
+    sample = make_sample(1000)
+    sample.rollout_logprobs = logprobs
+    total = 0.0
+    for value in logprobs.tolist():
+        total += value
+    assert logprob_sum(sample) == total
+    sample.rollout_logprobs = np.array([-0.0, -0.0], np.float32)
+    assert str(logprob_sum(sample)) == "0.0"
+
+
 def test_nearest_rank_by_hand() -> None:
     values = [30, 10, 20, 40]
     assert [nearest_rank(values, share) for share in (0.0, 0.25, 0.5, 0.51, 0.9, 1.0)] == [10, 10, 20, 30, 40, 40]
@@ -55,14 +68,11 @@ def test_a_record_says_what_is_not_known(tmp_path: Path) -> None:
     assert [row["logprob"] for row in rows] == [-1.0, None]
 
 
-def test_an_engine_on_all_ranks_and_one_behind_the_first_give_the_same(tokenizer: Tokenizer) -> None:
-    """Texts, verdicts and seeds are those of either way; one prompt's samples differ."""
+def test_the_samples_of_a_prompt_differ_and_an_equal_call_gives_equal_groups(tokenizer: Tokenizer) -> None:
     results = []
-    for is_collective in (True, False):
-        engine = MemoryEngine()
-        engine.is_collective = is_collective
+    for _ in range(2):
         with MathVerifier() as verifier:
-            sampler = Sampler(engine, tokenizer, verifier, require_stop=True)
+            sampler = Sampler(MemoryEngine(), tokenizer, verifier, is_main=True, require_stop=True)
             results.append(sampler.sample(make_prompts(5), 3, PARAMS, "seed"))
     assert results[0] == results[1]
     responses = [sample.response_ids for sample in results[0][0].samples]
@@ -72,7 +82,7 @@ def test_an_engine_on_all_ranks_and_one_behind_the_first_give_the_same(tokenizer
 def test_what_follows_a_stop_string_is_cut_from_every_list(tokenizer: Tokenizer) -> None:
     engine, ticks = MemoryEngine(), iter(range(100))
     engine.tick = lambda: setattr(engine, "version", int(next(ticks) >= 2))
-    sampler = Sampler(engine, tokenizer, MathVerifier(), require_stop=True, stop_strings=("}",))
+    sampler = Sampler(engine, tokenizer, MathVerifier(), is_main=True, require_stop=True, stop_strings=("}",))
     for sample in (s for group in sampler.sample(make_prompts(4), 4, PARAMS, "seed") for s in group.samples):
         assert sample.response_text.endswith("}") and sample.finish_reason == "stop"
         assert len(sample.response_ids) == len(sample.model_logprobs) == len(sample.policy_versions)

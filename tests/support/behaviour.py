@@ -70,6 +70,7 @@ def compare(old: Path, new: Path) -> None:
     differences = []
     names = [name for name in RUNS if (old / name).is_dir()]
     num_values = 0
+    added: dict[str, set[str]] = {name: set() for name in names}
     for name in names:
         before, after = read_records(old / name), read_records(new / name)
         if len(before) != len(after):
@@ -77,10 +78,13 @@ def compare(old: Path, new: Path) -> None:
         for one, other in zip(before, after, strict=False):
             num_values += len(one)
             differences += [
-                f"{name}, step {one['step']}: {key} {one.get(key)} -> {other.get(key)}"
-                for key in sorted(one.keys() | other.keys())
-                if one.get(key) != other.get(key)
+                f"{name}, step {one['step']}: {key} {value} -> {other.get(key)}"
+                for key, value in sorted(one.items())
+                if value != other.get(key)
             ]
+            added[name] |= other.keys() - one.keys()
+    for name in filter(added.get, names):
+        click.echo(f"{name}: only the second measures {', '.join(sorted(added[name]))}")
     for line in differences:
         click.echo(line)
     click.echo(f"{num_values} values of {', '.join(names)}; {len(differences)} differ")
@@ -107,13 +111,13 @@ def configuration(folder: Path, name: str) -> dict[str, Any]:
         settings["data"]["examples"] = str(folder / "data" / "sft.jsonl")
         settings["num_steps"] = 600 if name == "sft" else 5
         settings["checkpoint"]["every"] = settings["num_steps"]
+        settings["policy"]["optimizer"].pop("min_lr")
         settings["policy"]["optimizer"]["decay"] = "constant"
         return settings
     settings["model"]["path"] = str(folder / "sft" / "hf")
     settings["data"]["prompts"] = str(folder / "data" / "train.jsonl")
     settings["num_steps"] = 20 if name == "oreal" else 5
     settings["policy"]["optimizer"] |= {"decay": "constant", "warmup_steps": 0}
-    reward_model = settings.pop("reward_model", None)
     if name == "ppo":
         critic = {"optimizer": {"lr": 5.0e-4}}
         settings["algorithm"] = {"name": "ppo", "policy_minibatches": 2, "kl_coef": 0.01, "critic": critic}
@@ -121,8 +125,6 @@ def configuration(folder: Path, name: str) -> dict[str, Any]:
     elif name == "grpo":
         settings["algorithm"] = {"name": "outcome", "objective": "grpo", "kl_coef": 0.01}
         settings["parallel"] = {"data": 2}
-    elif reward_model is not None:
-        settings["algorithm"]["reward_model"] = reward_model
     if name == "sglang":
         python = Path(".venv-sglang/bin/python").absolute()
         settings["rollout"] |= {"engine": "sglang", "sglang": {"python": str(python)}}

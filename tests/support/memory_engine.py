@@ -13,12 +13,13 @@ from megatron_oreal.config import RolloutConfig
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
+from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.producer import GroupProducer
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import FinishReason, Message, Prompt
-from tests.integration.conftest import write_tokenizer
+from tests.support.tiny_task import write_tokenizer
 
 END, FIRST_DIGIT, BOX, CLOSE = 1, 2, 15, 16  # token ids
 PARAMS = SamplingParams(max_new_tokens=32, stop_token_ids=(END,))
@@ -32,7 +33,7 @@ class MemoryEngine:
     """One filler digit a tick, up to `longest`, then a boxed digit: the prompt's first, or another one."""
 
     def __init__(self, longest: int = 20) -> None:
-        self.is_collective = False
+        self.calls = MainThreadCalls()
         self.version = 0
         self.weights = 0  # responses depend on it
         self.longest = longest
@@ -69,15 +70,10 @@ class MemoryEngine:
             pass
         self.weights = self.version = version
 
-    def pause(self) -> None: ...
-
-    def resume(self) -> None: ...
+    def take_part(self) -> None: ...
 
     def flush_metrics(self) -> dict[str, float]:
         return {}
-
-    def health(self) -> bool:
-        return not self.is_closed
 
     def close(self) -> None:
         self.is_closed = True
@@ -134,9 +130,10 @@ def make_producer(
     ledger: Ledger,
     cursor: PromptCursor[EncodedPrompt] | None = None,
     prompts_per_step: int = 3,
+    is_main: bool = True,
     **settings: object,
 ) -> GroupProducer:
-    sampler = Sampler(engine, tokenizer, MathVerifier(), require_stop=True)
+    sampler = Sampler(engine, tokenizer, MathVerifier(), is_main, require_stop=True)
     return GroupProducer(
         sampler=sampler,
         cursor=cursor or PromptCursor(make_prompts(), shuffle=True, seed=0),

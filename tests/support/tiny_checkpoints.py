@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_oreal.weights.families import Head, parameters, read_architecture
+from megatron_oreal.weights.families import FAMILIES, HeadKind, parameters, read_architecture
 
 COMMON = {
     "num_hidden_layers": 4,
@@ -34,7 +34,8 @@ LLAMA3_SCALING = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,  # within the tests' sequences, so that it matters
 }
-MODELS: dict[str, dict[str, Any]] = {
+# Every family is tested, a new one with COMMON alone; what a family has of its own is added here.
+MODELS: dict[str, dict[str, Any]] = {model_type: {"model_type": model_type} for model_type in FAMILIES} | {
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
     "qwen2-tied": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
@@ -53,7 +54,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
-DENSE = [name for name in MODELS if name != "qwen3_moe"]
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed:
     }
 
 
-def hf_shapes(path: Path, head: Head = "lm") -> dict[str, tuple[int, ...]]:
+def hf_shapes(path: Path, head: HeadKind = "lm") -> dict[str, tuple[int, ...]]:
     rows = [(row, place) for row, place in parameters(read_architecture(path), head) if row.exported]
     return {
         name: shape for row, place in rows for name, shape in zip(row.hf_names(place), row.hf_shapes(), strict=True)
@@ -73,7 +73,12 @@ def hf_shapes(path: Path, head: Head = "lm") -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(
-    path: Path, model: str, dtype: torch.dtype = torch.float32, head: Head = "lm", num_files: int = 2, **changes: Any
+    path: Path,
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    head: HeadKind = "lm",
+    num_files: int = 2,
+    **changes: Any,
 ) -> Path:
     """A directory with config.json, weights in `num_files` files with their index, and a tokenizer's file."""
     path.mkdir(parents=True)

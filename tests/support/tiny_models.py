@@ -1,42 +1,58 @@
-"""Tiny random checkpoints and batches for the tests of models and algorithms."""
+"""Random models of transformers on disk, and batches for them; tiny_checkpoints.py writes some without transformers."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 
+from examples.tiny_model import TINY_SHAPE
 from megatron_oreal.types import TrainingSequence
 
 VOCAB_SIZE = 53  # odd: padded under tensor parallelism
 
+Fill = Callable[[PreTrainedModel], None]  # changes the weights that transformers has drawn
 
-def write_tiny_model(path: Path, tied: bool, num_layers: int = 4, seed: int = 0) -> Path:
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype="float32",
-    )
+
+def fill_apart(model: PreTrainedModel) -> None:
+    """Norms and biases become random too, so that a swapped one shows; matrices keep a common size."""
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.uniform_(0.5, 1.5) if parameter.mean() == 1 else parameter.normal_(std=0.2)
+        else:
+            parameter.normal_(std=0.1)
+
+
+def add_noise(model: PreTrainedModel) -> None:
+    """Norms and biases become random too, and all weights so large that the distributions are far from uniform."""
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape))
+
+
+def keep(_model: PreTrainedModel) -> None:
+    """The weights stay as transformers has drawn them: all tokens are about equally likely."""
+
+
+def write_tiny_model(
+    path: Path,
+    tied: bool,
+    num_layers: int = 4,
+    seed: int = 0,
+    fill: Fill = fill_apart,
+    model_class: type[PreTrainedModel] = Qwen2ForCausalLM,
+    **changes: Any,
+) -> Path:
+    """Writes a model whose weights `seed` and `fill` decide; `changes` are of config.json. Returns its folder."""
+    shape = TINY_SHAPE | {"vocab_size": VOCAB_SIZE, "eos_token_id": 1}
+    settings = shape | {"tie_word_embeddings": tied, "num_hidden_layers": num_layers} | changes
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
+    model = model_class(model_class.config_class(**settings))  # type: ignore[misc]
     with torch.no_grad():
-        for parameter in model.parameters():
-            # Norm weights and biases are random too: a swapped one must show.
-            if parameter.dim() < 2:
-                parameter.uniform_(0.5, 1.5) if parameter.mean() == 1 else parameter.normal_(std=0.2)
-            else:
-                parameter.normal_(std=0.1)
+        fill(model)
     model.save_pretrained(path)
     return path
 

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oreal.weights.families import FAMILIES, parameters, read_architecture
+from megatron_oreal.config.model_files import ModelSettings
+from megatron_oreal.weights.families import (
+    FAMILIES,
+    Architecture,
+    Family,
+    llama_rows,
+    parameters,
+    read_architecture,
+    read_common,
+    trainable_families,
+)
 from megatron_oreal.weights.mapping import pad_rows, padded_vocabulary, slice_along
 from tests.support.tiny_checkpoints import COMMON, MODELS, random_tensors
 
@@ -20,10 +30,6 @@ GROUPED = {"num_key_value_heads": 2, "num_attention_heads": 8, "hidden_size": 48
 def write_config(path: Path, settings: dict[str, Any]) -> Path:
     (path / "config.json").write_text(json.dumps(settings))
     return path
-
-
-def test_every_family_is_tested() -> None:
-    assert {settings["model_type"] for settings in MODELS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -147,7 +153,50 @@ def test_settings_that_are_not_carried_over_are_refused_by_name(
         read_architecture(write_config(tmp_path, COMMON | changes))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "qwen2"}'])
+def test_a_new_family_is_one_line_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(settings: ModelSettings) -> Architecture:
+        return read_common(settings, "example", qk_norm=True)
+
+    path = write_config(tmp_path, COMMON | {"model_type": "example"})
+    with pytest.raises(ValueError, match=r"^model\.path: model_type 'example' is not supported; known: qwen2, "):
+        read_architecture(path)
+    monkeypatch.setitem(FAMILIES, "example", Family(read, llama_rows))
+    names = [name for row, place in parameters(read_architecture(path), "lm") for name in row.hf_names(place)]
+    assert "model.layers.3.self_attn.q_norm.weight" in names
+    assert "example" not in trainable_families()
+    monkeypatch.setitem(FAMILIES, "example", Family(read, llama_rows, decoder="transformers"))
+    assert trainable_families() == ["qwen2", "qwen3", "llama", "mistral", "example"]
+
+
+@pytest.mark.parametrize("absent", [{}, {"num_key_value_heads": None}])
+@pytest.mark.parametrize("model", ["llama", "internlm2"])
+def test_llama_has_as_many_key_value_heads_as_heads_where_none_are_named(
+    tmp_path: Path, model: str, absent: dict[str, None]
+) -> None:
+    settings = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"} | MODELS[model] | absent
+    assert read_architecture(write_config(tmp_path, settings)).num_kv_heads == COMMON["num_attention_heads"]
+
+
+@pytest.mark.parametrize("model", ["qwen2", "qwen3", "qwen3_moe", "mistral", "internlm3"])
+def test_other_families_must_name_their_key_value_heads(tmp_path: Path, model: str) -> None:
+    """There transformers would take its own number for a setting that is absent; null means as many as heads."""
+    settings = {name: value for name, value in COMMON.items() if name != "num_key_value_heads"} | MODELS[model]
+    with pytest.raises(ValueError, match=r"^model\.path: .*config\.json lacks 'num_key_value_heads'"):
+        read_architecture(write_config(tmp_path, settings))
+    architecture = read_architecture(write_config(tmp_path, settings | {"num_key_value_heads": None}))
+    assert architecture.num_kv_heads == COMMON["num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"model_type": "qwen2"}',
+        json.dumps(COMMON | {"model_type": "llama", "rope_scaling": [1]}),
+        json.dumps(COMMON | {"model_type": "llama", "num_attention_heads": 0}),
+    ],
+)
 def test_a_broken_config_is_a_users_mistake(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"model.path: .*config.json"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_oreal.conversion import conversion
-from megatron_oreal.conversion.conversion import Options
+from megatron_oreal.conversion.conversion import ConversionOptions
 from megatron_oreal.engines.local.engine import load_decoder
 from megatron_oreal.weights.families import parameters, read_architecture
 from megatron_oreal.weights.initial import hf_weights, open_weights
@@ -20,7 +20,7 @@ from tests.support.tiny_checkpoints import MODELS, write_checkpoint
 @pytest.mark.parametrize("model", MODELS)
 def test_a_ranks_slices_are_the_same_from_both(tmp_path: Path, model: str) -> None:
     hf, mcore = write_checkpoint(tmp_path / "hf", model), tmp_path / "mcore"
-    conversion.hf_to_megatron(hf, mcore, Options())
+    conversion.hf_to_megatron(hf, mcore, ConversionOptions())
     architecture = read_architecture(mcore)  # the directory is enough by itself
     one, other = open_weights(hf, architecture), open_weights(mcore, architecture)
     for size in (1, 2):
@@ -37,7 +37,7 @@ def test_a_ranks_slices_are_the_same_from_both(tmp_path: Path, model: str) -> No
 def test_the_head_is_the_noted_one(tmp_path: Path) -> None:
     for head in ("lm", "scalar"):
         hf = write_checkpoint(tmp_path / head, "qwen2", head=head)
-        conversion.hf_to_megatron(hf, tmp_path / f"{head}-mcore", Options(), head)
+        conversion.hf_to_megatron(hf, tmp_path / f"{head}-mcore", ConversionOptions(), head)
         for path in (hf, tmp_path / f"{head}-mcore"):
             assert open_weights(path, read_architecture(path)).has_head("scalar") == (head == "scalar")
 
@@ -46,7 +46,7 @@ def test_the_head_is_the_noted_one(tmp_path: Path) -> None:
 def test_the_local_engine_loads_both(tmp_path: Path, model: str) -> None:
     """qwen2 and llama in the lean decoder, the others in transformers'."""
     hf, mcore = write_checkpoint(tmp_path / "hf", model), tmp_path / "mcore"
-    conversion.hf_to_megatron(hf, mcore, Options())
+    conversion.hf_to_megatron(hf, mcore, ConversionOptions())
     prompts, padding, rows = torch.tensor([[5, 6, 7]]), torch.tensor([0]), torch.tensor([0])
     decoders = [load_decoder(path, torch.device("cpu"), torch.float32) for path in (hf, mcore)]
     for name, parameter in decoders[0].parameters.items():
@@ -60,7 +60,7 @@ def test_the_local_engine_loads_both(tmp_path: Path, model: str) -> None:
 
 def test_damage_is_a_users_mistake_that_names_the_setting(tmp_path: Path) -> None:
     hf, mcore = write_checkpoint(tmp_path / "hf", "qwen2"), tmp_path / "mcore"
-    conversion.hf_to_megatron(hf, mcore, Options())
+    conversion.hf_to_megatron(hf, mcore, ConversionOptions())
     architecture = read_architecture(mcore)
     other = write_checkpoint(tmp_path / "other", "qwen2", intermediate_size=64)
     with pytest.raises(ValueError, match=r"^model\.path: decoder\.layers\.mlp.* config\.json asks for \(4, 128, 32\)"):

@@ -1,4 +1,4 @@
-"""Casting, FP8 blocks and LoRA adapters on the way out."""
+"""Casting and FP8 blocks on the way out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_oreal.weights import stream_filters
-from megatron_oreal.weights.stream_filters import FP8_MAX, cast, fp8_blocks, merge_lora, quantise_fp8
+from megatron_oreal.weights.stream_filters import FP8_MAX, cast, fp8_blocks, quantise_fp8
 
 
 def test_cast_keeps_names_and_order() -> None:
@@ -15,32 +15,6 @@ def test_cast_keeps_names_and_order() -> None:
         ("b", torch.bfloat16),
         ("a", torch.bfloat16),
     ]
-
-
-def test_adapters_are_added_to_the_weights_that_they_name() -> None:
-    down, up = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0], [20.0]])  # of rank 1
-    stream = [("a", torch.ones(2, 3, dtype=torch.bfloat16)), ("b", torch.ones(2, 3))]
-    merged = dict(merge_lora(stream, {"a": (down, up)}, scale=0.5))
-    assert merged["a"].tolist() == [[6.0, 11.0, 16.0], [11.0, 21.0, 31.0]] and merged["a"].dtype == torch.bfloat16
-    assert torch.equal(merged["b"], torch.ones(2, 3))
-
-
-@pytest.mark.parametrize(
-    ("adapters", "message"),
-    [
-        ({"c": (torch.ones(1, 3), torch.ones(2, 1))}, "no weight c"),
-        ({"a": (torch.ones(1, 2), torch.ones(2, 1))}, r"a is \(2, 3\), A \(1, 2\) and B \(2, 1\) do not fit"),
-        ({"a": (torch.ones(2, 3), torch.ones(2, 1))}, "do not fit"),
-    ],
-)
-def test_adapters_that_do_not_fit_are_refused_after_the_stream(
-    adapters: dict[str, tuple[torch.Tensor, torch.Tensor]], message: str
-) -> None:
-    taken = []
-    with pytest.raises(ValueError, match=message):
-        for name, _ in merge_lora((taken.append(n) or (n, torch.ones(2, 3)) for n in "ab"), adapters, 1.0):  # type: ignore[func-returns-value]
-            assert name not in adapters
-    assert taken == ["a", "b"]
 
 
 @pytest.mark.parametrize("shape", [(256, 384), (130, 200), (3, 5)])

@@ -30,7 +30,7 @@ from pathlib import Path
 import click
 import torch
 
-from megatron_oreal.conversion.conversion import Options, exported, hf_to_megatron, megatron_to_hf
+from megatron_oreal.conversion.conversion import ConversionOptions, exported, hf_to_megatron, megatron_to_hf
 from megatron_oreal.conversion.safetensors_files import create_files, fill
 from megatron_oreal.weights.families import read_architecture
 
@@ -139,8 +139,8 @@ def main(rounds: int, workers: int, layers: int, folder: Path | None) -> None:
         num_bytes = make_checkpoint(root / "hf", layers)
         click.echo(f"{num_bytes / 2**30:.2f} GiB, {workers} workers, torch {torch.__version__}")
         hf, mcore, out = root / "hf", root / "mcore", root / "out"
-        hf_to_megatron(hf, mcore, Options(num_workers=workers))
-        kinds: dict[str, tuple[list[str | Path], Callable[[Options], object]]] = {
+        hf_to_megatron(hf, mcore, ConversionOptions(num_workers=workers))
+        kinds: dict[str, tuple[list[str | Path], Callable[[ConversionOptions], object]]] = {
             "hf2mcore": (["--hf", hf], lambda options: hf_to_megatron(hf, out, options)),
             "mcore2hf": (["--mcore", mcore], lambda options: megatron_to_hf(mcore, out, options)),
         }
@@ -149,7 +149,7 @@ def main(rounds: int, workers: int, layers: int, folder: Path | None) -> None:
             shutil.rmtree(out)
             click.echo(f"{kind}: {whole:.2f} s with its imports and the comparison, {gib:.2f} GiB of anonymous memory")
             for verify in (False, True):
-                options = Options(num_workers=workers, verify=verify)
+                options = ConversionOptions(num_workers=workers, verify=verify)
                 actions = [partial(plain_copy, hf, out), partial(convert, options)]
                 ratios = []
                 for round_number in range(rounds):

@@ -1,7 +1,9 @@
 """Time and peak memory of the loss without logits, beside the rivals that can be imported, in the same run.
 
     python tools/bench/bench_fused_loss.py --grid full --out tools/bench/results/DATE_fused_loss   # on a GPU
+    python tools/bench/bench_fused_loss.py --grid headline   # three shapes, less than a minute on an H200
     python tools/bench/bench_fused_loss.py --grid cpu
+    python tools/bench/bench_fused_loss.py --model   # runs nothing: what every mode should cost on an H100 and an H200
 
 Every method turns hidden states [T, H] and a head [V, H] into the log-probs of T targets, and then into the gradients
 of their sum: the one loss for which all rivals, Liger's gradients in the forward pass among them, give equal outputs.
@@ -25,19 +27,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+import fused_loss_model
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_oreal.kernels import linear_logprob
-from megatron_oreal.kernels.fp8.scaled import quantize, scaled_product
+from megatron_oreal.kernels.fp8.scaled import E4M3, scale_of, scaled_product
 from megatron_oreal.models.parallel import quiet_megatron
 
 VOCABULARY = 152064
 CHECKED_TOKENS = CHECKED_COLUMNS = 256  # of every method, against float32
 Losses = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # hidden, weight, target, training -> [T] or their sum
-Grid = Literal["cpu", "small", "full"]
+Grid = Literal["cpu", "headline", "small", "full"]
 Clock = Literal["wall", "cpu"]
 
 
@@ -63,6 +66,11 @@ class Shape:
 
 GRIDS: dict[Grid, list[Shape]] = {
     "cpu": [Shape(tokens, 32768, hidden, 1) for hidden in (256, 512) for tokens in (512, 2048)],
+    "headline": [
+        Shape(8192, VOCABULARY, 5120, 1),
+        Shape(8192, VOCABULARY, 5120, 8),
+        Shape(16384, 151936, 1536, 1),
+    ],
     "small": [Shape(tokens, VOCABULARY, 5120, tensor) for tensor in (8, 1) for tokens in (4096, 8192, 16384)],
     "full": [
         Shape(tokens, VOCABULARY, hidden, tensor)
@@ -179,14 +187,16 @@ def make_gemm(_device: torch.device) -> Losses:
 def make_fp8_gemm(device: torch.device) -> Losses:
     if device.type != "cuda":
         raise RuntimeError("a CPU has no FP8 arithmetic: its time would say nothing")
-    quantized: dict[int, Any] = {}
+    quantized: dict[int, tuple[Tensor, Tensor]] = {}
 
     def product(hidden: Tensor, weight: Tensor, _target: Tensor, _training: bool) -> Tensor:
         # Both sides quantised beforehand: it is the rate of the product alone.
         for matrix in (hidden, weight):
             if id(matrix) not in quantized:
-                quantized[id(matrix)] = quantize(matrix.detach(), per_row=False)
-        return scaled_product(quantized[id(hidden)], quantized[id(weight)], fast=True)
+                scale = scale_of(matrix.detach().abs().amax())
+                quantized[id(matrix)] = (matrix.detach() / scale).to(E4M3), scale
+        (left, scale), (right, other) = quantized[id(hidden)], quantized[id(weight)]
+        return scaled_product(left, right, scale * other, torch.float32)
 
     return product
 
@@ -204,7 +214,9 @@ MAKERS: dict[str, Callable[[torch.device], Losses]] = {
     OURS: make_ours(precision="bf16"),
     "ours, eager": make_ours(precision="bf16", mode="eager"),
     "ours, fp8_grad": make_ours(precision="fp8_grad"),
-    "ours, fp8": make_ours(precision="fp8"),
+    "ours, 3 GiB": make_ours(precision="bf16", memory_bytes=3 * 2**30),
+    "ours, fp8_grad, 3 GiB": make_ours(precision="fp8_grad", memory_bytes=3 * 2**30),
+    "ours, fp8_grad, eager": make_ours(precision="fp8_grad", mode="eager"),
 }
 PRODUCTS = (GEMM, "torch._scaled_mm")  # no losses: forward only, nothing to check
 
@@ -457,12 +469,23 @@ def draw(rows: list[Row], path: Path) -> None:
     show_default=True,
     help="cpu: seconds of all threads of this process, for a CPU with other work; not of a GPU.",
 )
+@click.option("--model", "shows_model", is_flag=True, help="Print what the modes should cost, and run nothing.")
 @click.option("--method", "names", multiple=True, type=click.Choice(list(MAKERS)), help="Default: all.")
 @click.option("--out", type=click.Path(path_type=Path), help="Path without ending: .json and .png are written.")
 def main(
-    grid: Grid | None, rounds: int, time_limit: float, clock: Clock, names: tuple[str, ...], out: Path | None
+    grid: Grid | None,
+    rounds: int,
+    time_limit: float,
+    clock: Clock,
+    shows_model: bool,
+    names: tuple[str, ...],
+    out: Path | None,
 ) -> None:
     """Prints a table a shape: milliseconds, ratio to torch eager, share of the GEMM's rate, memory, errors."""
+    if shows_model:
+        for shape in GRIDS[grid or "headline"]:
+            click.echo("\n".join(fused_loss_model.report(shape.tokens, shape.columns, shape.hidden)) + "\n")
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     grid = grid or ("small" if device.type == "cuda" else "cpu")
     time_limit = time_limit or (480 if device.type == "cuda" else 150)

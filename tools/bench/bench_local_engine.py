@@ -10,16 +10,21 @@ Each is measured with every response at full length, and with one stop token.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
 from megatron_oreal.engines.local.engine import LocalEngine
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
@@ -28,22 +33,10 @@ STOP_TOKEN_ID = 5
 
 
 def make_model(path: Path, hidden: int, layers: int, vocab_size: int) -> PreTrainedModel:
-    config = Qwen2Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=4 * hidden,
-        vocab_size=vocab_size,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config).eval()
-    model.save_pretrained(path)
-    return model
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 4 * hidden}
+    config = tiny_config(vocab_size=vocab_size, max_position_embeddings=4096, pad_token_id=0, **shape)
+    write_random_model(path, config, seed=0)
+    return Qwen2ForCausalLM.from_pretrained(path).eval()
 
 
 def engine_rival(engine: LocalEngine, requests: list[GenerationRequest], params: SamplingParams) -> Callable[[], int]:
@@ -56,7 +49,7 @@ def engine_rival(engine: LocalEngine, requests: list[GenerationRequest], params:
 def generate_rival(
     model: PreTrainedModel, requests: list[GenerationRequest], params: SamplingParams
 ) -> Callable[[], int]:
-    prompt_ids = torch.tensor([request.prompt_ids for request in requests])
+    prompt_ids = torch.from_numpy(np.stack([request.prompt_ids for request in requests])).long()
 
     def run() -> int:
         outputs = model.generate(

@@ -14,6 +14,7 @@ import asyncio
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 import uuid
@@ -27,9 +28,11 @@ import aiohttp
 import click
 import torch
 from aiohttp import web
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
 from megatron_oreal.engines.sglang.client import EventLoopThread
@@ -37,6 +40,7 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.sglang.generate_api import Response
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 
 PROMPT_TOKENS = 32
@@ -45,21 +49,8 @@ Rival = Callable[[], int]  # gives the tokens that were made
 
 
 def make_model(path: Path, max_tokens: int) -> None:
-    config = Qwen2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=max_tokens,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        dtype="float32",
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": max_tokens}
+    write_random_model(path, tiny_config(vocab_size=VOCAB_SIZE, pad_token_id=0, eos_token_id=1, **shape), seed=0)
 
 
 def serve_at_once(port: Connection, num_tokens: int, num_most: int) -> None:
@@ -128,7 +119,7 @@ def server_at_once(num_tokens: int) -> Iterator[Endpoint]:
 @contextmanager
 def opened_engine(model_path: Path, endpoints: Sequence[Endpoint], concurrency: int) -> Iterator[SglangEngine]:
     thread = EventLoopThread("bench")
-    transport = DiskTransport(thread, 60, model_path / "unused", model_path, writes=False)
+    transport = DiskTransport(thread, 60, model_path / "unused", model_path, is_main=False)
     config = SglangConfig(max_concurrent_requests=concurrency)
     engine = SglangEngine(config, model_path, endpoints, transport, thread, notify=click.echo)
     try:
@@ -253,7 +244,8 @@ def main(
         else:
             config, path = SglangConfig(python=python), small
             context = PROMPT_TOKENS + max_new_tokens
-            fleet = open_servers(config, small, "float32", folder / "run", "cpu", context, notify=click.echo)
+            settings = ServerSettings(config, small, "float32", folder / "run", "cpu", context)
+            fleet = open_servers(settings, click.echo)
             endpoints = stack.enter_context(fleet).endpoints
         engine = stack.enter_context(opened_engine(path, endpoints, concurrency))
         params, requests = SamplingParams(max_new_tokens=max_new_tokens), requests_of(num_requests)

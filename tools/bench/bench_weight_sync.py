@@ -13,22 +13,28 @@ from __future__ import annotations
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+
+from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
 from megatron_oreal.engines.sglang.weights.shared_memory import TensorTransport
@@ -41,22 +47,14 @@ KINDS = ("distributed", "tensor", "disk")
 
 def make_model(path: Path, num_layers: int) -> Weights:
     """Wide, with few tokens: nearly all bytes are in the layers, 128 MiB each."""
-    config = Qwen2Config(
-        vocab_size=1024,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=num_layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config = tiny_config(
+        vocab_size=1024, num_hidden_layers=num_layers, tie_word_embeddings=False, dtype="bfloat16", **shape
     )
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen2ForCausalLM(config)
+    write_random_model(path, config, seed=0)
     torch.set_default_dtype(torch.float32)
-    model.save_pretrained(path)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return load_file(path / "model.safetensors")
 
 
 def receive(port: int, sizes: list[int], num_rounds: int) -> None:
@@ -126,7 +124,8 @@ def main(
         weights = make_model(root / "model", layers)
         loop = EventLoopThread("bench")
         config = SglangConfig(python=python)
-        with open_servers(config, root / "model", "bfloat16", root, "cpu", 64, notify=click.echo) as fleet:
+        settings = ServerSettings(config, root / "model", "bfloat16", root, "cpu", 64)
+        with open_servers(settings, click.echo) as fleet:
             clients = [SglangClient(endpoint) for endpoint in fleet.endpoints]
             for each in bucket_mib:
                 bench_buckets(each * 2**20, rounds, transport, weights, root, clients, loop)
@@ -175,19 +174,20 @@ def measure(
     ratios: dict[str, list[float]] = {}
     speeds: dict[str, list[float]] = {}
     version = 0
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
     for round_number in range(rounds + 1):
         for name, (transport, plain) in transports.items():
             version += 1
             plain_seconds = seconds_of(plain)
-            report = transport.push(weights.items(), version, clients)
-            speed = report.num_bytes / 1e9 / report.seconds
+            seconds = seconds_of(partial(transport.push, weights.items(), version, clients))
+            speed = num_bytes / 1e9 / seconds
             first = " (the first: it connects)" if round_number == 0 else ""
             click.echo(
-                f"round {round_number}, {name}: {report.seconds:.2f} s, {speed:.2f} GB/s, "
-                f"{plain_seconds / report.seconds:.0%} of the plain transfer's {plain_seconds:.2f} s{first}"
+                f"round {round_number}, {name}: {seconds:.2f} s, {speed:.2f} GB/s, "
+                f"{plain_seconds / seconds:.0%} of the plain transfer's {plain_seconds:.2f} s{first}"
             )
             if round_number > 0:
-                ratios.setdefault(name, []).append(plain_seconds / report.seconds)
+                ratios.setdefault(name, []).append(plain_seconds / seconds)
                 speeds.setdefault(name, []).append(speed)
     for name, values in ratios.items():
         low, high = min(values), max(values)

@@ -18,10 +18,11 @@ from torch import Tensor
 from megatron_oreal.weights.families import Architecture
 from megatron_oreal.weights.rotary import rotary_frequencies
 
-LLAMA_LIKE = ("qwen2", "llama")  # families whose layers are exactly these
 PREFILL_TOKENS = 16384  # padding included, of prompts that go through the layers together
 MIN_CACHE_GROWTH = 64  # tokens
 KEPT_CACHE_ELEMENTS = 2**24  # a cache up to this size stays allocated between calls
+CACHE_ALIGNMENT = 16  # tokens: CUDA's fused attention copies masks whose rows do not begin at multiples of it
+LOGIT_COPIES = 3  # float32 logits of a row that exist at once, at most, where the GPU samples
 
 # (layer, queries [B, L, heads, D], keys [B, L, kv_heads, D], values like keys) -> [B, L, heads * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -129,14 +130,29 @@ class LlamaDecoder:
             normed = F.rms_norm(hidden, hidden_shape, layer.mlp_norm, eps)
             gate, up = F.linear(normed, layer.gate_up_weight).chunk(2, dim=-1)
             hidden += F.linear(F.silu(gate).mul_(up), layer.down_weight)
-        return F.linear(F.rms_norm(hidden[:, -1], hidden_shape, self.final_norm, eps), self.output_weight)
+        return self.output_logits(F.rms_norm(hidden[:, -1], hidden_shape, self.final_norm, eps))
+
+    def output_logits(self, hidden: Tensor) -> Tensor:
+        """[B, H] -> [B, V]; float32 on CUDA, as in the trainer: bfloat16 would round what is sampled from."""
+        if hidden.is_cuda and hidden.dtype is not torch.float32:
+            return torch.mm(hidden, self.output_weight.T, out_dtype=torch.float32)
+        return F.linear(hidden, self.output_weight)
+
+    def bytes_of_row(self, num_tokens: int) -> int:
+        """Device memory of one row while it is decoded to `num_tokens` tokens, its prompt included."""
+        shape, item = self.architecture, self.embedding.element_size()
+        cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item * (num_tokens + CACHE_ALIGNMENT)
+        growth = 2 * cache // shape.num_layers  # a layer's cache exists twice while it grows
+        return cache + growth + LOGIT_COPIES * 4 * shape.vocab_size
 
     @torch.inference_mode()
-    def start(self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, LlamaDecoding]:
+    def start(
+        self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor, max_length: int | None = None
+    ) -> tuple[Tensor, LlamaDecoding]:
         """Logits [B, V] of the first response token, and what decodes the next ones; one decoding lives at a time.
 
         prompt_ids: [U, P] padded on the left. num_padding: [U]. prompt_of_row: [B], indices into [U]: each prompt goes
-        through the layers once, whatever the number of its rows.
+        through the layers once, whatever the number of its rows. max_length: tokens of a row at most, where known.
         """
         num_prompts, length = prompt_ids.shape
         self.ensure_positions(length)
@@ -145,7 +161,7 @@ class LlamaDecoder:
             self.prefill(prompt_ids[begin : begin + prompts_together], num_padding[begin : begin + prompts_together])
             for begin in range(0, num_prompts, prompts_together)
         ]
-        decoding = LlamaDecoding(self, num_padding[prompt_of_row], length)
+        decoding = LlamaDecoding(self, num_padding[prompt_of_row], length, max_length)
         for index, (keys, values) in enumerate(decoding.layers):
             keys[:, :, :length] = torch.cat([part.keys[index] for part in parts])[prompt_of_row]
             values[:, :, :length] = torch.cat([part.values[index] for part in parts])[prompt_of_row]
@@ -189,12 +205,33 @@ class Prefilled:
 class LlamaDecoding:
     """Rows that are decoded together, with their keys and values."""
 
-    def __init__(self, decoder: LlamaDecoder, num_padding: Tensor, length: int) -> None:
+    def __init__(self, decoder: LlamaDecoder, num_padding: Tensor, length: int, max_length: int | None) -> None:
         self.decoder, self.num_padding, self.length = decoder, num_padding, length
+        self.max_length = max_length
         self.is_padded = bool(num_padding.any())
-        self.capacity = length + MIN_CACHE_GROWTH
-        self.layers = self._split(decoder.cache_storage(self._num_elements()))
+        self.capacity = self._bounded(length + MIN_CACHE_GROWTH)
+        if decoder.device.type == "cpu":
+            self.layers = self._split(decoder.cache_storage(self._num_elements()))
+        else:
+            self.layers = [self._new_layer() for _ in range(decoder.architecture.num_layers)]
         decoder.ensure_positions(self.capacity)
+        self.padding_mask = self._make_padding_mask()
+
+    def _bounded(self, capacity: int) -> int:
+        """On a GPU a multiple of CACHE_ALIGNMENT, and where the rows' longest length is known, no more than that."""
+        if self.decoder.device.type == "cpu":
+            return capacity
+        if self.max_length is not None:
+            capacity = min(capacity, self.max_length)
+        return capacity + -capacity % CACHE_ALIGNMENT
+
+    def _make_padding_mask(self) -> Tensor | None:
+        """On a GPU what is added to the scores, for all columns of the cache: [B, 1, 1, capacity], 0 or -inf."""
+        if not self.is_padded or self.decoder.device.type == "cpu":
+            return None
+        columns = torch.arange(self.capacity, device=self.decoder.device)
+        mask = torch.zeros(len(self.num_padding), self.capacity, dtype=self.decoder.dtype, device=self.decoder.device)
+        return mask.masked_fill_(columns < self.num_padding[:, None], -torch.inf)[:, None, None]
 
     def _shape(self) -> tuple[int, ...]:
         shape = self.decoder.architecture
@@ -206,6 +243,10 @@ class LlamaDecoding:
     def _split(self, storage: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer, [B, kv_heads, capacity, D]."""
         return [(keys, values) for keys, values in storage.view(self._shape())]
+
+    def _new_layer(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.decoder._empty(*self._shape()[1:])
+        return keys, values
 
     @torch.inference_mode()
     def advance(self, token_ids: Tensor) -> Tensor:
@@ -219,8 +260,11 @@ class LlamaDecoding:
         if self.is_padded:
             positions = column - self.num_padding
             cos, signed_sin = decoder.cos[positions][:, None, None], decoder.signed_sin[positions][:, None, None]
-            columns = torch.arange(filled, device=token_ids.device)
-            mask = (columns >= self.num_padding[:, None])[:, None, None]  # [B, 1, 1, filled]
+            if self.padding_mask is not None:
+                mask = self.padding_mask[..., :filled]
+            else:
+                columns = torch.arange(filled, device=token_ids.device)
+                mask = (columns >= self.num_padding[:, None])[:, None, None]  # [B, 1, 1, filled]
 
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             all_keys, all_values = self.layers[index]
@@ -236,17 +280,23 @@ class LlamaDecoding:
 
     def _grow(self) -> None:
         old = self.layers
-        self.capacity += max(MIN_CACHE_GROWTH, self.capacity // 2)
+        self.capacity = self._bounded(self.capacity + max(MIN_CACHE_GROWTH, self.capacity // 2))
         self.decoder.ensure_positions(self.capacity)
-        self.layers = self._split(self.decoder.larger_cache_storage(self._num_elements()))
-        for old_layer, layer in zip(old, self.layers, strict=True):
-            for old_cache, cache in zip(old_layer, layer, strict=True):
+        self.padding_mask = self._make_padding_mask()
+        if self.decoder.device.type == "cpu":
+            self.layers = self._split(self.decoder.larger_cache_storage(self._num_elements()))
+        for index, old_layer in enumerate(old):
+            if self.decoder.device.type != "cpu":
+                old[index] = self._new_layer()  # layer by layer, so that only one layer's memory exists twice
+            for old_cache, cache in zip(old_layer, self.layers[index], strict=True):
                 cache[:, :, : self.length] = old_cache[:, :, : self.length]
 
     @torch.inference_mode()
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but `rows` [B'], rising indices into [B]."""
-        self.num_padding = self.num_padding[rows]
+        self.num_padding = self.num_padding.index_select(0, rows)
+        if self.padding_mask is not None:
+            self.padding_mask = self.padding_mask.index_select(0, rows)
         for index, layer in enumerate(self.layers):
             for cache in layer:
                 cache[: len(rows), :, : self.length] = cache[:, :, : self.length].index_select(0, rows)

@@ -1,51 +1,41 @@
 """The embedded engine: decodes in the trainer's own processes; no server, no port.
 
-Every rank of the process group holds the whole model and decodes its share of the prompts; all ranks get all results.
+Every rank of the process group holds the whole model and decodes its share of the prompts; the first rank gets all
+responses.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from functools import partial
+from itertools import chain
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch, check_prompts
-from megatron_oreal.engines.local.decoder import LLAMA_LIKE, LlamaDecoder
-from megatron_oreal.engines.local.token_sampling import draw, seed_tensor
+from megatron_oreal.engines.engine import (
+    BatchIndex,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    Watch,
+    check_prompts,
+)
+from megatron_oreal.engines.local.decoder import LlamaDecoder
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
-from megatron_oreal.weights.families import read_architecture
+from megatron_oreal.engines.local.waves import NO_RESPONSES, Decoder, Responses, decode_wave, to_generations
+from megatron_oreal.engines.main_thread import MainThreadCalls
+from megatron_oreal.types import no_ids, no_logprobs
+from megatron_oreal.weights.families import FAMILIES, read_architecture
 from megatron_oreal.weights.initial import hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
-if TYPE_CHECKING:
-    pass
-
-# Families that the decoder or transformers runs with the weight stream's names; the others are only converted.
-GENERATED_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
-# Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
-DROP_BELOW = 0.9
-
-
-class Decoding(Protocol):
-    def advance(self, token_ids: Tensor) -> Tensor:
-        """Appends token_ids [B]; the logits [B, V] of the next ones."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops all rows but `rows`, indices into [B]."""
-
-
-class Decoder(Protocol):
-    vocab_size: int
-    parameters: dict[str, Tensor]  # writable, by Hugging Face name
-
-    def start(self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor) -> tuple[Tensor, Decoding]:
-        """Prompts [U, P] padded on the left by num_padding [U], prompt_of_row [B] -> first logits [B, V], decoding."""
+LOG = logging.getLogger(__name__)
+USABLE_SHARE = 0.9  # of the free memory of a GPU, for the rows that are decoded together
 
 
 def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
@@ -61,7 +51,7 @@ def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> 
             raise
         return TransformersDecoder(model_path, device, dtype)  # a family or a setting that only transformers knows
     decoder: Decoder
-    if architecture.family in LLAMA_LIKE:
+    if FAMILIES[architecture.family].decoder == "llama":
         decoder = LlamaDecoder(architecture, device, dtype)
     else:
         decoder = TransformersDecoder(model_path, device, dtype)
@@ -102,22 +92,18 @@ def replace_weights(parameters: dict[str, Tensor], stream: Iterable[tuple[str, T
         raise WeightMismatch(problem)
 
 
-@dataclass(slots=True, frozen=True)
-class Responses:
-    """Responses cut at their lengths' maximum; what lies beyond a row's length is undefined."""
-
-    token_ids: Tensor  # [N, L] int64
-    rollout_logprobs: Tensor  # [N, L] float32
-    model_logprobs: Tensor  # [N, L] float32
-    lengths: Tensor  # [N] int64
+GIVEN_UP = Generation(no_ids(), no_logprobs(), no_logprobs(), "abort")
+Work = tuple[list[list[GenerationRequest]], SamplingParams]  # one wave: a list of requests for each rank
 
 
 class LocalEngine:
-    """A `RolloutEngine` in this process. It begins every response anew: `begun` is for servers.
+    """A `RolloutEngine` in the trainer's own processes.
 
-    model_path: Hugging Face directory. batch_size: sequences decoded together. process_group: ranks that share the
-    work; each calls every method with the same arguments. Results are a function of the inputs, `batch_size` and the
-    number of ranks; the random numbers of a request are a function of its seed alone.
+    model_path: Hugging Face directory. batch_size: sequences that one rank decodes together. process_group: the ranks
+    that share the work. The first rank's `generate` divides the requests into waves: every rank decodes its share of a
+    wave, and the first rank gets all of it. Results are a function of the inputs, `batch_size` and the number of ranks;
+    the random numbers of a request are a function of its seed alone. No response is left unfinished, so the engine
+    takes no request with a `begun` response.
     """
 
     def __init__(
@@ -128,165 +114,183 @@ class LocalEngine:
         batch_size: int,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.is_collective = True
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size must be >= 1, got {batch_size}")
         self.device, self.batch_size, self.process_group = device, batch_size, process_group
+        self.rank, self.num_ranks = 0, 1
+        if process_group is not None:
+            self.rank, self.num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.calls = MainThreadCalls()
         self.decoder: Decoder | None = load_decoder(model_path, device, dtype)
         self.version = 0
-        self.is_paused = False
+        self.has_told_of_memory = False
         self.has_whole_weights = True  # False after an update that failed half-way
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `replace_weights`. After an error the engine is unhealthy until an update succeeds."""
-        self.has_whole_weights = False
-        replace_weights(self._open_decoder().parameters, stream)
+        """See `replace_weights`. After an error the engine does not generate until an update succeeds."""
+        decoder, self.has_whole_weights = self._open_decoder(), False
+        replace_weights(decoder.parameters, stream)
         self.has_whole_weights = True
         self.version = version
-
-    def pause(self) -> None:
-        self.is_paused = True
-
-    def resume(self) -> None:
-        self.is_paused = False
 
     def flush_metrics(self) -> dict[str, float]:
         return {}
 
-    def health(self) -> bool:
-        return self.decoder is not None and self.has_whole_weights
-
     def close(self) -> None:
         self.decoder = None
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
+    ) -> list[Generation]:
+        """See `RolloutEngine`. A wave's responses end together: `watch` is told of them, and may give up later waves.
+
+        Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
+        closed or half updated or another rank fails, and FloatingPointError when the model's logits are not finite.
+        """
+        check_prompts(requests, self._updated_decoder().vocab_size)
+        generations = [GIVEN_UP] * len(requests)
+        for wave in split_into_waves(requests, self.num_ranks, self._rows_of_a_wave(requests, params)):
+            shares = [[requests[index] for index in indices] for indices in wave]
+            responses = self.calls.run(partial(self._lead, shares, params))
+            for indices, part in zip(wave, responses, strict=True):
+                for index, generation in zip(indices, to_generations(part, params), strict=False):
+                    generations[index] = generation
+            if watch is not None and tell(watch, sorted(chain(*wave)), generations):
+                break
+        return generations
+
+    def take_part(self) -> None:
+        """See `RolloutEngine`: on the first rank runs the call that waits, on the others decodes their shares."""
+        if self.rank == 0:
+            self.calls.run_next()
+        else:
+            self._decode_together(*self._broadcast(None))
+
+    def _lead(self, shares: list[list[GenerationRequest]], params: SamplingParams) -> list[Responses]:
+        """Decodes one wave on all ranks; returns each rank's responses. The main thread of the first rank."""
+        return self._decode_together(*self._broadcast((shares, params)))
+
+    def _broadcast(self, work: Work | None) -> Work:
+        """The first rank's work on all ranks. Collective."""
+        works = [work]
+        if self.process_group is not None:
+            dist.broadcast_object_list(works, dist.get_global_rank(self.process_group, 0), self.process_group)
+        assert works[0] is not None
+        return works[0]
+
+    def _decode_together(self, shares: list[list[GenerationRequest]], params: SamplingParams) -> list[Responses]:
+        """Decodes this rank's share; returns all shares on the first rank, and nothing on the others. Collective."""
+        responses, failure = NO_RESPONSES, None
+        try:
+            if shares[self.rank]:
+                responses = decode_wave(self._updated_decoder(), shares[self.rank], params, self.device)
+        except Exception as error:
+            if self.process_group is None:
+                raise
+            failure = error  # the other ranks wait in a collective
+        if self.process_group is None:
+            return [responses]
+        return gather_responses(responses, failure, max(map(len, shares)), self.device, self.process_group)
 
     def _open_decoder(self) -> Decoder:
         if self.decoder is None:
             raise RuntimeError("the local engine is closed")
         return self.decoder
 
-    def generate(
-        self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
-    ) -> list[Generation]:
-        """See `RolloutEngine`. All end together here: `watch` is told of each, and nothing is given up.
+    def _updated_decoder(self) -> Decoder:
+        if not self.has_whole_weights:
+            raise RuntimeError("the local engine is half updated: it cannot generate")
+        return self._open_decoder()
 
-        Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
-        closed, paused or half updated, and FloatingPointError when the model's logits are not finite.
-        """
-        decoder = self._open_decoder()
-        if self.is_paused or not self.has_whole_weights:
-            raise RuntimeError(
-                f"the local engine is {'paused' if self.is_paused else 'half updated'}: it cannot generate"
+    def _rows_of_a_wave(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> int:
+        """Returns how many rows a rank decodes together: `batch_size`, or as many as the free memory of a GPU holds."""
+        if self.device.type != "cuda" or not requests:
+            return self.batch_size
+        longest = max(len(request.prompt_ids) for request in requests) + params.max_new_tokens
+        wanted = min(self.batch_size, ceil(len(requests) / self.num_ranks))
+        return self._rows_that_fit(self._open_decoder().bytes_of_row(longest), wanted, longest)
+
+    def _rows_that_fit(self, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
+        """Says once when the rows are fewer than wanted. Raises ValueError where not even one fits."""
+        size = rows_within(free_bytes(self.device), bytes_of_row, wanted, num_tokens)
+        if size < wanted and not self.has_told_of_memory:
+            self.has_told_of_memory = True
+            LOG.warning(
+                "the local engine decodes %d sequences at a time instead of rollout.batch_size=%d: its keys and values "
+                "of %d tokens would not fit the free memory of the GPU",
+                size,
+                self.batch_size,
+                num_tokens,
             )
-        check_prompts(requests, decoder.vocab_size)
-        if not requests:
-            return []
-        rank, size = 0, 1
-        if self.process_group is not None:
-            rank, size = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
-        shares = share_requests(requests, size)
-        responses = self._decode([requests[index] for index in shares[rank]], params)
-        if size == 1:
-            every_response = [responses]
-        else:
-            assert self.process_group is not None
-            every_response = gather_responses(responses, max(map(len, shares)), self.process_group)
-        generations: dict[int, Generation] = {}
-        for share, part in zip(shares, every_response, strict=True):
-            generations |= zip(share, to_generations(part, params), strict=False)
-        if watch is not None:
-            for index in range(len(requests)):
-                watch(index, generations[index])
-        return [generations[index] for index in range(len(requests))]
-
-    @torch.inference_mode()
-    def _decode(self, requests: list[GenerationRequest], params: SamplingParams) -> Responses:
-        """This rank's share, `batch_size` requests at a time."""
-        waves = [
-            decode_wave(self._open_decoder(), requests[begin : begin + self.batch_size], params, self.device)
-            for begin in range(0, len(requests), self.batch_size)
-        ]
-        return concatenate(waves, self.device)
+        return size
 
 
-def share_requests(requests: Sequence[GenerationRequest], size: int) -> list[list[int]]:
-    """Indices of requests for each of `size` ranks: whole groups of one prompt, each to the rank with the fewest."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU: what the driver has, and what torch's allocator keeps without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def rows_within(num_bytes: int, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
+    """`wanted` rows, or as many as fit USABLE_SHARE of the bytes. Raises ValueError where not even one fits."""
+    size = int(USABLE_SHARE * num_bytes) // bytes_of_row
+    if size < 1:
+        raise ValueError(
+            f"rollout.max_new_tokens: one sequence of {num_tokens} tokens takes {bytes_of_row / 2**30:.1f} GiB of GPU "
+            f"memory in the local engine, and {num_bytes / 2**30:.1f} GiB are free: lower it, or set "
+            "rollout.engine=sglang"
+        )
+    return min(size, wanted)
+
+
+def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batch_size: int) -> list[list[list[int]]]:
+    """Divides the requests into waves; a wave holds at most `batch_size` indices of requests for each rank.
+
+    The requests of one prompt stay together where they fit, and go to the rank with the fewest. A wave depends on the
+    requests that the waves before it have left, and on nothing else: a resumed run that finds the responses of whole
+    waves in the ledger decodes the others in the same batches as before, and so gets the same last digits.
+    """
+    groups: dict[bytes, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(tuple(request.prompt_ids), []).append(index)
-    shares: list[list[int]] = [[] for _ in range(size)]
+        groups.setdefault(request.prompt_ids.tobytes(), []).append(index)
+    waves: list[list[list[int]]] = []
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
     for group in groups.values():
-        min(shares, key=len).extend(group)
-    return shares
+        rest = group
+        while rest:
+            smallest = min(shares, key=len)
+            room = batch_size - len(smallest)
+            smallest += rest[:room]
+            rest = rest[room:]
+            if all(len(share) == batch_size for share in shares):
+                waves.append(shares)
+                shares = [[] for _ in range(num_ranks)]
+    return [*waves, shares] if any(shares) else waves
 
 
-def decode_wave(
-    decoder: Decoder, requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device
-) -> Responses:
-    """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch."""
-    prompts = {tuple(request.prompt_ids): None for request in requests}
-    place = {prompt: number for number, prompt in enumerate(prompts)}
-    prompt_of_row = torch.tensor([place[tuple(request.prompt_ids)] for request in requests], device=device)
-    prompt_ids, num_padding = pad_left(list(prompts), device)
-    seeds = seed_tensor([request.seed for request in requests], device)
-    stop_ids = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
-
-    num_rows, max_length = len(requests), params.max_new_tokens
-    token_ids = torch.zeros(max_length, num_rows, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(2, max_length, num_rows, dtype=torch.float32, device=device)
-    lengths = torch.full((num_rows,), max_length, device=device)
-    rows = torch.arange(num_rows, device=device)  # [B], the batch's rows among all
-    is_live = torch.ones(num_rows, dtype=torch.bool, device=device)  # [B]
-    logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row)
-    for position in range(max_length):
-        draws = draw(logits, seeds, position, params)
-        token_ids[position, rows] = draws.token_ids
-        logprobs[0, position, rows], logprobs[1, position, rows] = draws.rollout_logprobs, draws.model_logprobs
-        next_ids = draws.token_ids
-        if params.stop_token_ids:
-            has_stopped = is_live & torch.isin(next_ids, stop_ids)
-            lengths[rows[has_stopped]] = position + 1
-            is_live &= ~has_stopped
-            num_live = int(is_live.sum())
-            if num_live == 0:
-                break
-            if num_live <= DROP_BELOW * len(rows):
-                kept = is_live.nonzero()[:, 0]
-                rows, seeds, next_ids, is_live = rows[kept], seeds[kept], next_ids[kept], is_live[kept]
-                decoding.keep(kept)
-        if position + 1 < max_length:
-            logits = decoding.advance(next_ids)
-    return Responses(token_ids.T, logprobs[0].T, logprobs[1].T, lengths)
+def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]) -> bool:
+    """Tells the watch of one wave's responses; returns whether the other waves may be given up."""
+    size = len(indices)
+    told = [watch(index, generations[index], BatchIndex(position, size)) for position, index in enumerate(indices)]
+    return any(told)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [U, P] with zeros before the shorter prompts, and their number [U]."""
-    length = max(map(len, prompts))
-    padded = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    num_padding = [length - len(prompt) for prompt in prompts]
-    return torch.tensor(padded, device=device), torch.tensor(num_padding, device=device)
+def gather_responses(
+    responses: Responses, failure: Exception | None, num_rows: int, device: torch.device, group: dist.ProcessGroup
+) -> list[Responses]:
+    """Every rank's responses on the first rank, nothing on the others. Collective.
 
-
-def concatenate(waves: Sequence[Responses], device: torch.device) -> Responses:
-    """One after the other, cut at the longest response; empty without waves."""
-    if not waves:
-        nothing = torch.zeros(0, 0, device=device)
-        return Responses(nothing.long(), nothing, nothing, torch.zeros(0, dtype=torch.int64, device=device))
-    length = max(int(wave.lengths.max()) for wave in waves)
-    return Responses(
-        torch.cat([wave.token_ids[:, :length] for wave in waves]),
-        torch.cat([wave.rollout_logprobs[:, :length] for wave in waves]),
-        torch.cat([wave.model_logprobs[:, :length] for wave in waves]),
-        torch.cat([wave.lengths for wave in waves]),
-    )
-
-
-def gather_responses(responses: Responses, num_rows: int, group: dist.ProcessGroup) -> list[Responses]:
-    """Every rank's responses, padded to `num_rows` rows, the largest share. Collective."""
-    device = responses.lengths.device
-    longest = torch.tensor(responses.token_ids.shape[1], device=device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
-    length = int(longest)
+    num_rows: of the largest share. When a rank has a `failure` instead of responses, the first rank raises its own
+    failure, or a RuntimeError that names the other rank and what went wrong there.
+    """
     own_rows, own_length = responses.token_ids.shape
+    largest = torch.tensor([own_length, failure is not None], device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    length, has_failed = largest.tolist()
+    is_first = dist.get_rank(group) == 0
+    if has_failed:
+        raise_on_first_rank(failure, group)
+        return []
     # Float32 log-probs travel as their bits beside int32 token ids, in one collective.
     packed = torch.zeros(num_rows, 1 + 3 * length, dtype=torch.int32, device=device)
     packed[:own_rows, 0] = responses.lengths
@@ -294,9 +298,22 @@ def gather_responses(responses: Responses, num_rows: int, group: dist.ProcessGro
     fields[:, 0] = responses.token_ids
     fields[:, 1] = responses.rollout_logprobs.contiguous().view(torch.int32)
     fields[:, 2] = responses.model_logprobs.contiguous().view(torch.int32)
-    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, packed, group=group)
-    return [unpack(part) for part in gathered]
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))] if is_first else None
+    dist.gather(packed, gathered, dist.get_global_rank(group, 0), group)
+    return [unpack(part) for part in gathered] if gathered is not None else []
+
+
+def raise_on_first_rank(failure: Exception | None, group: dist.ProcessGroup) -> None:
+    """Raises a rank's failure on the first rank; the others return. Collective."""
+    descriptions: list[str | None] = [None] * dist.get_world_size(group)
+    description = f"{type(failure).__name__}: {failure}" if failure is not None else None
+    dist.all_gather_object(descriptions, description, group)
+    if dist.get_rank(group) > 0:
+        return
+    if failure is not None:
+        raise failure
+    rank, words = next((rank, words) for rank, words in enumerate(descriptions) if words is not None)
+    raise RuntimeError(f"rank {rank} could not generate: {words}")
 
 
 def unpack(packed: Tensor) -> Responses:
@@ -305,17 +322,3 @@ def unpack(packed: Tensor) -> Responses:
     return Responses(
         token_ids.long(), logprobs[0].view(torch.float32), logprobs[1].view(torch.float32), packed[:, 0].long()
     )
-
-
-def to_generations(responses: Responses, params: SamplingParams) -> list[Generation]:
-    """Raises FloatingPointError when a log-prob is not finite: the model is broken, its samples are noise."""
-    generations = []
-    columns = (responses.token_ids, responses.rollout_logprobs, responses.model_logprobs, responses.lengths)
-    for token_ids, rollout, model, length in zip(*(column.tolist() for column in columns), strict=True):
-        if not all(map(isfinite, model[:length])):
-            raise FloatingPointError("the model's logits are not finite: the weights are broken")
-        stopped = length > 0 and token_ids[length - 1] in params.stop_token_ids
-        generations.append(
-            Generation(token_ids[:length], rollout[:length], model[:length], "stop" if stopped else "length")
-        )
-    return generations

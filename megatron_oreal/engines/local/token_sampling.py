@@ -3,11 +3,15 @@
 The uniform of a token depends on its row's seed and its position in the response only, so a response does not depend on
 what else is in the batch, on the process that decodes it or on the device. The generator is splitmix64 (Steele, Lea and
 Flood, 2014, "Fast splittable pseudorandom number generators"), read at `position` instead of being stepped.
+
+The functions here are the definition, and what runs on a CPU. On a GPU with Triton, kernels/triton_sampling.py
+computes the same without sorting the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +49,14 @@ def uniforms(seeds: Tensor, position: int) -> Tensor:
 
     seeds: [N] int64. position: index in the response, from 0.
     """
+    return uniforms_of_positions(seeds, position, 1)[0]
+
+
+def uniforms_of_positions(seeds: Tensor, first: int, count: int) -> Tensor:
+    """[count, N]: those of `count` positions from `first` on."""
+    steps = torch.arange(first + 1, first + 1 + count, dtype=torch.int64, device=seeds.device) * GOLDEN_GAMMA
     # The seed is mixed by itself first: the streams of seeds a gamma apart would else be shifts of each other.
-    bits = splitmix64(splitmix64(seeds) + as_int64((position + 1) * GOLDEN_GAMMA))
+    bits = splitmix64(splitmix64(seeds) + steps[:, None])
     return logical_shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
@@ -63,23 +73,48 @@ def logical_shift_right(bits: Tensor, count: int) -> Tensor:
 
 
 def draw(logits: Tensor, seeds: Tensor, position: int, params: SamplingParams) -> Draws:
-    """Samples the token at `position` of every row's response.
+    """`draw_with` the random numbers of the token at `position` of every row's response. seeds: [N] int64."""
+    return draw_with(logits, uniforms(seeds, position), params)
 
-    logits: [N, V], any float dtype; computed in float32. seeds: [N] int64. Rows whose logits are not finite get a token
-    of the vocabulary and a log-prob that is not finite.
+
+def draw_with(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Draws:
+    """Samples one token a row.
+
+    logits: [N, V], any float dtype; computed in float32. uniform: [N] float64 in [0, 1). Rows whose logits are not
+    finite get a token of the vocabulary and a log-prob that is not finite.
     """
+    if params.temperature == 0:
+        return draw_greedily(logits.float())
+    sample_rows = gpu_sampler() if logits.is_cuda and logits.shape[1] <= MAX_GPU_VOCABULARY else None
+    if sample_rows is not None:
+        return Draws(*sample_rows(logits, uniform, params.temperature, params.top_k, params.top_p))
     logits = logits.float()
     model_logprobs = torch.log_softmax(logits, dim=-1)
-    if params.temperature == 0:
-        token_ids = logits.argmax(dim=-1)
-        chosen = gather_tokens(model_logprobs, token_ids)
-        return Draws(token_ids, torch.zeros_like(chosen), chosen)
     rollout_logprobs = model_logprobs
     if params.temperature != 1 or params.top_k or params.top_p < 1:
         tempered = logits / params.temperature
         rollout_logprobs = torch.log_softmax(truncate(tempered, params.top_k, params.top_p), dim=-1)
-    token_ids = invert_cdf(rollout_logprobs.exp(), uniforms(seeds, position))
+    token_ids = invert_cdf(rollout_logprobs.exp(), uniform)
     return Draws(token_ids, gather_tokens(rollout_logprobs, token_ids), gather_tokens(model_logprobs, token_ids))
+
+
+def draw_greedily(logits: Tensor) -> Draws:
+    token_ids = logits.argmax(dim=-1)
+    chosen = gather_tokens(torch.log_softmax(logits, dim=-1), token_ids)
+    return Draws(token_ids, torch.zeros_like(chosen), chosen)
+
+
+MAX_GPU_VOCABULARY = 2**18  # beyond it, the integer sums of triton_sampling.py might not fit their 63 bits
+
+
+@functools.cache
+def gpu_sampler() -> Callable[[Tensor, Tensor, float, int, float], tuple[Tensor, Tensor, Tensor]] | None:
+    """None where Triton is not installed."""
+    try:
+        from megatron_oreal.kernels.triton_sampling import sample_rows
+    except ImportError:
+        return None
+    return sample_rows
 
 
 def gather_tokens(logprobs: Tensor, token_ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_oreal.engines.local.decoder import LOGIT_COPIES
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 if TYPE_CHECKING:
@@ -36,9 +37,17 @@ class TransformersDecoder:
         self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())  # tied weights once
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
 
+    def bytes_of_row(self, num_tokens: int) -> int:
+        """Device memory of one row while it is decoded to `num_tokens` tokens; growing caches exist twice."""
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        item = self.model.dtype.itemsize
+        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * item * num_tokens
+        return cache + 2 * cache // config.num_hidden_layers + LOGIT_COPIES * 4 * self.vocab_size
+
     @torch.inference_mode()
     def start(
-        self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor
+        self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor, max_length: int | None = None
     ) -> tuple[Tensor, TransformersDecoding]:
         from transformers import DynamicCache
 

@@ -1,4 +1,4 @@
-"""HTTP to one SGLang server, and the thread whose event loop carries it."""
+"""Speaks HTTP to one SGLang server, on the event loop of a thread of its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ CONNECT_SECONDS = 10.0
 
 
 class ServerError(OSError):
-    """A server cannot be reached or did not answer as asked. The message names it and what was asked."""
+    """A server cannot be reached, or did not answer as it should. The message names the server and the request."""
 
 
 class ServerRefusal(ServerError):
-    """The server answered, with an error: asking again is no use, unless its status says so."""
+    """The server answered with an error. The same request would fail again, unless the status says otherwise."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -29,11 +29,11 @@ class ServerRefusal(ServerError):
 
 
 class SglangClient:
-    """One server. Its coroutines run on one event loop, that of an `EventLoopThread`."""
+    """The connections to one server. Its coroutines run on the event loop of an `EventLoopThread`."""
 
     def __init__(self, endpoint: Endpoint, max_connections: int = 256) -> None:
         self.endpoint, self.max_connections = endpoint, max_connections
-        self.session: aiohttp.ClientSession | None = None  # made by the event loop that uses it
+        self.session: aiohttp.ClientSession | None = None  # it must be made on the event loop that uses it
 
     async def get(self, path: str, timeout_seconds: float) -> Any:
         return await self._request("GET", path, None, timeout_seconds, self.endpoint.api_key)
@@ -42,7 +42,7 @@ class SglangClient:
         return await self._request("POST", "/generate", body, timeout_seconds, self.endpoint.api_key)
 
     async def control(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
-        """A POST that needs the admin key: weights, pause, memory."""
+        """Sends a POST that needs the admin key: about weights, pauses or memory."""
         return await self._request("POST", path, body, timeout_seconds, self.endpoint.admin_key)
 
     async def close(self) -> None:
@@ -53,7 +53,7 @@ class SglangClient:
     async def _request(
         self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float, key: str
     ) -> Any:
-        """The answer's JSON, or its text. Raises ServerError after the timeout or without a connection."""
+        """Returns the answer's JSON, or its text. Raises ServerError after the timeout or without a connection."""
         if self.session is None:
             connector = aiohttp.TCPConnector(limit=self.max_connections)
             self.session = aiohttp.ClientSession(connector=connector)
@@ -79,7 +79,7 @@ class SglangClient:
 
 
 class EventLoopThread:
-    """An event loop in a thread of its own, for code that is not asynchronous. Any thread may call `run`."""
+    """Runs coroutines for code that is not asynchronous, on an event loop in a thread. Any thread may call `run`."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -87,7 +87,7 @@ class EventLoopThread:
         self.thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, Result], timeout_seconds: float | None = None) -> Result:
-        """Its result. Raises TimeoutError, the coroutine cancelled, when it takes longer."""
+        """Returns the coroutine's result. When it takes longer, it is cancelled and TimeoutError is raised."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout_seconds)

@@ -1,4 +1,4 @@
-"""Where servers listen and the keys that they ask for, as a file that only its owner can read."""
+"""Reads and writes the file that names servers: their addresses and keys. Only its owner can read it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 @dataclass(slots=True, frozen=True)
 class Endpoint:
     url: str  # e.g. http://127.0.0.1:31000
-    api_key: str = field(repr=False)  # to generate
-    admin_key: str = field(repr=False)  # to change weights, to pause
-    tensor: int = 1  # GPUs, each a receiver of weights
+    api_key: str = field(repr=False)  # allows generation
+    admin_key: str = field(repr=False)  # allows changes of weights, and pauses
+    tensor: int = 1  # the server's GPUs, each of which receives weights
 
     def __str__(self) -> str:
         return self.url  # keys never reach a log
 
 
 def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
-    """The file appears whole, with mode 0600."""
+    """Writes the file, which appears whole and with mode 0600."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
@@ -32,7 +32,7 @@ def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
 
 
 def read_endpoints(path: Path) -> list[Endpoint]:
-    """Raises ValueError for a missing or malformed file."""
+    """Reads the file. Raises ValueError when it is missing, malformed or empty."""
     try:
         endpoints = [Endpoint(**entry) for entry in json.loads(path.read_bytes())]
     except OSError as error:

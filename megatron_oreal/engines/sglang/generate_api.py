@@ -9,16 +9,19 @@ its place in the whole sequence, so a response that is continued with the same s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
+from operator import itemgetter
 from typing import Any
+
+import numpy as np
 
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.engines.local.token_sampling import as_int64
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal
-from megatron_oreal.types import FinishReason
+from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids, no_logprobs
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.25, 8.0
 BUSY_STATUSES = (408, 429)  # of a server that only has too much to do
+LARGEST_ID = np.iinfo(np.int32).max
 UNSTAMPED = "default"  # what a server calls the weights that it has read from disk
 
 
@@ -26,26 +29,29 @@ class MalformedAnswer(ServerError):
     """The server's answer is not what this package knows: asking again is no use."""
 
 
-@dataclass(slots=True, frozen=True)
-class Answer:
-    """What one request added to a response."""
+@dataclass(slots=True, frozen=True, eq=False)
+class Answer(TokenData):
+    """What one request added to a response: three arrays of one length."""
 
-    token_ids: list[int]
-    model_logprobs: list[float]
-    policy_versions: list[int]
+    token_ids: Int32Array
+    model_logprobs: Float32Array
+    policy_versions: Int32Array
     finish_reason: FinishReason
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Response:
-    """A response under way: what `begun` and the answers so far have given."""
+    """A response under way: what `begun` and the answers so far have given, arrays of one length.
+
+    Each answer replaces the arrays by longer ones, so that a `Generation` made before keeps its own.
+    """
 
     request: GenerationRequest
     params: SamplingParams
-    token_ids: list[int] = field(default_factory=list)
-    rollout_logprobs: list[float] | None = field(default_factory=list)  # None: not known
-    model_logprobs: list[float] = field(default_factory=list)
-    policy_versions: list[int] = field(default_factory=list)
+    token_ids: Int32Array = field(default_factory=no_ids)
+    rollout_logprobs: Float32Array | None = field(default_factory=no_logprobs)  # None: not known
+    model_logprobs: Float32Array = field(default_factory=no_logprobs)
+    policy_versions: Int32Array = field(default_factory=no_ids)
 
     @classmethod
     def of(cls, request: GenerationRequest, params: SamplingParams) -> Response:
@@ -56,10 +62,10 @@ class Response:
         return cls(
             request,
             params,
-            list(begun.response_ids),
-            list(begun.rollout_logprobs) if is_known else None,
-            list(begun.model_logprobs),
-            list(begun.policy_versions),
+            begun.response_ids,
+            begun.rollout_logprobs if is_known else None,
+            begun.model_logprobs,
+            begun.policy_versions,
         )
 
     @property
@@ -69,14 +75,14 @@ class Response:
 
     @property
     def has_stopped(self) -> bool:
-        return bool(self.token_ids) and self.token_ids[-1] in self.params.stop_token_ids
+        return len(self.token_ids) > 0 and int(self.token_ids[-1]) in self.params.stop_token_ids
 
     def body(self, request_id: str) -> dict[str, Any]:
         """Asks for what is missing."""
         params = self.params
         return {
             "rid": request_id,
-            "input_ids": [*self.request.prompt_ids, *self.token_ids],
+            "input_ids": np.concatenate([self.request.prompt_ids, self.token_ids]).tolist(),
             "sampling_params": {
                 "temperature": params.temperature,
                 "top_p": params.top_p,
@@ -90,24 +96,25 @@ class Response:
         }
 
     def add(self, answer: Answer) -> None:
-        self.token_ids += answer.token_ids
-        self.model_logprobs += answer.model_logprobs
-        self.policy_versions += answer.policy_versions
+        if not len(answer.token_ids):
+            return
+        self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
+        self.model_logprobs = np.concatenate([self.model_logprobs, answer.model_logprobs])
+        self.policy_versions = np.concatenate([self.policy_versions, answer.policy_versions])
         if self.params.temperature == 0:
-            added: list[float] | None = [0.0] * len(answer.token_ids)
+            added = np.zeros_like(answer.model_logprobs)
         elif self.params.temperature == 1 and self.params.top_p == 1 and self.params.top_k == 0:
             added = answer.model_logprobs
         else:
-            added = None if answer.token_ids else []
-        known = self.rollout_logprobs
-        self.rollout_logprobs = None if known is None or added is None else known + added
+            self.rollout_logprobs = None
+        if self.rollout_logprobs is not None:
+            self.rollout_logprobs = np.concatenate([self.rollout_logprobs, added])
 
     def generation(self) -> Generation:
         """Aborted where tokens are missing."""
         finish_reason: FinishReason = "stop" if self.has_stopped else "abort" if self.num_missing else "length"
-        return Generation(
-            self.token_ids, self.rollout_logprobs or [], self.model_logprobs, finish_reason, self.policy_versions
-        )
+        rollout_logprobs = no_logprobs() if self.rollout_logprobs is None else self.rollout_logprobs
+        return Generation(self.token_ids, rollout_logprobs, self.model_logprobs, finish_reason, self.policy_versions)
 
 
 def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
@@ -116,19 +123,20 @@ def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
     num_asked: the tokens asked for, which a response of finish reason "length" must have.
     """
     try:
-        token_ids = answer["output_ids"]
+        token_ids = read_ids(answer["output_ids"])
         meta = answer["meta_info"]
         finish_reason = meta["finish_reason"]["type"]
-        rows = meta["output_token_logprobs"] if token_ids else []  # absent where nothing was generated
-        logprobs, logprob_ids = [row[0] for row in rows], [row[1] for row in rows]
+        rows = meta["output_token_logprobs"] if len(token_ids) else []  # absent where nothing was generated
+        logprobs = np.fromiter(map(itemgetter(0), rows), np.float32, len(rows))  # null, JSON's NaN, becomes NaN
+        logprob_ids = list(map(itemgetter(1), rows))
         spans = meta.get("weight_versions") or [
             {"version": meta["weight_version"], "start": 0, "end": len(token_ids)}  # of releases before 0.5.2x
         ]
         policy_versions = versions_of_tokens(spans, len(token_ids))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise MalformedAnswer(f"SGLang server {server}: the answer of /generate cannot be read ({reason})") from None
-    if logprob_ids != token_ids:
+    if logprob_ids != answer["output_ids"]:
         raise MalformedAnswer(
             f"SGLang server {server}: /generate gave {len(token_ids)} tokens and log-probs of {len(rows)} others"
         )
@@ -139,20 +147,34 @@ def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
             f"SGLang server {server} ended a response at {len(token_ids)} tokens, {num_asked} were asked for: raise "
             "its context-length or max-total-tokens, or lower rollout.max_new_tokens"
         )
-    if None in logprobs or not isfinite(sum(logprobs)):  # JSON has no NaN: it is null
+    if not np.isfinite(logprobs).all():
         raise FloatingPointError(f"the log-probs of SGLang server {server} are not finite: its weights are broken")
     return Answer(token_ids, logprobs, policy_versions, finish_reason)
 
 
-def versions_of_tokens(spans: Any, num_tokens: int) -> list[int]:
-    """Policy versions [num_tokens] from (version, start, end) spans, which follow each other from token 0 on."""
+def read_ids(values: Any) -> Int32Array:
+    """The ids of a JSON list. Raises ValueError where it holds anything but integers that can be token ids."""
+    ids = np.array(values)
+    if not isinstance(values, list) or ids.ndim != 1 or (values and ids.dtype.kind != "i"):
+        raise ValueError("output_ids is not a list of integers")
+    if values and not 0 <= ids.min() <= ids.max() <= LARGEST_ID:
+        raise ValueError("output_ids has an integer that is not a token id")
+    return ids.astype(np.int32)
+
+
+def versions_of_tokens(spans: Any, num_tokens: int) -> Int32Array:
+    """Policy versions [num_tokens] from (version, start, end) spans, which follow each other from token 0 on.
+
+    Example: versions 3 up to token 2 and 4 up to token 3 -> [3, 3, 4].
+    """
     versions: list[int] = []
+    counts: list[int] = []
     for span in spans:
-        version = 0 if span["version"] == UNSTAMPED else int(span["version"])
-        versions += [version] * (span["end"] - max(span["start"], len(versions)))
-    if len(versions) != num_tokens:
-        raise ValueError(f"weight versions of {len(versions)} tokens, there are {num_tokens}")
-    return versions
+        versions.append(0 if span["version"] == UNSTAMPED else int(span["version"]))
+        counts.append(max(0, span["end"] - max(span["start"], sum(counts))))
+    if sum(counts) != num_tokens:
+        raise ValueError(f"weight versions of {sum(counts)} tokens, there are {num_tokens}")
+    return np.repeat(np.array(versions, dtype=np.int32), counts)
 
 
 def may_ask_again(error: ServerError) -> bool:

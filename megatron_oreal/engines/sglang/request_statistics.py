@@ -1,4 +1,4 @@
-"""What became of the requests to the servers, counted since the last flush."""
+"""Counts what happened to the requests to the servers since the last flush."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from megatron_oreal.observability.metrics import Metrics
+from megatron_oreal.types import Metrics
 
 
 @dataclass(slots=True)
 class Throughput:
-    """Of one server, while it had something to do."""
+    """The tokens of one server, and the seconds in which it had something to do."""
 
     num_tokens: int = 0
     busy_seconds: float = 0.0
@@ -27,10 +27,10 @@ class Throughput:
 
 @dataclass(slots=True)
 class RequestStatistics:
-    """Any thread may flush; the event loop counts."""
+    """The event loop counts; any thread may flush."""
 
     counts: Metrics = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)  # of each response, waiting included
+    seconds: list[float] = field(default_factory=list)  # that each response took, including the wait for a server
     servers: dict[int, Throughput] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -56,7 +56,7 @@ class RequestStatistics:
             throughput.num_tokens += num_tokens
 
     def flush(self) -> Metrics:
-        """The counts, which are 0 where nothing happened; seconds and rates only where something did."""
+        """Returns all counts, and the seconds and rates of what has happened since the last flush."""
         with self.lock:
             metrics: Metrics = {f"rollout/{name}": self.counts.get(name, 0) for name in COUNTS}
             if self.seconds:
@@ -74,10 +74,10 @@ class RequestStatistics:
 
 
 COUNTS = (
-    "num_requests",  # sent, again ones included
-    "num_retries",  # sent again after a failure
-    "num_continued",  # sent again to go on where the server had ended a response
+    "num_requests",  # that were sent, repeated ones included
+    "num_retries",  # that were sent again after a failure
+    "num_continued",  # that were sent to continue a response which the server had ended too early
     "num_aborted",  # responses that were given up
-    "num_server_failures",  # servers that were given up
+    "num_server_failures",  # times that a server was marked dead
     "num_server_restarts",
 )

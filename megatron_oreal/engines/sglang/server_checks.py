@@ -1,35 +1,36 @@
-"""What a server must be before it is used: reachable, with our keys, our model and the endpoints that are asked."""
+"""Checks that a server can be used: it must be reachable, take our keys, and have our model and all endpoints."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.generate_api import UNSTAMPED
 
 CHECK_SECONDS = 120.0  # a server's first request may compile
 NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation")
 FIX_VERSION = "install sglang>=0.5.20 there"
-# SGLang ends a response two tokens before its context is full.
-SPARE_TOKENS = 2
-# Log-probs of the same token with and without this temperature: at least so far apart, unless they are untempered.
+SPARE_TOKENS = 2  # SGLang ends a response two tokens before its context is full
+# If a server tempers log-probs, those of one token with this temperature and without differ at least by DIFFERENCE.
 TEMPERATURE, DIFFERENCE = 0.05, 0.02
 NUM_PROMPTS = 8
 
 
 @dataclass(slots=True, frozen=True)
-class Served:
-    max_tokens: int  # of a prompt with its response
-    has_tempered_logprobs: bool  # else they are those of the untempered model
-    weight_version: str  # UNSTAMPED, or what the last push has called it
+class ServerFacts:
+    """What a server has told about itself."""
+
+    max_tokens: int  # that a prompt and its response may have together
+    has_tempered_logprobs: bool  # False: its log-probs are those of the untempered model
+    weight_version: str  # as the last push has named it, or UNSTAMPED
 
 
-async def check_server(client: SglangClient, model_path: Path, vocab_size: int) -> Served:
-    """Raises ValueError, one line that says what to do."""
+async def check_server(client: SglangClient, model_path: Path, vocab_size: int) -> ServerFacts:
+    """Asks the server about itself. Raises ValueError, whose one line says what to do."""
     name = f"rollout.sglang: SGLang server {client.endpoint}"
     try:
         info = await first_of(client, "/model_info", "/get_model_info")
@@ -44,7 +45,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
         sizes = [models["data"][0]["max_model_len"], details.get("max_total_num_tokens")]
         max_tokens = min(size for size in sizes if size is not None) - SPARE_TOKENS
         version = str(info.get("weight_version", UNSTAMPED))
-        return Served(max_tokens, await tempers_logprobs(client, vocab_size), version)
+        return ServerFacts(max_tokens, await has_tempered_logprobs(client, vocab_size), version)
     except ServerRefusal as refusal:
         if refusal.status in (401, 403):
             raise ValueError(f"{name} refuses the api_key: take the endpoints_file of the serve that runs") from None
@@ -56,7 +57,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
 
 
 async def first_of(client: SglangClient, *paths: str) -> Any:
-    """The answer of the first path that the server has: newer releases have renamed some."""
+    """Returns the answer of the first path that the server has: newer releases have renamed some."""
     for path in paths:
         try:
             return await client.get(path, CHECK_SECONDS)
@@ -70,7 +71,7 @@ async def check_exists(client: SglangClient, path: str) -> None:
     try:
         await client.get(path, CHECK_SECONDS)
     except ServerRefusal as refusal:
-        if refusal.status != 405:  # it is there, and wants a POST
+        if refusal.status != 405:  # 405: the path is there, and wants a POST
             raise
 
 
@@ -87,12 +88,12 @@ async def check_admin_key(client: SglangClient) -> None:
 
 
 def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
-    """Compares the kind of model, and its size where the server's files can be read from here."""
-    ours = json.loads((model_path / "config.json").read_bytes())
+    """Compares the kind of model, and also its size when the server's files can be read from here."""
+    ours = read_model_settings(model_path)
     theirs = {"model_type": info["model_type"]} if info.get("model_type") else {}
-    file = Path(info["model_path"]) / "config.json"
-    if file.is_file():
-        config = json.loads(file.read_bytes())
+    served = Path(info["model_path"])
+    if (served / "config.json").is_file():
+        config = read_model_settings(served)
         theirs |= {key: config[key] for key in ("hidden_size", "num_hidden_layers") if key in config}
     for key, value in theirs.items():
         if key in ours and ours[key] != value:
@@ -102,7 +103,10 @@ def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
 
 
 async def check_vocabulary(client: SglangClient, vocab_size: int, model_path: Path, name: str) -> None:
-    """Servers do not tell its size, and take token ids beyond it; but a bias must be of a token that exists."""
+    """Finds out the vocabulary's size by a logit bias, which a server refuses for a token that it does not have.
+
+    Servers do not tell the size, and accept token ids beyond it in prompts.
+    """
 
     async def has_token(token_id: int) -> bool:
         sampling = {"temperature": 0, "max_new_tokens": 1, "logit_bias": {str(token_id): 0.0}}
@@ -120,8 +124,8 @@ async def check_vocabulary(client: SglangClient, vocab_size: int, model_path: Pa
         )
 
 
-async def tempers_logprobs(client: SglangClient, vocab_size: int) -> bool:
-    """Whether the log-probs are of the tempered distribution: asks for the likeliest tokens, cold and greedily."""
+async def has_tempered_logprobs(client: SglangClient, vocab_size: int) -> bool:
+    """Asks for the likeliest token with a low temperature and greedily, and compares the two log-probs."""
     prompts = [[token_id] for token_id in range(min(NUM_PROMPTS, vocab_size))]
     # The first token alone stays; `top_k` 1 would count as greedy.
     cold = {"temperature": TEMPERATURE, "top_p": 1e-6, "max_new_tokens": 1}

@@ -1,7 +1,8 @@
-"""Which server gets the next request, and what becomes of one that fails.
+"""Chooses the server for each request and decides what happens to a server that fails.
 
-A server is living, or dead after `max_failures` failures one after the other. A dead one of ours is started again; its
-weights are then those on disk, so it waits, stale, for the next weights. Everything here runs on one event loop.
+A server counts as dead after `max_failures` failures one after the other. When the run has started it, it is started
+again; it then has the weights on disk, so it is "stale" and gets no requests until the next weights arrive. Everything
+here runs on the event loop.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
@@ -19,16 +20,17 @@ from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, Sgl
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.generate_api import BUSY_STATUSES
 from megatron_oreal.engines.sglang.request_statistics import RequestStatistics
+from megatron_oreal.types import Notify
 
 Result = TypeVar("Result")
-CONTROL_CONNECTIONS = 16  # beside those of the requests
+CONTROL_CONNECTIONS = 16  # to each server, in addition to those of the generation requests
 NUM_LOG_LINES = 5
-ABORT_SECONDS = 20.0  # until what was given up must have answered
+ABORT_SECONDS = 20.0  # within which a server must answer the requests that are aborted
 CONTROL_SECONDS, POLL_SECONDS = 60.0, 0.1
 
 
 class Fleet(Protocol):
-    """Who starts servers: `servers.fleet.ServerFleet`."""
+    """Starts servers and starts them again. `servers.fleet.ServerFleet` is one."""
 
     def is_alive(self, endpoint: Endpoint) -> bool: ...
 
@@ -43,14 +45,14 @@ class Server:
     client: SglangClient
     state: Literal["living", "dead", "restarting", "stale"] = "living"
     num_running: int = 0
-    num_failures: int = 0  # of requests, one after the other
-    num_missed: int = 0  # health checks, one after the other
+    num_failures: int = 0  # requests that failed since the last one that succeeded
+    num_missed: int = 0  # health checks without an answer since the last one with an answer
     last_failure: float = 0.0
-    released: set[str] = field(default_factory=set)  # of its memory, while the trainer has the devices
-    has_orphans: bool = True  # it may still work for somebody who does not wait any more
-    obituary: str = ""  # why it counts as dead
-    last_words: str = ""  # the end of its log
-    requests: set[asyncio.Future[Any]] = field(default_factory=set)  # that wait for its answer
+    released: set[str] = field(default_factory=set)  # kinds of memory that it has freed for the trainer
+    has_stale_requests: bool = True  # it may still generate for a client that is gone
+    failure_reason: str = ""  # why the server counts as dead
+    log_tail: str = ""  # the last lines of its log then
+    requests: set[asyncio.Future[Any]] = field(default_factory=set)  # requests that wait for its answer
 
     def __str__(self) -> str:
         return str(self.client.endpoint)
@@ -63,17 +65,17 @@ class ServerPool:
         endpoints: Sequence[Endpoint],
         fleet: Fleet | None,
         statistics: RequestStatistics,
-        notify: Callable[[str], None],
+        notify: Notify,
         router: Endpoint | None,
     ) -> None:
         self.config, self.fleet, self.statistics, self.notify = config, fleet, statistics, notify
         self.router = None if router is None else self._client(router)
         self.servers = [Server(index, self._client(endpoint)) for index, endpoint in enumerate(endpoints)]
         self.waiting: deque[tuple[asyncio.Future[Server], Server | None]] = deque()
-        self.has_new_weights = False  # others than those on disk
+        self.has_new_weights = False  # True: the current weights are no longer those on disk
         self.is_paused = False
-        self.lost: list[SglangClient] = []
-        self.background: set[asyncio.Task[Any]] = set()
+        self.newly_dead: list[SglangClient] = []
+        self.background: set[asyncio.Task[Any]] = set()  # tasks that end when the pool is closed
 
     def _client(self, endpoint: Endpoint) -> SglangClient:
         return SglangClient(endpoint, self.config.max_concurrent_requests + CONTROL_CONNECTIONS)
@@ -83,9 +85,10 @@ class ServerPool:
         return [server for server in self.servers if server.state == "living"]
 
     async def acquire(self, avoid: Server | None = None) -> Server:
-        """A living server with room, the least busy one, `avoid` last of all. First come, first served.
+        """Waits for the least busy living server that has room, and takes `avoid` only when there is no other.
 
-        Raises ServerError when no server is left. Every call is paired with `release`.
+        Callers get servers in the order in which they came. Raises ServerError when no server is left. The caller
+        must call `release` afterwards.
         """
         turn: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self.waiting.append((turn, avoid))
@@ -102,7 +105,7 @@ class ServerPool:
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Gives servers to those who wait, after any change of either."""
+        """Hands servers to the waiting callers. It is called after every change of the servers or of the callers."""
         reason = self.why_none_is_left()
         while self.waiting:
             turn, avoid = self.waiting[0]
@@ -123,25 +126,28 @@ class ServerPool:
         return min(room, key=lambda server: (server is avoid, server.num_running), default=None)
 
     def why_none_is_left(self) -> str:
-        """Empty where a server lives, or comes back with the weights that are wanted; and on ranks without servers."""
+        """Returns why no server can generate; it is empty while one lives, or is being started with current weights.
+
+        On ranks without servers it is empty too.
+        """
         states = {server.state for server in self.servers}
         if not states or "living" in states or ("restarting" in states and not self.has_new_weights):
             return ""
-        return f"no SGLang server is left to generate: the same command resumes the run; {self.obituaries()}"
+        return f"no SGLang server is left to generate: the same command resumes the run; {self.failure_reasons()}"
 
-    def obituaries(self) -> str:
-        """Why servers count as dead, in one line; then the ends of their logs."""
+    def failure_reasons(self) -> str:
+        """Says in one line why servers count as dead, and adds the ends of their logs."""
         dead = [server for server in self.servers if server.state != "living"]
-        logs = [f"\nthe log of {server} ends:\n{server.last_words}" for server in dead if server.last_words]
-        return "; ".join(server.obituary for server in dead) + "".join(logs)
+        logs = [f"\nthe log of {server} ends:\n{server.log_tail}" for server in dead if server.log_tail]
+        return "; ".join(server.failure_reason for server in dead) + "".join(logs)
 
-    def take_lost(self) -> list[SglangClient]:
-        """Of the servers that have died since the last call."""
-        lost, self.lost = self.lost, []
-        return lost
+    def pop_dead(self) -> list[SglangClient]:
+        """Returns the clients of the servers that have died since the last call."""
+        newly_dead, self.newly_dead = self.newly_dead, []
+        return newly_dead
 
-    async def unless_it_dies(self, server: Server, asking: Coroutine[Any, Any, Result]) -> Result:
-        """What the server is asked. Raises ServerError when it dies meanwhile."""
+    async def unless_dead(self, server: Server, asking: Coroutine[Any, Any, Result]) -> Result:
+        """Awaits what the server is asked. Raises ServerError when the server is marked dead meanwhile."""
         request = asyncio.ensure_future(asking)
         server.requests.add(request)
         try:
@@ -151,28 +157,28 @@ class ServerPool:
             return request.result()
         finally:
             server.requests.discard(request)
-            server.has_orphans |= request.cancel() or request.cancelled() or request.exception() is not None
+            server.has_stale_requests |= request.cancel() or request.cancelled() or request.exception() is not None
 
     def succeeded(self, server: Server) -> None:
         server.num_failures = 0
 
     def failed(self, server: Server, error: ServerError, sent_at: float) -> None:
-        """Counts a failed request. Of those that were under way together, one counts."""
+        """Counts a failed request. Requests that were under way together and all failed count as one failure."""
         is_busy = isinstance(error, ServerRefusal) and error.status in BUSY_STATUSES
         if server.state != "living" or is_busy or sent_at < server.last_failure:
             return
         server.last_failure = time.monotonic()
         server.num_failures += 1
         if self.has_ended(server) or server.num_failures >= self.config.max_failures:
-            self.bury(server, str(error))
+            self.mark_dead(server, str(error))
 
     async def watch_health(self, every_seconds: float, timeout_seconds: float) -> None:
-        """Finds servers that have ended, or hang: who has requests must answer health checks. Runs for ever."""
+        """Marks servers dead that have ended or hang; a server with requests must answer health checks. Never ends."""
         while True:
             await asyncio.sleep(every_seconds)
             for server in self.living:
                 if self.has_ended(server):
-                    self.bury(server, f"SGLang server {server} has ended")
+                    self.mark_dead(server, f"SGLang server {server} has ended")
             asked = [server for server in self.living if server.num_running or server.num_failures]
             if not self.is_paused:
                 await asyncio.gather(*(self._check_health(server, timeout_seconds) for server in asked))
@@ -184,25 +190,25 @@ class ServerPool:
         try:
             await server.client.get("/health", timeout_seconds)
         except ServerError as error:
-            if self.is_paused or server.state != "living":  # a paused server does not answer it
+            if self.is_paused or server.state != "living":  # a paused server does not answer health checks
                 return
             server.num_missed += 1
             if server.num_missed >= self.config.max_failures:
-                self.bury(server, str(error))
+                self.mark_dead(server, str(error))
         else:
             server.num_missed = 0
 
-    def bury(self, server: Server, reason: str) -> None:
-        """Its requests go to other servers; it is started again where it is ours."""
-        server.state, server.obituary = "dead", reason
+    def mark_dead(self, server: Server, reason: str) -> None:
+        """Sends the server's requests to other servers; the fleet, if there is one, starts it again."""
+        server.state, server.failure_reason = "dead", reason
         if self.fleet is not None:
-            server.last_words = self.fleet.log_tail(server.client.endpoint, NUM_LOG_LINES)
-        self.lost.append(server.client)
+            server.log_tail = self.fleet.log_tail(server.client.endpoint, NUM_LOG_LINES)
+        self.newly_dead.append(server.client)
         self.statistics.count("num_server_failures")
-        self.notify(f"SGLang server {server} counts as dead: {server.obituary}")
-        # Behind a router nobody knows whose requests they are.
-        for each in self.servers if self.router is not None else [server]:
-            for request in each.requests:
+        self.notify(f"SGLang server {server} counts as dead: {server.failure_reason}")
+        # Behind a router any request may be at this server.
+        for holder in self.servers if self.router is not None else [server]:
+            for request in holder.requests:
                 request.cancel()
         if self.fleet is not None:
             server.state = "restarting"
@@ -214,12 +220,12 @@ class ServerPool:
             endpoint = await asyncio.to_thread(fleet.restart, server.client.endpoint)
         except (ServerError, ValueError) as error:
             server.state = "dead"
-            server.obituary += f"; {error}"
+            server.failure_reason += f"; {error}"
             self.notify(f"SGLang server {server} stays dead: {error}")
         else:
             await server.client.close()
             server.client = self._client(endpoint)
-            server.num_failures, server.num_missed, server.has_orphans = 0, 0, False
+            server.num_failures, server.num_missed, server.has_stale_requests = 0, 0, False
             server.released.clear()
             server.state = "stale" if self.has_new_weights else "living"
             self.statistics.count("num_server_restarts")
@@ -231,8 +237,8 @@ class ServerPool:
         task.add_done_callback(self.background.discard)
 
     @contextmanager
-    def ends_at_close(self) -> Iterator[None]:
-        """Around what the running task does."""
+    def cancelled_at_close(self) -> Iterator[None]:
+        """Makes `close` cancel the running task while it is in the block."""
         task = asyncio.current_task()
         assert task is not None
         self.background.add(task)
@@ -249,9 +255,12 @@ class ServerPool:
         await asyncio.gather(*(client.close() for client in clients))
 
 
-async def end_orphans(server: Server) -> None:
-    """Who works for nobody refuses new weights. Requests that somebody waits for are asked again by who waits."""
-    if not server.has_orphans:
+async def abort_stale_requests(server: Server) -> None:
+    """Aborts the requests of clients that are gone: a server that generates refuses new weights.
+
+    Requests of this engine that are aborted with them are sent again by their callers.
+    """
+    if not server.has_stale_requests:
         return
     await server.client.control("/abort_request", {"rid": "", "abort_all": True}, CONTROL_SECONDS)
     deadline = time.monotonic() + ABORT_SECONDS
@@ -259,9 +268,9 @@ async def end_orphans(server: Server) -> None:
         try:
             await server.client.control("/flush_cache", {}, CONTROL_SECONDS)
         except ServerRefusal as refusal:
-            if refusal.status != 400:  # something still runs
+            if refusal.status != 400:  # 400: a request still runs
                 raise
             await asyncio.sleep(POLL_SECONDS)
         else:
-            server.has_orphans = False
+            server.has_stale_requests = False
             return

@@ -1,1 +1,1 @@
-"""Matrix products in FP8, and the check that their log-probs are good enough."""
+"""Gradients of the logits in FP8 (e4m3), and their matrix products."""

@@ -1,18 +1,21 @@
 """FP8 products through Transformer Engine's quantizers and its general_gemm. Written against its versions 2.10 to 2.20.
 
-Not run on hardware yet: tests/gpu/test_fp8.py compares it with torch._scaled_mm where both are. Everything that is
-known of Transformer Engine is in this file.
+Not run on hardware yet: tests/gpu/test_fp8.py checks it where it can be imported. Everything that is known of
+Transformer Engine is in this file.
 """
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_oreal.kernels.fp8.scaled import Scaling, check_capability, product_blocks, store
+from megatron_oreal.kernels.blocks import TILE_BYTES, Block
+from megatron_oreal.kernels.fp8.scaled import Scaling, check_capability
+from megatron_oreal.kernels.vocabulary_reduction import Call, Upstream
 
 MIN_VERSION = (2, 10)  # from here general_gemm brings its own workspace
 NEEDED_CAPABILITY: dict[Scaling, tuple[int, int]] = {"tensor": (8, 9), "block": (9, 0), "mx": (10, 0)}
@@ -20,49 +23,65 @@ BLOCK_CUDA_VERSION = (12, 9)  # block scales are a feature of its cuBLASLt
 ALIGNMENT: dict[Scaling, int] = {"tensor": 16, "block": 16, "mx": 32}  # elements, of both dimensions of every operand
 
 
-class TransformerEngineProducts:
-    """Fp8Products (fp8.py) with one scale a tensor, a block of 128 (Hopper and later) or of 32 (MXFP8: Blackwell).
+class TransformerEngineGradients:
+    """With one scale a tensor, a block of 128 (Hopper and later) or a block of 32 (MXFP8: Blackwell).
 
-    Raises ValueError naming what is missing.
+    A tile's gradients are made in half precision; one quantiser casts them in both layouts, and the products are added
+    to their sums in place.
     """
 
     def __init__(self, device: torch.device, scaling: Scaling) -> None:
-        if scaling not in NEEDED_CAPABILITY:
-            raise ValueError(f"fp8 scaling {scaling!r} needs the torch backend: use tensor, block or mx")
-        what = f"fp8 with {scaling} scales through Transformer Engine"
-        check_scaling(scaling, device, what)
-        check_version(what)
         self.device, self.scaling, self.alignment = device, scaling, ALIGNMENT[scaling]
 
-    def weight_for_logits(self, weight: Tensor) -> Any:
-        return self._quantize(weight, is_weight=True, transposed=False)
+    def memory(self, weight: Tensor) -> tuple[int, int]:
+        # Of a token: its hidden state's float32 gradient, and that state padded and in two layouts.
+        return TILE_BYTES, 8 * weight.shape[1]
 
-    def weight_for_grad_hidden(self, weight: Tensor) -> Any:
-        return self._quantize(weight, is_weight=True, transposed=True)
+    def add(
+        self,
+        call: Call,
+        block: Block,
+        upstream: Upstream,
+        hidden: Tensor,
+        weight: Tensor,
+        of_hidden: Tensor | None,
+        of_weight: Tensor | None,
+        accumulate: bool,
+    ) -> None:
+        tokens = self._quantize(hidden, is_weight=False, transposed=True) if of_weight is not None else None
+        summed = None if of_hidden is None else self._padded(of_hidden)
+        for columns, tile in block.tiles():
+            gradient = torch.zeros(
+                padded_to(len(hidden), self.alignment),
+                columns.stop - columns.start,
+                dtype=hidden.dtype,
+                device=self.device,
+            )
+            place = call.place(upstream.target, columns)
+            call.rows.gradient_of_kept(
+                tile, *place, upstream.logsumexp, upstream.entropy, upstream.scales, gradient[: len(hidden)]
+            )
+            quantized = self._quantize(gradient, is_weight=False, transposed=True)
+            if summed is not None:
+                part = self._quantize(weight[columns], is_weight=True, transposed=True)
+                gemm(part, quantized, layout="NN", out=summed, accumulate=columns.start > 0)
+            if of_weight is not None:
+                gemm(tokens, quantized, layout="NT", out=of_weight[columns], accumulate=accumulate)
+        if of_hidden is not None and summed is not None and summed is not of_hidden:
+            of_hidden.copy_(summed[: len(of_hidden)])
 
-    def logits(self, hidden: Tensor, weight: Any, out: Tensor | None) -> Tensor:
-        tokens = self._quantize(hidden, is_weight=False, transposed=False)
-        product = gemm(weight, tokens, layout="TN", fast=True)[: len(hidden)]
-        return product if out is None else out.copy_(product)
-
-    def grad_hidden(self, grad_logits: Tensor, weight: Any, out: Tensor, accumulate: bool) -> None:
-        for rows in product_blocks(out):
-            gradient = self._quantize(grad_logits[rows], is_weight=False, transposed=False)
-            product = gemm(weight, gradient, layout="NN", fast=False)[: rows.stop - rows.start]
-            store(product, out[rows], accumulate)
-
-    def grad_weight(self, grad_logits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
-        gradient = self._quantize(grad_logits, is_weight=False, transposed=True)
-        tokens = self._quantize(hidden, is_weight=False, transposed=True)
-        gemm(tokens, gradient, layout="NT", fast=False, out=out, accumulate=accumulate)
+    def _padded(self, matrix: Tensor) -> Tensor:
+        """The matrix, or new memory with as many rows as its quantised product has."""
+        num_rows = padded_to(len(matrix), self.alignment)
+        return matrix if num_rows == len(matrix) else matrix.new_empty(num_rows, matrix.shape[1])
 
     def _quantize(self, matrix: Tensor, is_weight: bool, transposed: bool) -> Any:
-        """`transposed`: for a product that contracts the rows."""
+        """`transposed`: for a product that sums over the rows, too."""
         num_rows, num_columns = matrix.shape
         if num_columns % self.alignment or (is_weight and num_rows % self.alignment):
             raise ValueError(
                 f"fp8 through Transformer Engine needs hidden size and vocabulary a rank in multiples of "
-                f"{self.alignment}, got {num_rows} x {num_columns}: use the torch backend"
+                f"{self.alignment}, got {num_rows} x {num_columns}: use model.head_fp8=torch"
             )
         if num_rows % self.alignment:
             matrix = F.pad(matrix, (0, 0, 0, -num_rows % self.alignment))
@@ -73,8 +92,7 @@ class TransformerEngineProducts:
         import transformer_engine_torch as tex
 
         e4m3 = tex.DType.kFloat8E4M3
-        # With one scale a tensor, only the transposed copy by itself cannot be made.
-        usage = {"rowwise": not transposed or self.scaling == "tensor", "columnwise": transposed}
+        usage = {"rowwise": True, "columnwise": transposed}
         if self.scaling == "tensor":
             from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer
 
@@ -88,26 +106,34 @@ class TransformerEngineProducts:
         return MXFP8Quantizer(e4m3, **usage)
 
 
-def gemm(
-    left: Any, right: Any, *, layout: str, fast: bool, out: Tensor | None = None, accumulate: bool = False
-) -> Tensor:
-    """general_gemm names its operands in column-major order.
+def gemm(left: Any, right: Any, *, layout: str, out: Tensor, accumulate: bool) -> None:
+    """out = or += a product. general_gemm names its operands in column-major order.
 
-    TN: right @ left.T; NN: right @ left; NT: right.T @ left. float32 unless `out` says otherwise.
+    NN: right @ left; NT: right.T @ left.
     """
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
-    product, *_ = general_gemm(
+    general_gemm(
         left,
         right,
-        out_dtype=torch.float32 if out is None else out.dtype,
+        out_dtype=out.dtype,
         layout=layout,
         out=out,
         accumulate=accumulate,
-        use_split_accumulator=not fast,
-        grad=layout != "TN",
+        use_split_accumulator=True,
+        grad=True,
     )
-    return product  # type: ignore[no-any-return]
+
+
+def padded_to(size: int, alignment: int) -> int:
+    return ceil(size / alignment) * alignment
+
+
+def check_available(scaling: Scaling, device: torch.device) -> None:
+    """Raises ValueError naming what is missing for this kind of scales on this device."""
+    what = f"fp8 with {scaling} scales through Transformer Engine"
+    check_scaling(scaling, device, what)
+    check_version(what)
 
 
 def check_version(what: str, needed: tuple[int, int] = MIN_VERSION) -> None:

@@ -10,10 +10,17 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_oreal.engines.engine import Generation, GenerationRequest, RolloutEngine, SamplingParams
+from megatron_oreal.engines.engine import (
+    ALONE,
+    BatchIndex,
+    Generation,
+    GenerationRequest,
+    RolloutEngine,
+    SamplingParams,
+)
 from megatron_oreal.engines.local import decoder as decoder_module
 from megatron_oreal.engines.local.decoder import LlamaDecoder
-from megatron_oreal.engines.local.engine import LocalEngine, replace_weights, share_requests
+from megatron_oreal.engines.local.engine import LocalEngine, replace_weights, split_into_waves
 from megatron_oreal.engines.local.token_sampling import truncate
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
 from megatron_oreal.weights.families import Architecture
@@ -44,7 +51,7 @@ def group_requests(prompts: list[list[int]] = PROMPTS, group_size: int = 6) -> l
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, prompt: list[int], generation: Generation) -> Tensor:
     """[response tokens, V], from one unpadded forward pass."""
-    ids = torch.tensor([prompt + generation.response_ids])
+    ids = torch.tensor([*prompt, *generation.response_ids])[None]
     return model(ids).logits[0, len(prompt) - 1 : -1]
 
 
@@ -61,8 +68,8 @@ def test_greedy_equals_transformers_generate(engine_and_model: tuple[LocalEngine
     for prompt, generation in zip(PROMPTS, generations, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
-        assert generation.response_ids == expected[0, len(prompt) :].tolist()
-        assert generation.rollout_logprobs == [0.0] * 12
+        assert generation.response_ids.tolist() == expected[0, len(prompt) :].tolist()
+        assert generation.rollout_logprobs.tolist() == [0.0] * 12
         assert generation.finish_reason == "length"
 
 
@@ -83,7 +90,7 @@ def test_logprobs_equal_a_full_forward(
     assert len(lengths) > 5, "rows should finish at different times"
     for request, generation in zip(requests, generations, strict=True):
         logits = reference_logits(model, request.prompt_ids, generation)
-        ids = torch.tensor(generation.response_ids)[:, None]
+        ids = torch.tensor(generation.response_ids).long()[:, None]
         model_logprobs = logits.log_softmax(dim=-1).gather(1, ids)[:, 0]
         filtered = truncate(logits / params.temperature, params.top_k, params.top_p).log_softmax(dim=-1)
         rollout_logprobs = filtered.gather(1, ids)[:, 0]
@@ -106,13 +113,13 @@ def test_stop_tokens_end_a_response_and_are_included(tied_path: Path) -> None:
 def test_a_response_depends_on_its_own_seed_only(tied_path: Path) -> None:
     params = SamplingParams(max_new_tokens=30, stop_token_ids=(2,))
     engine, requests = make_engine(tied_path), group_requests()
-    together = [generation.response_ids for generation in engine.generate(requests, params)]
-    assert together == [generation.response_ids for generation in engine.generate(requests, params)]
-    assert together[::5] == [engine.generate([request], params)[0].response_ids for request in requests[::5]]
+    together = [generation.response_ids.tolist() for generation in engine.generate(requests, params)]
+    assert together == [generation.response_ids.tolist() for generation in engine.generate(requests, params)]
+    assert together[::5] == [engine.generate([request], params)[0].response_ids.tolist() for request in requests[::5]]
     small_batches = make_engine(tied_path, batch_size=5)
-    assert together == [generation.response_ids for generation in small_batches.generate(requests, params)]
+    assert together == [generation.response_ids.tolist() for generation in small_batches.generate(requests, params)]
     backwards = engine.generate(requests[::-1], params)[::-1]
-    assert together == [generation.response_ids for generation in backwards]
+    assert together == [generation.response_ids.tolist() for generation in backwards]
     assert len({tuple(ids) for ids in together[:6]}) > 1
 
 
@@ -127,7 +134,7 @@ def test_long_responses_grow_the_cache(tied_path: Path, monkeypatch: pytest.Monk
     )
     assert len(generation.response_ids) > 70
     logits = reference_logits(model, request.prompt_ids, generation)
-    expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(generation.response_ids)[:, None])[:, 0]
+    expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(generation.response_ids).long()[:, None])[:, 0]
     assert torch.allclose(torch.tensor(generation.model_logprobs), expected, atol=1e-4)
 
 
@@ -182,12 +189,14 @@ def test_update_weights_takes_effect(tied_path: Path, general: bool) -> None:
     params = SamplingParams(max_new_tokens=8)
     before = engine.generate(group_requests(), params)
     engine.update_weights(((name, tensor.double()) for name, tensor in stream), version=3)
-    assert engine.version == 3 and engine.health()
+    assert engine.version == 3
     after = engine.generate(group_requests(), params)
-    assert [generation.response_ids for generation in before] != [generation.response_ids for generation in after]
+    assert [generation.response_ids.tolist() for generation in before] != [
+        generation.response_ids.tolist() for generation in after
+    ]
     model.load_state_dict(dict(stream), strict=False)
     logits = reference_logits(model, PROMPTS[0], after[0]).log_softmax(dim=-1)
-    expected = logits.gather(1, torch.tensor(after[0].response_ids)[:, None])[:, 0]
+    expected = logits.gather(1, torch.tensor(after[0].response_ids).long()[:, None])[:, 0]
     assert torch.allclose(torch.tensor(after[0].model_logprobs), expected, atol=1e-4)
 
 
@@ -211,11 +220,11 @@ def test_update_weights_is_strict_and_reads_to_the_end(tied_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             engine.update_weights(counted(pairs), version=1)
         assert num_read == len(pairs)
-        assert engine.version == 0 and not engine.health()
+        assert engine.version == 0
         with pytest.raises(RuntimeError, match="half updated"):
             engine.generate(group_requests(), SamplingParams(max_new_tokens=1))
     engine.update_weights(stream, version=2)
-    assert engine.version == 2 and engine.health()
+    assert engine.version == 2 and len(engine.generate(group_requests(), SamplingParams(max_new_tokens=1))) == 24
 
 
 def test_weights_that_are_not_finite_are_named(tied_path: Path) -> None:
@@ -233,13 +242,8 @@ def test_life_cycle_and_wrong_requests(tied_path: Path) -> None:
         engine.generate([GenerationRequest([1], 0), GenerationRequest([], 0)], params)
     with pytest.raises(ValueError, match="vocabulary of 24"):
         engine.generate([GenerationRequest([24], 0)], params)
-    engine.pause()
-    with pytest.raises(RuntimeError, match="paused"):
-        engine.generate(group_requests(), params)
-    engine.resume()
     assert len(engine.generate(group_requests(), params)) == 24
     engine.close()
-    assert not engine.health()
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate(group_requests(), params)
 
@@ -252,34 +256,72 @@ def test_missing_weights_are_a_users_mistake(tied_path: Path, tmp_path: Path) ->
 
 def test_shares_are_whole_groups_and_balanced() -> None:
     requests = [*group_requests(group_size=2), GenerationRequest(PROMPTS[0], 99)]
-    shares = share_requests(requests, 2)
-    assert shares == [[0, 1, 8, 6, 7], [2, 3, 4, 5]]
-    assert share_requests(requests[:2], 3) == [[0, 1], [], []]
+    assert split_into_waves(requests, 2, 16) == [[[0, 1, 8, 6, 7], [2, 3, 4, 5]]]
+    assert split_into_waves(requests[:2], 3, 16) == [[[0, 1], [], []]]
+    assert split_into_waves([], 3, 16) == []
+
+
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (2, 3), (2, 16), (3, 5)])
+def test_waves_are_full_and_do_not_depend_on_those_before(num_ranks: int, batch_size: int) -> None:
+    """With the first waves gone, the others stay what they were: a resumed run decodes the same batches."""
+    requests = group_requests([[n] for n in range(9)], group_size=7)
+    waves = split_into_waves(requests, num_ranks, batch_size)
+    assert sorted(index for wave in waves for share in wave for index in share) == list(range(63))
+    assert all(len(share) == batch_size for wave in waves[:-1] for share in wave)
+    for num_gone in range(len(waves)):
+        gone = {index for wave in waves[:num_gone] for share in wave for index in share}
+        rest = [index for index in range(63) if index not in gone]
+        again = split_into_waves([requests[index] for index in rest], num_ranks, batch_size)
+        assert [[[rest[index] for index in share] for share in wave] for wave in again] == waves[num_gone:]
+
+
+def test_a_watch_is_told_after_each_wave_and_may_give_up_the_others(tied_path: Path) -> None:
+    engine, params, told = make_engine(tied_path, batch_size=6), SamplingParams(max_new_tokens=4), []
+
+    def watch(index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
+        told.append(index)
+        assert batch == (index % 6, 6)
+        return len(told) > 6  # in the second wave
+
+    generations = engine.generate(group_requests(), params, watch)
+    assert told == list(range(12))
+    assert [len(generation.response_ids) for generation in generations] == [4] * 12 + [0] * 12
+    assert {generation.finish_reason for generation in generations[12:]} == {"abort"}
+
+
+SAMPLED, SHORT = SamplingParams(max_new_tokens=30, stop_token_ids=(2,)), SamplingParams(max_new_tokens=4)
 
 
 def generate_on_ranks(rank: int, size: int, path: str, out: str) -> None:
+    """The first rank asks; the other takes part in as many waves as there are, and fails in the last one."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=size)
     engine = LocalEngine(Path(path), CPU, torch.float32, 8, dist.group.WORLD)
-    results = [
-        engine.generate(group_requests(), SamplingParams(max_new_tokens=30, stop_token_ids=(2,))),
-        engine.generate(group_requests()[:3], SamplingParams(max_new_tokens=4)),  # one group: a rank without work
-        engine.generate([], SamplingParams(max_new_tokens=4)),
-    ]
-    torch.save(results, f"{out}/rank{rank}.pt")
+    if rank == 0:
+        few = engine.generate(group_requests()[:3], SHORT)  # one group: a rank without work
+        results = [engine.generate(group_requests(), SAMPLED), few, engine.generate([], SHORT)]
+        with pytest.raises(RuntimeError, match="rank 1 could not generate: RuntimeError: the local engine is half upd"):
+            engine.generate(group_requests(), SHORT)
+        torch.save(results, f"{out}/first_rank.pt")
+    else:
+        for _ in range(1 + 2):
+            engine.take_part()
+        engine.has_whole_weights = False
+        engine.take_part()  # the first rank raises, and says what goes on
     dist.destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives(tied_path: Path, tmp_path: Path) -> None:
     mp.spawn(generate_on_ranks, args=(2, str(tied_path), str(tmp_path)), nprocs=2)
-    by_rank = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
-    assert by_rank[0] == by_rank[1]
+    together = torch.load(tmp_path / "first_rank.pt", weights_only=False)
     engine = make_engine(tied_path)
-    whole = engine.generate(group_requests(), SamplingParams(max_new_tokens=30, stop_token_ids=(2,)))
-    for ours, theirs in zip(whole, by_rank[0][0], strict=True):
-        assert (ours.response_ids, ours.finish_reason) == (theirs.response_ids, theirs.finish_reason)
+    whole = engine.generate(group_requests(), SAMPLED)
+    for ours, theirs in zip(whole, together[0], strict=True):
+        assert (ours.response_ids.tolist(), ours.finish_reason) == (theirs.response_ids.tolist(), theirs.finish_reason)
         assert ours.model_logprobs == pytest.approx(theirs.model_logprobs, abs=1e-5)
         assert ours.rollout_logprobs == pytest.approx(theirs.rollout_logprobs, abs=1e-5)
-    few = engine.generate(group_requests()[:3], SamplingParams(max_new_tokens=4))
-    assert [generation.response_ids for generation in few] == [generation.response_ids for generation in by_rank[0][1]]
-    assert by_rank[0][2] == []
+    few = engine.generate(group_requests()[:3], SHORT)
+    assert [generation.response_ids.tolist() for generation in few] == [
+        generation.response_ids.tolist() for generation in together[1]
+    ]
+    assert together[2] == []

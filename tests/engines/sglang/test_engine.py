@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 import torch
 from aiohttp import web
@@ -34,6 +35,7 @@ from megatron_oreal.engines.sglang.generate_api import (
 )
 from megatron_oreal.engines.sglang.server_checks import differ
 from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 from tests.support.paths import SGLANG_PYTHON
 
@@ -47,7 +49,8 @@ END_TOKEN_ID = 1  # of the model
 def fleet(sglang_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFleet]:
     config = SglangConfig(python=SGLANG_PYTHON, num_servers=2, max_restarts=2, start_timeout_seconds=280)
     run_dir = tmp_path_factory.mktemp("engine")
-    with open_servers(config, sglang_model, "float32", run_dir, "cpu", context_length=512, notify=print) as fleet:
+    settings = ServerSettings(config, sglang_model, "float32", run_dir, "cpu", context_length=512)
+    with open_servers(settings, print) as fleet:
         yield fleet
 
 
@@ -69,13 +72,14 @@ def opened(
     fleet: ServerFleet | None = None,
     health_timeout_seconds: float = 30,
     router: Endpoint | None = None,
+    rank: int = 0,
     **settings: Any,
 ) -> Iterator[SglangEngine]:
     config = SglangConfig(**{"request_timeout_seconds": 1000} | settings)
     thread = EventLoopThread("test")
-    transport = DiskTransport(thread, 60, model_path.parent / "pushed", model_path, writes=True)
+    transport = DiskTransport(thread, 60, model_path.parent / "pushed", model_path, is_main=True)
     engine = SglangEngine(
-        config, model_path, endpoints, transport, thread, fleet, print, router, 1, health_timeout_seconds
+        config, model_path, endpoints, transport, thread, fleet, print, router, 1, health_timeout_seconds, rank
     )
     try:
         yield engine
@@ -106,7 +110,7 @@ def logprobs(model: PreTrainedModel, prompt_ids: list[int], response_ids: list[i
 
 def assert_greedy(generations: list[Generation], model: PreTrainedModel) -> None:
     for generation, prompt in zip(generations, PROMPTS, strict=False):
-        assert generation.response_ids == greedy(model, prompt, GREEDY)
+        assert generation.response_ids.tolist() == greedy(model, prompt, GREEDY)
 
 
 def assert_whole(generations: list[Generation], requests: list[GenerationRequest], model: PreTrainedModel) -> None:
@@ -114,8 +118,8 @@ def assert_whole(generations: list[Generation], requests: list[GenerationRequest
     assert len(generations) == len(requests)
     for request, generation in zip(requests, generations, strict=True):
         assert generation.finish_reason == "length"
-        expected = logprobs(model, request.prompt_ids, generation.response_ids)
-        assert generation.model_logprobs == pytest.approx(expected, abs=1e-4)
+        expected = logprobs(model, request.prompt_ids.tolist(), generation.response_ids.tolist())
+        assert generation.model_logprobs.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 # Answers, without a server
@@ -129,12 +133,12 @@ def answer(token_ids: list[int], finish: str = "length", **meta: Any) -> dict[st
 
 
 def test_answers_are_read() -> None:
-    assert read_answer(answer([4, 5]), 2, "s").policy_versions == [0, 0]
+    assert read_answer(answer([4, 5]), 2, "s").policy_versions.tolist() == [0, 0]
     assert read_answer(answer([4], "stop"), 2, "s").finish_reason == "stop"
     nothing = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}, "weight_version": "3"}}
-    assert read_answer(nothing, 2, "s").token_ids == []
+    assert read_answer(nothing, 2, "s").token_ids.tolist() == []
     older = answer([4, 5], weight_versions=None, weight_version="7")
-    assert read_answer(older, 2, "s").policy_versions == [7, 7]
+    assert read_answer(older, 2, "s").policy_versions.tolist() == [7, 7]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,12 @@ def test_answers_are_read() -> None:
         (answer([4, 5], output_token_logprobs=[[-0.5, 4, None], [-0.5, 6, None]]), "log-probs of 2 others"),
         (answer([4]), "ended a response at 1 tokens, 2 were asked for"),
         (answer([4, 5, 6]), "3 tokens, 2 were asked for"),
+        (answer([4, 5.0]), "output_ids is not a list of integers"),
+        (answer([4, None]), "output_ids is not a list of integers"),
+        (answer([4, 2**31]), "an integer that is not a token id"),
+        (answer([4, -1]), "an integer that is not a token id"),
+        (answer([4, 5], output_token_logprobs=[[-0.5, 4, None], ["?", 5, None]]), "cannot be read"),
+        (answer([4, 5], output_token_logprobs=[[-0.5, 4, None], [-0.5]]), "cannot be read"),
         (answer([4, 5], "tired"), "unknown finish reason 'tired'"),
         (answer([4, 5], weight_versions=[{"version": "1", "start": 0, "end": 1}]), "weight versions of 1 tokens"),
         (answer([4, 5], weight_versions=[{"version": "mine", "start": 0, "end": 2}]), "cannot be read"),
@@ -156,7 +166,7 @@ def test_malformed_answers_name_the_server(given: Any, reason: str) -> None:
         read_answer(given, 2, "http://server")
 
 
-@pytest.mark.parametrize("value", [None, float("inf")])
+@pytest.mark.parametrize("value", [None, float("inf"), float("nan")])
 def test_logprobs_that_are_not_finite(value: float | None) -> None:
     with pytest.raises(FloatingPointError, match="http://server are not finite"):
         read_answer(answer([4], output_token_logprobs=[[value, 4, None]]), 1, "http://server")
@@ -164,7 +174,7 @@ def test_logprobs_that_are_not_finite(value: float | None) -> None:
 
 def test_versions_follow_each_other() -> None:
     spans = [{"version": "default", "start": 0, "end": 2}, {"version": "5", "start": 2, "end": 3}]
-    assert versions_of_tokens(spans, 3) == [0, 0, 5]
+    assert versions_of_tokens(spans, 3).tolist() == [0, 0, 5]
 
 
 def test_a_begun_response_is_joined() -> None:
@@ -180,8 +190,8 @@ def test_a_begun_response_is_joined() -> None:
     assert response.generation() == Generation([4, 5, 6, 1], expected, expected, "stop", [3, 3, 4, 4])
     unknown = Response.of(request, SamplingParams(temperature=0.5, max_new_tokens=5))
     unknown.add(read_answer(added, 3, "s"))
-    assert unknown.generation().rollout_logprobs == [] and unknown.generation().finish_reason == "abort"
-    assert begun.response_ids == [4, 5]
+    assert not len(unknown.generation().rollout_logprobs) and unknown.generation().finish_reason == "abort"
+    assert begun.response_ids.tolist() == [4, 5]
 
 
 def test_tempered_logprobs_are_told_from_raw_ones() -> None:
@@ -209,12 +219,12 @@ def test_greedy_equals_transformers(
         checked: RolloutEngine = engine
         generations = checked.generate(requests_of(1), params)
     for prompt, generation in zip(PROMPTS, generations, strict=True):
-        assert generation.response_ids == greedy(model, prompt, params)
-        expected = logprobs(model, prompt, generation.response_ids)
-        assert generation.model_logprobs == pytest.approx(expected, abs=1e-4)
-        assert generation.rollout_logprobs == [0.0] * len(expected)
+        assert generation.response_ids.tolist() == greedy(model, prompt, params)
+        expected = logprobs(model, prompt, generation.response_ids.tolist())
+        assert generation.model_logprobs.tolist() == pytest.approx(expected, abs=1e-4)
+        assert generation.rollout_logprobs.tolist() == [0.0] * len(expected)
         assert generation.finish_reason == ("stop" if generation.response_ids[-1] in stop_token_ids else "length")
-        assert generation.policy_versions == [0] * len(expected)
+        assert generation.policy_versions.tolist() == [0] * len(expected)
 
 
 @needs_servers
@@ -224,8 +234,8 @@ def test_what_the_logprobs_are_of(fleet: ServerFleet, sglang_model: Path, model:
         tempered = engine.generate(requests_of(2), SamplingParams(temperature=0.6, top_p=0.9, max_new_tokens=16))
     assert_whole(plain, requests_of(2), model)
     assert_whole(tempered, requests_of(2), model)
-    assert all(generation.rollout_logprobs == generation.model_logprobs for generation in plain)
-    assert all(generation.rollout_logprobs == [] for generation in tempered)
+    assert all(np.array_equal(generation.rollout_logprobs, generation.model_logprobs) for generation in plain)
+    assert all(not len(generation.rollout_logprobs) for generation in tempered)
 
 
 @needs_servers
@@ -244,7 +254,7 @@ def test_two_threads_share_the_servers(fleet: ServerFleet, sglang_model: Path, g
             thread.join()
         metrics = engine.flush_metrics()
         assert engine.flush_metrics()["rollout/num_requests"] == 0
-    assert all([one.response_ids for one in found[number]] == greedy_ids * 3 for number in range(2))
+    assert all([one.response_ids.tolist() for one in found[number]] == greedy_ids * 3 for number in range(2))
     assert metrics["rollout/num_requests"] == 36
     assert metrics["rollout/num_retries"] == metrics["rollout/num_server_failures"] == 0
     assert metrics["rollout/response_seconds_max"] >= metrics["rollout/response_seconds_median"] > 0
@@ -279,9 +289,9 @@ def test_the_rest_is_given_up_and_continued(fleet: ServerFleet, sglang_model: Pa
         begun = [replace(r, begun=g) for r, g in zip(requests[1:], rest, strict=True)]
         short = replace(params, max_new_tokens=max(sizes) + 5)
         for request, generation in zip(begun, engine.generate(begun, short), strict=True):
-            assert generation.response_ids == greedy(model, request.prompt_ids, short)
-            expected = logprobs(model, request.prompt_ids, generation.response_ids)
-            assert generation.model_logprobs == pytest.approx(expected, abs=1e-4)
+            assert generation.response_ids.tolist() == greedy(model, request.prompt_ids.tolist(), short)
+            expected = logprobs(model, request.prompt_ids.tolist(), generation.response_ids.tolist())
+            assert generation.model_logprobs.tolist() == pytest.approx(expected, abs=1e-4)
             assert len(generation.policy_versions) == len(generation.rollout_logprobs) == len(expected)
 
 
@@ -322,11 +332,11 @@ def test_generation_waits_while_paused(fleet: ServerFleet, sglang_model: Path, m
         thread = threading.Thread(target=lambda: found.extend(engine.generate(requests, params)))
         thread.start()
         wait_until(lambda: engine.pool.servers[0].num_running == 2)
-        engine.pause()
-        assert engine.health()
+        engine.thread.run(engine._hold())  # as before new weights
+        assert len(engine.pool.living) == len(engine.pool.servers)
         thread.join(3)  # health checks go unanswered: nobody may be blamed for it
         assert thread.is_alive() and not found
-        engine.resume()
+        engine.thread.run(engine._resume())
         thread.join()
         assert engine.flush_metrics()["rollout/num_server_failures"] == 0
     assert_whole(found, requests, model)
@@ -344,7 +354,7 @@ def test_bad_requests(fleet: ServerFleet, sglang_model: Path) -> None:
         assert len(longest[0].response_ids) == 500
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate(requests_of(1), GREEDY)
-    with opened(sglang_model, []) as other_rank, pytest.raises(RuntimeError, match="not on the first rank"):
+    with opened(sglang_model, [], rank=1) as other_rank, pytest.raises(RuntimeError, match="not on the first rank"):
         other_rank.generate(requests_of(1), GREEDY)
 
 
@@ -432,7 +442,7 @@ def test_a_fault_that_passes(fleet: ServerFleet, sglang_model: Path, greedy_ids:
         proxy.fault = on_generate(fault, None, fault, None, fault)
         generations = engine.generate(requests_of(1), GREEDY)
         metrics = engine.flush_metrics()
-    assert [one.response_ids for one in generations] == greedy_ids
+    assert [one.response_ids.tolist() for one in generations] == greedy_ids
     assert metrics["rollout/num_retries"] == (0 if fault == "slow" else 3)
     assert metrics["rollout/num_server_failures"] == 0
 
@@ -459,13 +469,12 @@ def test_a_server_that_fails_for_ever_is_given_up(
         proxy.fault = lambda _request, _number: fault
         generations = engine.generate(requests_of(1) * 2, GREEDY)
         metrics = engine.flush_metrics()
-        assert engine.health() and [server.state for server in engine.pool.servers] == ["dead", "living"]
+        assert [server.state for server in engine.pool.servers] == ["dead", "living"]
         # The other one fails too.
         engine.pool.servers[1].client.endpoint = replace(fleet.endpoints[1], url="http://127.0.0.1:9")
         with pytest.raises(ServerError, match="no SGLang server is left to generate: the same command resumes the run"):
             engine.generate(requests_of(1), GREEDY)
-        assert not engine.health()
-    assert [one.response_ids for one in generations] == greedy_ids * 2
+    assert [one.response_ids.tolist() for one in generations] == greedy_ids * 2
     assert metrics["rollout/num_server_failures"] == 1 and metrics["rollout/num_retries"] >= 1
 
 
@@ -495,7 +504,9 @@ def test_behind_a_router(fleet: ServerFleet, sglang_model: Path, greedy_ids: lis
         done = Generation([3], [0.0], [-1.0], "length", [0])
         mixed = [GenerationRequest([5], 0, done), *requests_of(1)]
         given_up = engine.generate(mixed, replace(GREEDY, max_new_tokens=1), lambda _index, _generation: True)
-    assert [one.response_ids for one in generations] == [one.response_ids for one in again] == greedy_ids
+    assert (
+        [one.response_ids.tolist() for one in generations] == [one.response_ids.tolist() for one in again] == greedy_ids
+    )
     assert metrics["rollout/num_retries"] == 2 and metrics["rollout/num_server_failures"] == 0
     assert len(given_up) == 7
 
@@ -543,7 +554,7 @@ def test_tokens_know_their_weights(fleet: ServerFleet, sglang_model: Path, model
         thread.join()
         assert_whole(found, requests, model)
         for generation in found:
-            assert sorted(generation.policy_versions) == generation.policy_versions
+            assert sorted(generation.policy_versions) == generation.policy_versions.tolist()
             assert set(generation.policy_versions) <= {3, 4} and 4 in generation.policy_versions
         assert any(3 in generation.policy_versions for generation in found)
 
@@ -555,7 +566,7 @@ def test_tokens_know_their_weights(fleet: ServerFleet, sglang_model: Path, model
         engine.update_weights(stream, version=6)
         assert [server.state for server in engine.pool.servers] == ["living", "living"]
         engine.resume_memory(["weights", "kv_cache"])  # nothing was released: nothing is asked
-        engine.pause()
+        engine.thread.run(engine._control_all("/pause_generation", {"mode": "retract"}))
 
     with opened(sglang_model, fleet.endpoints) as engine:  # what a trainer that was killed has paused goes on
         engine.version = 6
@@ -630,7 +641,6 @@ def test_a_server_that_is_killed(fleet: ServerFleet, sglang_model: Path, model: 
             ServerError, match=r"weights of version 4: no SGLang server is left.*max_restarts are spent"
         ):
             engine.update_weights(stream, version=4)
-        assert not engine.health()
 
 
 def kill_all(fleet: ServerFleet) -> None:

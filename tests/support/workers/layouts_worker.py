@@ -77,6 +77,7 @@ def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: Para
         compare(folder / model_name, "none", 48, wanted, f"{name} {model_name} packed", layout)
         compare(folder / model_name, "full", 1, wanted, f"{name} {model_name} alone, recomputed", layout)
     frozen(folder / "untied", layout)
+    keeps(folder / "untied", layout)
     return {
         "oreal": {
             f"{model_name}, micro-batches of {tokens}": oreal_gradients(folder / model_name, tokens, layout)
@@ -85,9 +86,12 @@ def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: Para
         },
         "ppo": {f"micro-batches of {n}": ppo_gradients(folder / "untied", n, layout) for n in (10_000, 1)},
         "updates": {
-            f"{dtype}, distributed {distributed}": updates(folder / "tied", distributed, dtype, layout)
+            f"{dtype}, distributed {distributed}, overlap {overlap}": updates(
+                folder / "tied", distributed, overlap, dtype, layout
+            )
             for dtype in ("float32", "bfloat16")
             for distributed in (False, True)
+            for overlap in (False, True)
         },
         "reward_losses": reward_losses(folder / "untied", layout),
     }
@@ -101,7 +105,7 @@ def build(path: Path, layout: ParallelLayout, head: object = None, **options: ob
         "model",
         architecture,
         head or LogprobHead(layout, architecture.vocab_size),  # type: ignore[arg-type]
-        ModelConfig(path=path, **model_options),  # type: ignore[arg-type]
+        ModelConfig(path=path, **{"dtype": "float32"} | model_options),  # type: ignore[arg-type]
         layout,
         training,  # type: ignore[arg-type]
     )
@@ -127,10 +131,10 @@ def transformers_results(path: Path) -> tuple[dict[tuple[int, ...], Tensor], dic
     model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
     logits, loss = {}, torch.zeros(())
     for sequence in SEQUENCES:
-        ids = torch.tensor([sequence.prompt_ids + sequence.response_ids])
+        ids = torch.tensor(sequence.token_ids)[None]
         response = model(ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
         logits[tuple(ids[0].tolist())] = response.detach()
-        chosen = response.log_softmax(-1).gather(-1, torch.tensor(sequence.response_ids)[:, None])[:, 0]
+        chosen = response.log_softmax(-1).gather(-1, torch.tensor(sequence.response_ids).long()[:, None])[:, 0]
         loss = loss - sequence.advantage * chosen.sum() / DENOMINATOR
     loss.backward()
     return logits, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -221,7 +225,7 @@ def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) 
     oreal.reference.forward(batch, "reference_logprobs")  # type: ignore[union-attr]
     for microbatch in batch.microbatches:
         fill_coefficients(microbatch, batch, config)
-    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch))
+    model.accumulate_gradients(batch, partial(oreal.policy_loss, batch=batch), keep="old_logprobs")
     return {name: gradient.clone() for name, gradient in gradient_stream(model)}
 
 
@@ -237,29 +241,39 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
         fill_advantages(microbatch, config)
     ppo.whiten(batch)
     gradients = {}
-    for model, loss in ((policy, ppo.policy_loss), (critic, ppo.value_loss)):
-        model.accumulate_gradients(batch, partial(loss, batch=batch))
+    for model, loss, keep in ((policy, ppo.policy_loss, "old_logprobs"), (critic, ppo.value_loss, None)):
+        model.accumulate_gradients(batch, partial(loss, batch=batch), keep)
         gradients |= {f"{model.head.kind} {name}": gradient.clone() for name, gradient in gradient_stream(model)}
     return gradients
 
 
 def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
     """1e-6 of the gradient's norm; in single entries cancellation leaves less."""
+    rounding = 10.0 if torch.cuda.is_available() else 1.0  # CUDA has other kernels for other shapes
     first_name, first = next(iter(gradients.items()))
     norm = torch.cat([gradient.flatten() for gradient in first.values()]).norm()
     for name, other in gradients.items():
         difference = torch.cat([(other[parameter] - gradient).flatten() for parameter, gradient in first.items()])
-        close(difference.norm() / norm, torch.zeros(()), 1e-6, f"gradient of {name} against {first_name}")
+        close(difference.norm() / norm, torch.zeros(()), 1e-6 * rounding, f"gradient of {name} against {first_name}")
         for parameter, gradient in first.items():
             scale = float(gradient.abs().max())
-            close(other[parameter] / scale, gradient / scale, 1e-5, f"{name} against {first_name}: {parameter}")
+            close(
+                other[parameter] / scale, gradient / scale, 1e-5 * rounding, f"{name} against {first_name}: {parameter}"
+            )
 
 
 def updates(
-    path: Path, distributed: bool, dtype: str, layout: ParallelLayout
+    path: Path, distributed: bool, overlap: bool, dtype: str, layout: ParallelLayout
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights after three optimizer steps, and the metrics of each."""
-    optimizer = OptimizerConfig(lr=1e-3, clip_grad=0.5, distributed=distributed, warmup_steps=2, decay="cosine")
+    optimizer = OptimizerConfig(
+        lr=1e-3,
+        clip_grad=0.5,
+        distributed=distributed,
+        overlap_grad_reduce=overlap,
+        warmup_steps=2,
+        decay="cosine",
+    )
     model = build(path, layout, training=TrainableConfig(optimizer=optimizer), dtype=dtype)
     batch = pack(SEQUENCES, plan_of(layout))
     metrics = [model.train_step(batch, weighted_loss) for _ in range(3)]
@@ -300,6 +314,35 @@ def frozen(path: Path, layout: ParallelLayout) -> None:
     batch = pack([TrainingSequence([1, 2], [3], 0.0, False)], plan_of(layout))
     model.forward(batch, "reference_logprobs")
     assert all(microbatch.reference_logprobs is not None for microbatch in batch.microbatches)
+
+
+def keeps(path: Path, layout: ParallelLayout) -> None:
+    """A pass with `keep` fills that stream with its own values, on every pipeline stage; one without fills nothing."""
+    model = build(path, layout, head=ScalarHead(layout, "normal", seed=1))
+    batch = pack(SEQUENCES, plan_of(layout))
+    model.forward(batch, "values")
+
+    def loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+        if microbatch.returns is None:  # the first pass: the loss finds the values of this very pass
+            assert microbatch.token_scores is not None and not microbatch.token_scores.requires_grad
+            assert torch.equal(microbatch.token_scores, outputs.values.detach())
+        squared = outputs.values.square()[microbatch.loss_mask].sum() / DENOMINATOR
+        return LossOutput(squared, {"loss": squared.detach()})
+
+    model.train_step(batch, loss, keep="token_scores")
+    first = [microbatch.token_scores for microbatch in batch.microbatches]
+    for microbatch in batch.microbatches:
+        assert microbatch.token_scores is not None and microbatch.values is not None
+        close(microbatch.token_scores, microbatch.values, 1e-6, "scores kept by a training pass")
+        microbatch.returns = microbatch.values
+    model.train_step(batch, loss)
+    assert all(microbatch.token_scores is kept for microbatch, kept in zip(batch.microbatches, first, strict=True))
+    assert all(microbatch.old_logprobs is None for microbatch in batch.microbatches)
+    model.forward(batch, "values")
+    model.measure(batch, loss, keep="old_logprobs")
+    for microbatch in batch.microbatches:
+        assert microbatch.old_logprobs is not None and microbatch.values is not None
+        close(microbatch.old_logprobs, microbatch.values, 1e-6, "values kept by an evaluation pass")
 
 
 def close(actual: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:

@@ -20,7 +20,7 @@ from megatron_oreal.config import ModelConfig, ParallelConfig
 from megatron_oreal.models import parallel
 from megatron_oreal.models.build import build_chunks, global_parameters, transformer_config
 from megatron_oreal.models.heads import LogprobHead, ScalarHead
-from megatron_oreal.weights.families import Architecture, Head, canonical_name, parameter_rows, read_architecture
+from megatron_oreal.weights.families import Architecture, HeadKind, canonical_name, parameter_rows, read_architecture
 from megatron_oreal.weights.hf_directory import HfReader
 from megatron_oreal.weights.initial import load_parameters
 from megatron_oreal.weights.mapping import find_row, pad_rows, slice_along
@@ -104,7 +104,7 @@ def fill(chunk: Any, value: float) -> None:
 
 
 def assert_loaded(
-    chunk: Any, architecture: Architecture, head: Head, hf: Path, layout: parallel.ParallelLayout, expert_size: int
+    chunk: Any, architecture: Architecture, head: HeadKind, hf: Path, layout: parallel.ParallelLayout, expert_size: int
 ) -> None:
     rows, reader = parameter_rows(architecture, head), HfReader(hf)
     for megatron_name, parameter in global_parameters([chunk]):

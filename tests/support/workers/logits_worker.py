@@ -44,7 +44,7 @@ def main(folder: Path, names: list[str]) -> None:
 def megatron_logits(path: Path, layout: parallel.ParallelLayout, ids: Tensor) -> Tensor:
     architecture = read_architecture(path)
     head = LogprobHead(layout, architecture.vocab_size)
-    model = TrainableModel("model", architecture, head, ModelConfig(path=path), layout)
+    model = TrainableModel("model", architecture, head, ModelConfig(path=path, dtype="float32"), layout)
     model.load_weights(path)
     chunk = model.chunks[0]
     shared = chunk.share_embeddings_and_output_weights

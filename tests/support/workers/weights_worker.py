@@ -26,6 +26,7 @@ from megatron_oreal.models.heads import LogprobHead
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import read_architecture
+from megatron_oreal.weights.fingerprint import MeasuredStream
 from tests.support.weight_checks import check_outputs, noisy_weights, open_transport, signalling_stream
 
 LAYOUTS = {"TP1": ParallelConfig(), "TP2": ParallelConfig(tensor=2), "PP2": ParallelConfig(pipeline=2)}
@@ -48,8 +49,9 @@ def layouts(num_senders: int, clients: list[SglangClient], loop: EventLoopThread
             weights = noisy_weights(model, seed=version)
             policy = load_policy(write_model(folder / f"{version}", model, version, layout), layout)
             transport = open_transport(kind, loop, model, folder, layout.rank)
-            report = transport.push(policy.weight_stream(), version, mine)
-            assert report.num_bytes == sum(tensor.nbytes for tensor in weights.values())
+            measured = MeasuredStream(policy.weight_stream())
+            transport.push(measured, version, mine)
+            assert measured.num_bytes == sum(tensor.nbytes for tensor in weights.values())
             for client in mine:
                 check_outputs(loop, client, model, weights, version)
             dist.barrier()
@@ -93,7 +95,7 @@ def write_model(path: Path, model: Path, seed: int, layout: ParallelLayout) -> P
 def load_policy(path: Path, layout: ParallelLayout) -> TrainableModel:
     architecture = read_architecture(path)
     head = LogprobHead(layout, architecture.vocab_size)
-    policy = TrainableModel("policy", architecture, head, ModelConfig(path=path), layout)
+    policy = TrainableModel("policy", architecture, head, ModelConfig(path=path, dtype="float32"), layout)
     policy.load_weights(path)
     return policy
 

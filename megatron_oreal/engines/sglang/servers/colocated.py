@@ -1,32 +1,30 @@
-"""Servers on the trainer's own GPUs: every node starts its own, and the first rank drives them all."""
+"""Starts servers on the trainer's own GPUs: each node starts its own, and the first rank sends requests to all."""
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import TypeVar
 
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import ServerError
 from megatron_oreal.engines.sglang.endpoints import Endpoint
-from megatron_oreal.engines.sglang.servers.fleet import Notify, ServerFleet, has_answered, start_servers
+from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, has_answered, start_servers
 from megatron_oreal.engines.sglang.servers.node import address_towards
 from megatron_oreal.engines.sglang.servers.process import ServerSettings
-from megatron_oreal.parallel.collectives import exchanged
+from megatron_oreal.parallel.collectives import run_on_all
 from megatron_oreal.parallel.nodes import Node, this_node
+from megatron_oreal.types import Notify
 
-Result = TypeVar("Result")
 DEFAULT_HOST = SglangConfig().host
 
 
 def trainer_ranks(config: SglangConfig, server: int, node: Node) -> list[int]:
-    """For each tensor-parallel rank of a server, the trainer's rank on the same GPU.
+    """Returns, for each tensor-parallel rank of a server, the trainer's rank on the same GPU.
 
-    server: its index among those of all nodes. node: of any rank.
+    server: its index among the servers of all nodes. node: the node of any rank.
     """
     server_node, number = divmod(server, config.num_servers)
     gpus = config.gpus or range(config.num_servers * config.tensor)
@@ -37,10 +35,10 @@ def trainer_ranks(config: SglangConfig, server: int, node: Node) -> list[int]:
 
 @contextmanager
 def open_colocated_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFleet | None]:
-    """Collective. The servers of all nodes, healthy; each node's end with the block of its first rank.
+    """Collective. Starts the servers of all nodes; those of a node end with the block of its first rank.
 
-    Given to the first rank; it can start the servers of its own node again. Raises, on all ranks, ValueError for a
-    setting that cannot be, ServerError for a server that does not start.
+    The first rank gets the fleet, with the servers of all nodes; it can start those of its own node again. Raises on
+    every rank: ValueError for a setting that cannot be, ServerError for a server that does not start.
     """
     with ExitStack() as stack:
         fleets: list[ServerFleet] = []
@@ -61,10 +59,10 @@ def open_colocated_servers(settings: ServerSettings, notify: Notify) -> Iterator
                 check_reachable(elsewhere)
                 fleets[0].publish(settings.run_dir / "servers.json", elsewhere)
 
-        _, *others = agreed(start)
+        _, *others = run_on_all(start, ServerError)
         elsewhere, node = [*chain(*others)], this_node()
         is_first = node.index == node.local_rank == 0
-        agreed(publish)
+        run_on_all(publish, ServerError)
         yield fleets[0] if is_first else None
 
 
@@ -78,7 +76,7 @@ def check_reachable(endpoints: Sequence[Endpoint]) -> None:
 
 
 def on_node(settings: ServerSettings, node: Node) -> ServerSettings:
-    """With several nodes, the servers listen where the other nodes reach them."""
+    """Returns the settings for one node: with several nodes, servers listen where the other nodes reach them."""
     if node.num_nodes == 1:
         return settings
     if settings.config.host != DEFAULT_HOST:
@@ -88,21 +86,3 @@ def on_node(settings: ServerSettings, node: Node) -> ServerSettings:
         )
     host = address_towards(os.environ["MASTER_ADDR"])
     return replace(settings, config=settings.config.model_copy(update={"host": host}))
-
-
-def agreed(attempt: Callable[[], Result]) -> Sequence[Result]:
-    """Collective. What the attempt gives on each rank, in their order; what it raises on one, all of them raise."""
-    results: list[Result] = []
-    failure: ValueError | OSError | None = None
-    try:
-        results.append(attempt())
-    except (ValueError, OSError) as error:
-        failure = error
-    told = [] if failure is None else [(isinstance(failure, ValueError), str(failure))]
-    met = exchanged((results, told, socket.gethostname()))
-    has_several_hosts = len({host for _, _, host in met}) > 1
-    for _, problems, host in met:
-        for is_mistake, message in problems:
-            where = f"on {host}: " if has_several_hosts else ""
-            raise (ValueError if is_mistake else ServerError)(where + message) from failure
-    return [result for each, _, _ in met for result in each]

@@ -1,4 +1,4 @@
-"""SGLang servers of a run: started, watched, replaced and ended, each with keys of its own."""
+"""Starts the SGLang servers of a run, watches, replaces and ends them. Each has keys of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +16,12 @@ from typing import NoReturn
 
 import torch
 
-from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import ServerError
 from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free
 from megatron_oreal.engines.sglang.servers.process import (
     END_SECONDS,
     GRACE_SECONDS,
-    DeviceType,
     ServerProcess,
     ServerSettings,
     answer,
@@ -32,27 +30,24 @@ from megatron_oreal.engines.sglang.servers.process import (
     launch_server,
 )
 from megatron_oreal.engines.sglang.servers.router import Router
+from megatron_oreal.types import Notify
 
 POLL_SECONDS = 0.5
-NUM_PORT_ATTEMPTS = 3  # somebody may take a port between our probe and the server's start
+NUM_PORT_ATTEMPTS = 3  # another process may take a port between our probe and the server's start
 PORT_TAKEN = "address already in use"
-Notify = Callable[[str], None]
-
-
-def keep_silent(_message: str) -> None: ...
 
 
 class ServerFleet:
-    """The servers of a run: ours, each with its `gpus` and numbered from `first_index` on, and those started elsewhere.
+    """The servers of a run: those that this process has started, on their `gpus`, and those started elsewhere.
 
-    Any thread may call it.
+    The own servers are numbered from `first_index` on. Any thread may call the methods.
     """
 
     def __init__(
         self, settings: ServerSettings, gpus: Sequence[Sequence[str]], notify: Notify, first_index: int = 0
     ) -> None:
         self.settings, self.gpus, self.notify, self.first_index = settings, gpus, notify, first_index
-        self.file: Path | None = None  # that names the servers
+        self.file: Path | None = None  # the file that names the servers
         self.endpoints: list[Endpoint] = []
         self.elsewhere: Sequence[Endpoint] = ()
         self.processes: dict[Endpoint, ServerProcess] = {}
@@ -62,16 +57,16 @@ class ServerFleet:
         self.is_closing = threading.Event()
 
     def is_alive(self, endpoint: Endpoint) -> bool:
-        """Whether our process still runs; True for a server that was started elsewhere."""
+        """Says whether our process still runs; True for a server that was started elsewhere."""
         process = self.processes.get(endpoint)
         return process.is_running if process is not None else endpoint in self.elsewhere
 
     def pid(self, endpoint: Endpoint) -> int:
-        """Of the server's first process; for one of ours."""
+        """Returns the process id of a server that this fleet has started."""
         return self.processes[endpoint].pid
 
     def log_tail(self, endpoint: Endpoint, num_lines: int = 20) -> str:
-        """The last lines of the server's log; nothing for one that was started elsewhere."""
+        """Returns the last lines of the server's log; nothing for a server that was started elsewhere."""
         process = self.processes.get(endpoint)
         return "\n".join(process.tail(num_lines)) if process is not None else ""
 
@@ -85,12 +80,12 @@ class ServerFleet:
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                self.is_closing.set()  # the others need not wait any longer
+                self.is_closing.set()  # ends the waits for the other servers
                 raise
         self.endpoints = [future.result() for future in futures]
 
     def publish(self, file: Path, elsewhere: Sequence[Endpoint] = ()) -> None:
-        """Names the servers in `file`, those of other nodes behind ours, and starts the router before them."""
+        """Writes `file`, which names our servers and then those `elsewhere`, and starts the router where one is set."""
         self.elsewhere = elsewhere
         self.endpoints = [*self.endpoints, *elsewhere]
         if self.settings.config.router:
@@ -99,10 +94,10 @@ class ServerFleet:
         write_endpoints(file, self.endpoints)
 
     def restart(self, endpoint: Endpoint) -> Endpoint:
-        """Ends what is left of a server and starts another, with other keys and on another port.
+        """Ends what is left of a server and starts another one, with other keys and on another port.
 
-        Returns when it answers; its weights are those of `model_path`. Raises ServerError when the budget is spent,
-        or the server is not ours.
+        It returns when the new server answers; that one has the weights of `model_path`. Raises ServerError when
+        rollout.sglang.max_restarts are spent, or when another process has started the server.
         """
         with self.lock:
             if endpoint not in self.processes:
@@ -138,7 +133,10 @@ class ServerFleet:
             return started
 
     def start_one(self, index: int) -> Endpoint:
-        """Raises ServerError when the server dies or does not answer in time, ValueError for a wrong flag."""
+        """Starts one server and waits until it answers.
+
+        Raises ServerError when the server dies or does not answer in time, ValueError for a wrong flag.
+        """
         for attempt in range(NUM_PORT_ATTEMPTS):
             process = launch_server(self.settings, index, self.gpus[index - self.first_index])
             with self.lock:
@@ -164,7 +162,7 @@ class ServerFleet:
         while not has_answered(process.endpoint):
             if self.is_closing.wait(POLL_SECONDS):
                 raise ServerError(f"{name} was stopped while it started")
-            if any(PORT_TAKEN in line.lower() for line in process.tail(100)):  # SGLang does not end then
+            if any(PORT_TAKEN in line.lower() for line in process.tail(100)):  # SGLang does not end by itself then
                 raise PortTaken(f"{name}: its port was taken by another process; its log: {process.log}")
             if not process.is_running:
                 self.explain(process, name)
@@ -178,7 +176,7 @@ class ServerFleet:
             raise ServerError(f"{name} does not ask for its key; use another release of SGLang")
 
     def explain(self, process: ServerProcess, name: str) -> NoReturn:
-        """For a server that has ended while it started."""
+        """Raises the error of a server that has ended while it started."""
         exit_status = process.supervisor.wait()
         lines = process.tail(20)
         if exit_status == 2 and lines and lines[-1].startswith("SGLang: "):
@@ -189,7 +187,7 @@ class ServerFleet:
         )
 
     def close(self) -> None:
-        """Ends all servers of ours; returns when their processes are gone."""
+        """Ends all servers that this fleet has started, and returns when their processes are gone."""
         self.is_closing.set()
         with self.lock:
             processes = list(self.processes.values())
@@ -198,7 +196,7 @@ class ServerFleet:
         if self.router is not None:
             self.router.close()
         for process in processes:
-            process.let_go()
+            process.ask_to_end()
         for process in processes:
             process.end(GRACE_SECONDS[self.settings.device_type] + END_SECONDS)
         if self.file is not None:
@@ -210,27 +208,19 @@ class PortTaken(ServerError):
 
 
 def has_answered(endpoint: Endpoint) -> bool:
-    """Whether this very server generates: another one on its port would not know the key."""
+    """Says whether this very server generates: another server on its port would not know the key."""
     return answer(endpoint, "/model_info", endpoint.api_key)[0] == 200 and answer(endpoint, "/health", "")[0] == 200
 
 
 @contextmanager
-def open_servers(
-    config: SglangConfig,
-    model_path: Path,
-    dtype: str,
-    run_dir: Path,
-    device_type: DeviceType,
-    context_length: int,
-    notify: Notify = keep_silent,
-) -> Iterator[ServerFleet]:
-    """The servers of `endpoints_file`, or ones of our own, healthy, that end with the block.
+def open_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFleet]:
+    """Gives the servers of `endpoints_file`, or starts servers that end with the block.
 
-    Ours are named in RUN_DIR/servers.json and write RUN_DIR/servers/server_<n>.log. `context_length`: tokens of the
-    longest prompt with its response. Raises ValueError for a setting that cannot be, ServerError for a server that
-    does not start; `notify` is told what happens, in lines for the user.
+    Those that it starts are healthy when the block begins, named in RUN_DIR/servers.json, and write to
+    RUN_DIR/servers/server_<n>.log. Raises ValueError for a setting that cannot be, ServerError for a server that does
+    not start. `notify` is told what happens, in lines for the user.
     """
-    settings = ServerSettings(config, model_path, dtype, run_dir, device_type, context_length)
+    config = settings.config
     if config.endpoints_file is not None:
         fleet = ServerFleet(settings, [], notify)
         fleet.endpoints = fleet.elsewhere = read_endpoints(config.endpoints_file)
@@ -243,7 +233,7 @@ def open_servers(
             fleet.close()
         return
     with start_servers(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), notify) as fleet:
-        fleet.publish(run_dir / "servers.json")
+        fleet.publish(settings.run_dir / "servers.json")
         yield fleet
 
 
@@ -251,7 +241,7 @@ def open_servers(
 def start_servers(
     settings: ServerSettings, num_trainer_gpus: int, notify: Notify, first_index: int = 0
 ) -> Iterator[ServerFleet]:
-    """Servers of our own, which are yet to be published. See `open_servers`."""
+    """Starts servers without naming them in a file yet. See `open_servers`."""
     config = settings.config
     check_flags(config.flags)
     check_python(config.python)
@@ -275,20 +265,17 @@ def visible_gpus() -> list[str]:
     )
 
 
-def serve_until_stopped(
-    config: SglangConfig, model_path: Path, dtype: str, run_dir: Path, context_length: int, notify: Notify
-) -> None:
-    """Servers for a trainer that runs elsewhere, until Ctrl-C or SIGTERM; none is started again.
+def serve_until_stopped(settings: ServerSettings, notify: Notify) -> None:
+    """Serves a trainer that runs elsewhere, until Ctrl-C or SIGTERM; no server is started again.
 
-    They are named in `endpoints_file`, or RUN_DIR/servers.json. Raises ServerError when the last one has died.
+    The servers are named in `endpoints_file`, or in RUN_DIR/servers.json. Raises ServerError when the last one dies.
     """
+    config, run_dir = settings.config, settings.run_dir
     if config.placement == "colocated":
         raise ValueError("rollout.sglang.placement=colocated: the trainer starts such servers itself")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_serving)
-    device_type: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"
     file = config.endpoints_file or run_dir / "servers.json"
-    settings = ServerSettings(config, model_path, dtype, run_dir, device_type, context_length)
     with start_servers(settings, num_trainer_gpus=0, notify=notify) as fleet:
         fleet.publish(file)
         notify(f"serving; the trainer's setting: rollout.sglang.endpoints_file={file.resolve()}")
@@ -303,5 +290,5 @@ def serve_until_stopped(
 
 def stop_serving(_signal_number: int, _frame: FrameType | None) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the servers are being ended
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the end of the servers
     sys.exit(0)

@@ -1,8 +1,8 @@
-"""Runs one SGLang server, in the servers' own environment, and ends all of its processes with whoever started it.
+"""Runs one SGLang server in the servers' own environment, and ends all of its processes when the trainer ends.
 
-Run as a script by `process.py`; it imports nothing of this package. Two processes: a supervisor from the standard
-library, and the server. The supervisor's standard input is its tie to the trainer: one JSON line with the keys, then
-nothing until the trainer closes it or dies, however that happens.
+`process.py` runs this file as a script; it imports nothing of this package. It makes two processes: a supervisor that
+needs the standard library alone, and the server. The supervisor's standard input connects it with the trainer: it gets
+one JSON line with the keys, and ends the server when the input is closed, which happens even if the trainer is killed.
 
     argv    flags of SGLang, or --router and those of sglang-router
     stdin   {"api_key": ..., "admin_key": ..., "grace_seconds": ...}
@@ -45,9 +45,9 @@ from typing import Any, NoReturn
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_SECONDS = 0.2
 SHARED_MEMORY = re.compile(r" /dev/shm/(sgl|sem\.mp-)[^ ]*$")
-LIBRARIES: list[Any] = []  # of operators, which last as long as these objects
-SERVE = "--serve"  # the server itself; without it the supervisor
-ROUTER = "--router"  # before its flags
+LIBRARIES: list[Any] = []  # torch's operators exist only as long as the library objects that define them
+SERVE = "--serve"  # the first argument of the server itself; the supervisor has none
+ROUTER = "--router"  # stands before the router's flags
 
 
 def supervise(flags: list[str]) -> int:
@@ -83,13 +83,13 @@ def supervise(flags: list[str]) -> int:
 
 
 def end_with_supervisor() -> None:
-    """In the server, before it starts. The supervisor has one thread, whose end is its own."""
+    """Makes the kernel end the server together with the supervisor's only thread. It runs in the server's process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_while_wanted(server: subprocess.Popen[bytes]) -> bool:
-    """False when the server has ended, True when nobody needs it any more."""
+    """Waits; returns False when the server has ended, True when the trainer does not need it any more."""
     parent = os.getppid()
     while server.poll() is None:
         readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
@@ -107,7 +107,7 @@ def wait_at_most(server: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def end_tree(server: subprocess.Popen[bytes]) -> None:
-    """Kills the server's session, then what is left of its descendants, stopped or not; returns when all are gone."""
+    """Kills the server's session and then its other descendants, also stopped ones; returns when all are gone."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     shared = shared_memory(descendants(os.getpid()))
     try:
@@ -130,7 +130,7 @@ def end_tree(server: subprocess.Popen[bytes]) -> None:
 
 
 def descendants(process: int) -> list[int]:
-    """On Linux; elsewhere none are known."""
+    """Returns the process ids of all descendants, on Linux; on other systems it knows none."""
     found: list[int] = []
     for children in Path(f"/proc/{process}/task").glob("*/children"):  # each thread has its own
         try:
@@ -141,7 +141,7 @@ def descendants(process: int) -> list[int]:
 
 
 def shared_memory(processes: list[int]) -> set[Path]:
-    """Files in memory that killed processes would leave behind."""
+    """Returns the files in shared memory that these processes would leave behind when they are killed."""
     found: set[Path] = set()
     for process in processes:
         try:
@@ -153,7 +153,7 @@ def shared_memory(processes: list[int]) -> set[Path]:
 
 
 def serve(flags: list[str]) -> None:
-    """Runs the server in this process. Exits with status 2 where a flag is wrong."""
+    """Runs the server in this process. Exits with status 2 when a flag is wrong."""
     keys = json.loads(sys.stdin.readline())
     if is_cpu():
         install_stand_ins()
@@ -177,7 +177,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def split_lists(flags: list[str], parser: OneLineParser) -> list[str]:
-    """`--name=1 2 3` becomes four arguments where the flag takes several. Unknown flags end this process."""
+    """Splits `--name=1 2 3` into four arguments when the flag takes several. Unknown flags end this process."""
     known = {name: action for action in parser._actions for name in action.option_strings}
     arguments: list[str] = []
     for flag in flags:
@@ -232,7 +232,10 @@ def is_cpu() -> bool:
 
 
 def install_stand_ins() -> None:
-    """Before SGLang is imported: its kernels, and torchvision's schemas where its build does not fit this torch."""
+    """Replaces SGLang's kernels, and torchvision's operators if its build does not fit this torch.
+
+    It must run before SGLang is imported.
+    """
     import torch
 
     if importlib.util.find_spec("sgl_kernel") is None:
@@ -253,7 +256,7 @@ def install_stand_ins() -> None:
 
 
 def kernels() -> types.ModuleType:
-    """A module that has every name: one is written here in torch, the others say that they are missing when called."""
+    """Makes a module that has every name: one kernel is written here in torch, the others raise when called."""
     module = types.ModuleType("sgl_kernel")
     module.__path__ = []
     module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
@@ -282,7 +285,7 @@ def assign_req_to_token_pool(
     out_cache_loc: Any,  # [sum of end - start]
     _pool_size: int,
 ) -> None:
-    """Enters the cache slots of N requests' new tokens, which lie one after the other in `out_cache_loc`."""
+    """Writes the cache slots of N requests' new tokens, which lie one after the other in `out_cache_loc`."""
     read = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
         req_to_token[row, start:end] = out_cache_loc[read : read + end - start].to(req_to_token.dtype)
@@ -290,7 +293,7 @@ def assign_req_to_token_pool(
 
 
 def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
-    """MurmurHash3 (Austin Appleby, 32 bits) of seed (64 bits), position and column: [N], [N], [M] -> [N, M] uint32."""
+    """Hashes seed (64 bits), position and column by MurmurHash3 (32 bits): [N], [N], [M] -> [N, M] uint32."""
     import torch
 
     mask = 0xFFFFFFFF  # products wrap around in int64, and their lower 32 bits are right
@@ -313,9 +316,10 @@ def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
 
 
 def honour_seeds() -> None:
-    """After the stand-ins: requests' seeds count, which SGLang has for its deterministic mode only, on GPUs.
+    """Makes the seeds of requests count, which SGLang only does in its deterministic mode, on GPUs.
 
-    On a CPU a response is a function of its seed up to the rounding that the other requests of its batch bring.
+    It runs after the stand-ins are installed. On a CPU a response then depends on its seed, and besides only on the
+    rounding errors that the other requests of its batch cause.
     """
     module = importlib.import_module("sglang.srt.sampling.sampling_batch_info")
     settings = module.__dict__.get("get_exec")

@@ -1,4 +1,4 @@
-"""What a server takes of its node: a port and GPUs."""
+"""Finds what a server needs of its node: a port, an address and GPUs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 
 from megatron_oreal.config import SglangConfig
 
-MAX_USED_SHARE = 0.2  # of a GPU's memory, by others
+MAX_USED_SHARE = 0.2  # of a GPU's memory that other processes may have
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits")
 
 
 @contextmanager
 def held_port(host: str, ports: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """A port where nobody listens, and a descriptor that holds it for us: a process that inherits it keeps the port.
+    """Gives a free port, and a file descriptor that reserves it: a process that inherits the descriptor keeps the port.
 
-    Runs on this node agree by locked files; a stranger may still come in between. Raises ValueError when no port of
-    the range (both ends included) is free, or `host` is no address of this node.
+    Runs on this node agree by locked files; another program may still take the port. Raises ValueError when no port
+    of the range (both ends included) is free, or when `host` is no address of this node.
     """
     for port in range(ports[0], ports[1] + 1):
         descriptor = os.open(lock_file(port), os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -44,7 +44,7 @@ def held_port(host: str, ports: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def address_towards(host: str) -> str:
-    """This node's, of the interface that leads to `host`."""
+    """Returns this node's address on the interface that leads to `host`."""
     family, kind, protocol, _, where = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(where)  # sends nothing
@@ -53,7 +53,7 @@ def address_towards(host: str) -> str:
 
 
 def lock_file(port: int) -> Path:
-    """Each user has files of his own: others may not open them."""
+    """Returns the file that reserves a port. Each user has files of their own, which others cannot open."""
     return Path(tempfile.gettempdir()) / f"megatron-oreal-{os.getuid()}-port-{port}.lock"
 
 
@@ -61,7 +61,7 @@ def is_free(host: str, port: int) -> bool:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: old connections do not matter
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             probe.bind(address)
             probe.listen(1)
     except socket.gaierror as error:
@@ -74,10 +74,10 @@ def is_free(host: str, port: int) -> bool:
 
 
 def assign_gpus(config: SglangConfig, num_trainer_gpus: int, visible: Sequence[str]) -> list[list[str]]:
-    """The GPUs of each server, as CUDA_VISIBLE_DEVICES names them.
+    """Returns the GPUs of each server, as CUDA_VISIBLE_DEVICES names them, e.g. [["2", "3"], ["4", "5"]].
 
     `visible`: all GPUs that this run may use on the node; the trainer's processes have the first `num_trainer_gpus`.
-    Raises ValueError where there are too few.
+    Raises ValueError when there are too few.
     """
     needed = config.num_servers * config.tensor
     taken = range(num_trainer_gpus)
@@ -108,7 +108,7 @@ def assign_gpus(config: SglangConfig, num_trainer_gpus: int, visible: Sequence[s
 
 
 def check_gpus_are_free(gpus: Sequence[str]) -> None:
-    """Raises ValueError for a GPU whose memory somebody else has. Where nvidia-smi is missing, nothing is known."""
+    """Raises ValueError for a GPU whose memory other processes use. Without nvidia-smi it checks nothing."""
     for gpu in gpus:
         try:
             answer = subprocess.run(

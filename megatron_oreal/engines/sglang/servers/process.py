@@ -1,7 +1,7 @@
-"""One SGLang server as a process tree: its flags and environment, its log, its end.
+"""Starts one SGLang server as a tree of processes, with its flags, environment and log, and ends it.
 
-The tree stands behind a supervisor (`launcher.py`), which holds the server's port, and ends all of it when the pipe
-to this process closes: no server outlives the trainer, however that dies.
+At the root of the tree is a supervisor (`launcher.py`), which holds the server's port. It ends the tree when its pipe
+to this process closes, so no server outlives the trainer, however the trainer dies.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.servers.node import held_port
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-GRACE_SECONDS = {"cuda": 15.0, "cpu": 0.0}  # to release the device's memory in an orderly way
-ANSWER_SECONDS = 30.0  # of a health check, which generates a token
-END_SECONDS = 20.0  # for the kernel to end a process tree
+GRACE_SECONDS = {"cuda": 15.0, "cpu": 0.0}  # that a server has to release the device's memory by itself
+ANSWER_SECONDS = 30.0  # that a health check may take: the server generates a token for it
+END_SECONDS = 20.0  # that the kernel may take to end a process tree
 CONTEXT_MARGIN = 8  # tokens; SGLang ends a response two tokens before its context length
 CAUSE = re.compile(r"^(?:\[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
-# A launcher's variables would make the server's own torch.distributed join the trainer's.
+# With torchrun's variables, the server's own torch.distributed would try to join the trainer's.
 TRAINER_VARIABLES = re.compile(
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHON(PATH|HOME)|VIRTUAL_ENV"
 )
@@ -47,23 +47,24 @@ OWN_FLAGS = {
     "data.max_prompt_tokens and rollout.max_new_tokens": ("context-length",),
     "the run": ("api-key", "admin-api-key", "skip-server-warmup"),
 }
-# They open ways around the keys, or hide flags.
+# These flags open ways around the keys, or hide other flags.
 REFUSED_FLAGS = ("config", "tokenizer-worker-num", "grpc-port", "grpc-mode", "smg-grpc-mode", "encoder-only", "use-ray")
 DeviceType = Literal["cpu", "cuda"]
 
 
 @dataclass(slots=True, frozen=True)
 class ServerSettings:
-    """What all servers of a fleet share."""
+    """The settings that all servers of a fleet share."""
 
     config: SglangConfig
     model_path: Path
     dtype: str
     run_dir: Path
     device_type: DeviceType
-    context_length: int  # tokens of the longest prompt with its response
+    context_length: int  # tokens that the longest prompt and its response have together
 
     def command(self, port: int) -> list[str]:
+        """Returns the flags of a server that listens on this port."""
         flags: dict[str, bool | int | float | str] = {
             "model-path": str(self.model_path.resolve()),
             "dtype": self.dtype,
@@ -71,7 +72,7 @@ class ServerSettings:
             "port": port,
             "tp-size": self.config.tensor,
             "context-length": self.context_length + CONTEXT_MARGIN,
-            # The warm-up's request is longer than what a small model takes, and ends it.
+            # The warm-up's request is longer than what a small model takes, and would end the server.
             "skip-server-warmup": True,
             "device": self.device_type,
         }
@@ -89,7 +90,7 @@ class ServerSettings:
         return as_arguments(flags | self.config.flags)
 
     def router_command(self, port: int) -> list[str]:
-        """Requests are retried by who counts them, not in between."""
+        """Returns the router's flags. It repeats no request: the engine does so, and counts the failures."""
         flags: dict[str, bool | int | float | str] = {
             "host": self.config.host,
             "port": port,
@@ -102,17 +103,18 @@ class ServerSettings:
         return ["--router", *as_arguments(flags)]
 
     def environment(self, gpus: Sequence[str]) -> dict[str, str]:
+        """Returns the environment variables of a server on these GPUs."""
         kept = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
         kept |= {
             "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-            "NO_PROXY": "*",  # it talks to itself alone
+            "NO_PROXY": "*",  # it only talks to itself
             "no_proxy": "*",
             "PYTHONUNBUFFERED": "1",
-            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the untempered, untruncated model
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # log-probs of the untempered, untruncated model
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the margin goes beyond the model's positions
         }
         if self.device_type == "cpu":
-            # Memory for a bucket of weights is kept: to get it anew for each costs more than to receive it.
+            # The server keeps the memory of a bucket of weights: allocating it costs more than receiving the bytes.
             malloc = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
             kept |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | malloc
         return kept
@@ -120,34 +122,34 @@ class ServerSettings:
 
 @dataclass(slots=True, frozen=True)
 class ServerProcess:
-    """One server of ours, from its start on."""
+    """A server, or the router, that this process has started."""
 
-    index: int  # among the servers; 0 for the router
+    index: int  # of the server in its fleet; 0 for the router
     endpoint: Endpoint
     supervisor: subprocess.Popen[bytes]
     pid: int  # of the server itself
     log: Path
-    log_start: int  # bytes; a log continues that of the server before
+    log_start: int  # bytes that were in the log before: it continues the log of the server before this one
 
     @property
     def is_running(self) -> bool:
         return self.supervisor.poll() is None
 
     def tail(self, num_lines: int) -> list[str]:
-        """The last lines that this process wrote."""
+        """Returns the last lines that this process has written."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self.log_start, size - 512 * num_lines - 65536))
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
     def cause(self) -> str:
-        """The last line of the log that names an error, else its last line."""
+        """Returns the last line of the log that names an error, or else its last line."""
         lines = [line.strip() for line in self.tail(200) if line.strip()]
         errors = [match[1] for match in map(CAUSE.match, lines) if match]
         return (errors or lines or ["it wrote nothing"])[-1][:500]
 
-    def let_go(self) -> None:
-        """Asks for an orderly end."""
+    def ask_to_end(self) -> None:
+        """Asks the server to end in an orderly way; it does so soon."""
         assert self.supervisor.stdin is not None
         self.supervisor.stdin.close()
 
@@ -156,21 +158,21 @@ class ServerProcess:
         self.end(END_SECONDS)
 
     def end(self, timeout_seconds: float) -> None:
-        """Returns when all processes of the server are gone. Before the timeout the server may end by itself."""
-        self.let_go()
+        """Ends the server, by force after the timeout, and returns when all of its processes are gone."""
+        self.ask_to_end()
         try:
             self.supervisor.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
             self.supervisor.terminate()
             try:
                 self.supervisor.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:  # the supervisor hangs: the server ends with it
+            except subprocess.TimeoutExpired:  # the supervisor hangs; the server ends when it does
                 self.supervisor.kill()
                 self.supervisor.wait()
 
 
 def launch_server(settings: ServerSettings, index: int, gpus: Sequence[str]) -> ServerProcess:
-    """Starts server `index` on a free port, with keys of its own. It takes a while to answer."""
+    """Starts server `index` on a free port, with keys of its own, and returns before it can answer."""
     return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus))
 
 
@@ -182,7 +184,7 @@ def launch(
     settings: ServerSettings,
     index: int,
     name: str,
-    command: Callable[[int], list[str]],  # for a port
+    command: Callable[[int], list[str]],  # gives the flags for a port
     environment: dict[str, str],
 ) -> ServerProcess:
     config = settings.config
@@ -197,7 +199,7 @@ def launch(
             stderr=file,
             env=environment,
             start_new_session=True,  # Ctrl-C is the trainer's to handle
-            pass_fds=(held,),  # the port is the server's as long as the supervisor lives
+            pass_fds=(held,),  # keeps the port reserved as long as the supervisor lives
         )
     keys = {"api_key": secrets.token_urlsafe(32), "admin_key": secrets.token_urlsafe(32)}
     endpoint = Endpoint(url(config.host, port), keys["api_key"], keys["admin_key"], config.tensor)
@@ -207,7 +209,7 @@ def launch(
         supervisor.stdin.write(json.dumps(given).encode() + b"\n")
         supervisor.stdin.flush()
     except BrokenPipeError:
-        pass  # it has died: its log says why
+        pass  # the supervisor has died: its log says why
     with supervisor.stdout:
         answer = supervisor.stdout.readline()
     pid = json.loads(answer)["pid"] if answer else supervisor.pid
@@ -215,7 +217,7 @@ def launch(
 
 
 def as_arguments(flags: Mapping[str, bool | int | float | str]) -> list[str]:
-    """True: the flag alone; False: no flag."""
+    """Writes flags as arguments: True gives the flag alone, False gives nothing."""
     given = {name: value for name, value in flags.items() if value is not False}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
@@ -225,7 +227,7 @@ def open_private(path: str, flags: int) -> int:
 
 
 def url(host: str, port: int) -> str:
-    """Servers that listen on all interfaces are reached by the node's name."""
+    """Returns the URL of a server; one that listens on all interfaces is reached by the node's name."""
     if host in ("0.0.0.0", "::"):
         host = socket.getfqdn()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -234,7 +236,7 @@ def url(host: str, port: int) -> str:
 def answer(
     endpoint: Endpoint, path: str, key: str, method: str = "GET", body: dict[str, str] | None = None
 ) -> tuple[int, Any]:
-    """Status and JSON of an answer; status 0 without one, None for what is no JSON."""
+    """Returns an answer's status and JSON: status 0 when there is no answer, None when it is not JSON."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     content = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(endpoint.url + path, content, headers, method=method)
@@ -251,7 +253,7 @@ def answer(
 
 
 def check_flags(flags: Iterable[str]) -> None:
-    """Raises ValueError for flags that this package sets itself. SGLang checks the others when it starts."""
+    """Raises ValueError for a flag that this package sets itself. SGLang checks the others when it starts."""
     for flag in flags:
         for setting, names in OWN_FLAGS.items():
             if flag in names:
@@ -266,7 +268,7 @@ def check_flags(flags: Iterable[str]) -> None:
 
 
 def check_python(python: Path) -> None:
-    """Raises ValueError when it cannot run SGLang. Imports nothing there, which would take seconds."""
+    """Raises ValueError when this interpreter has no SGLang. It looks, but does not import, which takes seconds."""
     code = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
     fix = "make it with tools/setup_sglang.sh, or name the interpreter of an environment that has SGLang"
     try:

@@ -1,7 +1,7 @@
-"""sglang-router before a run's servers: it chooses which of them generates a response.
+"""Runs sglang-router in front of a run's servers: it chooses which of them generates a response.
 
-Weights, pauses and aborts are not its business: they go to each server. It has a key of its own, and knows those that
-the servers ask of who generates.
+Requests about weights, pauses and aborts do not pass through it; each server gets them directly. The router has a key
+of its own, and knows the keys that the servers ask for before they generate.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from megatron_oreal.engines.sglang.client import ServerError
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.servers.process import ServerSettings, answer, launch_router
 
-START_SECONDS = 120.0  # of the router, and of each change of its servers
+START_SECONDS = 120.0  # that the router has to start, and to accept each change of its servers
 POLL_SECONDS = 0.2
 
 
 class Router:
-    """Raises ServerError, also from its methods, when the router does not do what it is asked."""
+    """The router's process. It and its methods raise ServerError when the router does not do what it is asked."""
 
     def __init__(self, settings: ServerSettings, endpoints: Sequence[Endpoint]) -> None:
         self.process = launch_router(settings)
@@ -33,11 +33,11 @@ class Router:
 
     @property
     def endpoint(self) -> Endpoint:
-        """To generate."""
+        """Where requests to generate go."""
         return self.process.endpoint
 
     def add(self, endpoint: Endpoint) -> None:
-        """Returns when the router sends requests to this server."""
+        """Adds a server, and returns when the router sends requests to it."""
         self.ask("POST", "/workers", {"url": endpoint.url, "api_key": endpoint.api_key})
         self.wait_for(lambda: self.workers().get(endpoint.url, {}).get("is_healthy", False), f"did not take {endpoint}")
 
@@ -48,12 +48,12 @@ class Router:
         self.add(new)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """What the router knows of each server, by url."""
+        """Returns what the router knows of each server, by URL."""
         known = self.ask("GET", "/workers") or {"workers": []}
         return {worker["url"]: worker for worker in known["workers"]}
 
     def ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
-        """The answer; None without one, or where it is an error."""
+        """Returns the router's answer; None when there is none or when it is an error."""
         status, content = answer(self.endpoint, path, self.endpoint.api_key, method, body)
         return content if 200 <= status < 300 else None
 

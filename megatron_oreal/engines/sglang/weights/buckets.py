@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Bucket:
-    """Tensors that travel together; what `flattened_bucket` means to SGLang."""
+    """Tensors that are sent together, in the format that SGLang calls `flattened_bucket`."""
 
     flat: Tensor  # uint8: the tensors' bytes, one after the other
     names: list[str]
@@ -34,10 +34,10 @@ Allocate = Callable[[int, torch.device], Tensor]  # (bytes, device) -> uint8
 def buckets(
     stream: Iterable[tuple[str, Tensor]], num_bytes: int, allocate: Allocate, copies_all: bool = False
 ) -> Iterator[Bucket]:
-    """At most `num_bytes` each; a larger tensor is alone.
+    """Yields buckets of at most `num_bytes`; a larger tensor gets a bucket of its own.
 
-    A bucket is filled when the one before is given out, and its buffer asked for then: `allocate` may hand out two in
-    turn. A tensor that is alone stays where it is, unless a bucket `copies_all`.
+    The buffer of a bucket is allocated when the consumer asks for the bucket, so `allocate` may hand out two buffers in
+    turn. The only tensor of a bucket is not copied, unless `copies_all`.
     """
     waiting: list[tuple[str, Tensor]] = []
     filled = 0

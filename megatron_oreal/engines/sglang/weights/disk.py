@@ -1,23 +1,23 @@
-"""Weights by way of a Hugging Face directory on a disk that trainer and servers share."""
+"""Sends weights by a Hugging Face directory, on a disk that the trainer and the servers share."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.weights.requests import Deadline, WeightSyncError
-from megatron_oreal.engines.sglang.weights.transport import ServerTransport, raise_together
-from megatron_oreal.parallel.collectives import exchanged
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.engines.sglang.weights.transport import ServerTransport, raise_push_failure
+from megatron_oreal.parallel.collectives import wait_for_all_ranks
 from megatron_oreal.weights.hf_directory import save_hf
 
 
 class DiskTransport(ServerTransport):
-    """The first rank writes; every rank tells its servers to read."""
+    """The first rank writes the directory; every rank tells its servers to read it."""
 
     def __init__(
         self,
@@ -25,31 +25,33 @@ class DiskTransport(ServerTransport):
         timeout_seconds: float,
         folder: Path,
         model_path: Path,
-        writes: bool,
+        is_main: bool,
         check_weights: bool = False,
     ) -> None:
-        """`folder`: RUN_DIR/weights; `model_path`: where config.json is; `writes`: on the first rank alone."""
+        """`folder`: RUN_DIR/weights; `model_path`: where config.json is; `is_main`: whether this is the first rank."""
         super().__init__(loop, timeout_seconds, check_weights)
-        self.folder, self.model_path, self.writes = folder.resolve(), model_path, writes
+        self.folder, self.model_path, self.is_main = folder.resolve(), model_path, is_main
 
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
         path = self.folder / f"version_{version:06d}"
         failure = None
         try:
-            save_hf(tensors, self.model_path, self.model_path, path, self.writes)
+            save_hf(tensors, self.model_path, self.model_path, path, self.is_main)
         except (OSError, SafetensorError) as error:
             failure = WeightSyncError(f"{path} cannot be written: {error}", [])
-        raise_together(failure)
+        raise_push_failure(failure)
         body = {"model_path": str(path), "weight_version": str(version), "flush_cache": True}
         try:
             self.post("/update_weights_from_disk", dict.fromkeys(clients, body), deadline).answers()
         finally:
-            exchanged(None)  # until all servers have read
-        if self.writes:
+            wait_for_all_ranks()  # until all servers have read
+        if self.is_main:
             self.remove_others(path)
 
     def remove_others(self, kept: Path) -> None:
-        """Older ones, and what a killed trainer has left half-written."""
+        """Removes older directories, and those that a killed trainer has left half-written."""
         for path in self.folder.iterdir():
             if path != kept:
                 shutil.rmtree(path)

@@ -1,10 +1,10 @@
-"""Weights by broadcast: NCCL between GPUs, gloo between CPUs.
+"""Sends weights by broadcast: with NCCL between GPUs, with gloo between CPUs.
 
 Each sending rank has a process group with all tensor-parallel ranks of its servers, in which it is rank 0. The group
-is apart from torch.distributed's own and lives until one of its servers is forgotten or a push fails.
+does not belong to torch.distributed's default group. It lives until a push fails or one of its servers is forgotten.
 
-A server that waits in a broadcast answers nothing else. With gloo it returns when our part of the group has ended, or
-another member's; with NCCL it may not return at all and has to be started again.
+A server that waits in a broadcast answers no other request. With gloo, the wait ends when any member leaves the group;
+with NCCL it may never end, and then the server has to be started again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from datetime import timedelta
 from functools import partial
@@ -30,9 +30,8 @@ from megatron_oreal.engines.sglang.servers.node import address_towards
 from megatron_oreal.engines.sglang.weights.buckets import buckets
 from megatron_oreal.engines.sglang.weights.requests import CLEAN_UP_SECONDS, Collective, Deadline, Requests
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
-from megatron_oreal.weights.fingerprint import CountedStream
 
-CPU_BUCKET_BYTES = 32 * 2**20  # faster than larger ones: it stays in the cache until it is loaded
+CPU_BUCKET_BYTES = 32 * 2**20  # a bucket of this size stays in the cache until it is loaded
 
 
 class DistributedTransport(ServerTransport):
@@ -44,15 +43,17 @@ class DistributedTransport(ServerTransport):
         device: torch.device,
         check_weights: bool = False,
     ) -> None:
-        """`device`: of the stream's tensors. Twice `bucket_bytes` of its memory are used during a push."""
+        """`device`: where the stream's tensors are. A push uses twice `bucket_bytes` of its memory."""
         super().__init__(loop, timeout_seconds, check_weights)
         self.device = device
         self.bucket_bytes = bucket_bytes if device.type == "cuda" else min(bucket_bytes, CPU_BUCKET_BYTES)
         self.buffers = TwoBuffers(self.bucket_bytes)
-        self.group: ServerGroup | None = None
-        self.endings: list[threading.Thread] = []
+        self.group: BroadcastGroup | None = None
+        self.leaving: list[threading.Thread] = []  # threads in which groups end
 
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
         if not clients:
             return
         try:
@@ -64,17 +65,19 @@ class DistributedTransport(ServerTransport):
             self.close_group()
             raise
 
-    def send_buckets(self, group: ServerGroup, tensors: CountedStream, version: int, deadline: Deadline) -> None:
-        """While a bucket travels, the next one is filled, and the servers load the one before."""
-        travelling: Collective[None] | None = None
+    def send_buckets(
+        self, group: BroadcastGroup, tensors: Iterator[tuple[str, Tensor]], version: int, deadline: Deadline
+    ) -> None:
+        """Fills the next bucket while one is broadcast and the servers load the one before it."""
+        broadcasting: Collective[None] | None = None
         loading: Requests | None = None
         for bucket in buckets(tensors, self.bucket_bytes, self.buffers):
-            if travelling is not None:
-                travelling.result(deadline)
+            if broadcasting is not None:
+                broadcasting.result(deadline)
                 if loading is not None:
                     loading.answers()
-                # What follows cannot overtake it: the servers have taken part in its broadcast.
-                loading = travelling.requests
+                # The next bucket cannot overtake this one: the servers have taken part in its broadcast.
+                loading = broadcasting.requests
             body = {
                 **bucket.description(),
                 "group_name": group.name,
@@ -84,33 +87,33 @@ class DistributedTransport(ServerTransport):
                 "weight_version": str(version) if bucket.is_last else None,
             }
             requests = self.post("/update_weights_from_distributed", dict.fromkeys(group.clients, body), deadline)
-            travelling = Collective(partial(group.broadcast, bucket.flat, deadline), requests)
-        if travelling is not None:
-            travelling.result(deadline)
+            broadcasting = Collective(partial(group.broadcast, bucket.flat, deadline), requests)
+        if broadcasting is not None:
+            broadcasting.result(deadline)
             if loading is not None:
                 loading.answers()
-            travelling.requests.answers()
+            broadcasting.requests.answers()
         if self.device.type == "cuda":
             self.buffers.buffers.clear()
 
-    def open_group(self, clients: Sequence[SglangClient], deadline: Deadline) -> ServerGroup:
+    def open_group(self, clients: Sequence[SglangClient], deadline: Deadline) -> BroadcastGroup:
         if self.group is not None and self.group.clients == tuple(clients):
             return self.group
         self.close_group()
-        group = self.group = ServerGroup(clients, self.device, deadline)
-        group.invited = self.post("/init_weights_update_group", group.invitations(), deadline)
-        Collective(partial(group.join, deadline), group.invited).result(deadline)
-        group.invited.answers()
+        group = self.group = BroadcastGroup(clients, self.device, deadline)
+        group.join_requests = self.post("/init_weights_update_group", group.join_bodies(), deadline)
+        Collective(partial(group.join, deadline), group.join_requests).result(deadline)
+        group.join_requests.answers()
         return group
 
     def close_group(self) -> None:
         if self.group is not None:
             body = {"group_name": self.group.name}
-            farewell = self.post(
+            leave_requests = self.post(
                 "/destroy_weights_update_group", dict.fromkeys(self.group.clients, body), Deadline(CLEAN_UP_SECONDS)
             )
-            self.endings = [thread for thread in self.endings if thread.is_alive()]
-            self.endings.append(self.group.end(farewell))
+            self.leaving = [thread for thread in self.leaving if thread.is_alive()]
+            self.leaving.append(self.group.end(leave_requests))
             self.group = None
 
     def forget(self, client: SglangClient) -> None:
@@ -120,16 +123,16 @@ class DistributedTransport(ServerTransport):
 
     def close(self) -> None:
         self.close_group()
-        for thread in self.endings:
+        for thread in self.leaving:
             thread.join(CLEAN_UP_SECONDS)
 
 
-class ServerGroup:
-    """A process group of ours with servers: they are invited first, then we join."""
+class BroadcastGroup:
+    """A process group of this rank and its servers. First the servers are asked to join, then this rank joins."""
 
     def __init__(self, clients: Sequence[SglangClient], device: torch.device, deadline: Deadline) -> None:
         self.clients, self.device = tuple(clients), device
-        # A trainer that was killed has left groups in the servers: names are never used again.
+        # A trainer that was killed leaves its groups in the servers, so each group gets a name of its own.
         self.name = f"weights-{secrets.token_hex(8)}"
         self.world_size = 1 + sum(client.endpoint.tensor for client in clients)
         self.address = address_for(clients)
@@ -146,13 +149,13 @@ class ServerGroup:
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
-        # Closing `store` ends what waits by other connections, here and in the servers.
+        # Closing `store` ends the waits on all other connections, here and in the servers.
         self.connection: dist.Store = dist.TCPStore(self.address, self.port, self.world_size, timeout=timeout)
-        self.invited: Requests | None = None
+        self.join_requests: Requests | None = None
         self.backend: Any = None  # torch.distributed's backend, without a ProcessGroup around it
 
-    def invitations(self) -> dict[SglangClient, dict[str, Any]]:
-        """Of /init_weights_update_group."""
+    def join_bodies(self) -> dict[SglangClient, dict[str, Any]]:
+        """Returns the bodies of the requests /init_weights_update_group, which make the servers join."""
         bodies, rank = {}, 1
         for client in self.clients:
             bodies[client] = {
@@ -167,10 +170,10 @@ class ServerGroup:
         return bodies
 
     def join(self, deadline: Deadline) -> None:
-        """Returns when all members have joined (NCCL: they do so in the first broadcast)."""
+        """Joins the group and returns when all members have. With NCCL, they only do so in the first broadcast."""
         timeout = timedelta(seconds=deadline.left())
         store = self.connection
-        # The prefixes that torch.distributed and SGLang give the keys.
+        # torch.distributed and SGLang give the keys these prefixes.
         for prefix in (self.name, f"{self.name}/", "cuda/" if self.device.type == "cuda" else "cpu/"):
             store = dist.PrefixStore(prefix, store)
         if self.device.type == "cuda":
@@ -181,7 +184,7 @@ class ServerGroup:
             self.backend = dist.ProcessGroupGloo(store, 0, self.world_size, timeout)
 
     def broadcast(self, flat: Tensor, deadline: Deadline) -> None:
-        """Returns when it is done."""
+        """Sends the tensor to all members, and returns when they have it."""
         assert self.backend is not None
         options = dist.distributed_c10d.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
@@ -192,42 +195,42 @@ class ServerGroup:
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
-    def end(self, farewell: Requests) -> threading.Thread:
-        """In a thread: a gloo group with a broadcast under way ends only when that does.
+    def end(self, leave_requests: Requests) -> threading.Thread:
+        """Ends this rank's part of the group, in a thread, because gloo first waits for a broadcast under way.
 
-        `farewell` makes the servers leave: the broadcast ends when a member does.
+        `leave_requests` make the servers leave; the broadcast ends when one member leaves.
         """
         held = [self.store, self.backend]
         self.store = self.backend = None
         thread = threading.Thread(
-            target=abandon, args=(held, self.invited, farewell), name="weight-sync-end", daemon=True
+            target=leave_group, args=(held, self.join_requests, leave_requests), name="weight-sync-end", daemon=True
         )
         thread.start()
         return thread
 
 
-def abandon(held: list[Any], invited: Requests | None, farewell: Requests) -> None:
-    """Empties `held`, a store and a backend, which end with their last references."""
-    if invited is not None:
-        # A server that does not find the store tries for half an hour; one that is waiting at it gives up with it.
-        wait(invited.futures.values(), CLEAN_UP_SECONDS)
+def leave_group(held: list[Any], join_requests: Requests | None, leave_requests: Requests) -> None:
+    """Empties `held`, a store and a backend: each of them ends with the last reference to it."""
+    if join_requests is not None:
+        # A server that has not found the store yet would look for it for half an hour, so it must find it first.
+        wait(join_requests.futures.values(), CLEAN_UP_SECONDS)
     backend = held.pop()
     held.clear()
     if backend is not None:
-        backend.abort()  # nothing to gloo
+        backend.abort()  # does nothing with gloo
     del backend
-    wait(farewell.futures.values(), CLEAN_UP_SECONDS)
+    wait(leave_requests.futures.values(), CLEAN_UP_SECONDS)
 
 
 class TwoBuffers:
-    """Memory of buckets, in turn."""
+    """Hands out two buffers in turn: one is filled while the other one is broadcast."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.buffers: deque[Tensor] = deque()  # the one used longest ago first
+        self.buffers: deque[Tensor] = deque()  # the one that was handed out longest ago comes first
 
     def __call__(self, num_bytes: int, device: torch.device) -> Tensor:
-        if num_bytes > self.num_bytes:  # a large tensor alone
+        if num_bytes > self.num_bytes:  # for a tensor that is larger than a bucket
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
         if len(self.buffers) < 2:
             buffer = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
@@ -238,7 +241,7 @@ class TwoBuffers:
 
 
 def address_for(clients: Sequence[SglangClient]) -> str:
-    """This node's, as the servers see it: of the interface that leads to them; loopback if all are here."""
+    """Returns this node's address on the interface that leads to the servers; loopback if all of them are here."""
     found = "127.0.0.1"
     for client in clients:
         found = address_towards(str(urlsplit(client.endpoint.url).hostname))

@@ -1,4 +1,4 @@
-"""The HTTP requests and the deadlines that all weight transports share."""
+"""The HTTP requests and deadlines of a push, which all weight transports use."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from typing import Any, Generic
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, ServerRefusal, SglangClient
 from megatron_oreal.parallel.collectives import Result
 
-POLL_SECONDS = 0.001  # between looks at a collective and at the servers' answers
-EXPLANATION_SECONDS = 5.0  # for servers to say why a collective failed
-CLEAN_UP_SECONDS = 5.0  # for requests whose failure changes nothing
+POLL_SECONDS = 0.001  # between two checks of a collective and of the servers' answers
+EXPLANATION_SECONDS = 5.0  # that servers have to say why a collective failed
+CLEAN_UP_SECONDS = 5.0  # for requests whose failure does no harm
 
 
 class WeightSyncError(ServerError):
-    """A push failed. The message names the version, the servers and what they answered."""
+    """A push has failed. The message names the version, the servers and their answers."""
 
-    def __init__(self, message: str, urls: Sequence[str]) -> None:
+    def __init__(self, message: str, urls: Sequence[str] = ()) -> None:  # unpickling passes the message alone
         super().__init__(message)
-        self.urls = list(urls)  # of the servers at fault; those without an answer before those that refused
+        self.urls = list(urls)  # of the servers at fault: those without an answer, or else those that refused
 
 
 @dataclass(slots=True)
 class Deadline:
+    """The time until which a push must have ended."""
+
     seconds: float
     begin: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Seconds; never 0, which would mean no timeout."""
+        """Returns the seconds that are left; never 0, which would mean no timeout."""
         return max(0.01, self.begin + self.seconds - time.monotonic())
 
     def has_passed(self) -> bool:
@@ -40,7 +42,7 @@ class Deadline:
 
 
 class Requests:
-    """One coroutine for each server, all under way at once."""
+    """One request to each server, all under way at once on the event loop."""
 
     def __init__(self, loop: EventLoopThread, coroutines: Mapping[SglangClient, Coroutine[Any, Any, Any]]) -> None:
         self.futures: dict[SglangClient, Future[Any]] = {
@@ -48,13 +50,13 @@ class Requests:
         }
 
     def answers(self) -> dict[SglangClient, Any]:
-        """All of them. Raises WeightSyncError as soon as one is an error; the rest is not waited for."""
+        """Waits for all answers. Raises WeightSyncError as soon as one of them is an error."""
         wait(self.futures.values(), return_when=FIRST_EXCEPTION)
         self.check()
         return {client: future.result() for client, future in self.futures.items()}
 
     def check(self) -> None:
-        """Raises WeightSyncError for the errors among the answers that are here."""
+        """Raises WeightSyncError when there are errors among the answers so far."""
         errors = {client.endpoint.url: error for client in self.answered() if (error := self._error(client))}
         if errors:
             silent = [url for url, error in errors.items() if not isinstance(error, ServerRefusal)]
@@ -76,7 +78,7 @@ class Requests:
         return [client.endpoint.url for client in self.futures]
 
     def explain(self, failure: Exception) -> WeightSyncError:
-        """The reason for a collective's failure, as the servers tell it."""
+        """Returns the error of a failed collective, with the reason that the servers give."""
         wait(self.futures.values(), EXPLANATION_SECONDS, FIRST_EXCEPTION)
         try:
             self.check()
@@ -88,9 +90,9 @@ class Requests:
 
 
 class Collective(Generic[Result]):
-    """A collective operation with servers, which would hang where one of them has refused.
+    """Runs a collective operation with servers in a thread, because it would hang if a server has refused it.
 
-    It runs in a thread from the start; `requests` are those that made the servers take part.
+    `requests` are those that make the servers take part.
     """
 
     def __init__(self, action: Callable[[], Result], requests: Requests) -> None:
@@ -107,7 +109,10 @@ class Collective(Generic[Result]):
             self.failures.append(failure)
 
     def result(self, deadline: Deadline) -> Result:
-        """The servers may still have to answer. Raises WeightSyncError for a failure, a refusal, after the deadline."""
+        """Waits for the operation, not for the servers' answers.
+
+        Raises WeightSyncError when it fails, when a server refuses, and after the deadline.
+        """
         while self.thread.is_alive():
             self.requests.check()
             if deadline.has_passed():

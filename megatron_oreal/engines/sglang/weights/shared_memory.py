@@ -1,18 +1,18 @@
-"""Weights by shared memory, for servers on the trainer's own GPUs: CUDA IPC handles travel, the bytes stay.
+"""Shares weights with servers on the trainer's own GPUs: only CUDA IPC handles are sent, the bytes stay in place.
 
-Each tensor-parallel rank of a server gets the handle of a buffer on its GPU, from the trainer rank that has this GPU.
-On a CPU the buffers are files in shared memory, and any rank's will do. torch's manager of these files, a process,
-stays until the servers that opened one have ended.
+Each tensor-parallel rank of a server gets the handle of a buffer on its GPU, made by the trainer rank on this GPU. On a
+CPU the buffers are files in shared memory, and any rank can make them. torch manages these files in a process, which
+stays until the servers that have opened one of them have ended.
 
-SGLang reads the handles with an unpickler that knows few names: torch's functions that open them, and
-types.SimpleNamespace, which takes the place of its own FlattenedTensorMetadata here.
+SGLang reads the handles with an unpickler that allows few names. Among them are torch's functions that open handles
+and types.SimpleNamespace, which we send in the place of SGLang's own FlattenedTensorMetadata.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +26,10 @@ from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.weights.buckets import Bucket, buckets
 from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
-from megatron_oreal.parallel.collectives import exchanged
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.parallel.collectives import all_gather_object
 
-DEVICE = 6  # the argument of torch's rebuild_cuda_tensor that says which
-Receiver = tuple[str, int]  # URL of the server, its tensor-parallel rank
+DEVICE = 6  # index of the device among the arguments of torch's rebuild_cuda_tensor
+Receiver = tuple[str, int]  # a server's URL and one of its tensor-parallel ranks, e.g. ("http://127.0.0.1:31000", 0)
 RanksOf = Callable[[SglangClient], Sequence[int]]
 
 
@@ -47,23 +46,25 @@ class TensorTransport(ServerTransport):
         super().__init__(loop, timeout_seconds, check_weights)
         self.bucket_bytes, self.ranks_of = bucket_bytes, ranks_of
 
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
-        """Goes on after a failure: the other ranks offer their buckets all the same."""
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
+        """Offers all buckets, also after a failure, because every rank takes part in the exchange of the handles."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         wanted = {
             (client.endpoint.url, number): trainer_rank % world_size  # on a CPU, servers may outnumber ranks
             for client in clients
             for number, trainer_rank in enumerate(self.ranks_of(client))
         }
-        mine = [receiver for each in exchanged(wanted) for receiver, owner in each.items() if owner == rank]
+        mine = [receiver for each in all_gather_object(wanted) for receiver, owner in each.items() if owner == rank]
         failure: WeightSyncError | None = None
-        under_way: tuple[Requests, Bucket] | None = None
+        under_way: tuple[Requests, Bucket] | None = None  # the bucket's memory must live until its requests end
         try:
             self.begin(clients, deadline)
         except WeightSyncError as error:
             failure = error
         for bucket in buckets(tensors, self.bucket_bytes, shared_memory, copies_all=True):
-            offered = exchanged({receiver: serialised(bucket) for receiver in mine})
+            offered = all_gather_object({receiver: serialised(bucket) for receiver in mine})
             handles = {receiver: handle for each in offered for receiver, handle in each.items()}
             try:
                 if failure is None and under_way is not None:
@@ -102,7 +103,7 @@ class TensorTransport(ServerTransport):
 
 
 def shared_memory(num_bytes: int, device: torch.device) -> Tensor:
-    """New memory for each bucket: torch frees it when the server has closed its handle."""
+    """Allocates new memory for a bucket. torch frees it when the server has closed its handle."""
     if device.type == "cuda":
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
@@ -110,7 +111,7 @@ def shared_memory(num_bytes: int, device: torch.device) -> Tensor:
 
 
 class Handle:
-    """Pickles as what opens the tensor's memory in another process."""
+    """Is pickled as a call that opens the tensor's memory in another process."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -118,14 +119,14 @@ class Handle:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         opens, arguments = reductions.reduce_tensor(self.tensor)
         if self.tensor.is_cuda:
-            # The server counts its GPUs otherwise: SGLang's version of the function takes the GPU's name.
+            # The server numbers its GPUs in another way, so SGLang's version of the function takes the GPU's UUID.
             name = str(torch.cuda.get_device_properties(arguments[DEVICE]).uuid)
             arguments = (*arguments[:DEVICE], name, *arguments[DEVICE + 1 :])
         return opens, arguments
 
 
 def serialised(bucket: Bucket) -> str:
-    """For one receiver, which must open it once. `load_format` flattened_bucket's {flattened_tensor, metadata}."""
+    """Returns a bucket for one receiver, which must open it exactly once, in SGLang's format flattened_bucket."""
     metadata, start = [], 0
     for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
         num_bytes = shape.numel() * dtype.itemsize
@@ -135,7 +136,7 @@ def serialised(bucket: Bucket) -> str:
         )
         start = end
     pickled, strategy = io.BytesIO(), get_sharing_strategy()
-    # File descriptors can be handed to our own children alone.
+    # torch's other strategy hands file descriptors to child processes, and servers are none of this process.
     set_sharing_strategy("file_system")
     try:
         ForkingPickler(pickled).dump({"flattened_tensor": Handle(bucket.flat), "metadata": metadata})

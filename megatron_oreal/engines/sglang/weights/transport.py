@@ -1,81 +1,85 @@
-"""Weights into SGLang servers: what the transports share.
+"""The common part of the weight transports, which send a weight stream to SGLang servers.
 
 A push is collective. Every trainer rank calls it and consumes the stream, whose tensors are whole on every rank; the
-ranks with clients send. It fails on all ranks or on none. A failed push leaves old, new or mixed weights: nothing may
-be generated until another one has succeeded.
+ranks that have clients send. It fails on all ranks or on none. After a failed push a server may have old, new or mixed
+weights, so nothing may be generated until another push has succeeded.
 
-Servers must be paused, or idle: a server that generates makes the push wait until its responses end. The mode of the
-pause is the engine's choice between "abort" and "retract"; with "in_place" the cache cannot be flushed, and the push
-is refused.
+Servers must be paused or idle: a server that generates makes the push wait until its responses end. The engine pauses
+servers with "abort" or "retract"; with "in_place" they could not flush their cache, and would refuse the push.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
-from megatron_oreal.engines.weight_sync import PushReport
-from megatron_oreal.parallel.collectives import Result, exchanged
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.parallel.collectives import Result, all_gather_object, raise_on_all
+from megatron_oreal.weights.fingerprint import MeasuredStream, drain
 from megatron_oreal.weights.stream_filters import Stream
 
 
 class WeightTransport(Protocol):
-    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> PushReport:
+    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         """Collective. `clients`: the servers that this rank sends to; see `clients_of_rank`. Raises WeightSyncError."""
 
     def forget(self, client: SglangClient) -> None:
-        """The server has died or was started again: what was agreed with it is void."""
+        """Drops what was agreed with a server that has died or was started again."""
 
     def close(self) -> None: ...
 
 
 def clients_of_rank(clients: Sequence[Result], rank: int, num_senders: int) -> list[Result]:
-    """The first `num_senders` trainer ranks share the servers out."""
+    """Returns the servers that a trainer rank sends to: the first `num_senders` ranks share them out."""
     return list(clients[rank::num_senders]) if rank < num_senders else []
 
 
 class ServerTransport(ABC):
-    """A push with its timeout, its checks, and its common end on all ranks."""
+    """Does what every push needs: the timeout, the checks, and the same end on all ranks."""
 
     def __init__(self, loop: EventLoopThread, timeout_seconds: float, check_weights: bool = False) -> None:
         self.loop, self.timeout_seconds = loop, timeout_seconds
         self.checksums = Checksums() if check_weights else None
-        self.without_session: set[SglangClient] = set()  # older releases, which update without begin and end
+        self.without_session: set[SglangClient] = set()  # of older releases, which know no begin and end of an update
 
-    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> PushReport:
+    def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         deadline = Deadline(self.timeout_seconds)
-        tensors = CountedStream(stream, fingerprints=self.checksums is not None)
+        measured = MeasuredStream.of(stream, has_fingerprint=self.checksums is not None)
+        tensors = iter(measured)
         failure: WeightSyncError | None = None
         try:
             self.send(tensors, version, clients, deadline)
             self.check_version(version, clients, deadline)
         except WeightSyncError as error:
             failure = error
-        tensors.drain()
-        raise_together(failure, f"weights of version {version}: ")
+        drain(tensors)
+        raise_push_failure(failure, f"weights of version {version}: ")
         if self.checksums is not None:
-            self.check_weights(tensors.fingerprint, version, clients, deadline)
-        return PushReport(tensors.num_bytes, time.monotonic() - deadline.begin)
+            self.check_weights(measured.fingerprint, version, clients, deadline)
 
     @abstractmethod
-    def send(self, tensors: CountedStream, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
-        """Raises WeightSyncError; a rank without clients never does so alone."""
+    def send(
+        self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
+    ) -> None:
+        """Sends one pass of the stream to this rank's servers; what it leaves of the pass is consumed afterwards.
+
+        Raises WeightSyncError. On a rank without clients it raises only when another rank raises too.
+        """
 
     def forget(self, client: SglangClient) -> None:
         self.without_session.discard(client)
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing
+    def close(self) -> None:  # noqa: B027  # most transports hold nothing
         pass
 
     def post(self, path: str, bodies: Mapping[SglangClient, dict[str, Any]], deadline: Deadline) -> Requests:
-        """Under way when it returns."""
+        """Sends a request to each client, and returns while they are under way."""
         seconds = deadline.left()
         return Requests(self.loop, {client: client.control(path, body, seconds) for client, body in bodies.items()})
 
@@ -93,7 +97,7 @@ class ServerTransport(ABC):
                 return
             if refusal.status != 400:
                 raise
-            # A push that failed, or whose sender died, has left its session open.
+            # 400: a push that failed, or whose sender died, has left its session open.
             await client.control("/end_weight_update", {}, deadline.left())
             await client.control("/begin_weight_update", {}, deadline.left())
 
@@ -110,7 +114,7 @@ class ServerTransport(ABC):
     def check_weights(
         self, fingerprint: str, version: int, clients: Sequence[SglangClient], deadline: Deadline
     ) -> None:
-        """Collective. All servers hold the same, and what changed here changed there."""
+        """Collective. Checks that all servers hold the same weights, which changed if what was sent has changed."""
         assert self.checksums is not None
         failure, found = None, {}
         try:
@@ -118,24 +122,28 @@ class ServerTransport(ABC):
             found = {client.endpoint.url: checksum_of(answer) for client, answer in answers.answers().items()}
         except WeightSyncError as error:
             failure = error
-        raise_together(failure, f"weights of version {version}: ")
-        everywhere = {url: checksum for each in exchanged(found) for url, checksum in each.items()}
+        raise_push_failure(failure, f"weights of version {version}: ")
+        everywhere = {url: checksum for of_rank in all_gather_object(found) for url, checksum in of_rank.items()}
         self.checksums.compare(fingerprint, everywhere, version)
 
 
 def checksum_of(answer: dict[str, Any]) -> str:
-    """Of one server: of all its ranks' tensors."""
+    """Returns one checksum of the tensors of all ranks of a server."""
     return hashlib.sha256("".join(rank["per_gpu_checksum"] for rank in answer["ranks"]).encode()).hexdigest()
 
 
 @dataclass(slots=True)
 class Checksums:
-    """Of the last push."""
+    """Remembers the last push, to compare it with the next one."""
 
-    fingerprint: str = ""  # of what was sent
-    of_server: dict[str, str] = field(default_factory=dict)  # URL to what is held there
+    fingerprint: str = ""  # of the stream that was sent
+    of_server: dict[str, str] = field(default_factory=dict)  # URL -> checksum of the weights that the server holds
 
     def compare(self, fingerprint: str, found: dict[str, str], version: int) -> None:
+        """Raises WeightSyncError for servers that differ from most, or whose weights changed when they should not.
+
+        found: the servers' checksums by URL, after the stream with this fingerprint was sent.
+        """
         values = list(found.values())
         common = max(set(values), key=values.count) if values else ""
         odd = [url for url, checksum in found.items() if checksum != common]
@@ -151,11 +159,11 @@ class Checksums:
         self.fingerprint, self.of_server = fingerprint, found
 
 
-def raise_together(failure: WeightSyncError | None, prefix: str = "") -> None:
-    """Collective. Raises on every rank what one of them has met."""
-    met = exchanged((str(failure), failure.urls) if failure is not None else None)
-    failures = [each for each in met if each is not None]
-    if failures:
-        message = "; ".join(dict.fromkeys(text for text, _ in failures))
-        urls = list(dict.fromkeys(url for _, each in failures for url in each))
-        raise WeightSyncError(prefix + message, urls) from failure
+def raise_push_failure(failure: WeightSyncError | None, prefix: str = "") -> None:
+    """Collective. Raises on every rank, as one error, what any of the ranks has met; `prefix` begins its message."""
+
+    def merge(failures: Sequence[WeightSyncError]) -> WeightSyncError:
+        message = "; ".join(dict.fromkeys(map(str, failures)))
+        return WeightSyncError(prefix + message, list(dict.fromkeys(url for met in failures for url in met.urls)))
+
+    raise_on_all(failure, merge)

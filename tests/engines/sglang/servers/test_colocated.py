@@ -10,8 +10,9 @@ import torch.multiprocessing as mp
 
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import ServerError
-from megatron_oreal.engines.sglang.servers.colocated import agreed, on_node, open_colocated_servers, trainer_ranks
+from megatron_oreal.engines.sglang.servers.colocated import on_node, open_colocated_servers, trainer_ranks
 from megatron_oreal.engines.sglang.servers.process import ServerSettings
+from megatron_oreal.parallel.collectives import run_on_all
 from megatron_oreal.parallel.nodes import Node, this_node
 
 
@@ -92,9 +93,9 @@ def fail_on_one_rank(rank: int, folder: str) -> None:
         if rank == 1:
             raise ServerError("SGLang server 1 has ended")
 
-    assert agreed(lambda: [rank]) == [[0], [1]]
+    assert run_on_all(lambda: [rank], ServerError) == [[0], [1]]
     with pytest.raises(ServerError, match=r"^SGLang server 1 has ended$"):
-        agreed(failing)
+        run_on_all(failing, ServerError)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(rank, 2, rank, 2).items():

@@ -32,7 +32,7 @@ ADMIN_PATHS = ("/update_weights_from_disk", "/begin_weight_update", "/pause_gene
 
 
 def opened(config: SglangConfig, model: Path, run_dir: Path, notify: Callable[[str], None] = print) -> Any:
-    return open_servers(config, model, "float32", run_dir, "cpu", context_length=512, notify=notify)
+    return open_servers(ServerSettings(config, model, "float32", run_dir, "cpu", context_length=512), notify)
 
 
 def living(session: int) -> list[int]:
@@ -234,7 +234,7 @@ from megatron_oreal.config.rollout import SglangConfig
 from megatron_oreal.engines.sglang.servers.router import Router
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
 config = SglangConfig(python=sys.argv[1])
-with open_servers(config, Path(sys.argv[2]), "float32", Path(sys.argv[3]), "cpu", 512, print):
+with open_servers(ServerSettings(config, Path(sys.argv[2]), "float32", Path(sys.argv[3]), "cpu", 512), print):
     pass
 """
 

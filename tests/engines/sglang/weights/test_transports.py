@@ -20,11 +20,12 @@ from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint, write_endpoints
 from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.buckets import buckets
 from megatron_oreal.engines.sglang.weights.distributed import TwoBuffers, address_for
 from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import Checksums, clients_of_rank
-from megatron_oreal.weights.fingerprint import CountedStream
+from megatron_oreal.weights.fingerprint import MeasuredStream, drain
 from tests.support.paths import ROOT, SGLANG_PYTHON
 from tests.support.weight_checks import check_outputs, noisy_weights, open_transport, signalling_stream
 
@@ -90,8 +91,8 @@ def test_checksums_must_agree_and_change_with_what_was_sent() -> None:
 
 def test_a_stream_has_a_size_and_a_fingerprint_of_names_and_values() -> None:
     def fingerprint(**tensors: torch.Tensor) -> tuple[int, str]:
-        stream = CountedStream(tensors.items(), fingerprints=True)
-        stream.drain()
+        stream = MeasuredStream(tensors.items(), has_fingerprint=True)
+        drain(stream)
         return stream.num_bytes, stream.fingerprint
 
     ones = torch.ones(3, dtype=torch.bfloat16)
@@ -125,8 +126,9 @@ def test_a_push_makes_the_server_generate_as_transformers_does(
     transport = open_transport(kind, loop, sglang_model, tmp_path)
     for version in (1, 2, 3):
         weights = noisy_weights(sglang_model, seed=max(version, 2))  # the last two alike
-        report = transport.push(weights.items(), version, [client])
-        assert report.num_bytes == sum(tensor.nbytes for tensor in weights.values())
+        measured = MeasuredStream(weights.items())
+        transport.push(measured, version, [client])
+        assert measured.num_bytes == sum(tensor.nbytes for tensor in weights.values())
         check_outputs(loop, client, sglang_model, weights, version)
     transport.close()
     if kind == "disk":
@@ -274,7 +276,8 @@ def test_every_layout_of_the_trainer_makes_the_server_generate_as_transformers_d
 @pytest.mark.timeout(900)
 def test_two_senders_share_two_servers(sglang_model: Path, tmp_path: Path) -> None:
     config = SglangConfig(python=SGLANG_PYTHON, num_servers=2, start_timeout_seconds=500)
-    with open_servers(config, sglang_model, "float32", tmp_path, "cpu", context_length=512, notify=print) as fleet:
+    settings = ServerSettings(config, sglang_model, "float32", tmp_path, "cpu", context_length=512)
+    with open_servers(settings, print) as fleet:
         run_layouts(fleet.endpoints, 2, sglang_model, tmp_path)
 
 

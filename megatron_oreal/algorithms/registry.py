@@ -1,0 +1,30 @@
+"""The algorithms of `megatron-oreal train`, one row each. README.md says how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_oreal.algorithms.model import GroupAlgorithm, ModelSource
+from megatron_oreal.algorithms.oreal import Oreal
+from megatron_oreal.algorithms.outcome import Outcome
+from megatron_oreal.algorithms.ppo import Ppo
+from megatron_oreal.config import AlgorithmConfig, OrealConfig, OutcomeConfig, PpoConfig, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AlgorithmEntry:
+    """How an algorithm is configured and built."""
+
+    config: type[AlgorithmConfig]  # Its section of the configuration.
+    trains: tuple[str, ...]  # The models that it may update; a frozen reference is not among them.
+    # Called with its section, the whole configuration and the source of its models.
+    build: Callable[[Any, TrainConfig, ModelSource], GroupAlgorithm]
+
+
+ALGORITHMS: dict[str, AlgorithmEntry] = {
+    "oreal": AlgorithmEntry(OrealConfig, ("policy", "reward_model"), Oreal.build),
+    "outcome": AlgorithmEntry(OutcomeConfig, ("policy",), Outcome.build),
+    "ppo": AlgorithmEntry(PpoConfig, ("policy", "critic"), Ppo.build),
+}

@@ -1,0 +1,82 @@
+"""Says when a setting has an effect. A setting that is given and has none is an error, like an unknown key.
+
+Each section of the configuration has a table `effects`: its rows name settings and the condition under which they act.
+Settings in no row always act. A row of a section sees that section alone; TrainConfig, SftConfig and EvalRunConfig have
+the rows whose condition lies in another section.
+
+Two kinds of settings are no errors although they do nothing: values that ask for nothing (null, no frozen steps), and
+what stands in a section that is switched off as a whole, for it waits there until the section is switched on again. The
+switches are rollout.engine, eval.prompts and algorithm.reward_model.enabled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """The situation in which a setting acts.
+
+    holds: is called with the section whose table has the row.
+    words: is called with the section and with where it stands ("algorithm."), and says what is the case instead and
+        what would help, for example "for algorithm.kl_coef=0: drop it, or raise algorithm.kl_coef".
+    """
+
+    holds: Callable[[Any], bool]
+    words: Callable[[Any, str], str]
+
+
+Effects = tuple[tuple[tuple[str, ...], Condition], ...]  # rows of (settings, when they act)
+
+
+@dataclass(frozen=True, slots=True)
+class IdleSetting:
+    """A setting without effect, for example algorithm.top_k_ratio with algorithm.token_weights=threshold."""
+
+    name: str  # the whole path, "algorithm.top_k_ratio"
+    is_given: bool  # its value is not its default; null counts as the default, for it asks for nothing
+    words: str  # why it has no effect, and what would help
+
+
+def choice(setting: str, *values: Any) -> Condition:
+    """The settings of the row act where `setting` has one of these values."""
+
+    def words(section: Any, where: str) -> str:
+        name, fitting = f"{where}{setting}", " or ".join(map(as_yaml, values))
+        return f"for {name}={as_yaml(value_at(section, setting))}: drop it, or set {name} to {fitting}"
+
+    return Condition(lambda section: value_at(section, setting) in values, words)
+
+
+def positive(setting: str) -> Condition:
+    """The settings of the row act where the number `setting` is above zero."""
+
+    def words(_section: Any, where: str) -> str:
+        return f"for {where}{setting}=0: drop it, or raise {where}{setting}"
+
+    return Condition(lambda section: value_at(section, setting) > 0, words)
+
+
+def condition(holds: Callable[[Any], bool], words: str) -> Condition:
+    """A condition in words of its own, which follow "SETTING has no meaning "; {at} in them is where it stands."""
+    return Condition(holds, lambda _section, where: words.replace("{at}", where))
+
+
+def never(words: str) -> Condition:
+    """The settings of the row never act."""
+    return condition(lambda _section: False, words)
+
+
+def value_at(section: Any, path: str) -> Any:
+    """The value of "reward_model.enabled", seen from `section`."""
+    for name in path.split("."):
+        section = getattr(section, name)
+    return section
+
+
+def as_yaml(value: Any) -> str:
+    """The value as one writes it in the file: true, not True."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

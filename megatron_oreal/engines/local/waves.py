@@ -1,0 +1,180 @@
+"""Decodes one wave of requests in lockstep on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
+from megatron_oreal.engines.local.token_sampling import draw_with, seed_tensor, uniforms_of_positions
+from megatron_oreal.types import Int32Array
+
+# Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
+DROP_BELOW = 0.9
+# Tokens between two looks at which rows have finished: on a GPU a look waits for all that was launched.
+TOKENS_BETWEEN_LOOKS = {"cuda": 8, "cpu": 1}
+
+
+class Decoding(Protocol):
+    def advance(self, token_ids: Tensor) -> Tensor:
+        """Appends token_ids [B]; the logits [B, V] of the next ones."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but `rows`, indices into [B]."""
+
+
+class Decoder(Protocol):
+    vocab_size: int
+    parameters: dict[str, Tensor]  # writable, by Hugging Face name
+
+    def bytes_of_row(self, num_tokens: int) -> int:
+        """Device memory of one row while it is decoded to `num_tokens` tokens, its prompt included."""
+
+    def start(
+        self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor, max_length: int | None = None
+    ) -> tuple[Tensor, Decoding]:
+        """Prompts [U, P] padded on the left by num_padding [U], prompt_of_row [B] -> first logits [B, V], decoding.
+
+        max_length: tokens of a row at most, its prompt included.
+        """
+
+
+@dataclass(slots=True, frozen=True)
+class Responses:
+    """Responses cut at their lengths' maximum; what lies beyond a row's length is undefined."""
+
+    token_ids: Tensor  # [N, L] int64
+    rollout_logprobs: Tensor  # [N, L] float32
+    model_logprobs: Tensor  # [N, L] float32
+    lengths: Tensor  # [N] int64
+
+
+NO_RESPONSES = Responses(torch.zeros(0, 0).long(), torch.zeros(0, 0), torch.zeros(0, 0), torch.zeros(0).long())
+
+
+@torch.inference_mode()
+def decode_wave(
+    decoder: Decoder, requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device
+) -> Responses:
+    """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch."""
+    keys = [request.prompt_ids.tobytes() for request in requests]
+    prompts = {key: request.prompt_ids for key, request in zip(keys, requests, strict=True)}
+    row_of_prompt = {key: row for row, key in enumerate(prompts)}
+    prompt_of_row = torch.tensor([row_of_prompt[key] for key in keys], device=device)
+    prompt_ids, num_padding = pad_left(list(prompts.values()), device)
+    rows = Rows.begin(requests, params, device)
+    wave = Responses(
+        token_ids=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.int64, device=device),
+        rollout_logprobs=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.float32, device=device),
+        model_logprobs=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.float32, device=device),
+        lengths=torch.full((len(requests),), params.max_new_tokens, device=device),
+    )  # [L, N] until they are complete
+    max_length = prompt_ids.shape[1] + params.max_new_tokens
+    logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row, max_length)
+    look_every = TOKENS_BETWEEN_LOOKS[device.type]
+    uniform = torch.empty(0, 0)
+    for position in range(params.max_new_tokens):
+        if position % look_every == 0:
+            count = min(look_every, params.max_new_tokens - position)
+            uniform = uniforms_of_positions(rows.seeds, position, count)
+        draws = draw_with(logits, uniform[position % look_every], params)
+        next_ids = draws.token_ids
+        wave.token_ids[position].index_copy_(0, rows.numbers, next_ids)
+        wave.rollout_logprobs[position].index_copy_(0, rows.numbers, draws.rollout_logprobs)
+        wave.model_logprobs[position].index_copy_(0, rows.numbers, draws.model_logprobs)
+        if params.stop_token_ids:
+            rows.stop(next_ids, position)
+            if (position + 1) % look_every == 0:
+                kept = rows.live()
+                if len(kept) == 0:
+                    break
+                if len(kept) <= DROP_BELOW * len(rows.numbers):
+                    kept = kept.to(device, non_blocking=True)
+                    wave.lengths.index_copy_(0, rows.numbers, rows.lengths)
+                    rows, next_ids = rows.only(kept), next_ids.index_select(0, kept)
+                    decoding.keep(kept)
+        if position + 1 < params.max_new_tokens:
+            logits = decoding.advance(next_ids)
+    wave.lengths.index_copy_(0, rows.numbers, rows.lengths)
+    longest = int(wave.lengths.max())
+    return Responses(
+        token_ids=wave.token_ids[:longest].T,
+        rollout_logprobs=wave.rollout_logprobs[:longest].T,
+        model_logprobs=wave.model_logprobs[:longest].T,
+        lengths=wave.lengths,
+    )
+
+
+@dataclass(slots=True, frozen=True)
+class Rows:
+    """The rows that are decoded: B of the N of a wave. Rows that have stopped stay until the next look."""
+
+    numbers: Tensor  # [B] int64, rising indices into [N]
+    seeds: Tensor  # [B] int64
+    lengths: Tensor  # [B] int64: of the response, with its stop token; the longest allowed until there is one
+    is_live: Tensor  # [B] bool
+    stop_ids: Tensor  # int64
+
+    @staticmethod
+    def begin(requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device) -> Rows:
+        return Rows(
+            numbers=torch.arange(len(requests), device=device),
+            seeds=seed_tensor([request.seed for request in requests], device),
+            lengths=torch.full((len(requests),), params.max_new_tokens, device=device),
+            is_live=torch.ones(len(requests), dtype=torch.bool, device=device),
+            stop_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
+        )
+
+    def stop(self, token_ids: Tensor, position: int) -> None:
+        """Notes which rows end with the token at `position`; does not wait for the device."""
+        has_stopped = (token_ids[:, None] == self.stop_ids).any(dim=1).logical_and_(self.is_live)
+        self.lengths.masked_fill_(has_stopped, position + 1)
+        self.is_live.logical_and_(~has_stopped)
+
+    def live(self) -> Tensor:
+        """Indices into [B] of the rows that go on, on the host: waits for the device."""
+        return self.is_live.cpu().nonzero()[:, 0]
+
+    def only(self, kept: Tensor) -> Rows:
+        """kept: rising indices into [B]."""
+        return Rows(
+            numbers=self.numbers.index_select(0, kept),
+            seeds=self.seeds.index_select(0, kept),
+            lengths=self.lengths.index_select(0, kept),
+            is_live=self.is_live.index_select(0, kept),
+            stop_ids=self.stop_ids,
+        )
+
+
+def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [U, P] with zeros before the shorter prompts, and the number of these zeros [U]."""
+    length = max(map(len, prompts))
+    padded = np.zeros((len(prompts), length), dtype=np.int64)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    num_padding = [length - len(prompt) for prompt in prompts]
+    return torch.from_numpy(padded).to(device), torch.tensor(num_padding, device=device)
+
+
+def to_generations(responses: Responses, params: SamplingParams) -> list[Generation]:
+    """Raises FloatingPointError when a log-prob is not finite: the model is broken, its samples are noise."""
+    is_generated = (
+        torch.arange(responses.token_ids.shape[1], device=responses.lengths.device) < responses.lengths[:, None]
+    )
+    if not (responses.model_logprobs.isfinite() | ~is_generated).all():
+        raise FloatingPointError("the model's logits are not finite: the weights are broken")
+    token_ids = responses.token_ids.int().cpu().numpy()
+    rollout, model = responses.rollout_logprobs.cpu().numpy(), responses.model_logprobs.cpu().numpy()
+    generations = []
+    for row, length in enumerate(responses.lengths.tolist()):
+        # Copies, so that the padded arrays of all rows can be freed.
+        ids = token_ids[row, :length].copy()
+        logprobs = rollout[row, :length].copy(), model[row, :length].copy()
+        stopped = length > 0 and int(ids[-1]) in params.stop_token_ids
+        generations.append(Generation(ids, *logprobs, finish_reason="stop" if stopped else "length"))
+    return generations

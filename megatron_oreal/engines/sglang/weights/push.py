@@ -1,0 +1,113 @@
+"""Pushes weights to all servers that can be reached, and once more to the others when one of them fails meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, SglangClient
+from megatron_oreal.engines.sglang.endpoints import Endpoint
+from megatron_oreal.engines.sglang.server_pool import (
+    CONTROL_SECONDS,
+    POLL_SECONDS,
+    Server,
+    ServerPool,
+    abort_stale_requests,
+)
+from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
+from megatron_oreal.engines.sglang.weights.transport import WeightTransport, clients_of_rank, raise_push_failure
+from megatron_oreal.parallel.collectives import broadcast_object
+from megatron_oreal.weights.stream_filters import Stream
+
+MAX_PUSHES = 3  # of the same weights, each without the servers that made the push before it fail
+
+
+class WeightPusher:
+    """One trainer rank's part in the pushes. The first rank has the pool of servers; the other ranks' pool is empty.
+
+    The main thread calls `push` and `close`; what they ask of the servers runs on the event loop.
+    """
+
+    def __init__(self, pool: ServerPool, transport: WeightTransport, thread: EventLoopThread, rank: int) -> None:
+        self.pool, self.transport, self.thread = pool, transport, thread
+        self.rank, self.is_main = rank, rank == 0
+        self.sender_clients: dict[Endpoint, SglangClient] = {}  # of this rank's servers; empty on the first rank
+
+    def push(self, stream: Stream, version: int) -> None:
+        """Collective. Raises WeightSyncError on every rank when no server is left, or after MAX_PUSHES failures."""
+        for attempt in range(1, MAX_PUSHES + 1):
+            servers = self.thread.run(self._reachable_servers())
+            failure = None
+            if self.is_main and not servers:
+                failure = WeightSyncError(f"no SGLang server is left; {self.pool.failure_reasons()}")
+            raise_push_failure(failure, f"weights of version {version}: ")
+            for client in self.pool.pop_dead():
+                self.transport.forget(client)
+            try:
+                self.transport.push(stream, version, self._clients_of_this_rank(servers))
+            except WeightSyncError as error:
+                if attempt == MAX_PUSHES or not error.urls:
+                    raise
+                self.thread.run(self._mark_all_dead(error))
+            else:
+                self.thread.run(self._mark_current(servers))
+                return
+
+    def _clients_of_this_rank(self, servers: Sequence[Server]) -> list[SglangClient]:
+        """Collective. The first rank names the reachable servers; the first `weight_senders` ranks share them out."""
+        clients = {server.client.endpoint: server.client for server in servers}
+        endpoints = broadcast_object(list(clients))
+        mine = clients_of_rank(endpoints, self.rank, self.pool.config.weight_senders)
+        if self.is_main:
+            return [clients[endpoint] for endpoint in mine]
+        for endpoint in self.sender_clients.keys() - {*endpoints}:  # this server has died
+            client = self.sender_clients.pop(endpoint)
+            self.transport.forget(client)
+            self.thread.run(client.close())
+        return [self.sender_clients.setdefault(endpoint, SglangClient(endpoint)) for endpoint in mine]
+
+    async def _reachable_servers(self) -> list[Server]:
+        """Returns the servers that answer; it waits only when every server that is not dead is being started.
+
+        A server that counted as dead is asked too, because somebody may have started it again.
+        """
+        deadline = time.monotonic() + self.pool.config.start_timeout_seconds
+        while {server.state for server in self.pool.servers} <= {"dead", "restarting"} and time.monotonic() < deadline:
+            if not any(server.state == "restarting" for server in self.pool.servers):
+                break
+            await asyncio.sleep(POLL_SECONDS)
+
+        async def is_reachable(server: Server) -> bool:
+            try:
+                await server.client.get("/model_info", CONTROL_SECONDS)
+                await abort_stale_requests(server)
+            except ServerError as error:
+                if server.state in ("living", "stale"):
+                    self.pool.mark_dead(server, str(error))
+                return False
+            return True
+
+        asked = [server for server in self.pool.servers if server.state != "restarting"]
+        answers = await asyncio.gather(*map(is_reachable, asked))
+        return [server for server, answer in zip(asked, answers, strict=True) if answer]
+
+    async def _mark_all_dead(self, error: WeightSyncError) -> None:
+        for server in self.pool.servers:
+            if server.client.endpoint.url in error.urls and server.state in ("living", "stale"):
+                self.pool.mark_dead(server, str(error))
+
+    async def _mark_current(self, servers: Sequence[Server]) -> None:
+        """`servers` have received the new weights: they generate from now on, and no others do."""
+        self.pool.has_new_weights = True
+        for server in self.pool.servers:
+            if server in servers and server.state != "restarting":
+                server.state, server.num_failures, server.num_missed = "living", 0, 0
+            elif server.state == "living":
+                server.state = "stale"
+        self.pool.dispatch()
+
+    def close(self) -> None:
+        self.transport.close()
+        for client in self.sender_clients.values():
+            self.thread.run(client.close())

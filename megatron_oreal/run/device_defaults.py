@@ -1,0 +1,122 @@
+"""What `auto` in a configuration becomes on this device, and one line that says what is on.
+
+recompute is chosen by an estimate of the memory: weights, gradients and optimizer states of all models of the run, the
+local engine's copy, and the activations of one micro-batch. The estimate of activations counts the tensors that a layer
+keeps for its backward pass in bfloat16, with fused attention and SwiGLU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig, data_parallel_size
+from megatron_oreal.models.build import resolved_for
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.weights.families import Architecture
+
+AnyConfig = TypeVar("AnyConfig", TrainConfig, SftConfig, EvalRunConfig)
+USABLE_SHARE = 0.85  # of the GPU's memory; the rest is for CUDA's context, NCCL, generation's cache and fragments
+HEAD_BYTES = 3 * 2**30  # of linear_logprob's tiles, and of the largest temporaries of an update
+
+
+def with_device_defaults(config: AnyConfig, architecture: Architecture) -> AnyConfig:
+    """The configuration without `auto` in model.dtype, model.recompute and deterministic."""
+    on_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if on_cuda else "cpu")
+    model = config.model
+    if on_cuda and model.recompute == "auto" and not isinstance(config, EvalRunConfig):
+        total = torch.cuda.get_device_properties(device).total_memory
+        recompute = fitting_recompute(estimate(config, architecture), int(USABLE_SHARE * total))
+        model = model.model_copy(update={"recompute": recompute})
+    deterministic = not on_cuda if config.deterministic == "auto" else config.deterministic
+    return config.model_copy(update={"model": resolved_for(model, device), "deterministic": deterministic})
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one GPU."""
+
+    states: int  # always there: weights, gradients, optimizer states, the local engine
+    activations: int  # of one micro-batch, without recompute
+    mlp_activations: int  # the part of them that lies in the MLPs
+    one_layer: int  # of a layer, at the time it is computed again
+
+
+def fitting_recompute(memory: Memory, usable_bytes: int) -> str:
+    """The first of none, selective (the MLPs) and full whose need fits."""
+    free = usable_bytes - memory.states - HEAD_BYTES
+    if memory.activations <= free:
+        return "none"
+    return "selective" if memory.activations - memory.mlp_activations + memory.one_layer <= free else "full"
+
+
+def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Memory:
+    parallel = config.parallel
+    model_size = parallel.tensor * parallel.pipeline
+    num_parameters = parameter_count(architecture)
+    item = 4 if config.model.dtype == "float32" else 2
+    num_trained, num_frozen = model_counts(config)
+    shard = data_parallel_size(parallel)  # of optimizer states
+    trained_bytes = (item + 4) + (12 if item == 2 else 8) / shard
+    states = num_parameters / model_size * (num_trained * trained_bytes + num_frozen * item)
+    if config.rollout.engine == "local":
+        states += item * num_parameters
+    shape = architecture
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    experts = shape.experts
+    width = experts.intermediate_size * experts.num_per_token if experts else shape.intermediate_size
+    norm = 2 * 4 * shape.hidden_size  # some releases of torch keep its input and result in float32
+    # Input, its norm, attention's input and output; queries, keys and values before and after rotation.
+    attention = item * (4 * shape.hidden_size + 2 * heads) + norm
+    # Input and its norm; gate and up, and their product.
+    mlp = item * (2 * shape.hidden_size + 3 * width) + norm
+    # Without sequence parallelism the tensor-parallel ranks keep the whole of some tensors: counted as all of them.
+    share = parallel.tensor if parallel.sequence else 1
+    a_layer = parallel.microbatch_tokens * (attention + mlp) / share
+    # A pipeline's first stage keeps as many micro-batches as there are stages: together as much as all layers.
+    return Memory(
+        states=int(states),
+        activations=int(shape.num_layers * a_layer),
+        mlp_activations=int(shape.num_layers * parallel.microbatch_tokens * mlp / share),
+        one_layer=int(a_layer),
+    )
+
+
+def parameter_count(architecture: Architecture) -> int:
+    shape, experts = architecture, architecture.experts
+    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
+    mlp = 3 * shape.hidden_size * shape.intermediate_size
+    if experts:
+        mlp = 3 * shape.hidden_size * experts.intermediate_size * experts.count
+    vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+    return shape.num_layers * (attention + mlp) + vocabulary
+
+
+def model_counts(config: TrainConfig | SftConfig) -> tuple[int, int]:
+    """(models that learn, frozen models), at most."""
+    if isinstance(config, SftConfig):
+        return 1, 0
+    return 1 + len(config.algorithm.scalar_models), int(config.algorithm.uses_reference)
+
+
+def describe(config: TrainConfig | SftConfig, model: TrainableModel) -> str:
+    """One line: what was chosen for this device, of `auto` and by the settings."""
+    layout, megatron, training = model.layout, model.megatron_config, model.training
+    parts = [
+        str(config.model.dtype),
+        f"recompute {config.model.recompute}",
+        f"{'Transformer Engine' if model.transformer_engine else 'local'} layers",
+        f"deterministic {'updates' if config.deterministic else 'off'}",
+    ]
+    switches = {
+        "fused SwiGLU": megatron.bias_activation_fusion,
+        "fused rotary embedding": megatron.apply_rope_fusion,
+        "fused weight gradients": megatron.gradient_accumulation_fusion,
+        "sharded optimizer": training is not None and training.is_sharded,
+        "overlapped gradient reduction": training is not None and training.overlaps_reduction,
+    }
+    parts += [name for name, is_on in switches.items() if is_on]
+    return f"{layout.device.type}: {', '.join(parts)}"

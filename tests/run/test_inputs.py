@@ -1,0 +1,169 @@
+"""Which folder of an earlier run may be continued: config.yaml of the run, perhaps of an older version, is compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_oreal.config import SftConfig, TrainConfig, to_yaml
+from megatron_oreal.run.inputs import check_initial_weights, check_run_dir
+
+PPO = {"name": "ppo", "critic": {"optimizer": {"lr": 5e-6}}}
+OUTCOME = {"name": "outcome", "objective": "rloo"}
+# What `reward_model` and `critic` of the resolved configuration held when they stood at its top.
+OLD_REWARD_MODEL = {
+    "optimizer": {"lr": 1e-6, "decay": "constant"},
+    "updates_per_step": 1,
+    "enabled": True,
+    "path": None,
+}
+OLD_CRITIC = {"optimizer": {"lr": 1e-6}, "updates_per_step": 1, "path": None, "head_init": "zero"}
+
+
+def configured(folder: Path, **settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {"run_dir": folder, "num_steps": 3, "model": {"path": "m"}, "data": {"prompts": "p"}} | settings
+    )
+
+
+def begin(config: TrainConfig | SftConfig, change: Any = None) -> dict[str, Any]:
+    """Writes config.yaml as a run does; `change` turns it into that of an older version."""
+    settings: dict[str, Any] = yaml.safe_load(to_yaml(config))
+    if change is not None:
+        settings = change(settings) or settings
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    return settings
+
+
+def refusal(config: TrainConfig | SftConfig) -> str:
+    with pytest.raises(ValueError) as raised:
+        check_run_dir(config)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def at_the_top(settings: dict[str, Any]) -> dict[str, Any]:
+    """The places of revisions whose reward_model and critic were sections of every run."""
+    algorithm = dict(settings["algorithm"])
+    reward_model = algorithm.pop("reward_model", OLD_REWARD_MODEL)
+    critic = OLD_CRITIC | algorithm.pop("critic", {})
+    return settings | {"algorithm": algorithm, "reward_model": reward_model, "critic": critic}
+
+
+@pytest.mark.parametrize("algorithm", [{}, PPO, OUTCOME], ids=["oreal", "ppo", "outcome"])
+def test_the_same_configuration_resumes(tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    config = configured(tmp_path, algorithm=algorithm)
+    begin(config)
+    check_run_dir(config)
+    begin(config, at_the_top)
+    check_run_dir(config)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "difference"),
+    [
+        (
+            {"reward_model": {"optimizer": {"lr": 2e-6}}},
+            "reward_model",
+            "algorithm.reward_model.optimizer.lr: 1e-06 ->",
+        ),
+        (PPO, "critic", "algorithm.critic.optimizer.lr: 1e-06 -> 5e-06"),
+    ],
+)
+def test_a_change_in_a_section_that_moved_is_seen(
+    tmp_path: Path, algorithm: dict[str, Any], name: str, difference: str
+) -> None:
+    config = configured(tmp_path, algorithm=algorithm)
+    begin(config, lambda settings: at_the_top(settings) | {name: OLD_CRITIC if name == "critic" else OLD_REWARD_MODEL})
+    assert f"belongs to another configuration ({difference}" in refusal(config)
+
+
+def test_a_setting_that_did_not_exist_has_its_default(tmp_path: Path) -> None:
+    def older(settings: dict[str, Any]) -> None:
+        del settings["model"]["head_fp8"], settings["rollout"]["importance_cap"], settings["parallel"]
+        del settings["eval"], settings["algorithm"]["reward_model"]["path"], settings["policy"]["optimizer"]["eps"]
+
+    config = configured(tmp_path)
+    begin(config, older)
+    check_run_dir(config)
+    changed = configured(tmp_path, parallel={"tensor": 2}, policy={"optimizer": {"eps": 1e-6}})
+    message = refusal(changed)
+    assert "(parallel.tensor: 1 -> 2; policy.optimizer.eps: 1e-08 -> 1e-06); choose another run_dir" in message
+    with_prompts = configured(tmp_path, eval={"prompts": {"a": "a.jsonl"}})
+    assert "(eval.prompts.a: None -> 'a.jsonl')" in refusal(with_prompts)
+
+
+def test_the_default_of_a_missing_choice_is_the_presets(tmp_path: Path) -> None:
+    def older(settings: dict[str, Any]) -> None:
+        del settings["algorithm"]["score_position"]
+
+    begin(configured(tmp_path, algorithm={"preset": "paper"}), older)
+    check_run_dir(configured(tmp_path, algorithm={"preset": "paper"}))
+    message = refusal(configured(tmp_path, algorithm={"preset": "paper", "score_position": "before"}))
+    assert "(algorithm.score_position: 'at' -> 'before')" in message
+
+
+def test_a_missing_setting_without_a_default_is_a_difference(tmp_path: Path) -> None:
+    def older(settings: dict[str, Any]) -> None:
+        del settings["data"]["prompts"]
+
+    config = configured(tmp_path)
+    begin(config, older)
+    assert "(data.prompts: None -> 'p')" in refusal(config)
+    (tmp_path / "config.yaml").write_text("")
+    assert "data.prompts: None -> 'p'; model.path: None -> 'm'" in refusal(config)
+
+
+def test_a_setting_that_no_longer_exists_is_a_difference(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    begin(config, lambda settings: settings | {"curriculum": {"stages": 3}})
+    assert "(curriculum.stages: 3 -> None)" in refusal(config)
+
+
+def test_settings_without_effect_may_be_dropped(tmp_path: Path) -> None:
+    """An older version accepted and ignored them; now they have to leave the file, and the run goes on."""
+
+    def older(settings: dict[str, Any]) -> dict[str, Any]:
+        settings["policy"] |= {"updates_per_step": 4}
+        settings["policy"]["optimizer"] |= {"min_lr": 1e-7}
+        settings["rollout"] |= {"draw_rounds": 3, "importance_cap": 5.0}
+        settings["algorithm"]["critic"] |= {"updates_per_step": 7}
+        return at_the_top(settings)
+
+    config = configured(tmp_path, algorithm=PPO)
+    begin(config, older)
+    check_run_dir(config)
+    busy = configured(tmp_path, algorithm={"name": "outcome"})
+    assert "policy.updates_per_step: 4 -> 1" in refusal(busy)
+
+
+def test_supervised_runs_resume_too(tmp_path: Path) -> None:
+    def older(settings: dict[str, Any]) -> None:
+        del settings["data"]["max_tokens"], settings["rollout"]["stop_strings"]
+
+    settings = {"run_dir": tmp_path, "num_steps": 3, "model": {"path": "m"}, "data": {"examples": "e"}}
+    config = SftConfig.model_validate(settings)
+    begin(config, older)
+    check_run_dir(config)
+
+
+def test_a_longer_cosine_is_another_schedule_where_it_stands_now(tmp_path: Path) -> None:
+    cosine = {"reward_model": {"optimizer": {"decay": "cosine"}}}
+    begin(configured(tmp_path, algorithm=cosine), at_the_top)
+    longer = configured(tmp_path, algorithm=cosine, num_steps=4)
+    assert "(num_steps: 3 -> 4)" in refusal(longer)
+
+
+@pytest.mark.parametrize("name", ["reward_model", "critic"])
+def test_initial_weights_of_another_model_are_named_with_their_section(tmp_path: Path, name: str) -> None:
+    algorithm = {"name": "oreal" if name == "reward_model" else "ppo", name: {"path": str(tmp_path)}}
+    config = configured(tmp_path, algorithm=algorithm)
+    with pytest.raises(
+        ValueError, match=rf"^algorithm\.{name}\.path: .* is not a Hugging Face directory of the policy's"
+    ):
+        check_initial_weights(config, architecture=None)  # type: ignore[arg-type]
+    check_initial_weights(configured(tmp_path, algorithm={"name": "outcome"}), architecture=None)  # type: ignore[arg-type]
