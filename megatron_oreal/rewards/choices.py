@@ -24,7 +24,9 @@ WITH_REST = re.compile(
 # A and I are words too.
 TEXT_WITH_LETTER = re.compile(r"\\text\{(?P<letter>[B-H]) (?P<rest>[^{}]+)\}(?P<more>.*)", re.DOTALL)
 ANOTHER_LABEL = re.compile(
-    r"(?<![A-Za-z\\_])[A-J](?![A-Za-z'])|\\text\{(?:[^{}]* )?(?:or|and|not|either|maybe|both|neither)(?: [^{}]*)?\}"
+    r"(?<![A-Za-z\\_])[A-J](?![A-Za-z'])"
+    r"|(?<![a-zA-Z])(?:or|not|either|neither|maybe|perhaps|probably|possibly|unlikely|wrong|incorrect|false|unless|except)"
+    r"(?![a-zA-Z])"
 )
 
 

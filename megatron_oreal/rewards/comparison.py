@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from megatron_oreal.rewards.algebra_needed import NO_ALGEBRA, Algebra
 from megatron_oreal.rewards.choices import compare_choices
 from megatron_oreal.rewards.form_types import (
+    Approximated,
     Assignment,
     Collection,
     Congruence,
@@ -94,6 +95,10 @@ def rename(text: str, old: str, new: str) -> str:
 
 
 def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
+    if isinstance(reference, Approximated):
+        return same_form(prediction, reference.exact, algebra)
+    if isinstance(prediction, Approximated):
+        return is_close(prediction, algebra) and same_form(prediction.exact, reference, algebra)
     if isinstance(prediction, Measured) or isinstance(reference, Measured):
         return same_measure(prediction, reference, algebra)
     prediction, reference = without_declarations(prediction, reference)
@@ -116,6 +121,20 @@ def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
     if isinstance(prediction, Congruence) and isinstance(reference, Congruence):
         return same_congruence(prediction, reference, algebra)
     return prediction == reference
+
+
+def is_close(form: Approximated, algebra: Algebra) -> bool:
+    """Whether the approximation is one: within a twentieth, where both are numbers."""
+    exact = form.exact
+    while isinstance(exact, (Assignment, Measured)):
+        exact = exact.values[-1] if isinstance(exact, Assignment) else exact.value
+    approximation = parse_form(form.approximation)
+    if isinstance(approximation, Measured):
+        approximation = approximation.value
+    if not isinstance(exact, Scalar) or not isinstance(approximation, Scalar):
+        return False
+    value, rounded = algebra.order_key(exact.text), algebra.order_key(approximation.text)
+    return value is not None and rounded is not None and abs(value - rounded) <= abs(value) / 20
 
 
 def same_congruence(prediction: Congruence, reference: Congruence, algebra: Algebra) -> bool:

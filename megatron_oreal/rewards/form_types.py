@@ -75,6 +75,14 @@ class Measured:
 
 
 @dataclass(slots=True, frozen=True)
+class Approximated:
+    r"""`\\sqrt{2} \\approx 1.41`: the exact value counts."""
+
+    exact: Form
+    approximation: str
+
+
+@dataclass(slots=True, frozen=True)
 class Ratio:
     parts: tuple[str, ...]
 
@@ -103,6 +111,7 @@ Form: TypeAlias = (
     | Region
     | Declaration
     | Measured
+    | Approximated
     | Ratio
     | Congruence
     | Table

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from megatron_oreal.rewards.form_types import (
     INFINITE,
+    Approximated,
     Assignment,
     Collection,
     Congruence,
@@ -225,9 +226,7 @@ def parse_relation(text: str) -> Form | None:
     if not signs:
         return None
     if r"\approx" in signs:
-        operands, signs = cut_approximation(operands, signs)
-        if not signs:
-            return parse_form(operands[0])
+        return parse_approximation(text, operands, signs)
     if not all(operands):
         return None
     if r"\equiv" in signs:
@@ -242,12 +241,13 @@ def parse_relation(text: str) -> Form | None:
     return parse_inequality(operands, signs)
 
 
-def cut_approximation(operands: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
-    r"""`x = \sqrt2` for `x = \sqrt2 \approx 1.41`; `x = 1.41` for `x \approx 1.41`."""
+def parse_approximation(text: str, operands: list[str], signs: list[str]) -> Form | None:
+    r"""`x = \sqrt2 \approx 1.41`; `x \approx 1.41` is `x = 1.41`."""
     place = signs.index(r"\approx")
-    if place == 0 and is_name(operands[0]):
-        return [operands[0], operands[1]], ["="]
-    return operands[: place + 1], signs[:place]
+    if place == 0 and is_name(operands[0]) and len(operands) == 2:
+        return parse_equations(operands)
+    exact, _, approximation = text.partition(r"\approx")
+    return Approximated(parse_form(exact), approximation.strip()) if exact.strip() else None
 
 
 def parse_membership(left: str, right: str) -> Form | None:

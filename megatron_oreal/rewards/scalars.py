@@ -39,7 +39,9 @@ def same_scalar(prediction: str, reference: str, algebra: Algebra) -> bool:
     numerals = BASED_NUMERAL.fullmatch(prediction), BASED_NUMERAL.fullmatch(reference)
     if numerals[0] and numerals[1]:
         bases = {found["base"] or found["braced_base"] for found in numerals if found} - {None}
-        return numerals[0]["digits"] == numerals[1]["digits"] and len(bases) < 2
+        digits = numerals[1]["digits"]
+        is_numeral = all(int(digit, 16) < int(base) for digit in digits for base in bases if base)
+        return numerals[0]["digits"] == digits and len(bases) < 2 and is_numeral
     words = same_word(prediction, reference)
     if words is not None:
         return words

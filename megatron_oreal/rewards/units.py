@@ -174,6 +174,9 @@ def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:
         end = found.end()
         if found["slash"]:
             sign = -1
+        elif found["dot"]:
+            if text[end:].lstrip()[:5] != r"\text":
+                raise NotAUnit
         elif found["degree"]:
             factors.append(("degree", 1))
         elif exponent := (found["digit"] or found["exponent"]):

@@ -11,7 +11,7 @@ def matrix_of_sums(exponent: str) -> str:
 # Symbolic powers that only math-verify reads, for some twenty seconds; either alone is read at once.
 ENDLESS, ENDLESS_ANSWER = matrix_of_sums("^{99}"), matrix_of_sums("^{98}")
 # What our parser refuses and math-verify's takes seconds to read.
-SLOW_REFERENCE = "x_" * 480 + "x"
+SLOW_REFERENCE = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2 " + "x_" * 460 + "x"
 
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
 HOSTILE_ANSWERS = [
