@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 from megatron_oreal.rewards import equality
 from megatron_oreal.rewards.expression import NotAnExpression, difference, parse_expression
 
+UNREAD = re.compile(r"\\text|\\[lcdv]?dots|'|\?")  # what math-verify leaves out
 Fallback = Callable[[str, str], bool]  # (prediction, reference), LaTeX
 
 
@@ -22,16 +24,16 @@ class ExactAlgebra:
         try:
             return equality.are_equal(prediction, reference)
         except NotAnExpression:
-            return self.fallback is not None and self.fallback(prediction, reference)
+            # Only matrices: whatever else we do not read may be anything.
+            has_matrix = all(r"\begin" in text and not UNREAD.search(text) for text in (prediction, reference))
+            return has_matrix and self.fallback is not None and self.fallback(prediction, reference)
 
     def equations_agree(self, prediction: tuple[str, str], reference: tuple[str, str], same_sign: bool) -> bool:
         try:
             one = difference(*equality.parse_alike(*prediction))
             other = difference(*equality.parse_alike(*reference))
         except NotAnExpression:
-            return (
-                self.fallback is not None and not same_sign and self.fallback("=".join(prediction), "=".join(reference))
-            )
+            return False
         ratio = equality.constant_ratio(one, other)
         return ratio == "positive" if same_sign else ratio is not None
 

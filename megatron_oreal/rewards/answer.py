@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_oreal.rewards.choices import parse_choice
 from megatron_oreal.rewards.equality import short_value
-from megatron_oreal.rewards.forms import Assignment, Collection, Form, Measured, Scalar, parse_form
+from megatron_oreal.rewards.form_types import Assignment, Collection, Form, Measured, Scalar
+from megatron_oreal.rewards.forms import parse_form
 from megatron_oreal.rewards.spelling import normalize, without_spaces
 from megatron_oreal.rewards.words import as_word
 

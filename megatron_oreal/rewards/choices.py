@@ -12,6 +12,7 @@ ENCLOSED = r"[(\[]? ?(?:\\text\{ ?(?P<word>[A-Ja-j]) ?\}|\{?(?P<letter>[A-Ja-j])
 SINGLE = re.compile(rf"{INTRODUCTION}{ENCLOSED}")
 INTRODUCED_WORD = re.compile(
     r"\\text\{(?:[Tt]he )?(?:[Cc]orrect )?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)(?: is)? (?P<letter>[A-J])\}"
+    r"[.:]? ?(?P<rest>.*)"
 )
 # A label with something behind it; the mark or the space shows that it is no factor.
 WITH_REST = re.compile(
@@ -20,9 +21,12 @@ WITH_REST = re.compile(
     r"|\\text\{ ?(?P<e>[A-J]) ?\}|(?P<f>[A-J])(?= )) ?(?P<rest>.+)",
     re.DOTALL,
 )
-TEXT_WITH_LETTER = re.compile(r"\\text\{(?P<letter>[A-J]) (?P<rest>[^{}]+)\}(?P<more>.*)", re.DOTALL)
+# A and I are words too.
+TEXT_WITH_LETTER = re.compile(r"\\text\{(?P<letter>[B-H]) (?P<rest>[^{}]+)\}(?P<more>.*)", re.DOTALL)
 ANOTHER_LABEL = re.compile(
-    r"(?<![A-Za-z\\_])[A-J](?![A-Za-z'])|\\text\{(?:[^{}]* )?(?:or|and|not|either|maybe|both|neither)(?: [^{}]*)?\}"
+    r"(?<![A-Za-z\\_])[A-J](?![A-Za-z'])"
+    r"|(?<![a-zA-Z])(?:or|not|either|neither|maybe|perhaps|probably|possibly|unlikely|wrong|incorrect|false|unless|except)"
+    r"(?![a-zA-Z])"
 )
 
 
@@ -37,7 +41,7 @@ def parse_choice(text: str) -> Choice | None:
     if found := SINGLE.fullmatch(text):
         return Choice((found["word"] or found["letter"]).upper(), "")
     if found := INTRODUCED_WORD.fullmatch(text):
-        return Choice(found["letter"], "")
+        return Choice(found["letter"], found["rest"].strip())
     if found := WITH_REST.fullmatch(text):
         label = next(found[name] for name in "abcdef" if found[name])
         return Choice(label, found["rest"].strip())
@@ -75,6 +79,9 @@ def compare_choices(prediction: str, reference: str) -> bool | tuple[str, str] |
         # Options in the order of the alphabet are a set of them; any other order is meant.
         is_set = list(expected_labels) == sorted(expected_labels)
         return sorted(labels) == list(expected_labels) if is_set else labels == expected_labels
+    labels = parse_labels(prediction)
+    if labels is not None and reference == "".join(labels):
+        return True
     expected = parse_choice(reference)
     chosen = parse_choice(prediction)
     if expected is not None and is_label(reference):

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from megatron_oreal.rewards.algebra_needed import NO_ALGEBRA, Algebra
 from megatron_oreal.rewards.choices import compare_choices
-from megatron_oreal.rewards.forms import (
+from megatron_oreal.rewards.form_types import (
+    Approximated,
     Assignment,
     Collection,
     Congruence,
@@ -24,11 +25,11 @@ from megatron_oreal.rewards.forms import (
     Region,
     Scalar,
     Table,
-    parse_form,
 )
+from megatron_oreal.rewards.forms import parse_form
 from megatron_oreal.rewards.intervals import as_region, canonical_intervals
 from megatron_oreal.rewards.plain_numbers import parse_number, spell_out_eulers_number
-from megatron_oreal.rewards.scalars import angles, same_scalar, spelled_alike
+from megatron_oreal.rewards.scalars import angles, same_scalar, spelled_alike, split_plain_unit
 from megatron_oreal.rewards.spelling import without_spaces
 from megatron_oreal.rewards.units import units_agree
 from megatron_oreal.rewards.words import as_word
@@ -94,6 +95,10 @@ def rename(text: str, old: str, new: str) -> str:
 
 
 def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
+    if isinstance(reference, Approximated):
+        return same_form(prediction, reference.exact, algebra)
+    if isinstance(prediction, Approximated):
+        return is_close(prediction, algebra) and same_form(prediction.exact, reference, algebra)
     if isinstance(prediction, Measured) or isinstance(reference, Measured):
         return same_measure(prediction, reference, algebra)
     prediction, reference = without_declarations(prediction, reference)
@@ -114,11 +119,34 @@ def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
     if isinstance(prediction, Inequality) and isinstance(reference, Inequality):
         return same_inequality(prediction, reference, algebra)
     if isinstance(prediction, Congruence) and isinstance(reference, Congruence):
-        return all(
-            same_text(getattr(prediction, part), getattr(reference, part), algebra)
-            for part in ("left", "modulus", "residue")
-        )
+        return same_congruence(prediction, reference, algebra)
     return prediction == reference
+
+
+def is_close(form: Approximated, algebra: Algebra) -> bool:
+    """Whether the approximation is one: within a twentieth, where both are numbers."""
+    exact = form.exact
+    while isinstance(exact, (Assignment, Measured)):
+        exact = exact.values[-1] if isinstance(exact, Assignment) else exact.value
+    approximation = parse_form(form.approximation)
+    if isinstance(approximation, Measured):
+        approximation = approximation.value
+    if not isinstance(exact, Scalar) or not isinstance(approximation, Scalar):
+        return False
+    value, rounded = algebra.order_key(exact.text), algebra.order_key(approximation.text)
+    return value is not None and rounded is not None and abs(value - rounded) <= abs(value) / 20
+
+
+def same_congruence(prediction: Congruence, reference: Congruence, algebra: Algebra) -> bool:
+    """x = 5 is x = 1 modulo 4; the left side is optional."""
+    if prediction.left and reference.left and not same_text(prediction.left, reference.left, algebra):
+        return False
+    if not same_text(prediction.modulus, reference.modulus, algebra):
+        return False
+    residue, expected, modulus = map(parse_number, (prediction.residue, reference.residue, reference.modulus))
+    if residue is not None and expected is not None and modulus:
+        return (residue - expected) % modulus == 0
+    return same_text(prediction.residue, reference.residue, algebra)
 
 
 def same_text(prediction: str, reference: str, algebra: Algebra) -> bool:
@@ -159,6 +187,9 @@ def same_measure(prediction: Form, reference: Form, algebra: Algebra) -> bool:
         return same_assignment(prediction, reference, algebra)
     if isinstance(reference, Assignment) and unit is not None:
         return same_assignment(prediction, reference, algebra)
+    if unit is None and isinstance(value, Scalar) and isinstance(expected, Scalar):
+        bare, unit = split_plain_unit(value.text, expected.text, expected_unit)
+        value = Scalar(bare)
     if not units_agree(unit, expected_unit):
         return False
     half_day = any(marker in (unit or ()) + (expected_unit or ()) for marker in HALF_DAYS)
@@ -188,18 +219,7 @@ def same_assignment(prediction: Form, reference: Form, algebra: Algebra) -> bool
         return equations_agree(prediction, reference, algebra)
     if isinstance(prediction, Region) and prediction.variable:
         return False
-    if isinstance(prediction, Collection) and all(isinstance(e, Assignment) for e in prediction.elements):
-        names = re.findall(r"[^(), ]+", reference.name)
-        return same_form(prediction, name_elements(reference.values[-1], names), algebra)
     return same_form(prediction, reference.values[-1], algebra)
-
-
-def name_elements(form: Form, names: Sequence[str]) -> Form:
-    """`x = 2, y = 3` for the tuple (2,3) and its names."""
-    if isinstance(form, Collection) and len(form.elements) == len(names):
-        pairs = zip(names, form.elements, strict=True)
-        return Collection("list", tuple(Assignment(name, (element,)) for name, element in pairs))
-    return form
 
 
 def all_agree(values: Sequence[Form], algebra: Algebra) -> bool:
@@ -243,6 +263,8 @@ def same_collection(prediction: Form, reference: Form, algebra: Algebra) -> bool
     if isinstance(reference, Collection):
         return same_alone(prediction, reference, algebra)
     assert isinstance(prediction, Collection)
+    if prediction.kind == "set" and len(prediction.elements) == 1:
+        return same_form(prediction.elements[0], reference, algebra)
     if isinstance(reference, Region):
         return same_region(prediction, reference, algebra)
     if isinstance(reference, Table) and prediction.kind == "tuple" and (column := column_of(reference)) is not None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from mpmath.ctx_mp import MPContext
 
 from megatron_oreal.rewards.evaluation import (
+    CONTEXT,
     FIRST_PRECISION,
     MAX_PRECISION,
     Evaluator,
@@ -30,13 +32,15 @@ from megatron_oreal.rewards.expression import Expression, NotAnExpression, diffe
 AGREEMENT = 100  # bits beyond the range of magnitudes
 NUM_POINTS = 3  # at which expressions with symbols have to agree
 ROUNDED_DECIMALS = 6  # of a decimal reference, which an irrational answer then may round to
-# Values of the symbols, in order of their names: of both signs, below and above one; no pattern a formula could know.
+# Values of the symbols, in order of their names, with the signs below: no pattern that a formula could know.
 POINT_ROWS: tuple[tuple[int, ...], ...] = (
     (1327, 2749, 907, 1873, 3391, 571, 4021, 1549), (2213, 733, 1597, 3019, 419, 2659, 1181, 3733),
-    (-1613, -887, 2311, -3109, 1021, -2467, 653, -1789), (887, -2081, -1321, 547, -3253, 1733, -2903, 461),
-    (3671, 1913, 2837, 4547, 2339, 3947, 5003, 2063), (-479, 1301, -3517, 2287, -1459, -809, 3163, -2131),
+    (1613, 887, 2311, 3109, 1021, 2467, 653, 1789), (887, 2081, 1321, 547, 3253, 1733, 2903, 461),
+    (3671, 1913, 2837, 4547, 2339, 3947, 5003, 2063), (479, 1301, 3517, 2287, 1459, 809, 3163, 2131),
     (5231, 6007, 4793, 5519, 7103, 6361, 4391, 7919), (317, 211, 389, 263, 149, 347, 227, 283),
 )  # fmt: skip
+# Every pair of symbols meets all four combinations of signs.
+SIGN_ROWS = ((1,), (-1,), (1, -1), (-1, 1), (1, 1, -1, -1), (-1, -1, 1, 1), (1, 1, 1, 1, -1, -1, -1, -1), (1,))
 POINT_UNIT = 1009
 WHOLE_ROWS: tuple[tuple[int, ...], ...] = (
     (3, 2, 5, 4, 7, 6, 9, 8),
@@ -90,8 +94,7 @@ def is_rounded(reference: str, prediction: Expression) -> bool:
     value = number_value(prediction)
     if value is None or value.imag:
         return False
-    context = MPContext()
-    context.prec = FIRST_PRECISION
+    context = CONTEXT.at(FIRST_PRECISION)
     exact = Fraction(reference.strip())
     gap = abs(context.mpf(exact.numerator) / exact.denominator - value)
     return bool(gap * 2 <= context.mpf(10) ** -len(found["decimals"]))
@@ -115,34 +118,40 @@ def agree(one: Expression, other: Expression) -> bool:
 
 def is_same_number(one: Expression, other: Expression) -> bool:
     """Errors: Undefined, TooCostly."""
-    (left, right), tolerance = compute_both(one, other, {})
-    return are_close(left, right, tolerance)
+    return are_close(compute_both(one, other, {}))
 
 
-def are_close(left: Value, right: Value, tolerance: Value) -> bool:
+def are_close(values: Values) -> bool:
+    left, right = values.left, values.right
     if not (isfinite(left) and isfinite(right)):
         return bool(left == right)
-    return bool(abs(left - right) <= max(abs(left), abs(right)) * tolerance)
+    return bool(abs(left - right) <= max(abs(left), abs(right)) * values.tolerance)
 
 
 def isfinite(value: Value) -> bool:
     return bool(value.context.isfinite(value.real) and value.context.isfinite(value.imag))
 
 
-def compute_both(
-    one: Expression, other: Expression, environment: Mapping[str, Fraction | complex]
-) -> tuple[tuple[Value, Value], Value]:
-    """Both values and the relative difference that rounding explains. Errors: Undefined, TooCostly."""
+@dataclass(slots=True, frozen=True)
+class Values:
+    left: Value
+    right: Value
+    tolerance: Value  # the relative difference that rounding explains
+    are_real: bool  # and so is every part of the two expressions
+
+
+def compute_both(one: Expression, other: Expression, environment: Mapping[str, Fraction | complex]) -> Values:
+    """Errors: Undefined, TooCostly."""
     precision = FIRST_PRECISION
     while True:
-        context = MPContext()
-        context.prec = precision
+        context = CONTEXT.at(precision)
         evaluator = Evaluator(precision, {name: as_value(context, at) for name, at in environment.items()}, context)
-        values = evaluator.value(one), evaluator.value(other)
+        left, right = evaluator.value(one), evaluator.value(other)
         magnitudes = evaluator.highest - evaluator.lowest
         needed = 4 * magnitudes + 300
         if needed <= precision:
-            return values, context.mpf(2) ** -(2 * magnitudes + AGREEMENT)
+            tolerance = context.mpf(2) ** -(2 * magnitudes + AGREEMENT)
+            return Values(left, right, tolerance, not evaluator.has_left_reals)
         if needed > MAX_PRECISION:
             raise TooCostly("more digits than are computed")
         precision = needed
@@ -158,32 +167,30 @@ def environments(names: Sequence[str], is_imaginary: bool) -> Iterator[dict[str,
     """Points to compare at, the whole numbers last, where the others say nothing: (-1)^n."""
     free = [name for name in names if not (is_imaginary and name == SYMBOL_I)]
     imaginary: dict[str, Fraction | complex] = {SYMBOL_I: 1j} if is_imaginary else {}
-    for row, unit in [(row, POINT_UNIT) for row in POINT_ROWS] + [(row, 1) for row in WHOLE_ROWS]:
+    for row, signs in zip(POINT_ROWS, SIGN_ROWS, strict=True):
         yield imaginary | {
-            name: Fraction(row[place % len(row)] + place // len(row), unit) for place, name in enumerate(free)
+            name: Fraction(signs[place % len(signs)] * (row[place % len(row)] + place // len(row)), POINT_UNIT)
+            for place, name in enumerate(free)
         }
+    for row in WHOLE_ROWS:
+        yield imaginary | {name: Fraction(row[place % len(row)]) for place, name in enumerate(free)}
 
 
 def is_same_function(one: Expression, other: Expression, names: Sequence[str], is_imaginary: bool) -> bool:
-    """Equal at NUM_POINTS points and different at none. Errors: TooCostly."""
+    """Equal at NUM_POINTS points or more and different at none. Errors: TooCostly."""
     num_equal = 0
     for environment in environments(names, is_imaginary):
         try:
-            values, tolerance = compute_both(one, other, environment)
+            values = compute_both(one, other, environment)
         except Undefined:
             continue
-        left, right = values
-        if are_close(left, right, tolerance):
+        if are_close(values):
             num_equal += 1
-        elif is_imaginary or (is_real(left) and is_real(right)):
+        elif is_imaginary or values.are_real:
             return False
-        if num_equal == NUM_POINTS or (num_equal and set(names) <= {SYMBOL_I} and is_imaginary):
+        if num_equal and names == [SYMBOL_I] and is_imaginary:
             return True
-    return False
-
-
-def is_real(value: Value) -> bool:
-    return not value.imag or bool(abs(value.imag) < abs(value.real) * value.context.mpf(2) ** -AGREEMENT)
+    return num_equal >= NUM_POINTS
 
 
 def constant_ratio(one: Expression, other: Expression) -> Ratio:
@@ -198,12 +205,13 @@ def constant_ratio(one: Expression, other: Expression) -> Ratio:
     num_equal = 0
     for environment in environments(names, is_imaginary=False):
         try:
-            (left, right), _ = compute_both(one, other, environment)
+            values = compute_both(one, other, environment)
         except Undefined:
             continue
         except TooCostly:
             return None
-        if not (isfinite(left) and isfinite(right) and is_real(left) and is_real(right)):
+        left, right = values.left, values.right
+        if not (isfinite(left) and isfinite(right) and values.are_real):
             continue
         if not left or not right:
             return None
@@ -247,7 +255,7 @@ def is_zero_function(expression: Expression) -> bool:
     num_zeros = 0
     for environment in environments(names, is_imaginary=False):
         try:
-            (value, _), _ = compute_both(expression, Expression("number"), environment)
+            value = compute_both(expression, Expression("number"), environment).left
         except (Undefined, TooCostly):
             return False
         if abs(value) > 2.0**-AGREEMENT:
@@ -268,7 +276,7 @@ def replace_symbol(expression: Expression, name: str, value: Expression) -> Expr
 def number_value(expression: Expression) -> Value | None:
     """A symbol-free expression's value in floating point; None where there is none."""
     try:
-        (value, _), _ = compute_both(expression, Expression("number"), {})
+        value = compute_both(expression, Expression("number"), {}).left
     except (Undefined, TooCostly):
         return None
     return value
@@ -295,8 +303,7 @@ def short_value(text: str) -> str | None:
             return None
         if (exact := rational(expression)) is not None:
             return f"number {exact.numerator:x}/{exact.denominator:x}"  # hexadecimal has no limit on its length
-        context = MPContext()
-        context.prec = FIRST_PRECISION
+        context = CONTEXT.at(FIRST_PRECISION)
         evaluator = Evaluator(FIRST_PRECISION, {}, context)
         value = evaluator.value(expression)
     except (NotAnExpression, Undefined, TooCostly):

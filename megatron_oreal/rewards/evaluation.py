@@ -6,6 +6,7 @@ Nothing here can run long: exact integers stay below MAX_BITS, precisions below 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -165,6 +166,21 @@ def has_logarithm_without_base(expression: Expression) -> bool:
     return expression.operation == "log" or any(map(has_logarithm_without_base, expression.operands))
 
 
+class ThreadContext(threading.local):
+    """mpmath's state, one for each thread; making one takes longer than most evaluations."""
+
+    def __init__(self) -> None:
+        self.context = MPContext()
+
+    def at(self, precision: int) -> MPContext:
+        """For use until the next call of this."""
+        self.context.prec = precision
+        return self.context
+
+
+CONTEXT = ThreadContext()
+
+
 class Evaluator:
     """Floating-point values at one precision; remembers the largest and smallest magnitudes that it met, in bits."""
 
@@ -173,6 +189,7 @@ class Evaluator:
         self.precision = precision
         self.environment = environment
         self.lowest = self.highest = 0
+        self.has_left_reals = False
 
     def value(self, expression: Expression) -> Value:
         """Errors: Undefined, TooCostly."""
@@ -186,6 +203,7 @@ class Evaluator:
         return result
 
     def note(self, value: Value) -> None:
+        self.has_left_reals = self.has_left_reals or bool(value.imag)
         for part in (value.real, value.imag):
             if not self.context.isfinite(part):
                 if self.context.isnan(part):
@@ -318,6 +336,7 @@ FLOATING: dict[str, Callable[..., Value]] = {
     "lg": lambda context, value: context.ln(value) / context.ln(10),
     "abs": lambda context, value: abs(value),
     "arg": lambda context, value: context.arg(value),
+    "conj": lambda context, value: context.conj(value),
     "Re": lambda context, value: value.real,
     "Im": lambda context, value: value.imag,
     "sgn": real_argument(lambda context, value: context.sign(value)),

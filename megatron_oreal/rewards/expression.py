@@ -355,11 +355,22 @@ class Parser:
             return self.function(name)
         if name in LIST_FUNCTIONS:
             return self.list_function(name)
+        if name in ("overline", "bar") and self.holds_sum():
+            return Expression("conj", (self.argument(),))
         if name in DECORATIONS:
             return Expression("symbol", name=f"{name} {self.raw_argument()}")
         if name in NO_SYMBOLS or len(name) == 1:
             raise NotAnExpression(rf"\{name} is not expected")
         return self.symbol(rf"\{name}")
+
+    def holds_sum(self) -> bool:
+        """Whether the group ahead is a sum, as under the bar of a complex conjugate."""
+        offset = 1
+        while self.peek(offset).text not in ("}", "{", ""):
+            if self.peek(offset).text in ("+", "-"):
+                return self.peek().text == "{"
+            offset += 1
+        return False
 
     def argument(self) -> Expression:
         if self.accept("{"):

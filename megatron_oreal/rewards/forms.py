@@ -8,118 +8,33 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Literal, TypeAlias
 
+from megatron_oreal.rewards.form_types import (
+    INFINITE,
+    Approximated,
+    Assignment,
+    Collection,
+    Congruence,
+    Declaration,
+    Equation,
+    Form,
+    Inequality,
+    Interval,
+    Measured,
+    Ratio,
+    Region,
+    Scalar,
+    Table,
+)
 from megatron_oreal.rewards.plain_numbers import parse_number
-from megatron_oreal.rewards.spelling import TEXT, remove_outer_braces
+from megatron_oreal.rewards.spelling import TEXT, meaning_of, remove_outer_braces
 from megatron_oreal.rewards.units import Factors, parse_quantity
 
 MAX_ELEMENTS = 500
 
 
-@dataclass(slots=True, frozen=True)
-class Scalar:
-    """One expression or word, or what is not understood."""
-
-    text: str
-
-
-@dataclass(slots=True, frozen=True)
-class Collection:
-    kind: Literal["list", "set", "tuple"]
-    elements: tuple[Form, ...]
-    joint: str = ","  # between the elements of a list: "," or "and" or "or"
-
-
-@dataclass(slots=True, frozen=True)
-class Assignment:
-    """`x = 5`, `f(x) = x^2 = xx`, `x \\in [1,2]`: a name and its values, which have to agree."""
-
-    name: str
-    values: tuple[Form, ...]
-
-
-@dataclass(slots=True, frozen=True)
-class Equation:
-    operands: tuple[str, ...]
-
-
-@dataclass(slots=True, frozen=True)
-class Inequality:
-    """Operands that ascend: `a < b` for `b > a`; `is_strict` for each sign."""
-
-    operands: tuple[str, ...]
-    is_strict: tuple[bool, ...]
-
-
-@dataclass(slots=True, frozen=True)
-class Interval:
-    start: str
-    end: str
-    is_start_open: bool
-    is_end_open: bool
-
-
-@dataclass(slots=True, frozen=True)
-class Region:
-    """A union of intervals (points are closed ones of no length), of a variable where one was named."""
-
-    intervals: tuple[Interval, ...]
-    variable: str = ""
-    excluded: tuple[str, ...] = ()  # points taken out
-
-
-@dataclass(slots=True, frozen=True)
-class Declaration:
-    r"""`k \in \mathbb{Z}`."""
-
-    name: str
-    number_set: str
-
-
-@dataclass(slots=True, frozen=True)
-class Measured:
-    value: Form
-    unit: Factors
-
-
-@dataclass(slots=True, frozen=True)
-class Ratio:
-    parts: tuple[str, ...]
-
-
-@dataclass(slots=True, frozen=True)
-class Congruence:
-    left: str
-    residue: str
-    modulus: str
-
-
-@dataclass(slots=True, frozen=True)
-class Table:
-    """A matrix, or the rows of a case distinction."""
-
-    kind: Literal["matrix", "determinant", "cases"]
-    rows: tuple[tuple[str, ...], ...]
-
-
-Form: TypeAlias = (
-    Scalar
-    | Collection
-    | Assignment
-    | Equation
-    | Inequality
-    | Region
-    | Declaration
-    | Measured
-    | Ratio
-    | Congruence
-    | Table
-)
-
-INFINITE = Interval(r"-\infty", r"\infty", True, True)
 # A comma before three digits and nothing else separates thousands.
 JOINTS = r", |(?<!\d),|,(?!\d{3}(?!\d))|;|\\text\{(?:and|or|and/or)\}|\\lor(?![a-zA-Z])|\\land(?![a-zA-Z])"
 ALL_COMMAS = r"[,;]|\\text\{(?:and|or)\}"
@@ -135,8 +50,9 @@ INDEX = r"(?:_(?:\w|\{[\w ,]+\}))?'{0,2}"
 NAME = re.compile(
     rf"(?:{LETTER} ?{INDEX}"
     rf"|[a-zA-Z]{INDEX}(?:\^\{{-1\}}|\^\{{\(?\w\)?\}})? ?\( ?(?:{LETTER}|-?\d+)(?: ?, ?(?:{LETTER}|-?\d+))* ?\)"
-    r"|[PE] ?[(\[][^=<>]*[)\]]"
-    r"|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,6}\]|\\overline\{[A-Z]{2}\}|\\(?:vec|hat|bar)(?:\{\w+\}| ?\w)|m?\\angle ?[A-Z]{1,3}"
+    r"|[PE] ?[(\[].*[)\]]"
+    r"|\|?[A-Z]{2,4}\|?|\[[A-Z]{3,6}\]|\\overline\{[A-Z]{2}\}|\\(?:vec|hat|bar|overline)(?:\{\w+\}| ?\w)"
+    r"|m?\\angle ?[A-Z]{1,3}"
     r"|S_\{\\triangle ?[A-Z]{3}\}|\\triangle|\\text\{[^{}]*\}(?:_\w)?)"
 )
 TUPLE_OF_NAMES = re.compile(rf"\( ?{LETTER}{INDEX}(?: ?, ?{LETTER}{INDEX})+ ?\)")
@@ -145,6 +61,13 @@ ENVIRONMENT = re.compile(
     r"\\end ?\{(?P=kind)\*?\}(?P<transposed> ?\^(?:T|\{T\}|\\top|\{\\top\}|\\intercal))?",
     re.DOTALL,
 )
+ALL_BUT = re.compile(r"\\text\{all real numbers except(?: for)?\} ?(?:[a-z] ?= ?)?(?P<points>.+)", re.IGNORECASE)
+# 5 hours and 30 minutes.
+COMPOUND = re.compile(
+    r"(\\text\{(?:hours?|hrs?|feet|foot|ft|pounds?|lbs?|days?|weeks?|years?|minutes?|min|dollars?))(?: and)?\},? ?"
+    r"(?:\\text\{and\} ?)?(?=\d{1,9} ?\\text\{(?:minutes?|min|inch(?:es)?|in|ounces?|oz|hours?|months?|days?|"
+    r"seconds?|sec|cents?)\})"
+)
 CONDITION_WORDS = re.compile(r",? ?\\text\{(?:if|for|when|where|otherwise|else)\} ?|, ?$")
 NUMBER_SETS = {r"\mathbb{Z}", r"\mathbb{N}", r"\mathbb{Q}", r"\mathbb{Z}^+", r"\mathbb{N}^*", r"\mathbb{Z}^{+}"}
 REALS = (r"\mathbb{R}", r"\mathbb R", r"\R", r"\Reals")
@@ -152,28 +75,48 @@ REALS = (r"\mathbb{R}", r"\mathbb R", r"\R", r"\Reals")
 
 @functools.lru_cache(maxsize=2048)
 def parse_form(text: str) -> Form:
-    text = strip(text)
+    text = COMPOUND.sub(r"\1} ", meaning_of(strip(text)))
     if parse_number(text) is not None:
         return Scalar(text)
+    if found := ALL_BUT.fullmatch(text):
+        return Region((INFINITE,), "", tuple(split_list(found["points"])[0]))
     parts, joints = split_list(text)
     if len(parts) > 1:
         joint = "or" if "or" in joints else "and" if "and" in joints else ","
-        return Collection("list", tuple(map(parse_form, parts)), joint)
+        return Collection("list", flattened(map(parse_form, parts)), joint)
     if r"\pm" in text or r"\mp" in text:
         both = [expand_signs(text, "+", "-"), expand_signs(text, "-", "+")]
         return Collection("list", tuple(map(parse_form, both)))
     quantity = parse_quantity(text)
     if quantity.value != text and r"\text" not in quantity.value:
         value = parse_form(scaled(quantity.value, quantity.scale))
-        return Measured(value, quantity.unit) if quantity.unit is not None else value
+        return measured(value, quantity.unit)
     return (
         parse_table(text)
         or parse_relation(text)
         or parse_region(text)
+        or parse_set_builder(text)
         or parse_enclosed(text)
         or parse_ratio(text)
         or Scalar(text)
     )
+
+
+def measured(value: Form, unit: Factors | None) -> Form:
+    """The unit of `x = 5 \\text{cm}` belongs to the value."""
+    if unit is None:
+        return value
+    if isinstance(value, Assignment):
+        return Assignment(value.name, (*value.values[:-1], Measured(value.values[-1], unit)))
+    return Measured(value, unit)
+
+
+def flattened(forms: Iterable[Form]) -> tuple[Form, ...]:
+    r"""`1, -1, 2, -2` for `\pm 1, \pm 2`."""
+    elements: list[Form] = []
+    for form in forms:
+        elements += form.elements if isinstance(form, Collection) and form.kind == "list" else [form]
+    return tuple(elements)
 
 
 def scaled(value: str, scale: Fraction) -> str:
@@ -265,6 +208,8 @@ def parse_table(text: str) -> Form | None:
         return None
     if kind == "cases":
         cleaned = tuple(tuple(CONDITION_WORDS.sub("", cell).strip() for cell in row) for row in rows)
+        if all(len(row) == 1 for row in rows):  # a system: x = 1 and y = 2
+            return Collection("list", tuple(parse_form(row[0]) for row in rows))
         return None if factor else Table("cases", cleaned)
     if len({len(row) for row in rows}) != 1:
         return None
@@ -281,9 +226,7 @@ def parse_relation(text: str) -> Form | None:
     if not signs:
         return None
     if r"\approx" in signs:
-        operands, signs = cut_approximation(operands, signs)
-        if not signs:
-            return parse_form(operands[0])
+        return parse_approximation(text, operands, signs)
     if not all(operands):
         return None
     if r"\equiv" in signs:
@@ -298,18 +241,19 @@ def parse_relation(text: str) -> Form | None:
     return parse_inequality(operands, signs)
 
 
-def cut_approximation(operands: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
-    r"""`x = \sqrt2` for `x = \sqrt2 \approx 1.41`; `x = 1.41` for `x \approx 1.41`."""
+def parse_approximation(text: str, operands: list[str], signs: list[str]) -> Form | None:
+    r"""`x = \sqrt2 \approx 1.41`; `x \approx 1.41` is `x = 1.41`."""
     place = signs.index(r"\approx")
-    if place == 0 and is_name(operands[0]):
-        return [operands[0], operands[1]], ["="]
-    return operands[: place + 1], signs[:place]
+    if place == 0 and is_name(operands[0]) and len(operands) == 2:
+        return parse_equations(operands)
+    exact, _, approximation = text.partition(r"\approx")
+    return Approximated(parse_form(exact), approximation.strip()) if exact.strip() else None
 
 
 def parse_membership(left: str, right: str) -> Form | None:
     if right.replace(" ", "") in NUMBER_SETS:
         return Declaration(left, right)
-    region = parse_region(right)
+    region = parse_region(right) or parse_interval(right, is_pair_allowed=is_name(left))
     if region is not None:
         return Region(region.intervals, left, region.excluded)
     return Assignment(left, (parse_form(right),)) if is_name(left) else None
@@ -319,6 +263,11 @@ def parse_equations(operands: list[str]) -> Form:
     names = [operand for operand in operands[:-1] if is_name(operand)]
     if names == operands[:-1] and len(names) > 1 and parse_number(operands[-1]) is not None:
         return Collection("list", tuple(Assignment(name, (parse_form(operands[-1]),)) for name in names))
+    if TUPLE_OF_NAMES.fullmatch(operands[0]) and len(operands) == 2:
+        named, values = split_list(operands[0][1:-1])[0], parse_form(operands[1])
+        if isinstance(values, Collection) and values.kind == "tuple" and len(values.elements) == len(named):
+            pairs = zip(named, values.elements, strict=True)
+            return Collection("list", tuple(Assignment(name, (value,)) for name, value in pairs))
     if is_name(operands[0]):
         return Assignment(operands[0], tuple(map(parse_form, operands[1:])))
     return Equation(tuple(operands))
@@ -367,7 +316,7 @@ def parse_region(text: str) -> Region | None:
         if not all(isinstance(point, Scalar) for point in points.elements):
             return None
         return Region(whole.intervals, "", tuple(point.text for point in points.elements if isinstance(point, Scalar)))
-    return parse_set_builder(text) or parse_interval(text, is_pair_allowed=False)
+    return parse_interval(text, is_pair_allowed=False)
 
 
 def part_of_union(text: str) -> Region | None:
@@ -389,7 +338,8 @@ def parse_interval(text: str, is_pair_allowed: bool) -> Region | None:
     return Region((Interval(ends[0], ends[1], text[0] == "(", text[-1] == ")"),))
 
 
-def parse_set_builder(text: str) -> Region | None:
+def parse_set_builder(text: str) -> Form | None:
+    r"""The condition of `\{x \mid x > 2\}`."""
     if not (text.startswith(r"\{") and text.endswith(r"\}")):
         return None
     parts, marks = split_top_level(text[2:-2], r"\||:|\\text\{such that\}")
@@ -397,9 +347,9 @@ def parse_set_builder(text: str) -> Region | None:
         return None
     member = re.sub(r" ?\\in ?\\mathbb ?\{?R\}?$", "", parts[0])
     condition = parse_form(parts[1])
-    if isinstance(condition, Region) and condition.variable == member:
-        return condition
-    return None
+    conditions = condition.elements if isinstance(condition, Collection) else (condition,)
+    is_condition = all(isinstance(part, Region) and part.variable == member for part in conditions)
+    return condition if is_condition else None
 
 
 def is_enclosed(text: str, width: int) -> bool:
@@ -432,5 +382,8 @@ def parse_enclosed(text: str) -> Form | None:
 
 
 def parse_ratio(text: str) -> Form | None:
+    if r"\mod" in text:
+        residue, _, modulus = text.partition(r"\mod")
+        return Congruence("", residue.strip(), modulus.strip()) if residue.strip() and modulus.strip() else None
     parts, _ = split_top_level(text, r":|\\text\{to\}|\\to(?![a-zA-Z])")
     return Ratio(tuple(parts)) if len(parts) > 1 and all(parts) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_oreal.rewards.algebra_needed import Algebra
-from megatron_oreal.rewards.forms import INFINITE, Collection, Form, Interval, Region, Scalar
+from megatron_oreal.rewards.form_types import INFINITE, Collection, Form, Interval, Region, Scalar
 
 
 def as_region(form: Form, algebra: Algebra) -> Region | None:

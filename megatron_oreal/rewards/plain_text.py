@@ -17,6 +17,7 @@ CONSTANTS = {
     "epsilon": r"\epsilon ", "lambda": r"\lambda ", "omega": r"\omega ", "sigma": r"\sigma ", "phi": r"\phi ",
     "mu": r"\mu ", "rho": r"\rho ", "union": r"\cup ", "intersection": r"\cap ",
 }  # fmt: skip
+CURRENCY_CODES = frozenset(("rs", "usd", "inr", "eur", "gbp"))
 INVERSES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 # What is looked at: text, environments and commands as a whole, and runs of letters.
 TOKEN = re.compile(
@@ -94,6 +95,8 @@ def run_text(run: str, before: str, after: str, is_sentence: bool) -> str:
     if run.lower() in CONSTANTS and (run.islower() or len(run) > 4):
         return CONSTANTS[run.lower()]
     if run in JOINING_WORDS and before.endswith((" ", "}", ")", ",")) and after.startswith((" ", "\\", "(")):
+        return rf"\text{{{run}}}"
+    if run.lower() in CURRENCY_CODES:
         return rf"\text{{{run}}}"
     if call := CALL.fullmatch(run):
         return rf"\{call['name']} {call['argument']}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from megatron_oreal.rewards.algebra_needed import NO_ALGEBRA, Algebra, AlgebraNeeded
 from megatron_oreal.rewards.answer import MAX_ANSWER_CHARACTERS, MAX_NESTING, extract_answer, nesting_depth
 from megatron_oreal.rewards.comparison import all_agree
-from megatron_oreal.rewards.forms import (
+from megatron_oreal.rewards.form_types import (
+    Approximated,
     Assignment,
     Collection,
     Equation,
@@ -18,8 +19,8 @@ from megatron_oreal.rewards.forms import (
     Ratio,
     Scalar,
     Table,
-    parse_form,
 )
+from megatron_oreal.rewards.forms import parse_form
 from megatron_oreal.rewards.hostile_input import refusal
 from megatron_oreal.rewards.plain_numbers import parse_number
 from megatron_oreal.rewards.spelling import TEXT, normalize
@@ -102,6 +103,8 @@ def leaves(form: Form) -> list[str]:
         return [form.text] if parse_number(form.text) is None else []
     if isinstance(form, Measured):
         return leaves(form.value)
+    if isinstance(form, Approximated):
+        return leaves(form.exact)
     if isinstance(form, Collection):
         return [text for element in form.elements for text in leaves(element)]
     if isinstance(form, Assignment):

@@ -14,7 +14,7 @@ from megatron_oreal.rewards.words import same_word, segments
 BASED_NUMERAL = re.compile(
     r"(?:\\text\{)?(?P<digits>[0-9A-F]+)\}?(?:_(?:(?P<base>\d)|\{\s*(?P<braced_base>\d{1,2})\s*\}))?"
 )
-PLAIN_UNIT_SYMBOL = re.compile(r"(?P<value>.*[\d})]) (?P<symbol>[a-zA-Z])(?:\^(?P<power>[23]))?")
+PLAIN_UNIT_SYMBOL = re.compile(r"(?P<value>.*[\d})])(?P<space> ?)(?P<symbol>[a-zA-Z])(?:\^(?P<power>[23]))?")
 DEGREES: Factors = (("degree", 1),)
 RADIANS: Factors = (("radian", 1),)
 
@@ -33,12 +33,15 @@ def same_scalar(prediction: str, reference: str, algebra: Algebra) -> bool:
     values = parse_number(prediction), parse_number(reference)
     if values[0] is not None and values[1] is not None:
         return values[0] == values[1]
-    if (bare := without_plain_unit(prediction, reference)) != prediction:
+    bare, plain_unit = split_plain_unit(prediction, reference)
+    if plain_unit is not None:
         return same_scalar(bare, reference, algebra)
     numerals = BASED_NUMERAL.fullmatch(prediction), BASED_NUMERAL.fullmatch(reference)
     if numerals[0] and numerals[1]:
         bases = {found["base"] or found["braced_base"] for found in numerals if found} - {None}
-        return numerals[0]["digits"] == numerals[1]["digits"] and len(bases) < 2
+        digits = numerals[1]["digits"]
+        is_numeral = all(int(digit, 16) < int(base) for digit in digits for base in bases if base)
+        return numerals[0]["digits"] == digits and len(bases) < 2 and is_numeral
     words = same_word(prediction, reference)
     if words is not None:
         return words
@@ -74,19 +77,24 @@ def single_symbols(texts: Sequence[object]) -> bool:
     return bool(texts) and all(isinstance(text, str) and len(text) == 1 for text in texts)
 
 
-def without_plain_unit(prediction: str, reference: str) -> str:
-    """`5` for `5 m` without markup, where the reference is a plain number."""
+def split_plain_unit(prediction: str, reference: str, expected: Factors | None = None) -> tuple[str, Factors | None]:
+    """`5` and meters for `5 m` without markup, where the reference is a plain number; for `5m` only of `expected`."""
     found = PLAIN_UNIT_SYMBOL.fullmatch(prediction)
     if found is None or found["symbol"] not in SI_SYMBOLS or parse_number(reference) is None:
-        return prediction
-    return found["value"]
+        return prediction, None
+    unit: Factors = ((SI_SYMBOLS[found["symbol"]], int(found["power"] or 1)),)
+    return (found["value"], unit) if found["space"] or unit == expected else (prediction, None)
+
+
+def is_angle(text: str) -> bool:
+    return r"\pi" in text or r"\arc" in text
 
 
 def angles(value: str, unit: Factors | None, expected: str, expected_unit: Factors | None) -> tuple[str, str] | None:
     r"""Both in radians where one is in degrees and the other, without that unit, in multiples of \pi."""
     as_radians = r"\cdot \frac{\pi}{180}"
-    if unit == DEGREES and expected_unit in (None, RADIANS) and r"\pi" in expected and r"\pi" not in value:
+    if unit == DEGREES and expected_unit in (None, RADIANS) and is_angle(expected) and not is_angle(value):
         return f"({value}) {as_radians}", expected
-    if expected_unit == DEGREES and unit in (None, RADIANS) and r"\pi" in value and r"\pi" not in expected:
+    if expected_unit == DEGREES and unit in (None, RADIANS) and is_angle(value) and not is_angle(expected):
         return value, f"({expected}) {as_radians}"
     return None

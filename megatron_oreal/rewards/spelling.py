@@ -78,6 +78,7 @@ LAYOUT = rules(
     (r"(?<!\\)\\\\(?=[a-zA-Z]{2,}\s?\{)", r"\\"),  # doubled backslashes of an escaped string
     (r"\\(?:boxed|fbox|underline|uline|ensuremath|mathop|emph)(?![a-zA-Z]) ?(?=\{)", ""),
     (r"\\(?:text)?color ?\{[^{}]*\}|\\colorbox ?\{[^{}]*\}|\\[hv]?phantom ?\{[^{}]*\}|\\hspace\*? ?\{[^{}]*\}", ""),
+    (r"\\text ?\{ ?([€£¥₹₩₽¢]|\\\$) ?\}", r"\1"),
     (rf"\\\$|\\(?:textdollar){END}", r" \\text{dollars} "),
     (rf"€|\\(?:euro|texteuro){END}", r" \\text{euros} "),
     (rf"£|\\(?:pounds|textsterling){END}", r" \\text{pounds sterling} "),
@@ -88,7 +89,7 @@ LAYOUT = rules(
     (rf"¢|\\(?:textcent){END}", r" \\text{cents} "),
     (r"\$|(?<!\\)\\[()\[\]]", ""),
     (rf"(?<!\\)\\! ?|\\(?:left|right|displaystyle|textstyle|limits|nolimits|middle|[bB]igg?[lrm]?){END}\.? ?", ""),
-    (r"\{ ?, ?\}", ","),
+    (r"\{ ?([,:=]) ?\}", r"\1"),
     (r"(?<=\d)\\[, ](?=\d{3}(?!\d))", ""),  # 10\,080
     (rf"(?<!\\)\\[,;:> ]|\\(?:q?quad|enspace|thinspace|thickspace|medspace|nobreakspace|hfill){END}", " "),
     (rf"\\[dtc]frac{END}", r"\\frac"),
@@ -115,6 +116,9 @@ LAYOUT = rules(
     (rf"\\vartheta{END}", r"\\theta "),
     (rf"\\varnothing{END}", r"\\emptyset "),
     (rf"\\infin{END}", r"\\infty "),
+    (rf"\\(?:dots|cdots|dotsc|dotsb){END}", r"\\ldots "),
+    (rf"\\langle{END}", "("),
+    (rf"\\rangle{END}", ")"),
     (rf"\\imath{END}", "i"),
     (rf"\\colon{END}", ":"),
     (rf"\\(?:cdot|times|ast){END}|\*(?!\*)(?<!\*\*)", r"\\cdot "),
@@ -138,13 +142,19 @@ MATHEMATICS = rules(
     (r"([_^]) ?\{ ?(\w) ?\}", r"\1\2"),
     (r"(?<=[\])]) ?(?:\\text\{[uU]\}|(?<= )U(?= )) ?(?=[\[(])", r"\\cup "),
     (r"(?<=\d) ?\^ ?\\text\{ ?(?:st|nd|rd|th) ?\}|(?<=\d)\^\{\\text\{(?:st|nd|rd|th)\}\}", ""),  # 3^{rd}
-    (r"(?<=\d)\\text\{(?:st|nd|rd|th)\}", ""),
+    (r"(?<=\d)(?:\\text\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)(?![a-zA-Z]))", ""),
+    (r"^\\text\{(?:[Tt]he )?(?:[Ff]inal )?[Aa]nswer(?: is)?\} ?: ?", ""),
+    (r"(\\text\{[a-zA-Z]{2,9}\}) ?/ ?([a-zA-Z])(?![a-zA-Z({])", r"\1/\\text{\2}"),  # km/h
+    (r"\{ ?([\w+-]{1,40}) ?\\choose ?([\w+-]{1,40}) ?\}", r"\\binom{\1}{\2}"),
+    (r" ?\( ?([a-zA-Z]) ?\\in ?(\\mathbb ?\{[ZNQ]\}) ?\)$", r", \1 \\in \2"),
+    (r",? ?\\text\{(?:where|for|with|for any|for all|for some)\} ?(?=[a-zA-Z] ?\\in)", ", "),
     (r" +", " "),
 )
 TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 ABBREVIATION = re.compile(r"(?<![^\W\d_])([^\W\d_])\. ?([^\W\d_])\.")  # a.m.
 WORDS = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*\.?(?: +[^\W\d_]+(?:['-][^\W\d_]+)*\.?)*")
 ADJACENT_TEXTS = re.compile(r"\\text\{([^{}]*)\} ?\\text\{([^{}]*)\}")
+SPACED_THOUSANDS = re.compile(r"-?\d{1,3}(?: \d{3})+")
 OPERATOR_NAME = re.compile(r"\\operatorname\*? ?\{ ?([a-zA-Z]+) ?\}")
 MEANING_OF_TEXT = {
     "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}", "all real": r"\mathbb{R}",
@@ -155,6 +165,7 @@ MEANING_OF_TEXT = {
     "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "thirteen": "13", "fourteen": "14",
     "fifteen": "15", "sixteen": "16", "seventeen": "17", "eighteen": "18", "nineteen": "19", "twenty": "20",
+    "a half": r"\frac{1}{2}", "a third": r"\frac{1}{3}", "a quarter": r"\frac{1}{4}",
     "one half": r"\frac{1}{2}", "one-half": r"\frac{1}{2}", "half": r"\frac{1}{2}", "one third": r"\frac{1}{3}",
     "one-third": r"\frac{1}{3}", "two thirds": r"\frac{2}{3}", "two-thirds": r"\frac{2}{3}",
     "one quarter": r"\frac{1}{4}", "one-quarter": r"\frac{1}{4}", "three quarters": r"\frac{3}{4}",
@@ -169,10 +180,17 @@ def normalize(text: str) -> str:
     text = OPERATOR_NAME.sub(r" \1 ", text)
     text = TEXT.sub(lambda found: separate_words(found[1]), text)
     text = mark_plain_text(text.strip().rstrip(".;,").strip())
-    text = apply(MATHEMATICS, merge_texts(text)).strip().rstrip(".;,").strip()
+    text = apply(MATHEMATICS, merge_texts(text)).strip().rstrip(".;,\\ ")
+    if SPACED_THOUSANDS.fullmatch(text):
+        text = text.replace(" ", "")
     while (inner := remove_outer_braces(text)) != text:
         text = inner
-    text = text.removeprefix("+").lstrip()
+    text = text.removeprefix("=").lstrip().removeprefix("+").lstrip()
+    return meaning_of(text)
+
+
+def meaning_of(text: str) -> str:
+    r"""`\mathbb{R}` for `\text{all real numbers}`."""
     whole = TEXT.fullmatch(text)
     return MEANING_OF_TEXT.get(whole[1].strip().lower(), text) if whole else text
 

@@ -11,7 +11,14 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_oreal.rewards.vocabulary import ADJECTIVES, IGNORED_WORDS, LEADING_WORDS, NOT_NOUNS, word_set
+from megatron_oreal.rewards.vocabulary import (
+    ADJECTIVES,
+    IGNORED_WORDS,
+    LEADING_WORDS,
+    NOT_IN_UNITS,
+    NOT_NOUNS,
+    word_set,
+)
 
 SI_SYMBOLS = {
     "m": "meter", "g": "gram", "s": "second", "L": "liter", "l": "liter", "N": "newton", "J": "joule", "W": "watt",
@@ -49,8 +56,10 @@ COMPOUND_UNITS = {"mph": (("mile", 1), ("hour", -1)), "kmh": (("kilometer", 1), 
                   "cc": (("centimeter", 3),), "sqm": (("meter", 2),), "sqft": (("foot", 2),)}  # fmt: skip
 CURRENCIES = word_set("dollar cent euro pound penny yen rupee won ruble peso franc")
 MULTIPLIERS = {
-    "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6), "billion": Fraction(10**9),
-    "trillion": Fraction(10**12), "dozen": Fraction(12), "k": Fraction(1000), "half": Fraction(1, 2),
+    "ten": Fraction(10), "hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6),
+    "billion": Fraction(10**9),
+    "trillion": Fraction(10**12), "quadrillion": Fraction(10**15), "dozen": Fraction(12),
+    "k": Fraction(1000), "half": Fraction(1, 2),
     "third": Fraction(1, 3), "quarter": Fraction(1, 4), "fourth": Fraction(1, 4), "fifth": Fraction(1, 5),
     "sixth": Fraction(1, 6), "seventh": Fraction(1, 7), "eighth": Fraction(1, 8), "ninth": Fraction(1, 9),
     "tenth": Fraction(1, 10), "hundredth": Fraction(1, 100), "thousandth": Fraction(1, 1000),
@@ -115,7 +124,7 @@ TAIL_TOKEN = re.compile(
 TAIL_START = re.compile(
     r"/ ?\\text\{|\\text\{|\^\\circ|\\cdot ?\\text\{|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}\}$"
 )
-UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\})\}\{(\\text\{[^{}]*\})\}")
+UNIT_FRACTION = re.compile(r"\\frac\{(\\text\{[^{}]*\}(?:\^\d)?)\}\{(\\text\{[^{}]*\}(?:\^\d)?)\}")
 LEADING_TEXT = re.compile(r"(?P<sign>-?) ?\\text\{(?P<words>[^{}]*)\}\.? ?(?P<rest>.+)", re.DOTALL)
 ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 APPROXIMATE = re.compile(r"(?:\\approx|\\sim|\\thickapprox)(?![a-zA-Z]) ?")
@@ -165,6 +174,9 @@ def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:
         end = found.end()
         if found["slash"]:
             sign = -1
+        elif found["dot"]:
+            if text[end:].lstrip()[:5] != r"\text":
+                raise NotAUnit
         elif found["degree"]:
             factors.append(("degree", 1))
         elif exponent := (found["digit"] or found["exponent"]):
@@ -206,9 +218,12 @@ def word_factors(word: str, before: list[tuple[str, int]], words: list[str]) -> 
         return ()
     if (unit := unit_of_word(word)) is not None:
         return unit
-    if len(word) == 1 or lower in NOT_NOUNS or (before and before[-1][1] > 0) or not word.isalpha():
+    if lower in NOT_NOUNS or (before and before[-1][1] > 0) or not word.isalpha():
         raise NotAUnit
-    if len(word) == 2 and word.isascii():
+    # Short names are symbols or prefixes, and an ordinal is a fraction: twelfths.
+    if len(word) <= 2 if word.isascii() else not NOT_IN_UNITS.isdisjoint(word):
+        raise NotAUnit
+    if singular(lower).endswith("th"):
         raise NotAUnit
     return ((singular(lower), 1),)
 

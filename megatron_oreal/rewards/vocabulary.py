@@ -9,11 +9,12 @@ def word_set(text: str) -> frozenset[str]:
 
 # Names of functions in plain text, which LaTeX writes with a backslash.
 PLAIN_FUNCTIONS = word_set(
-    """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth asin acos atan exp ln log lg sqrt max min gcd
-    lcm det"""
+    """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth asin acos atan exp ln log lg sqrt abs max min
+    gcd lcm det"""
 )
 FUNCTIONS = word_set(
-    """sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth exp ln log lg det arg Re Im deg sgn"""
+    """abs sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth exp ln log lg det arg Re Im deg
+    sgn"""
 )
 TRIGONOMETRIC = word_set("sin cos tan cot sec csc")
 LIST_FUNCTIONS = word_set("max min gcd lcm")
@@ -41,8 +42,14 @@ NOT_NOUNS = word_set(
     else otherwise approximately about to from through until between without with twice double triple pair pairs
     couple score gross mille percent pct percentage ago before after early late short away off deficit debt half
     per base modulo where when for while the a an any all some every then also too error errors guess infinity
-    first last next correct right true yes"""
+    first last next correct right true yes ish one ones twos googol zillion kilo mega reciprocal inverse
+    opposite excluding including inclusive exclusive nope wait actually hmm hopefully likely unlikely surely
+    certainly beyond past till roughly instead sorry oops two three four five six seven eight nine ten eleven
+    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
+    eighty ninety zero zeros remainder imaginary"""
 )
+# Characters of Chinese and Japanese words that change the value before them: or, more, not, about, ten thousand.
+NOT_IN_UNITS = frozenset("以或不非无錯错约約和与及半倍万萬亿億千百十多少余几超未")
 ADJECTIVES = word_set("different distinct possible unique total whole full such")
 IGNORED_WORDS = word_set("old of long wide tall high deep each in")
 LEADING_WORDS = word_set("approximately about around roughly approx nearly exactly")

@@ -8,8 +8,8 @@ from megatron_oreal.rewards.spelling import TEXT
 from megatron_oreal.rewards.units import NotAUnit, merge, parse_tail
 
 GEOMETRY = re.compile(
-    r"(?P<mark>\\(?:triangle|angle|overline|overrightarrow|overleftrightarrow|widehat|bar|vec|measuredangle|square|odot"
-    r"|parallel|perp))(?![a-zA-Z]) ?"
+    r"(?P<mark>\\(?:triangle|angle|overline|overrightarrow"
+    r"|overleftrightarrow|widehat|bar|vec|measuredangle|square|odot))(?![a-zA-Z]) ?"
 )
 LETTERS = re.compile(r"[^\W\d_]+(?:[ .'-]+[^\W\d_]+)*[.']*")
 ARTICLES = re.compile(r"^(?:the|a|an) ")
@@ -46,6 +46,9 @@ def same_word(prediction: str, reference: str) -> bool | None:
     if expected is None:
         # A phrase is no number; letters side by side may be a product.
         return False if answered is not None and TEXT.search(prediction) and len(answered) > 1 else None
+    marks = GEOMETRY.findall(prediction), GEOMETRY.findall(reference)
+    if marks[0] and marks[1] and marks[0] != marks[1]:
+        return False
     if answered is not None:
         return answered.replace(" ", "") == expected.replace(" ", "")
     return False if TEXT.search(reference) or not re.search(r"\\cdot|\\frac|[\^/]", prediction) else None

@@ -94,6 +94,17 @@ def test_a_row_of_another_format_is_named(tmp_path: Path, format_name: str, row:
         import_prompts(format_name, write_list(tmp_path, [row]))
 
 
+def test_answers_that_cannot_be_judged_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    rows = [{"question": "q", "gold_answer": answer} for answer in ("5", "$$", "6", "9^{9^{9^9}}")]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "prompts.jsonl"
+    result = CliRunner().invoke(prepare_data.main, ["oreal", "--input", str(source), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "2 of 4 answers cannot be judged; the first is row 1: answer must not be empty" in result.output
+    assert not out.exists()
+
+
 def test_a_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "gold_answer": str(i)} for i in range(5)]
     assert [prompt.answer for prompt in import_prompts("oreal", write_rows(tmp_path, rows), limit=2)] == ["0", "1"]

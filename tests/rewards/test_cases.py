@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megatron_oreal.rewards.references import check_reference
 CASES = [
     json.loads(line) for line in (Path(__file__).parent / "cases" / "by_kind.jsonl").read_text("utf-8").splitlines()
 ]
+README = Path(__file__).parents[2] / "megatron_oreal" / "rewards" / "README.md"
 KINDS = sorted({case["kind"] for case in CASES})
 
 
@@ -47,3 +49,28 @@ def test_there_are_enough_cases_of_every_kind() -> None:
 @pytest.mark.parametrize("answer", sorted({case["answer"] for case in CASES}))
 def test_the_references_of_the_cases_pass_the_check(answer: str) -> None:
     check_reference(answer)
+
+
+def documented_examples() -> list[tuple[str, str, bool]]:
+    """(reference, answer, whether it is right) of the tables of conventions in the package's README."""
+    examples = []
+    for line in README.read_text("utf-8").partition("## Conventions")[2].splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if len(cells) == 4 and cells[0].startswith("`"):
+            reference = cells[0].strip("`")
+            for cell, is_right in ((cells[1], True), (cells[2], False)):
+                examples += [(reference, answer, is_right) for answer in re.findall("`([^`]+)`", cell)]
+    return examples
+
+
+def test_the_documented_conventions_hold() -> None:
+    examples = documented_examples()
+    assert len(examples) > 120
+    with MathVerifier() as verifier:
+        verdicts = verifier.verify_many([(rf"\boxed{{{answer}}}", reference) for reference, answer, _ in examples])
+    wrong = [
+        example
+        for example, verdict in zip(examples, verdicts, strict=True)
+        if not verdict.is_judged or (verdict.reward == 1.0) != example[2]
+    ]
+    assert wrong == []

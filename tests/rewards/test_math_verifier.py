@@ -165,7 +165,7 @@ def test_a_crash_is_no_verdict() -> None:
 
 
 def test_the_bound_of_timeouts_is_checked() -> None:
-    with pytest.raises(ValueError, match="verifier.max_timeouts"):
+    with pytest.raises(ValueError, match=r"verifier\.max_timeouts"):
         MathVerifier(max_timeouts=-1)
 
 

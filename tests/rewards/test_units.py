@@ -14,7 +14,7 @@ from megatron_oreal.rewards.units import Factors, parse_quantity, units_agree
         (r"12 \text{ cm}^2", "12", (("centimeter", 2),)),
         (r"12 \text{ square centimetres}", "12", (("centimeter", 2),)),
         (r"5 \text{ km/h}", "5", (("hour", -1), ("kilometer", 1))),
-        (r"5 \frac{\text{m}}{\text{s}^2}", r"5 \frac{\text{m}}{\text{s}^2}", None),
+        (r"5 \frac{\text{m}}{\text{s}^2}", "5", (("meter", 1), ("second", -2))),
         (r"\$5", "5", (("dollar", 1),)),
         (r"-\$5", "-5", (("dollar", 1),)),
         (r"5 \text{ dollars per hour}", "5", (("dollar", 1), ("hour", -1))),
