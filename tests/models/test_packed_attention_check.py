@@ -14,16 +14,11 @@ from megatron_oreal.models.attention import causal_batch, difference_from_padded
 def by_segment(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
     borders = cu_seqlens.tolist()
     return torch.cat(
-        [
-            causal_batch(query[a:b][None], key[a:b][None], value[a:b][None], scale)[0]
-            for a, b in pairwise(borders)
-        ]
+        [causal_batch(query[a:b][None], key[a:b][None], value[a:b][None], scale)[0] for a, b in pairwise(borders)]
     )
 
 
-def without_borders(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float
-) -> Tensor:
+def whole(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
     return causal_batch(query[None], key[None], value[None], scale)[0]
 
 
