@@ -139,9 +139,9 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("EvalRunConfig", "model.recompute"): [Case("model.recompute=full", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.fp8"): [Case("model.fp8=tensorwise", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.fp8_bf16_ends"): [Case("model.fp8_bf16_ends=1", ["model.fp8=mxfp8"], None, EvalRunConfig)],
-    ("EvalRunConfig", "model.head_precision"): [Case("model.head_precision=fp8", [], None, EvalRunConfig)],
+    ("EvalRunConfig", "model.head_precision"): [Case("model.head_precision=fp8_grad", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.head_fp8"): [
-        Case("model.head_fp8=torch_tensor", ["model.head_precision=fp8"], None, EvalRunConfig)
+        Case("model.head_fp8=transformer_engine_tensor", ["model.head_precision=fp8_grad"], None, EvalRunConfig)
     ],
     ("EvalRunConfig", "parallel.microbatch_tokens"): [Case("parallel.microbatch_tokens=9", [], None, EvalRunConfig)],
 }
