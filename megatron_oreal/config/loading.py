@@ -19,6 +19,7 @@ from megatron_oreal.config.runs import ModelRunConfig, TrainConfig
 ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
 # Where sections of `train` stood before, and where they stand now.
 MOVED = {"reward_model": "algorithm.reward_model", "critic": "algorithm.critic"}
+AUTO = "auto"  # The value of a setting that is chosen when the run starts.
 # Settings that never had an effect, and what takes their place.
 WITHDRAWN = {"algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs"}
 
@@ -150,16 +151,19 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
 
     Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
-    file lacks, because it did not exist when the run began, has its default in `config`.
+    file lacks, because it did not exist when the run began, has its default in `config`. A setting that is auto in the
+    file or in `config` reads as it is in `config`.
     """
     settings = yaml.safe_load(text)
     if isinstance(settings, dict) and isinstance(config, TrainConfig):
         settings = at_new_places(settings, config)
     found = {name: value for name, value in flatten(settings).items() if name not in WITHDRAWN}
-    for name in flatten(yaml.safe_load(to_yaml(config))).keys() - found.keys():
+    now = flatten(yaml.safe_load(to_yaml(config)))
+    for name in now.keys() - found.keys():
         with contextlib.suppress(KeyError):  # an entry of a mapping such as eval.prompts has no default
             found[name] = json.loads(to_json(config.default_at(name)))
-    return found
+    # Where either run leaves a choice to the device, there is nothing to compare.
+    return found | {name: value for name, value in now.items() if AUTO in (value, found.get(name))}
 
 
 def at_new_places(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:

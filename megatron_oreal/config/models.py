@@ -38,6 +38,11 @@ class ModelConfig(Section):
     head_precision: HeadPrecision = "bf16"
     head_fp8: HeadFp8 = "torch"  # Which FP8 products head_precision=fp8_grad uses.
 
+    effects: ClassVar[Effects] = (
+        (("recompute_modules",), choice("recompute", "selective")),
+        (("head_fp8",), choice("head_precision", "fp8_grad")),
+    )
+
     @property
     def tokenizer_path(self) -> Path:
         return self.tokenizer or self.path
@@ -46,8 +51,6 @@ class ModelConfig(Section):
     def check(self) -> Self:
         if self.fp8_bf16_ends and self.fp8 in (None, "delayed"):
             raise ValueError(f"model.fp8_bf16_ends={self.fp8_bf16_ends} needs model.fp8=tensorwise, blockwise or mxfp8")
-        if self.head_fp8 != "torch" and self.head_precision != "fp8_grad":
-            raise ValueError(f"model.head_fp8={self.head_fp8} needs model.head_precision=fp8_grad")
         return self
 
 

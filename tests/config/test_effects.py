@@ -139,6 +139,12 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("EvalRunConfig", "model.recompute"): [Case("model.recompute=full", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.fp8"): [Case("model.fp8=tensorwise", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.fp8_bf16_ends"): [Case("model.fp8_bf16_ends=1", ["model.fp8=mxfp8"], None, EvalRunConfig)],
+    ("ModelConfig", "recompute_modules"): [
+        Case("model.recompute_modules=[core_attn]", [], ["model.recompute=selective"])
+    ],
+    ("ModelConfig", "head_fp8"): [
+        Case("model.head_fp8=transformer_engine_tensor", [], ["model.head_precision=fp8_grad"])
+    ],
     ("EvalRunConfig", "model.head_precision"): [Case("model.head_precision=fp8_grad", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.head_fp8"): [
         Case("model.head_fp8=transformer_engine_tensor", ["model.head_precision=fp8_grad"], None, EvalRunConfig)

@@ -209,7 +209,7 @@ def test_a_single_choice_overrides_the_preset(tmp_path: Path) -> None:
         (["data.repeats_by_pass_rate=[[0.6, -1]]"], "data.repeats_by_pass_rate needs rising bounds and repeats >= 0"),
         (["model.fp8_bf16_ends=1"], "model.fp8_bf16_ends=1 needs model.fp8=tensorwise, blockwise or mxfp8"),
         (["model.fp8_bf16_ends=1", "model.fp8=delayed"], "model.fp8_bf16_ends=1 needs model.fp8=tensorwise, "),
-        (["model.head_fp8=transformer_engine_mx"], "model.head_fp8=transformer_engine_mx needs model.head_precision="),
+        (["model.head_fp8=transformer_engine_mx"], "model.head_fp8 has no meaning for model.head_precision=bf16"),
         (["checkpoint.best_metric=eval/a/greedy"], "checkpoint.best_metric 'eval/a/greedy' is not measured here"),
         (
             ["checkpoint.best_metric=eval/a/maj", "eval.prompts.a=a.jsonl"],
