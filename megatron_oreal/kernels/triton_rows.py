@@ -19,6 +19,7 @@ NUM_WARPS = 8
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def kept_gradient_kernel(
     lower = tl.load(shifts + row * shifts_stride + tl.program_id(1)) - tl.load(logsumexp + row)
     scale = tl.load(probs_scale + row)
     if WITH_ENTROPY:
-        surprise = tl.log(tl.maximum(exponentials, 1.0e-38)) + lower + tl.load(entropy + row)
+        surprise = tl.log(tl.maximum(exponentials, SMALLEST_NORMAL)) + lower + tl.load(entropy + row)
         scale -= tl.load(entropy_scale + row) * surprise
     grads = exponentials * tl.exp(lower) * scale
     grads += tl.where(columns == tl.load(target + row), tl.load(onehot_scale + row), 0.0)
@@ -189,7 +190,7 @@ def fp8_gradient_kernel(
     if WITH_ENTROPY:
         entropy_factor = factor * tl.load(entropy_scale + rows, mask=is_row, other=0.0)
         constant = lower + tl.load(entropy + rows, mask=is_row, other=0.0)
-        surprise = tl.log(tl.maximum(exponentials, 1.0e-38)) + constant[:, None]
+        surprise = tl.log(tl.maximum(exponentials, SMALLEST_NORMAL)) + constant[:, None]
         grads -= exponentials * entropy_factor[:, None] * surprise
     onehot = unit * tl.load(onehot_scale + rows, mask=is_row, other=0.0)
     column = tl.load(target + rows, mask=is_row, other=-1)
