@@ -19,6 +19,7 @@ NUM_WARPS = 8
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
+# Of float32. Triton computes with anything smaller in float64, which it cannot convert to e4m3 before version 3.9.
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
@@ -142,6 +143,17 @@ def kept_gradient_kernel(
 
 
 @triton.jit
+def widened(values: tl.tensor) -> tl.tensor:
+    """bfloat16 as float32, byte by byte.
+
+    With one conversion, Triton 3.6 moves the transposition of the results up to it, and computes everything twice, once
+    in each layout: three times the registers, some of them spilled. It does not do so where there are two conversions.
+    """
+    bits = values.to(tl.uint16, bitcast=True)
+    return ((bits >> 8).to(tl.uint32) << 24 | (bits & 255).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def fp8_gradient_kernel(
     kept: tl.tensor,  # [num_rows, num_columns] bfloat16
     kept_stride: int,
@@ -179,7 +191,8 @@ def fp8_gradient_kernel(
         kept + local_rows[:, None] * kept_stride + local_columns[None, :],
         mask=is_row[:, None] & (columns < num_columns)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
+    exponentials = widened(exponentials)
     shift_column = first_column // SHIFT_COLUMNS  # the same for all columns of this program
     lower = tl.load(shifts + rows.to(tl.int64) * shifts_stride + shift_column, mask=is_row, other=0.0)
     lower -= tl.load(logsumexp + rows, mask=is_row, other=0.0)
