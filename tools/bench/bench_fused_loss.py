@@ -187,15 +187,16 @@ def make_gemm(_device: torch.device) -> Losses:
 def make_fp8_gemm(device: torch.device) -> Losses:
     if device.type != "cuda":
         raise RuntimeError("a CPU has no FP8 arithmetic: its time would say nothing")
-    quantized: dict[int, tuple[Tensor, Tensor]] = {}
+    last: list[tuple[Tensor, Tensor, Tensor]] = []  # the last hidden states and weight, quantised, with their scales
 
     def product(hidden: Tensor, weight: Tensor, _target: Tensor, _training: bool) -> Tensor:
         # Both sides quantised beforehand: it is the rate of the product alone.
-        for matrix in (hidden, weight):
-            if id(matrix) not in quantized:
+        if not last or last[0][0] is not hidden or last[1][0] is not weight:
+            last.clear()
+            for matrix in (hidden, weight):
                 scale = scale_of(matrix.detach().abs().amax())
-                quantized[id(matrix)] = (matrix.detach() / scale).to(E4M3), scale
-        (left, scale), (right, other) = quantized[id(hidden)], quantized[id(weight)]
+                last.append((matrix, (matrix.detach() / scale).to(E4M3), scale))
+        (_, left, scale), (_, right, other) = last
         return scaled_product(left, right, scale * other, torch.float32)
 
     return product
