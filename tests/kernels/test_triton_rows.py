@@ -41,15 +41,15 @@ UPSTREAM = {
     "entropy_scale": "*fp32",
 }
 KEPT = {"kept": "*bf16", "kept_stride": "i32", "shifts": "*fp32", "shifts_stride": "i32"}
-WHOLE_ROWS = {"BLOCK": SHIFT_COLUMNS}
-TRANSPOSED = {"ROWS": 128, "COLUMNS": 64}
+WHOLE_ROWS: dict[str, object] = {"BLOCK": SHIFT_COLUMNS}
+TRANSPOSED: dict[str, object] = {"ROWS": 128, "COLUMNS": 64}
 # Signature and constants: all have `WITH_ENTROPY` besides, but for the last.
 KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
     "reduce_kernel": (
         {"logits": "*fp32", "row_stride": "i32", "target": "*i64", "numbers": "*fp32"}
         | KEPT
         | {"num_rows": "i32", "num_columns": "i32", "num_valid": "i32", "inverse_temperature": "fp32"},
-        {"KEEPS": True} | WHOLE_ROWS,
+        WHOLE_ROWS | {"KEEPS": True},
     ),
     "gradient_kernel": (
         {"logits": "*fp32", "row_stride": "i32", "gradient": "*bf16", "gradient_stride": "i32"}
@@ -67,7 +67,7 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
         | UPSTREAM
         | {"bounds": "*fp32", "num_rows": "i32", "num_columns": "i32", "num_valid": "i32"}
         | {"stored_rows": "i32", "stored_columns": "i32"},
-        {"SHIFT_COLUMNS": SHIFT_COLUMNS} | TRANSPOSED,
+        TRANSPOSED | {"SHIFT_COLUMNS": SHIFT_COLUMNS},
     ),
     "cast_transpose_kernel": (
         {
@@ -82,7 +82,7 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
             "stored_rows": "i32",
             "stored_columns": "i32",
         },
-        {"HAS_FACTORS": True} | TRANSPOSED,
+        TRANSPOSED | {"HAS_FACTORS": True},
     ),
 }
 
@@ -95,7 +95,9 @@ OTHERS: dict[str, list[dict[str, object]]] = {
     "fp8_gradient_kernel": [],
     "cast_transpose_kernel": [{"matrix": "*fp16"}, {"HAS_FACTORS": False}],
 }
-SPECIALISATIONS = [(name, {}) for name in KERNELS] + [(name, other) for name in OTHERS for other in OTHERS[name]]
+SPECIALISATIONS: list[tuple[str, dict[str, object]]] = [(name, {}) for name in KERNELS] + [
+    (name, other) for name in OTHERS for other in OTHERS[name]
+]
 MEMORY = ("kept", "kept_stride", "gradient", "gradient_stride", "matrix", "matrix_stride")
 E4M3_MEMORY = ("transposed", "transposed_stride", "stored_rows", "stored_columns")  # aligned at all sizes
 
