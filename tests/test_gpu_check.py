@@ -20,7 +20,7 @@ from tools.gpu.report import StepResult, as_markdown, step_status
 
 # Stands in for a program of tools/gpu: what a step makes of its end, its hang and its findings is the check's own code.
 PROGRAM = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from tools.gpu.findings import Recorder
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -29,6 +29,8 @@ what = options["--do"]
 recorder.note("begun", 1.0)
 if what == "hang":
     time.sleep(60)
+if what == "path":
+    recorder.note("path", os.environ["LD_LIBRARY_PATH"])
 if what == "die":
     sys.exit(7)
 if what == "miss":
@@ -93,6 +95,19 @@ def test_a_step_in_the_background_ends_before_the_steps_that_need_it(folders: Fo
     ]
 
 
+def test_only_the_step_of_lib_sees_it(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine fails where it finds a second CUDA runtime."""
+    library = folders.wheels / "lib"
+    library.mkdir(parents=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/lib")
+    steps = [Step("with", 50, (("path",),), with_libraries=True), Step("without", 50, (("path",),))]
+    Check(folders, seconds=200).run(steps)
+    paths = {each.step: each.value for each in read_findings(folders.findings) if each.name == "path"}
+    assert paths == {"with": f"{library}:/usr/local/lib", "without": "/usr/local/lib"}
+    assert [step.name for step in check.STEPS if step.with_libraries] == ["loss_hopper"]
+    assert "LD_LIBRARY_PATH" not in (ROOT / "tools" / "gpu_check.sh").read_text()
+
+
 def test_the_steps_of_transformer_engine_bring_its_installation(tmp_path: Path) -> None:
     folders = Folders(tmp_path, tmp_path, tmp_path)
     chosen = check.chosen_steps(["te_fp8", "facts"], False, folders)
@@ -139,7 +154,10 @@ def test_counts_of_a_report_of_pytest(tmp_path: Path) -> None:
     (tmp_path / "test_sample.py").write_text(
         "import pytest\n"
         "def test_good(): pass\n"
-        "def test_bad(): assert False\n"
+        "def test_bad():\n    raise ValueError('two libraries\\nfound')\n"
+        "@pytest.fixture\n"
+        "def broken(): raise KeyError('gone')\n"
+        "def test_unready(broken): pass\n"
         "@pytest.mark.skip(reason='needs 2 GPUs')\n"
         "def test_left_out(): pass\n"
     )
@@ -148,8 +166,9 @@ def test_counts_of_a_report_of_pytest(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "findings.jsonl", "tests")
     gpu_tests.record_counts(recorder, tmp_path / "report.xml")
     assert [(each.name, each.value, each.status) for each in read_findings(recorder.path)] == [
-        ("tests", "1 passed, 1 failed, 1 skipped", "fail"),
-        ("test_sample::test_bad", "failed", "fail"),
+        ("tests", "1 passed, 2 failed, 1 skipped", "fail"),
+        ("test_sample::test_bad", "ValueError: two libraries", "fail"),
+        ("test_sample::test_unready", "failed on setup with \"KeyError: 'gone'\"", "fail"),
         ("1 tests", "needs 2 GPUs", "skipped"),
     ]
 

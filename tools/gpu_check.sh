@@ -40,7 +40,6 @@ if [ -n "$wheels" ]; then
         fi
         for archive in "$wheels"/*.tar.xz; do [ ! -f "$archive" ] || tar -xJf "$archive" -C "$work/site"; done
     fi
-    [ ! -d "$wheels/lib" ] || export LD_LIBRARY_PATH=$wheels/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     arguments=(--wheels "$wheels" "${arguments[@]+"${arguments[@]}"}")
 fi
 if ! "$python" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \

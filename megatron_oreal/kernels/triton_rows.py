@@ -19,6 +19,8 @@ NUM_WARPS = 8
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
+# Of float32. Triton computes with anything smaller in float64, which it cannot convert to e4m3 before version 3.9.
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -131,13 +133,24 @@ def kept_gradient_kernel(
     lower = tl.load(shifts + row * shifts_stride + tl.program_id(1)) - tl.load(logsumexp + row)
     scale = tl.load(probs_scale + row)
     if WITH_ENTROPY:
-        surprise = tl.log(tl.maximum(exponentials, 1.0e-38)) + lower + tl.load(entropy + row)
+        surprise = tl.log(tl.maximum(exponentials, SMALLEST_NORMAL)) + lower + tl.load(entropy + row)
         scale -= tl.load(entropy_scale + row) * surprise
     grads = exponentials * tl.exp(lower) * scale
     grads += tl.where(columns == tl.load(target + row), tl.load(onehot_scale + row), 0.0)
     grads = tl.where(inside, grads, 0.0)
     place = gradient + row * gradient_stride + columns
     tl.store(place, grads.to(gradient.dtype.element_ty), mask=columns < num_columns)
+
+
+@triton.jit
+def widened(values: tl.tensor) -> tl.tensor:
+    """bfloat16 as float32, byte by byte.
+
+    With one conversion, Triton 3.6 moves the transposition of the results up to it, and computes everything twice, once
+    in each layout: three times the registers, some of them spilled. It does not do so where there are two conversions.
+    """
+    bits = values.to(tl.uint16, bitcast=True)
+    return ((bits >> 8).to(tl.uint32) << 24 | (bits & 255).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -178,7 +191,8 @@ def fp8_gradient_kernel(
         kept + local_rows[:, None] * kept_stride + local_columns[None, :],
         mask=is_row[:, None] & (columns < num_columns)[None, :],
         other=0.0,
-    ).to(tl.float32)
+    )
+    exponentials = widened(exponentials)
     shift_column = first_column // SHIFT_COLUMNS  # the same for all columns of this program
     lower = tl.load(shifts + rows.to(tl.int64) * shifts_stride + shift_column, mask=is_row, other=0.0)
     lower -= tl.load(logsumexp + rows, mask=is_row, other=0.0)
@@ -189,7 +203,7 @@ def fp8_gradient_kernel(
     if WITH_ENTROPY:
         entropy_factor = factor * tl.load(entropy_scale + rows, mask=is_row, other=0.0)
         constant = lower + tl.load(entropy + rows, mask=is_row, other=0.0)
-        surprise = tl.log(tl.maximum(exponentials, 1.0e-38)) + constant[:, None]
+        surprise = tl.log(tl.maximum(exponentials, SMALLEST_NORMAL)) + constant[:, None]
         grads -= exponentials * entropy_factor[:, None] * surprise
     onehot = unit * tl.load(onehot_scale + rows, mask=is_row, other=0.0)
     column = tl.load(target + rows, mask=is_row, other=-1)

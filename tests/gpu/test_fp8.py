@@ -112,7 +112,8 @@ def test_rows_of_a_wider_matrix_are_multiplied_where_they_are() -> None:
     left = torch.randn(528, 2048, device="cuda", generator=generator).to(E4M3)[:, 256:768]
     right = torch.randn(256, 512, device="cuda", generator=generator).to(E4M3)
     product = scaled_product(left, right, torch.tensor(0.5, device="cuda"), torch.float32)
-    torch.testing.assert_close(product.double(), 0.5 * left.double() @ right.double().T, rtol=1e-4, atol=1e-3)
+    # Hopper sums FP8 products with 14 bits, 128 at a time: no bound relative to a sum that cancels would hold.
+    assert relative_error(product, 0.5 * left.double() @ right.double().T) < 2e-3
 
 
 @pytest.mark.parametrize("mode", ["recompute", "eager"])

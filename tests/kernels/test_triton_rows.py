@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,15 +41,15 @@ UPSTREAM = {
     "entropy_scale": "*fp32",
 }
 KEPT = {"kept": "*bf16", "kept_stride": "i32", "shifts": "*fp32", "shifts_stride": "i32"}
-WHOLE_ROWS = {"BLOCK": SHIFT_COLUMNS}
-TRANSPOSED = {"ROWS": 128, "COLUMNS": 64}
+WHOLE_ROWS: dict[str, object] = {"BLOCK": SHIFT_COLUMNS}
+TRANSPOSED: dict[str, object] = {"ROWS": 128, "COLUMNS": 64}
 # Signature and constants: all have `WITH_ENTROPY` besides, but for the last.
 KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
     "reduce_kernel": (
         {"logits": "*fp32", "row_stride": "i32", "target": "*i64", "numbers": "*fp32"}
         | KEPT
         | {"num_rows": "i32", "num_columns": "i32", "num_valid": "i32", "inverse_temperature": "fp32"},
-        {"KEEPS": True} | WHOLE_ROWS,
+        WHOLE_ROWS | {"KEEPS": True},
     ),
     "gradient_kernel": (
         {"logits": "*fp32", "row_stride": "i32", "gradient": "*bf16", "gradient_stride": "i32"}
@@ -66,7 +67,7 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
         | UPSTREAM
         | {"bounds": "*fp32", "num_rows": "i32", "num_columns": "i32", "num_valid": "i32"}
         | {"stored_rows": "i32", "stored_columns": "i32"},
-        {"SHIFT_COLUMNS": SHIFT_COLUMNS} | TRANSPOSED,
+        TRANSPOSED | {"SHIFT_COLUMNS": SHIFT_COLUMNS},
     ),
     "cast_transpose_kernel": (
         {
@@ -81,19 +82,38 @@ KERNELS: dict[str, tuple[dict[str, str], dict[str, object]]] = {
             "stored_rows": "i32",
             "stored_columns": "i32",
         },
-        {"HAS_FACTORS": True} | TRANSPOSED,
+        TRANSPOSED | {"HAS_FACTORS": True},
     ),
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("with_entropy", [True, False])
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_compiled_for_hopper_nothing_spills(name: str, with_entropy: bool, tmp_path: Path) -> None:
-    """At most 128 registers a thread: two blocks of 256 threads, or more, on each multiprocessor at a time.
+# Other types and flags than those above that callers pass.
+OTHERS: dict[str, list[dict[str, object]]] = {
+    "reduce_kernel": [{"KEEPS": False, "kept": "*fp32"}],
+    "gradient_kernel": [{"gradient": "*fp16"}, {"gradient": "*fp32"}],
+    "kept_gradient_kernel": [{"gradient": "*fp16"}],
+    "fp8_gradient_kernel": [],
+    "cast_transpose_kernel": [{"matrix": "*fp16"}, {"HAS_FACTORS": False}],
+}
+SPECIALISATIONS: list[tuple[str, dict[str, object]]] = [(name, {}) for name in KERNELS] + [
+    (name, other) for name in OTHERS for other in OTHERS[name]
+]
+MEMORY = ("kept", "kept_stride", "gradient", "gradient_stride", "matrix", "matrix_stride")
+E4M3_MEMORY = ("transposed", "transposed_stride", "stored_rows", "stored_columns")  # aligned at all sizes
 
-    Pointers, strides and columns are multiples of 16, as for real models; tokens and valid columns are any number.
-    """
+
+def multiples_of_sixteen(signature: dict[str, str], sizes: str) -> list[str]:
+    """Arguments that Triton compiles as such."""
+    if sizes == "of real models":  # tokens and valid columns are any number
+        ending = ("stride", "columns")
+        return [n for n, kind in signature.items() if kind[0] == "*" or n.endswith(ending) or n == "stored_rows"]
+    if sizes == "of a last tile":
+        return [name for name in signature if name in MEMORY + E4M3_MEMORY]
+    always = (*E4M3_MEMORY, "gradient", "gradient_stride") if "transposed" in signature else ()
+    return [name for name in signature if name in always]
+
+
+def compile_for_hopper(name: str, changes: dict[str, object], with_entropy: bool, sizes: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,26 +122,49 @@ def test_compiled_for_hopper_nothing_spills(name: str, with_entropy: bool, tmp_p
 
     assert (triton_rows.TRANSPOSE_ROWS, triton_rows.TRANSPOSE_COLUMNS) == (128, 64)
     signature, constants = KERNELS[name]
+    signature = signature | {key: str(kind) for key, kind in changes.items() if key in signature}
+    constants = constants | {key: value for key, value in changes.items() if key in constants}
     if "HAS_FACTORS" not in constants:
         constants = constants | {"WITH_ENTROPY": with_entropy}
-    arguments = [
-        index
-        for index, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument.endswith(("stride", "columns")) or argument == "stored_rows"
-    ]
-    attrs = {(index,): [["tt.divisibility", 16]] for index in arguments}
+    if sizes == "one":  # Triton makes a constant of an argument that is 1
+        ones = [n for n, kind in signature.items() if kind == "i32" and n not in (*MEMORY, *E4M3_MEMORY)]
+        constants = constants | dict.fromkeys(ones, 1)
+    names = list(signature)
+    aligned = [each for each in multiples_of_sixteen(signature, sizes) if each not in constants]
     source = ASTSource(
         fn=getattr(triton_rows, name),
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
-        attrs=attrs,
+        attrs={(names.index(each),): [["tt.divisibility", 16]] for each in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_rows.NUM_WARPS})
-    cubin = tmp_path / f"{name}.cubin"
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_rows.NUM_WARPS})
+
+
+def resource_usage(compiled: Any, name: str, folder: Path) -> dict[str, str]:
+    """Example: {"REG": "72", "STACK": "0", "LOCAL": "0", ...}."""
+    import triton
+
+    cubin = folder / f"{name}.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     shown = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    usage = dict(part.split(":") for part in shown.stdout.split(f"Function {name}:")[1].split() if ":" in part)
-    assert int(usage["REG"]) <= 128
+    return dict(part.split(":") for part in shown.stdout.split(f"Function {name}:")[1].split() if ":" in part)
+
+
+@pytest.mark.parametrize(("name", "changes"), SPECIALISATIONS)
+@pytest.mark.parametrize("with_entropy", [True, False])
+@pytest.mark.parametrize("sizes", ["of real models", "of a last tile", "odd", "one"])
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_compiled_for_hopper_nothing_spills(
+    name: str, changes: dict[str, object], with_entropy: bool, sizes: str, tmp_path: Path
+) -> None:
+    """For whatever callers pass. At most 128 registers a thread: two blocks or more on a multiprocessor at a time."""
+    if with_entropy and "cast" in name:
+        pytest.skip("it has no such flag")
+    compiled = compile_for_hopper(name, changes, with_entropy, sizes)
+    usage = resource_usage(compiled, name, tmp_path)
     assert int(usage["STACK"]) == int(usage["LOCAL"]) == 0  # where spilled registers would be
-    assert not re.search(r"(ld|st)\.global\.b(8|16)\b", compiled.asm["ptx"])  # no element by itself
+    assert "f64" not in compiled.asm["ttgir"]
+    assert int(usage["REG"]) <= 128
+    if sizes == "of real models":
+        assert not re.search(r"(ld|st)\.global\.b(8|16)\b", compiled.asm["ptx"])  # no element by itself

@@ -16,13 +16,11 @@ the same rounds; its share counts one product forward and three with the backwar
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +29,7 @@ import fused_loss_model
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fused_loss_report import EAGER, GEMM, Row, Shape, draw, print_shape
 from torch import Tensor
 
 from megatron_oreal.kernels import linear_logprob
@@ -42,26 +41,6 @@ CHECKED_TOKENS = CHECKED_COLUMNS = 256  # of every method, against float32
 Losses = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # hidden, weight, target, training -> [T] or their sum
 Grid = Literal["cpu", "headline", "small", "full"]
 Clock = Literal["wall", "cpu"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    tokens: int
-    vocabulary: int  # of all tensor-parallel ranks
-    hidden: int
-    tensor: int  # ranks that the vocabulary is divided by
-
-    @property
-    def columns(self) -> int:
-        return self.vocabulary // self.tensor
-
-    @property
-    def flops(self) -> int:
-        """Of one matrix product."""
-        return 2 * self.tokens * self.hidden * self.columns
-
-    def __str__(self) -> str:
-        return f"T {self.tokens}, V {self.vocabulary} / TP {self.tensor}, H {self.hidden}"
 
 
 GRIDS: dict[Grid, list[Shape]] = {
@@ -87,22 +66,6 @@ class Method:
     losses: Losses
     forward_only: bool = False
     is_checked: bool = True
-
-
-@dataclass(slots=True)
-class Row:
-    """One method at one shape. Seconds of every round; -1 bytes: not measured."""
-
-    shape: Shape
-    method: str
-    forward_seconds: list[float] = field(default_factory=list)
-    training_seconds: list[float] = field(default_factory=list)  # forward and backward
-    forward_bytes: int = -1
-    training_bytes: int = -1
-    max_difference: float = math.nan  # of a log-prob of the first tokens to float32, in nats
-    gradient_error: float = math.nan  # of d hidden of those, relative
-    weight_error: float = math.nan  # of d weight of the first columns, relative
-    failure: str = ""
 
 
 # The methods. Each maker imports what it needs; what it raises is the reason that the method is left out.
@@ -187,21 +150,21 @@ def make_gemm(_device: torch.device) -> Losses:
 def make_fp8_gemm(device: torch.device) -> Losses:
     if device.type != "cuda":
         raise RuntimeError("a CPU has no FP8 arithmetic: its time would say nothing")
-    quantized: dict[int, tuple[Tensor, Tensor]] = {}
+    last: list[tuple[Tensor, Tensor, Tensor]] = []  # the last hidden states and weight, quantised, with their scales
 
     def product(hidden: Tensor, weight: Tensor, _target: Tensor, _training: bool) -> Tensor:
         # Both sides quantised beforehand: it is the rate of the product alone.
-        for matrix in (hidden, weight):
-            if id(matrix) not in quantized:
+        if not last or last[0][0] is not hidden or last[1][0] is not weight:
+            last.clear()
+            for matrix in (hidden, weight):
                 scale = scale_of(matrix.detach().abs().amax())
-                quantized[id(matrix)] = (matrix.detach() / scale).to(E4M3), scale
-        (left, scale), (right, other) = quantized[id(hidden)], quantized[id(weight)]
+                last.append((matrix, (matrix.detach() / scale).to(E4M3), scale))
+        (_, left, scale), (_, right, other) = last
         return scaled_product(left, right, scale * other, torch.float32)
 
     return product
 
 
-GEMM, EAGER = "torch.mm", "torch eager"
 OURS = "ours, recompute"
 MAKERS: dict[str, Callable[[torch.device], Losses]] = {
     GEMM: make_gemm,
@@ -380,41 +343,6 @@ def deadlines(shapes: list[Shape], seconds: float) -> Iterator[tuple[Shape, floa
         yield shape, now + (begin + seconds - now) * work[number] / sum(work[number:])
 
 
-# Reporting.
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values) if values else math.nan
-
-
-def columns_of(seconds: list[float], eager: list[float], products: float, num_bytes: int) -> str:
-    """Median and least milliseconds, ratio to eager, share of the GEMM's rate, MiB."""
-    if not seconds:
-        return " " * 45
-    middle = median(seconds)
-    memory = f"{num_bytes / 2**20:.0f}" if num_bytes >= 0 else "-"
-    share = f"{products / middle:.0%}"
-    return f"{middle * 1e3:11.1f}{min(seconds) * 1e3:9.1f}{middle / median(eager):8.2f}{share:>7s}{memory:>10s}"
-
-
-def print_shape(shape: Shape, rows: list[Row]) -> None:
-    by_name = {row.method: row for row in rows}
-    gemm, eager = (by_name.get(name, Row(shape, name)) for name in (GEMM, EAGER))
-    product = median(gemm.forward_seconds)
-    click.echo(f"\n{shape}: {GEMM} {shape.flops / product / 1e12:.3g} TFLOP/s, {len(gemm.forward_seconds)} rounds")
-    heading = f"{'median':>11s}{'least':>9s}{'eager':>8s}{'GEMM':>7s}{'MiB':>10s}"
-    click.echo(f"{'milliseconds':20s}{'forward ':-^45s} {'forward and backward ':-^45s}")
-    click.echo(f"{'':20s}{heading} {heading}{'max |dlogp|':>13s}{'dH error':>10s}{'dW error':>10s}")
-    for row in rows:
-        if row.failure:
-            click.echo(f"{row.method:20s}{row.failure}")
-            continue
-        forward = columns_of(row.forward_seconds, eager.forward_seconds, product, row.forward_bytes)
-        training = columns_of(row.training_seconds, eager.training_seconds, 3 * product, row.training_bytes)
-        errors = f"{row.max_difference:13.2g}{row.gradient_error:10.2g}{row.weight_error:10.2g}"
-        click.echo(f"{row.method:20s}{forward} {training}{errors if row.training_seconds else ''}".rstrip())
-
-
 def describe_machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -425,37 +353,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Forward and backward time, and memory, over the tokens, of the largest head that was measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    largest = max(rows, key=lambda row: row.shape.columns * row.shape.hidden).shape
-    head = (largest.columns, largest.hidden)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    for name in dict.fromkeys(row.method for row in rows):
-        points = [
-            (row.shape.tokens, median(row.training_seconds) * 1e3, row.training_bytes / 2**20)
-            for row in rows
-            if row.method == name and (row.shape.columns, row.shape.hidden) == head and row.training_seconds
-        ]
-        if points:
-            tokens, milliseconds, memory = zip(*sorted(points), strict=True)
-            style = "-o" if name.startswith("ours") else "--s"
-            panels[0].plot(tokens, milliseconds, style, label=name)
-            panels[1].plot(tokens, memory, style, label=name)
-    for panel, label in zip(panels, ("forward and backward, ms", "beyond inputs and gradients, MiB"), strict=True):
-        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        panel.set_xticks(ticks := sorted({row.shape.tokens for row in rows}), [f"{tick}" for tick in ticks])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"V {largest.vocabulary} / TP {largest.tensor}, H {largest.hidden}")
-    figure.savefig(path, dpi=110)
 
 
 @click.command()

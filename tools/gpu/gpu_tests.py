@@ -14,7 +14,7 @@ from tools.gpu.findings import ROOT, Recorder
 
 
 def record_counts(recorder: Recorder, report: Path) -> None:
-    """Counts of pytest's XML report; each failed test by name."""
+    """Counts of pytest's XML report; each failed test with the first line of its error."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     skipped = [case for case in cases if case.find("skipped") is not None]
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
@@ -23,10 +23,19 @@ def record_counts(recorder: Recorder, report: Path) -> None:
         "tests", f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped", bool(passed) and not failed
     )
     for case in failed:
-        recorder.check(f"{case.get('classname')}::{case.get('name')}", "failed", passed=False)
+        recorder.check(f"{case.get('classname')}::{case.get('name')}", first_line(case), passed=False)
     for reason in sorted({str(case.find("skipped").get("message")) for case in skipped}):  # type: ignore[union-attr]
         number = sum(case.find("skipped").get("message") == reason for case in skipped)  # type: ignore[union-attr]
         recorder.skip(f"{number} tests", reason[:160])
+
+
+def first_line(case: ElementTree.Element) -> str:
+    """What a failed test says: its error's type and message, or what a fixture of it raised."""
+    found = case.find("failure")
+    found = case.find("error") if found is None else found
+    assert found is not None
+    lines = [line.strip() for line in (found.get("message") or found.text or "").splitlines() if line.strip()]
+    return lines[0][:240] if lines else "failed"
 
 
 @click.command()

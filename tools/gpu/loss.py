@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from tools.gpu.liger_hopper import make_liger_hopper
 
 sys.path.insert(0, str(ROOT / "tools" / "bench"))  # the benchmarks are scripts, which import their neighbours by name
 import bench_fused_loss as bench
-from bench_fused_loss import Row, Shape
+from fused_loss_report import EAGER, GEMM, Row, Shape, median, print_shape
 
 # The head of a 32B model whole and as its share under TP 8, and that of a 1.5B model.
 SHAPES = [Shape(8192, 152064, 5120, 1), Shape(8192, 152064, 5120, 8), Shape(16384, 151936, 1536, 1)]
@@ -33,14 +32,14 @@ FP8_SPEEDUP = 1.25  # of fp8_grad over bf16, forward and backward: with less it 
 
 def record_methods(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> None:
     """Milliseconds of every method, and its ratio to torch."""
-    eager = bench.median(rows[bench.EAGER].training_seconds) if bench.EAGER in rows else 0.0
+    eager = median(rows[EAGER].training_seconds) if EAGER in rows else 0.0
     for name, row in rows.items():
         if row.failure:
             recorder.skip(f"{shape}: {name}", row.failure)
             continue
-        text = f"forward {bench.median(row.forward_seconds) * 1e3:.1f} ms"
+        text = f"forward {median(row.forward_seconds) * 1e3:.1f} ms"
         if row.training_seconds:
-            training = bench.median(row.training_seconds)
+            training = median(row.training_seconds)
             text += f", forward and backward {training * 1e3:.1f} ms, {row.training_bytes / 2**20:.0f} MiB"
             text += f", {training / eager:.2f} x torch eager" if eager else ""
             text += f", largest error {row.max_difference:.2g} nats"
@@ -49,21 +48,21 @@ def record_methods(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> No
 
 def record_limits(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> None:
     """Whether ours keep to the limits."""
-    product = bench.median(rows[bench.GEMM].forward_seconds)
+    product = median(rows[GEMM].forward_seconds)
     for name, products in PRODUCTS.items():
         if name not in rows or rows[name].failure:
             continue
         row = rows[name]
-        share = product / bench.median(row.forward_seconds)
+        share = product / median(row.forward_seconds)
         recorder.check(f"{shape}: {name}, forward / torch.mm", share, share >= FORWARD_SHARE, f">= {FORWARD_SHARE}")
-        share = products * product / bench.median(row.training_seconds)
+        share = products * product / median(row.training_seconds)
         label = f"{shape}: {name}, forward and backward / {products} torch.mm"
         recorder.check(label, share, share >= TRAINING_SHARE, f">= {TRAINING_SHARE}")
         peak = row.training_bytes
         recorder.check(f"{shape}: {name}, memory", peak / 2**20, peak <= MEMORY_LIMIT, "<= 1536", "MiB")
     pair = [rows[name] for name in ("ours, recompute", "ours, fp8_grad") if name in rows and not rows[name].failure]
     if len(pair) == 2:
-        ratio = statistics.median(pair[0].training_seconds) / statistics.median(pair[1].training_seconds)
+        ratio = median(pair[0].training_seconds) / median(pair[1].training_seconds)
         recorder.check(f"{shape}: fp8_grad over bf16", ratio, ratio >= FP8_SPEEDUP, f">= {FP8_SPEEDUP}", "times")
 
 
@@ -86,13 +85,13 @@ def main(findings: Path, step: str, tiny: bool, out: Path, seconds: float, metho
     measured: list[Row] = []
     for shape, deadline in bench.deadlines(TINY_SHAPES if tiny else SHAPES, seconds):
         found = bench.measure(shape, made, device, 1 if tiny else 5, "wall", deadline)
-        bench.print_shape(shape, found)
+        print_shape(shape, found)
         measured += found
         result = {"machine": bench.describe_machine(device), "skipped": skipped}
         out.write_text(json.dumps(result | {"rows": [asdict(row) for row in measured]}) + "\n")
         rows = {row.method: row for row in found}
         record_methods(recorder, shape, rows)
-        if bench.GEMM in rows and device.type == "cuda":
+        if GEMM in rows and device.type == "cuda":
             record_limits(recorder, shape, rows)
     if dist.is_initialized():
         dist.destroy_process_group()
