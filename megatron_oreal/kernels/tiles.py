@@ -24,7 +24,7 @@ Compute = Callable[[slice, slice, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the tiles are made for."""
+    """The sizes of the call for which tiles are chosen."""
 
     tokens: int
     columns: int
@@ -37,12 +37,12 @@ class Sizes:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the logits that mode=recompute keeps."""
+        """Returns the bytes of the logits that mode=recompute keeps."""
         return int((CUDA_KEPT_SHARE if self.is_cuda else CPU_KEPT_SHARE) * self.total_bytes)
 
     @property
     def tile_bytes(self) -> int:
-        """Of all that belongs to one tile."""
+        """Returns the bytes of everything that belongs to one tile."""
         return self.total_bytes - self.kept_bytes
 
 
@@ -53,7 +53,7 @@ class Tiling:
 
     @staticmethod
     def square(sizes: Sizes) -> Tiling:
-        """As square as tokens and columns allow: then the gradients' sums are read and written least often."""
+        """Makes tiles as square as tokens and columns allow, which reads and writes the sums of gradients least often."""
         rows, columns = sizes.tokens, sizes.columns
         limit = sizes.tile_bytes
         while sizes.element_bytes * rows * columns + sizes.token_bytes * rows + sizes.column_bytes * columns > limit:
@@ -74,12 +74,12 @@ class Tiling:
 
     @property
     def num_elements(self) -> int:
-        """Of the largest tile, which is the first."""
+        """The number of logits in the largest tile, which is the first."""
         return size_of(self.tokens[0], self.columns[0])
 
     @property
     def row_bytes(self) -> int:
-        """Of the logits of a row of tiles."""
+        """The bytes of the logits of a row of tiles."""
         return LOGIT_BYTES * sum(size_of(rows, columns) for rows in self.tokens[:1] for columns in self.columns)
 
 
