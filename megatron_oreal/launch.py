@@ -23,7 +23,7 @@ INTERRUPTED = "Interrupted by {}: " + RESUME
 
 
 def adopt_slurm_task() -> None:
-    """srun numbers its tasks under names of its own; torch's are needed."""
+    """Sets torch's variables (RANK, WORLD_SIZE, ...) from those by which srun numbers its tasks."""
     count = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in os.environ or count == "1":
         return
@@ -49,7 +49,7 @@ def launch(config: ModelRunConfig) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The failing process says what is wrong; the launcher's own report would bury it.
+    # The failing process says what is wrong; the launcher's own long report would hide it.
     logging.disable(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
@@ -62,12 +62,13 @@ def launch(config: ModelRunConfig) -> None:
         monitor_interval=0.1,
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="megatron-oreal-") as folder:  # the launcher's own bookkeeping
+        # The launcher keeps the workers' error files here.
+        with tempfile.TemporaryDirectory(prefix="megatron-oreal-") as folder:
             settings.logs_specs = DefaultLogsSpecs(log_dir=folder)
             elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
     except ChildFailedError as error:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
-        if all(code < 0 for code in exit_codes):  # nobody was left to say why
+        if all(code < 0 for code in exit_codes):  # All processes were killed by signals: none could report an error.
             fail(f"a process of the run was ended by {signal.Signals(-exit_codes[0]).name}; {RESUME}", 1)
         sys.exit(2 if 2 in exit_codes else 1)
     except SignalException as error:
@@ -75,13 +76,13 @@ def launch(config: ModelRunConfig) -> None:
 
 
 def set_threads(num_local_processes: int) -> None:
-    """Before torch is imported: as many threads a process as there are cores for it, unless the user has said."""
+    """Gives each process as many threads as it has cores, unless the user has said. Precedes the import of torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_local_processes)))
 
 
 def use_expandable_segments() -> None:
-    """Before torch is imported: CUDA memory in segments that grow, unless the user has said otherwise.
+    """Lets CUDA memory grow in place, unless the user has set the allocator. Precedes the import of torch.
 
     Micro-batches and caches of every length leave gaps in fixed segments. Memory that is lent to other processes, as
     rollout.sglang.weight_transport=tensor does, must not lie in segments that grow.
@@ -98,7 +99,7 @@ def end_with_launcher() -> None:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Our own ValueErrors name a field and a fix. One that a library raised is a defect and keeps its traceback."""
+    """Whether our own code raised the error. Such a ValueError names field and fix; one of a library is a defect."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -112,24 +113,24 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def fail(message: str, exit_code: int) -> NoReturn:
-    """One line from one process: the others wait, and the launcher ends them when the first one stops."""
+    """Prints one line and exits. Of several processes one prints, and the launcher ends those that wait for it."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(30)
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     if is_distributed():
         sys.stdout.flush()
-        os._exit(exit_code)  # tearing NCCL down would wait for ranks that wait for this one
+        os._exit(exit_code)  # A normal exit tears NCCL down, which waits for ranks that wait for this one.
     sys.exit(exit_code)
 
 
 def is_distributed() -> bool:
-    """Whether there are other ranks, without importing torch for the question."""
+    """Whether this process has joined other ranks. Without torch loaded it has not, so torch is not imported to ask."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def on_interrupt(_signal_number: int, _frame: FrameType | None) -> None:
-    """Python drops a KeyboardInterrupt that falls into a destructor: the process ends ten seconds later anyhow."""
+    """Raises KeyboardInterrupt, and ends the process ten seconds later if Python drops it (inside a destructor)."""
 
     def end() -> None:
         click.echo(INTERRUPTED.format(signal.SIGINT.name), err=True)
@@ -142,6 +143,6 @@ def on_interrupt(_signal_number: int, _frame: FrameType | None) -> None:
 
 
 def interrupted(signal_number: signal.Signals) -> NoReturn:
-    """Exits as shells expect of a command that a signal ended."""
+    """Exits with the code that shells expect of a command that a signal ended."""
     click.echo(INTERRUPTED.format(signal_number.name), err=True)
     sys.exit(128 + signal_number)

@@ -1,4 +1,4 @@
-r"""Estimates from n sampled answers to each of Q questions, their uncertainty, and paired tests of two policies.
+r"""Computes estimates from n sampled answers to each of Q questions, with intervals, and paired tests of two policies.
 
 Confidence intervals resample the questions: they speak about another draw of questions of the same kind, each answered
 anew. Where all questions have the same value (0 of 30 solved) the interval is a point, which is no sign of certainty.
@@ -44,7 +44,7 @@ class McNemar:
 
 
 def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a correct one: unbiased for k fresh samples."""
+    """Returns the chance that k samples, drawn without replacement, hold a correct one: an unbiased pass@k."""
     check_draws(k, num_samples)
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
@@ -98,7 +98,7 @@ def bootstrap_mean(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """The mean over questions with the percentile interval of its bootstrap; the same seed gives the same interval."""
+    """Returns the mean over questions with the percentile interval of its bootstrap, which the seed determines."""
     sample = np.asarray(values, dtype=np.float64)
     means = resampled_means(sample, num_resamples, seed)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -128,7 +128,7 @@ def paired_bootstrap(
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> PairedDifference:
-    """The difference of two means over the same questions, its interval, and whether it may be none.
+    """Returns the difference of two means over the same questions, its interval, and whether it may be none.
 
     The p-value resamples the differences shifted to mean 0; it is never below 1 / (num_resamples + 1).
     """
@@ -141,7 +141,7 @@ def paired_bootstrap(
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Whether two policies solve the same share of the same questions: a sign test of those where they differ."""
+    """Tests whether two policies solve the same share of the same questions, by the questions that only one solved."""
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = (sum(pair == which for pair in pairs) for which in ((True, False), (False, True)))
     num_different = only_first + only_second

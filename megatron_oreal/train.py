@@ -56,7 +56,7 @@ def sft(config: SftConfig) -> None:
 
 
 def begin_step(run: Run[Any, Any, Any], step: int) -> None:
-    """Evaluates and saves what the steps before have made, where that is due."""
+    """Evaluates and saves the policy that the steps before have made, where the configuration asks for it now."""
     if evaluation_due(run, step):
         with run.timer("evaluation"), naming_the_step(step):
             run.record(evaluate(run, step))

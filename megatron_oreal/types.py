@@ -145,7 +145,7 @@ class Sample(TokenData):
     rollout_logprobs: Float32Array
     model_logprobs: Float32Array  # [R], log-probs of the untempered, untruncated model; empty where not known
     finish_reason: FinishReason
-    policy_version: int  # of the weights that generated the oldest token
+    policy_version: int  # the version of the weights that generated the oldest token
     verdict: Verdict | None = None
     policy_versions: Int32Array = field(default_factory=no_ids)  # [R]; empty: each token is of `policy_version`
 
@@ -260,7 +260,7 @@ class Batch:
 
 @dataclass(slots=True)
 class TokenOutputs:
-    """What a model's head computes for a micro-batch."""
+    """The values that a model's head computes for a micro-batch."""
 
     values: Tensor  # [T] log-probs of the labels (0 outside the loss mask), or scores
     entropy: Tensor | None  # [T] of the policy, in nats

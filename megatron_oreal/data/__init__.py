@@ -1,1 +1,1 @@
-"""Prompts, supervised examples and tokens: from files to what the engines and models take."""
+"""Reads prompts and supervised examples from files, and turns them into what engines and models take."""

@@ -1,4 +1,4 @@
-"""JSONL files: one JSON object a line, read with the line in every error, written whole or not at all."""
+"""Reads and writes JSONL files: errors name the line, and a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def describe_type(value: object) -> str:
-    """The JSON name of a value's type, for errors."""
+    """Returns the JSON name of a value's type, for errors."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

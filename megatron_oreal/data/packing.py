@@ -22,7 +22,7 @@ from megatron_oreal.types import Batch, Microbatch, TrainingSequence
 
 @dataclass(frozen=True, slots=True)
 class PackingPlan:
-    """What packing has to know of the parallel layout and the model's limits."""
+    """The limits that the parallel layout and the model set for micro-batches."""
 
     data_rank: int
     data_size: int  # number of data-parallel ranks
@@ -46,7 +46,7 @@ def pack_parts(parts: Sequence[Sequence[TrainingSequence]], plan: PackingPlan) -
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
-    """One batch with the micro-batches of all, and with the sums of their counts."""
+    """Joins batches: the micro-batches of all, and the sums of their counts."""
     return Batch(
         microbatches=[microbatch for batch in batches for microbatch in batch.microbatches],
         num_sequences=sum(batch.num_sequences for batch in batches),
@@ -102,7 +102,7 @@ def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple
 
 
 def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each sequence goes to the first micro-batch that has room for it, or to a new one where none has."""
+    """Puts each sequence into the first micro-batch that has room for it, or to a new one where none has."""
     bins: list[list[int]] = []
     room = np.full(len(numbers), capacity)
     for number in numbers:
@@ -121,7 +121,7 @@ def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> i
 
 
 def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: torch.device) -> Microbatch:
-    """A micro-batch of `total` tokens: the sequences, and one segment of masked filler where they are shorter."""
+    """Builds a micro-batch of `total` tokens: the sequences, and a segment of masked filler where they are shorter."""
     lengths = [sequence.num_tokens for sequence in sequences]
     padding = total - sum(lengths)
     lengths += [padding] if padding else []
@@ -133,7 +133,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
     for number, (begin, end) in enumerate(pairwise(borders)):
         position_ids[begin:end] = positions[: end - begin]
         sequence_ids[begin:end] = number
-    places = []  # of each sequence: the trained tokens' indices in its response
+    places = []  # for each sequence, the trained tokens' indices in its response
     for begin, sequence in zip(borders, sequences, strict=False):
         known = sequence.model_logprobs
         assert len(sequence.prompt_ids), "the first response token is predicted by the last prompt token"
@@ -181,12 +181,12 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory: such a copy does not wait for what a GPU is doing."""
+    """Copies from pinned memory, so that the copy does not wait for the GPU's running work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Per-token values [T] -> [N, longest response], and the mask of what is a response token there."""
+    """Turns per-token values [T] into [N, longest response]; also returns the mask of response tokens."""
     shape = (microbatch.num_sequences, microbatch.longest_response)
     slots = response_slots(microbatch)
     padded = torch.zeros(shape, dtype=values.dtype, device=values.device)
@@ -197,12 +197,12 @@ def pad_responses(values: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tenso
 
 
 def unpad_responses(padded: Tensor, microbatch: Microbatch) -> Tensor:
-    """The inverse of pad_responses: [N, longest] -> [T], 0 outside the loss mask."""
+    """Inverts pad_responses: [N, longest] -> [T], 0 outside the loss mask."""
     values = torch.zeros(len(microbatch.labels), dtype=padded.dtype, device=padded.device)
     return values.index_copy_(0, microbatch.trained, padded.reshape(-1).index_select(0, response_slots(microbatch)))
 
 
 def response_slots(microbatch: Microbatch) -> Tensor:
-    """[T'] int64: where each trained token stands in a flattened [N, longest response]."""
+    """Returns [T'] int64: the position of each trained token in a flattened [N, longest response]."""
     sequences = microbatch.sequence_ids.index_select(0, microbatch.trained)
     return sequences * microbatch.longest_response + microbatch.trained_places

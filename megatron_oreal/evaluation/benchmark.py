@@ -47,7 +47,7 @@ def evaluate_datasets(config: EvalRunConfig) -> str | None:
 
 
 def is_finished(run: EvalRun, name: str) -> bool:
-    """Whether the dataset's file is there: the first rank looks, because not every node may see the folder."""
+    """Whether the dataset's file is there. The first rank looks, because other nodes may not see the folder."""
     finished = False
     if run.layout.is_main:
         path = questions_path(run.config.run_dir, name)
@@ -56,7 +56,7 @@ def is_finished(run: EvalRun, name: str) -> bool:
 
 
 def holds_answers_to(questions: Sequence[QuestionRecord], prompts: Sequence[EncodedPrompt], name: str) -> bool:
-    """True; raises ValueError where the questions are others than those of the dataset now."""
+    """Returns True, or raises ValueError when the file answers other questions than the dataset now has."""
     asked = [(question.id, question.prompt, question.answer) for question in questions]
     if asked != [(p.prompt.id, p.prompt.messages[-1].content, p.prompt.answer) for p in prompts]:
         raise ValueError(
@@ -67,7 +67,7 @@ def holds_answers_to(questions: Sequence[QuestionRecord], prompts: Sequence[Enco
 
 
 def answer_questions(run: EvalRun, name: str) -> list[QuestionRecord]:
-    """Batch by batch, for the progress bar; every rank gets the same."""
+    """Answers the questions batch by batch, so that the progress bar moves; every rank gets the same records."""
     config, prompts, records = run.config.eval, run.datasets[name], []
     for start in range(0, len(prompts), config.prompts_per_batch):
         batch = prompts[start : start + config.prompts_per_batch]
@@ -103,7 +103,7 @@ def question_record(
 
 
 def sample_key(sample: Sample) -> str | None:
-    """What the sample votes for: its answer in one spelling, or nothing where it has none."""
+    """Returns what the sample votes for, its answer in one spelling, or None where it has no answer."""
     verdict = sample.verdict
     if verdict is None or verdict.extracted is None:
         return None

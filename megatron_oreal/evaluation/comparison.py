@@ -1,4 +1,4 @@
-"""Two evaluations of the same questions, question by question: is the difference more than chance?
+"""Compares two evaluations of the same questions, question by question: is the difference more than chance?
 
 Greedy answers: McNemar's exact test. Means of sampled answers: a paired bootstrap over the questions.
 """
@@ -21,7 +21,7 @@ class Comparison:
     num_questions: int
     first: float
     second: float
-    difference: Estimate  # second - first
+    difference: Estimate  # the second run's value minus the first's
     only_first: int | None  # questions that only the first run solved; None for means
     only_second: int | None
     p_value: float  # two-sided
@@ -31,7 +31,7 @@ class Comparison:
 def compare_runs(
     first: Path, second: Path, confidence: float = CONFIDENCE, num_resamples: int = NUM_RESAMPLES
 ) -> list[Comparison]:
-    """The datasets that both run directories hold. Raises ValueError where they share none or asked other questions."""
+    """Compares the datasets that both runs hold. Raises ValueError where they share none or asked other questions."""
     names = [finished_datasets(run_dir) for run_dir in (first, second)]
     shared = [name for name in names[0] if name in names[1]]
     if not shared:
@@ -54,7 +54,7 @@ def finished_datasets(run_dir: Path) -> list[str]:
 
 
 def paired_questions(first: Path, second: Path) -> tuple[list[QuestionRecord], list[QuestionRecord]]:
-    """The second file's questions in the order of the first's."""
+    """Returns the second file's questions in the order of the first's."""
     questions = read_questions(first)
     others = {question.id: question for question in read_questions(second)}
     for question in questions:
@@ -76,7 +76,7 @@ def compare_dataset(
     confidence: float = CONFIDENCE,
     num_resamples: int = NUM_RESAMPLES,
 ) -> list[Comparison]:
-    """What both runs measured; both hold the same questions in the same order."""
+    """Compares each metric that both runs measured; both hold the same questions in the same order."""
     comparisons = []
     if first[0].greedy is not None and second[0].greedy is not None:
         comparisons.append(compare_greedy(name, first, second, confidence, num_resamples))

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk: one JSON object a question, and what they add up to."""
+"""Defines, writes and reads what an evaluation leaves on disk: one JSON object a question, and their summary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_oreal.statistics import Estimate, bootstrap_mean, majority_at_k, p
 
 @dataclass(slots=True, frozen=True)
 class AnswerRecord:
-    """One answer and the verifier's word on it."""
+    """One answer and the verifier's verdict on it."""
 
     is_correct: bool
     is_judged: bool  # False: the verifier could not decide; counted as wrong
@@ -73,13 +73,13 @@ def questions_path(run_dir: Path, dataset: str) -> Path:
 
 
 def write_questions(path: Path, questions: Sequence[QuestionRecord]) -> None:
-    """The file appears whole: where there is one, its dataset is finished."""
+    """Writes the file whole or not at all: where it exists, its dataset is finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in questions))
 
 
 def read_questions(path: Path) -> list[QuestionRecord]:
-    """Raises ValueError, naming the line, where the file is not what `write_questions` wrote."""
+    """Reads what `write_questions` wrote. Raises ValueError that names the line where the file is something else."""
     questions = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -93,7 +93,7 @@ def read_questions(path: Path) -> list[QuestionRecord]:
 
 
 def summarize(questions: Sequence[QuestionRecord], config: BenchmarkConfig) -> DatasetSummary:
-    """All metrics of a dataset; each interval resamples the same questions."""
+    """Computes all metrics of a dataset; each interval resamples the same questions."""
     n = config.num_samples
     values: dict[str, list[float]] = {}
     if config.greedy:
@@ -145,7 +145,7 @@ def write_results(path: Path, model: Path, summaries: Mapping[str, DatasetSummar
 
 
 def format_results(summaries: Mapping[str, DatasetSummary], confidence: float) -> str:
-    """Two tables: the metrics with their intervals, and the lengths and outcomes of the answers."""
+    """Formats two tables: the metrics with their intervals, and the lengths and outcomes of the answers."""
     interval = f"{100 * confidence:g}% low"
     metrics = [
         [name, summary.num_questions, metric, estimate.value, estimate.low, estimate.high]

@@ -30,7 +30,7 @@ BYTES_PER_SECOND = 4e12
 
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
-    """What a plan is made for. It is the same on all tensor-parallel ranks."""
+    """The sizes of the call for which a plan is made. It is the same on all tensor-parallel ranks."""
 
     tokens: int
     columns: int  # of this rank, with padding
@@ -59,7 +59,7 @@ class BlockPlan:
         return slices(num_columns, self.tile_columns)
 
     def seconds(self, sizes: BlockSizes) -> float:
-        """What the blocks cost beyond three products: products again, and sums of the weight's gradient again."""
+        """Estimates the time beyond three products: repeated products, and repeated sums of the weight's gradient."""
         weight = sizes.columns * sizes.hidden
         again = sum(rows.stop - rows.start for rows in self.tokens[self.num_kept :]) if sizes.keeps else 0
         num_sums = max(0, len(self.tokens) - 1)

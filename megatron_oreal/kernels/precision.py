@@ -20,7 +20,7 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """How a call of linear_logprob computes."""
+    """Says with which products a call of linear_logprob computes."""
 
     products: Products
     # Makes the gradients of one call; None: from tiles of float32 logits, with `products`
@@ -30,7 +30,7 @@ class Arithmetic:
 def make_arithmetic(
     precision: Precision, device: torch.device, dtype: torch.dtype, fp8: Fp8Options | None = None
 ) -> Arithmetic:
-    """For hidden states and weights of `dtype`. Raises ValueError for a precision that this device does not have."""
+    """Chooses the products for inputs of `dtype`. Raises ValueError for a precision that this device does not have."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision}")
     # A product of half-precision inputs on a CPU is rounded to half precision, and slower than one in float32.

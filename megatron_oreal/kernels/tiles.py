@@ -9,15 +9,13 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# Of the tiles, of what the products copy and of the sums; beyond them are the libraries' own workspaces.
+# The bound for tiles, copies by the products and sums together. The libraries' own workspaces come on top.
 CPU_BYTES = 176 * 2**20
 CUDA_BYTES = 1472 * 2**20
-# Of these bytes: logits that mode=recompute keeps until the backward pass. A GPU multiplies small tiles slowly.
+# The share of these bytes for logits that mode=recompute keeps until the backward pass. A GPU needs the rest for
+# large tiles, because it multiplies small ones slowly.
 CPU_KEPT_SHARE = 0.875
 CUDA_KEPT_SHARE = 0.5
-# Of one temporary within a tile, beyond which it is made in blocks.
-CPU_BLOCK_BYTES = 2 * 2**20
-CUDA_BLOCK_BYTES = 32 * 2**20
 ALIGNMENT = 32  # of tiles, for the products: MXFP8 has one scale for as many numbers
 LOGIT_BYTES = 4
 # (tokens, columns, memory for the result or None) -> float32 logits [t, v], in that memory if the products can
@@ -26,7 +24,7 @@ Compute = Callable[[slice, slice, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the tiles are made for."""
+    """The sizes of the call for which tiles are chosen."""
 
     tokens: int
     columns: int
@@ -39,12 +37,12 @@ class Sizes:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the logits that mode=recompute keeps."""
+        """Returns the bytes of the logits that mode=recompute keeps."""
         return int((CUDA_KEPT_SHARE if self.is_cuda else CPU_KEPT_SHARE) * self.total_bytes)
 
     @property
     def tile_bytes(self) -> int:
-        """Of all that belongs to one tile."""
+        """Returns the bytes of everything that belongs to one tile."""
         return self.total_bytes - self.kept_bytes
 
 
@@ -55,7 +53,7 @@ class Tiling:
 
     @staticmethod
     def square(sizes: Sizes) -> Tiling:
-        """As square as tokens and columns allow: then the gradients' sums are read and written least often."""
+        """Makes tiles as square as tokens and columns allow: the sums of gradients are then read and written least."""
         rows, columns = sizes.tokens, sizes.columns
         limit = sizes.tile_bytes
         while sizes.element_bytes * rows * columns + sizes.token_bytes * rows + sizes.column_bytes * columns > limit:
@@ -76,12 +74,12 @@ class Tiling:
 
     @property
     def num_elements(self) -> int:
-        """Of the largest tile, which is the first."""
+        """The number of logits in the largest tile, which is the first."""
         return size_of(self.tokens[0], self.columns[0])
 
     @property
     def row_bytes(self) -> int:
-        """Of the logits of a row of tiles."""
+        """The bytes of the logits of a row of tiles."""
         return LOGIT_BYTES * sum(size_of(rows, columns) for rows in self.tokens[:1] for columns in self.columns)
 
 
@@ -149,16 +147,6 @@ class TileLogits:
 
 def bytes_of_a_call(is_cuda: bool) -> int:
     return CUDA_BYTES if is_cuda else CPU_BYTES
-
-
-def block_bytes(is_cuda: bool) -> int:
-    return CUDA_BLOCK_BYTES if is_cuda else CPU_BLOCK_BYTES
-
-
-def row_blocks(num_rows: int, row_bytes: int, is_cuda: bool, multiple_of: int = 1) -> list[slice]:
-    """Rows of a temporary of at most `block_bytes`: multiples of so many, but for the last."""
-    size = block_bytes(is_cuda) // max(1, row_bytes) // multiple_of * multiple_of
-    return slices(num_rows, max(multiple_of, size))
 
 
 def size_of(rows: slice, columns: slice) -> int:

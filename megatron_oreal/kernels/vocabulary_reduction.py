@@ -74,7 +74,7 @@ class RowKernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """What a gradient of logits takes of its t tokens, besides the logits."""
+    """Holds what the gradient of the logits needs to know of its t tokens, besides the logits."""
 
     target: Tensor  # [t]
     logsumexp: Tensor  # [t], of all columns of all ranks
@@ -117,7 +117,7 @@ def row_kernels(device_type: str) -> RowKernels:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a call of linear_logprob is, besides its tensors."""
+    """Holds everything that describes a call of linear_logprob, except its tensors."""
 
     products: Products
     rows: RowKernels
@@ -140,7 +140,7 @@ class Call:
         return 4 if self.with_entropy else 3
 
     def place(self, target: Tensor, columns: slice) -> tuple[Tensor, int]:
-        """Of a tile: the targets as its columns, and how many columns are not padding."""
+        """Returns the targets as columns of a tile, and how many of the tile's columns are not padding."""
         return target - (self.first + columns.start), min(columns.stop, self.num_valid) - columns.start
 
     def reduce(self, tiles: Iterable[tuple[slice, Tensor]], target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json to Megatron's GPTModel, one chunk a (virtual) pipeline stage of this rank."""
+"""Builds Megatron's GPTModel from a Hugging Face config.json, one chunk a (virtual) pipeline stage of this rank."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PackedGPTModel(GPTModel):
 
 
 def resolved_for(config: ModelConfig, device: torch.device) -> ModelConfig:
-    """Without `auto` in dtype and recompute. By the device alone: run/devices.py chooses recompute by memory before."""
+    """Returns the configuration without `auto`, by the device alone; run/device_defaults.py weighs memory."""
     on_cuda = device.type == "cuda"
     dtype, recompute = config.dtype, config.recompute
     if dtype == "auto":
@@ -139,7 +139,7 @@ def transformer_config(
 
 
 def expert_settings(architecture: Architecture, layout: ParallelLayout) -> dict[str, Any]:
-    """Of a mixture of experts; outcome-reward training runs without a load-balancing loss."""
+    """Returns Megatron's settings for a mixture of experts, without a load-balancing loss."""
     experts = architecture.experts
     if experts is None:
         return {}

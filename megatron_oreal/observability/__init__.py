@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics, progress, reports, and files that are whole or absent."""
+"""Reports what a run does: metrics, progress, TensorBoard; and writes files that are whole or absent."""

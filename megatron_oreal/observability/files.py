@@ -1,4 +1,4 @@
-"""Files that are whole or absent: a crash, a full disk or a reader in between never sees half of one."""
+"""Writes files that are whole or absent: a crash, a full disk or a reader in between never sees half of one."""
 
 from __future__ import annotations
 

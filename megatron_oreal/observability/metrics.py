@@ -1,4 +1,4 @@
-"""Where the seconds of a step go, and one record of numbers a step in RUN_DIR/metrics.jsonl."""
+"""Measures where the seconds of a step go, and writes one record of numbers a step to RUN_DIR/metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PhaseTimer:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
 
     def flush(self) -> Metrics:
-        """Seconds since the last flush: those of each phase, `time/other_seconds` and the sum, `time/step_seconds`."""
+        """Returns seconds since the last flush: of each phase, of the rest, and their sum (`time/step_seconds`)."""
         assert self.running is None, f"flush() inside the phase {self.running!r}"
         now = self.now()
         step_seconds = now - self.last_flush
@@ -80,7 +80,7 @@ class MetricsLog(Closing):
 
     @staticmethod
     def silent() -> MetricsLog:
-        """For the ranks that write no records."""
+        """Returns a log that writes nothing, for every rank but the first."""
         return SilentMetricsLog()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -122,7 +122,7 @@ def metrics_path(run_dir: Path) -> Path:
 
 
 def read_metrics(run_dir: Path) -> list[Metrics]:
-    """The records of a run, finished or not; none without a metrics.jsonl.
+    """Reads the records of a run, finished or not; a run without a metrics.jsonl has none.
 
     A torn last line, of a killed run or of one that is just writing, is left out; any other damage raises ValueError.
     """
@@ -141,7 +141,7 @@ def read_metrics(run_dir: Path) -> list[Metrics]:
 
 
 def as_number(value: float) -> float:
-    """A plain int or float, also of a tensor."""
+    """Converts a number or a tensor with one element to a plain int or float."""
     return value if isinstance(value, int) else float(value)
 
 

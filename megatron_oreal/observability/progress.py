@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere, and timestamped lines in a log file."""
+"""Shows how far a run is: a bar on a terminal, plain lines elsewhere, and timestamped lines in a log file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ProgressBar(Closing):
 
     @staticmethod
     def silent() -> ProgressBar:
-        """A progress bar that does nothing, for every rank but the first."""
+        """Returns a progress bar that does nothing, for every rank but the first."""
         return SilentProgressBar()
 
     def advance(self, n: int = 1, **postfix: float | str) -> None:
@@ -104,7 +104,7 @@ class ProgressBar(Closing):
 
 
 class Announcer:
-    """Lines for the user, from any thread: on stderr until there is a progress bar, above it afterwards."""
+    """Prints lines for the user, from any thread: on stderr until there is a progress bar, above it afterwards."""
 
     def __init__(self, is_main: bool, log_file: Path) -> None:
         self.is_main, self.log_file = is_main, log_file

@@ -1,4 +1,4 @@
-"""The run's numbers and samples of text in RUN_DIR/tensorboard."""
+"""Writes the run's numbers and samples of text to RUN_DIR/tensorboard."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 
 class TensorBoard:
-    """Event files of one process. A run resumed at `start_step` hides what was logged from that step on."""
+    """Writes the event files of one process. A run resumed at `start_step` hides what was logged from that step on."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that reading metrics does without
+        # The import takes a second, and reading metrics does without it.
+        from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
 

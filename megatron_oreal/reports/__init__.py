@@ -1,1 +1,1 @@
-"""What is drawn and printed from finished runs."""
+"""Draws and prints what finished runs have measured, and what an objective optimises."""

@@ -1,4 +1,4 @@
-"""Curves and tables of a run."""
+"""Draws the curves of runs, and lays out tables as plain text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plot_curves(metrics: Sequence[Metrics], curves: Curves, path: Path) -> None:
 
 
 def format_table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
-    """Plain text with aligned columns: numbers to the right, floats with four digits, None as "-".
+    """Formats a table as plain text with aligned columns: numbers to the right, floats with four digits, None as "-".
 
     Raises ValueError for a row whose length is not the header's.
     """

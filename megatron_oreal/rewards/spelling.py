@@ -241,9 +241,3 @@ LOOSE_BRACES = re.compile(r"(?<![\\}\w\]])\{(\w)\}")
 def without_spaces(normalized: str) -> str:
     """For comparing spellings: only a space between two word characters is kept."""
     return LOOSE_SPACE.sub("", normalized)
-
-
-def unwrap_text(text: str) -> str:
-    r"""`east` for `\text{east}`."""
-    whole = TEXT.fullmatch(text)
-    return whole[1].strip() if whole else text

@@ -1,4 +1,4 @@
-"""What `auto` in a configuration becomes on this device, and one line that says what is on.
+"""Decides what `auto` in a configuration becomes on this device, and words what was chosen in one line.
 
 recompute is chosen by an estimate of the memory: weights, gradients and optimizer states of all models of the run, the
 local engine's copy, and the activations of one micro-batch. The estimate of activations counts the tensors that a layer
@@ -18,12 +18,13 @@ from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.weights.families import Architecture
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, SftConfig, EvalRunConfig)
-USABLE_SHARE = 0.85  # of the GPU's memory; the rest is for CUDA's context, NCCL, generation's cache and fragments
-HEAD_BYTES = 3 * 2**30  # of linear_logprob's tiles, and of the largest temporaries of an update
+# The share of a GPU's memory to plan with; the rest is for CUDA's context, NCCL, generation's cache and fragments.
+USABLE_SHARE = 0.85
+HEAD_BYTES = 3 * 2**30  # what linear_logprob's tiles and the largest temporaries of an update take
 
 
 def with_device_defaults(config: AnyConfig, architecture: Architecture) -> AnyConfig:
-    """The configuration without `auto` in model.dtype, model.recompute and deterministic."""
+    """Returns the configuration without `auto` in model.dtype, model.recompute and deterministic."""
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
     model = config.model
@@ -37,16 +38,16 @@ def with_device_defaults(config: AnyConfig, architecture: Architecture) -> AnyCo
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of one GPU."""
+    """How many bytes of one GPU a training run needs."""
 
-    states: int  # always there: weights, gradients, optimizer states, the local engine
-    activations: int  # of one micro-batch, without recompute
+    states: int  # what is always there: weights, gradients, optimizer states, the local engine
+    activations: int  # what one micro-batch keeps without recompute
     mlp_activations: int  # the part of them that lies in the MLPs
-    one_layer: int  # of a layer, at the time it is computed again
+    one_layer: int  # what one layer takes while it is computed again
 
 
 def fitting_recompute(memory: Memory, usable_bytes: int) -> str:
-    """The first of none, selective (the MLPs) and full whose need fits."""
+    """Returns the first of none, selective (the MLPs) and full that fits into the memory."""
     free = usable_bytes - memory.states - HEAD_BYTES
     if memory.activations <= free:
         return "none"
@@ -59,7 +60,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     num_parameters = parameter_count(architecture)
     item = 4 if config.model.dtype == "float32" else 2
     num_trained, num_frozen = model_counts(config)
-    shard = data_parallel_size(parallel)  # of optimizer states
+    shard = data_parallel_size(parallel)  # the number of ranks over which optimizer states are split
     trained_bytes = (item + 4) + (12 if item == 2 else 8) / shard
     states = num_parameters / model_size * (num_trained * trained_bytes + num_frozen * item)
     if config.rollout.engine == "local":
@@ -96,14 +97,14 @@ def parameter_count(architecture: Architecture) -> int:
 
 
 def model_counts(config: TrainConfig | SftConfig) -> tuple[int, int]:
-    """(models that learn, frozen models), at most."""
+    """Returns upper bounds for the numbers of models that learn and of frozen models."""
     if isinstance(config, SftConfig):
         return 1, 0
     return 1 + len(config.algorithm.scalar_models), int(config.algorithm.uses_reference)
 
 
 def describe(config: TrainConfig | SftConfig, model: TrainableModel) -> str:
-    """One line: what was chosen for this device, of `auto` and by the settings."""
+    """Returns one line that names what runs on this device, whether a setting or `auto` chose it."""
     layout, megatron, training = model.layout, model.megatron_config, model.training
     parts = [
         str(config.model.dtype),

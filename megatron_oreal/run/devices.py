@@ -16,14 +16,14 @@ from megatron_oreal.run.engines import AnyConfig
 
 @dataclass(slots=True)
 class DeviceSharing:
-    """Trainer and colocated servers on the same devices: the models are on the host while the servers generate.
+    """Lets trainer and colocated servers take turns on the same devices: models are on the host while servers generate.
 
     Servers on a CPU keep their memory; the models go to the host all the same.
     """
 
-    engine: SglangEngine | None  # None: everybody has devices of its own
+    engine: SglangEngine | None  # None: trainer and servers have devices of their own
     models: Sequence[TrainableModel]
-    frees_servers: bool  # CUDA
+    frees_servers: bool  # whether servers release memory: on CUDA they do, on a CPU they keep it
 
     @contextmanager
     def training(self, pushes: bool) -> Iterator[None]:
@@ -36,14 +36,14 @@ class DeviceSharing:
             return
         if self.frees_servers:
             self.engine.release_memory(["kv_cache", "weights"] if pushes else ["kv_cache"])
-        wait_for_all_ranks()  # until the first rank has freed the devices of all
+        wait_for_all_ranks()  # The first rank frees the devices of all ranks.
         for model in self.models:
             model.restore()
         yield
         self.generate()
 
     def receive(self) -> None:
-        """Before a push: the servers get the memory of their weights back."""
+        """Gives the servers the memory for weights back, before new weights arrive."""
         if self.engine is not None and self.frees_servers:
             self.engine.resume_memory(["weights"])
 
@@ -53,13 +53,13 @@ class DeviceSharing:
             return
         for model in self.models:
             model.offload()
-        wait_for_all_ranks()  # until all ranks' devices are free
+        wait_for_all_ranks()  # Servers may span the devices of several ranks.
         if self.frees_servers:
             self.engine.resume_memory(["kv_cache"])
 
 
 def colocated(config: AnyConfig, engine: RolloutEngine) -> SglangEngine | None:
-    """The engine, if its servers share the trainer's devices."""
+    """Returns the engine if its servers share the trainer's devices, else None."""
     return engine if isinstance(engine, SglangEngine) and config.rollout.sglang.placement == "colocated" else None
 
 
@@ -71,7 +71,7 @@ def make_room_for_models(config: AnyConfig, layout: ParallelLayout, engine: Roll
     servers = colocated(config, engine)
     if servers is not None and layout.device.type == "cuda":
         servers.release_memory(["kv_cache", "weights"])
-        wait_for_all_ranks()  # until the first rank has freed the devices of all
+        wait_for_all_ranks()  # The first rank frees the devices of all ranks.
 
 
 def device_sharing(

@@ -50,13 +50,13 @@ class Run(Generic[Config, Item, Algorithm]):
     progress: ProgressBar
     start_step: int = 0
     num_skipped_steps: int = 0
-    metrics: Metrics = field(default_factory=dict)  # of the step under way
+    metrics: Metrics = field(default_factory=dict)  # what the step under way has measured so far
 
     def record(self, metrics: Metrics) -> None:
         self.metrics |= metrics
 
     def count_skipped(self, step: int) -> None:
-        """A step whose groups gave the algorithm nothing to learn from."""
+        """Whether the groups of this step gave the algorithm nothing to learn from."""
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
             self.progress.note(f"step {step} skipped: its groups hold nothing that the algorithm learns from")
@@ -86,19 +86,19 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics = {}
 
     def export(self) -> None:
-        """The policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
+        """Writes the policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
         if not self.config.checkpoint.export_hf:
             return
         model, out = self.config.model, self.config.run_dir / "hf"
         try:
             with self.devices.training(pushes=False):
                 save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
-        except SafetensorError as error:  # what safetensors makes of a full disk
+        except SafetensorError as error:  # safetensors raises this when the disk is full
             raise CheckpointError(f"{out} could not be written ({error}); the checkpoints stay") from None
 
 
 def rates(metrics: Metrics) -> Metrics:
-    """Tokens a second of the phases that have both."""
+    """Computes tokens a second for each phase whose tokens and seconds are known."""
     counted = {"rollout": "rollout/num_tokens", "update": "train/num_tokens"}
     found = {}
     for phase, name in counted.items():
@@ -115,5 +115,5 @@ class EvalRun:
     sampler: Sampler
     sampling: SamplingParams
     datasets: Mapping[str, list[EncodedPrompt]]
-    notes: list[str]  # what was left out
+    notes: list[str]  # lines for the log about what was left out
     progress: ProgressBar

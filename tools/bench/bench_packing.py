@@ -28,7 +28,7 @@ from megatron_oreal.algorithms.sample_selection import training_sequence
 from megatron_oreal.data.packing import PackingPlan, assign, pack
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.rollout import group_codec
-from megatron_oreal.rollout.group_codec import PlacedGroup
+from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.types import Group, Microbatch, Prompt, Sample, Verdict
 
 CASES = ("1024x14000", "8192x8000")
@@ -142,7 +142,7 @@ def prepare_arrays(number: int, length: int, plan: PackingPlan) -> Callable[[], 
         for ids, rollout, model in make_responses(number, length)
     ]
     groups = [
-        PlacedGroup(0, Group(prompt.prompt, samples[begin : begin + GROUP_SIZE]))
+        NumberedGroup(0, Group(prompt.prompt, samples[begin : begin + GROUP_SIZE]))
         for begin in range(0, number, GROUP_SIZE)
     ]
     samples.clear()
@@ -151,7 +151,7 @@ def prepare_arrays(number: int, length: int, plan: PackingPlan) -> Callable[[], 
         packed = group_codec.pack(groups)
         groups.clear()
         received = group_codec.unpack(packed, [prompt])
-        sequences = [training_sequence(sample, 1.0) for placed in received for sample in placed.group.samples]
+        sequences = [training_sequence(sample, 1.0) for numbered in received for sample in numbered.group.samples]
         return pack(sequences, plan).microbatches
 
     return run

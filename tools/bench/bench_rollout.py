@@ -117,7 +117,7 @@ def server_at_once(num_tokens: int) -> Iterator[Endpoint]:
 
 
 @contextmanager
-def opened_engine(model_path: Path, endpoints: Sequence[Endpoint], concurrency: int) -> Iterator[SglangEngine]:
+def open_engine(model_path: Path, endpoints: Sequence[Endpoint], concurrency: int) -> Iterator[SglangEngine]:
     thread = EventLoopThread("bench")
     transport = DiskTransport(thread, 60, model_path / "unused", model_path, is_main=False)
     config = SglangConfig(max_concurrent_requests=concurrency)
@@ -231,7 +231,7 @@ def main(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         small = folder / "model"
         make_model(small, max_new_tokens + 64)
-        with server_at_once(instant_tokens) as endpoint, opened_engine(small, [endpoint], concurrency) as engine:
+        with server_at_once(instant_tokens) as endpoint, open_engine(small, [endpoint], concurrency) as engine:
             params, requests = SamplingParams(max_new_tokens=instant_tokens), requests_of(instant_requests)
             rivals = {
                 "engine": engine_rival(engine, requests, params),
@@ -247,7 +247,7 @@ def main(
             settings = ServerSettings(config, small, "float32", folder / "run", "cpu", context)
             fleet = open_servers(settings, click.echo)
             endpoints = stack.enter_context(fleet).endpoints
-        engine = stack.enter_context(opened_engine(path, endpoints, concurrency))
+        engine = stack.enter_context(open_engine(path, endpoints, concurrency))
         params, requests = SamplingParams(max_new_tokens=max_new_tokens), requests_of(num_requests)
         rivals = {
             "engine": engine_rival(engine, requests, params),
