@@ -53,7 +53,7 @@ class Tiling:
 
     @staticmethod
     def square(sizes: Sizes) -> Tiling:
-        """Makes tiles as square as tokens and columns allow: the sums of gradients are then read and written least."""
+        """Makes tiles as square as possible, which reads and writes the sums of gradients least often."""
         rows, columns = sizes.tokens, sizes.columns
         limit = sizes.tile_bytes
         while sizes.element_bytes * rows * columns + sizes.token_bytes * rows + sizes.column_bytes * columns > limit:
