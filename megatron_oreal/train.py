@@ -32,6 +32,7 @@ def train(config: TrainConfig) -> None:
             with run.devices.training(pushes=True):
                 with run.timer("update"), naming_the_step(step):
                     run.record(run.algorithm.update(collected.groups, step))
+                    run.complete_updates(step)
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
@@ -48,6 +49,7 @@ def sft(config: SftConfig) -> None:
             with run.devices.training(pushes=is_due):
                 with run.timer("update"), naming_the_step(step):
                     run.record(run.algorithm.update(run.cursor.next_batch(config.data.sequences_per_step), step))
+                    run.complete_updates(step)
                 if is_due:
                     with run.timer("weight_sync"):
                         run.push_weights(version=step + 1)

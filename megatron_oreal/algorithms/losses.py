@@ -11,11 +11,24 @@ from torch import Tensor
 
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
 
+# The logarithm of the largest ratio that is taken as it is. A single token that policy, target or engine finds
+# impossible must make neither a loss nor a metric infinite, for that would stop the run.
+MAX_LOG_RATIO = 20.0
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """Returns exp(log_ratio), and beyond MAX_LOG_RATIO the tangent of exp there, which does not overflow.
+
+    Up to there, values and gradients are exactly those of exp. Beyond it the gradient keeps its sign and stays at its
+    largest value, so that a token that became far too likely, or far too unlikely, is still pulled back.
+    """
+    return log_ratio.clamp_max(MAX_LOG_RATIO).exp() * (1.0 + F.relu(log_ratio - MAX_LOG_RATIO))
+
 
 def kl_k3(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
     """Estimates KL(policy || target) of each token, in nats, as exp(d) - d - 1 with d = target - logprobs."""
     difference = target_logprobs - logprobs
-    return difference.exp() - difference - 1.0
+    return bounded_exp(difference) - difference - 1.0
 
 
 def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
@@ -23,8 +36,6 @@ def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
     return 0.5 * (target_logprobs - logprobs).square()
 
 
-# A single token that the trainer finds impossible must not make a metric infinite, for that would stop the run.
-MAX_LOG_RATIO = 20.0
 KL_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": kl_k3, "mse": kl_mse}
 
 
@@ -94,6 +105,11 @@ class PolicyTerms:
         """The log-probs of the policy before the step's first update, [T]."""
         assert self.microbatch.old_logprobs is not None
         return self.microbatch.old_logprobs
+
+    @property
+    def ratio(self) -> Tensor:
+        """The probability of each token over that of the old policy, [T], with a gradient; see `bounded_exp`."""
+        return bounded_exp(self.logprobs - self.old_logprobs)
 
     def corrected(self, coefficients: Tensor) -> Tensor:
         """Returns the coefficients [T], times the importance weights where samples may be off-policy."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import ADVANTAGES
 from megatron_oreal.algorithms.losses import PolicyTerms, outcome_cross_entropy
+from megatron_oreal.algorithms.metrics import over_updates
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
 from megatron_oreal.config import OrealConfig, TrainConfig
@@ -84,19 +85,25 @@ class Oreal:
         if self.reward_model is not None:
             reward_loss = partial(self.reward_loss, batch=batch)
             # The token weights come from the scores of the first pass: those before the reward model's own update.
-            metrics |= self.reward_model.train_step(batch, reward_loss, keep="token_scores")
-            for _ in range(1, self.reward_model_updates):
-                metrics |= self.reward_model.train_step(batch, reward_loss)
+            updates = [self.reward_model.train_step(batch, reward_loss, keep="token_scores")]
+            updates += [self.reward_model.train_step(batch, reward_loss) for _ in range(1, self.reward_model_updates)]
+            metrics |= over_updates(updates)
         for microbatch in batch.microbatches:
             fill_coefficients(microbatch, batch, self.config)
         policy_loss = partial(self.policy_loss, batch=batch)
-        # The freeze lets the reward model learn first; without one there is nothing to wait for.
-        if self.reward_model is not None and step < self.config.policy_freeze_steps:
+        if self.is_frozen(step):
             return metrics | self.policy.measure(batch, policy_loss, keep="old_logprobs")
-        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
-        for _ in range(1, self.policy_updates):
-            metrics |= self.policy.train_step(batch, policy_loss)
-        return metrics
+        updates = [self.policy.train_step(batch, policy_loss, keep="old_logprobs")]
+        updates += [self.policy.train_step(batch, policy_loss) for _ in range(1, self.policy_updates)]
+        return metrics | over_updates(updates)
+
+    def planned_updates(self, step: int) -> dict[str, int]:
+        planned = {"policy": 0 if self.is_frozen(step) else self.policy_updates}
+        return planned if self.reward_model is None else planned | {"reward_model": self.reward_model_updates}
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether the policy only waits in this step: the reward model learns first, where there is one."""
+        return self.reward_model is not None and step < self.config.policy_freeze_steps
 
     def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Eq. 12: the cross entropy of each sequence's mean score with its outcome."""
@@ -117,7 +124,7 @@ class Oreal:
         coefficients = terms.corrected(microbatch.coefficients)
         correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
         positive = -(coefficients * logprobs).index_select(0, correct).sum()
-        negative = -(coefficients * (logprobs - old_logprobs).exp()).index_select(0, incorrect).sum()
+        negative = -(coefficients * terms.ratio).index_select(0, incorrect).sum()
         is_initial = self.config.kl_target == "initial"
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
