@@ -1,4 +1,4 @@
-"""Puts the metrics of a step's optimizer steps together."""
+"""Puts the metrics of a step's mini-batches together."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from megatron_oreal.types import Metrics
 
 
-def over_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Returns one step's metrics of a model, of those of each of its optimizer steps; all have the same names.
+def over_minibatches(updates: Sequence[Metrics]) -> Metrics:
+    """Returns the metrics of one pass over a step's samples, of those of its mini-batches; all have the same names.
 
-    A metric is the mean over the optimizer steps. A name in _max is the largest, and a learning rate is the last one's.
+    A metric is the mean over the mini-batches. A name in _max is the largest, and a learning rate is the last one's.
 
-    Example: `over_updates([{"policy/kl": 1.0}, {"policy/kl": 2.0}])` is `{"policy/kl": 1.5}`.
+    Example: `over_minibatches([{"policy/kl": 1.0}, {"policy/kl": 2.0}])` is `{"policy/kl": 1.5}`.
     """
     return {name: combined(name, [update[name] for update in updates]) for name in updates[0]} if updates else {}
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import ADVANTAGES
 from megatron_oreal.algorithms.losses import PolicyTerms, outcome_cross_entropy
-from megatron_oreal.algorithms.metrics import over_updates
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
 from megatron_oreal.config import OrealConfig, TrainConfig
@@ -85,17 +84,18 @@ class Oreal:
         if self.reward_model is not None:
             reward_loss = partial(self.reward_loss, batch=batch)
             # The token weights come from the scores of the first pass: those before the reward model's own update.
-            updates = [self.reward_model.train_step(batch, reward_loss, keep="token_scores")]
-            updates += [self.reward_model.train_step(batch, reward_loss) for _ in range(1, self.reward_model_updates)]
-            metrics |= over_updates(updates)
+            metrics |= self.reward_model.train_step(batch, reward_loss, keep="token_scores")
+            for _ in range(1, self.reward_model_updates):
+                metrics |= self.reward_model.train_step(batch, reward_loss)
         for microbatch in batch.microbatches:
             fill_coefficients(microbatch, batch, self.config)
         policy_loss = partial(self.policy_loss, batch=batch)
         if self.is_frozen(step):
             return metrics | self.policy.measure(batch, policy_loss, keep="old_logprobs")
-        updates = [self.policy.train_step(batch, policy_loss, keep="old_logprobs")]
-        updates += [self.policy.train_step(batch, policy_loss) for _ in range(1, self.policy_updates)]
-        return metrics | over_updates(updates)
+        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        for _ in range(1, self.policy_updates):
+            metrics |= self.policy.train_step(batch, policy_loss)
+        return metrics
 
     def planned_updates(self, step: int) -> dict[str, int]:
         planned = {"policy": 0 if self.is_frozen(step) else self.policy_updates}

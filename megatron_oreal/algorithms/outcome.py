@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.algorithms.losses import PolicyTerms, bounded_exp, sequence_mean, trained_tokens
-from megatron_oreal.algorithms.metrics import over_updates
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
 from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
@@ -79,9 +78,10 @@ class Outcome:
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
         policy_loss = partial(self.policy_loss, batch=batch)
-        updates = [self.policy.train_step(batch, policy_loss, keep="old_logprobs")]
-        updates += [self.policy.train_step(batch, policy_loss) for _ in range(1, self.policy_updates)]
-        return metrics | over_updates(updates)
+        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        for _ in range(1, self.policy_updates):
+            metrics |= self.policy.train_step(batch, policy_loss)
+        return metrics
 
     def planned_updates(self, _step: int) -> dict[str, int]:
         return {"policy": self.policy_updates}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import gae
 from megatron_oreal.algorithms.losses import PolicyTerms
-from megatron_oreal.algorithms.metrics import over_updates
+from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import training_sequence
 from megatron_oreal.config import PpoConfig, TrainConfig
@@ -81,22 +81,19 @@ class Ppo:
         for microbatch in batch.microbatches:
             fill_advantages(microbatch, self.config)
         metrics |= self.whiten(batch)
-        metrics |= over_updates(
-            [
-                self.critic.train_step(minibatch, partial(self.value_loss, batch=minibatch))
-                for _ in range(self.config.critic_epochs)
-                for minibatch in grouped(parts, self.config.critic_minibatches)
-            ]
-        )
+        for _ in range(self.config.critic_epochs):
+            minibatches = grouped(parts, self.config.critic_minibatches)
+            metrics |= over_minibatches(
+                [self.critic.train_step(part, partial(self.value_loss, batch=part)) for part in minibatches]
+            )
         if step < self.config.policy_freeze_steps:
             return metrics | self.policy.measure(batch, partial(self.policy_loss, batch=batch), keep)
-        return metrics | over_updates(
-            [
-                self.policy.train_step(minibatch, partial(self.policy_loss, batch=minibatch), keep)
-                for _ in range(self.config.policy_epochs)
-                for minibatch in grouped(parts, self.config.policy_minibatches)
-            ]
-        )
+        for _ in range(self.config.policy_epochs):
+            minibatches = grouped(parts, self.config.policy_minibatches)
+            metrics |= over_minibatches(
+                [self.policy.train_step(part, partial(self.policy_loss, batch=part), keep) for part in minibatches]
+            )
+        return metrics
 
     def planned_updates(self, step: int) -> dict[str, int]:
         return {

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_oreal.algorithms.losses import cross_entropy
-from megatron_oreal.algorithms.metrics import over_updates
 from megatron_oreal.algorithms.model import Metrics, Model
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import TrainingSequence
@@ -25,8 +24,9 @@ class Sft:
         """Takes all optimizer steps on these sequences."""
         batch = pack(sequences, self.plan)
         metrics: Metrics = {"train/num_sequences": batch.num_sequences, "train/num_tokens": batch.num_tokens}
-        loss = partial(cross_entropy, batch=batch)
-        return metrics | over_updates([self.policy.train_step(batch, loss) for _ in range(self.policy_updates)])
+        for _ in range(self.policy_updates):
+            metrics |= self.policy.train_step(batch, partial(cross_entropy, batch=batch))
+        return metrics
 
     def planned_updates(self, _step: int) -> dict[str, int]:
         return {"policy": self.policy_updates}

@@ -115,8 +115,8 @@ class HfReader:
 def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, out: Path, is_main: bool) -> None:
     """Consumes the stream on every rank; the first rank, which `is_main`, makes a Hugging Face directory of it.
 
-    config.json comes from `source`, but names the dtype of the weights that are written; the tokenizer's files come from
-    `tokenizer`. The directory appears whole or not at all.
+    config.json comes from `source`, but names the dtype of the weights that are written; the tokenizer's files are
+    those of `tokenizer`. The directory appears whole or not at all.
     """
     if not is_main:
         drain(stream)

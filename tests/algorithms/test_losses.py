@@ -16,6 +16,7 @@ from megatron_oreal.algorithms.losses import (
     outcome_cross_entropy,
     sequence_mean,
 )
+from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, TokenOutputs, TrainingSequence
 
@@ -209,3 +210,12 @@ def test_a_first_pass_that_keeps_nothing_is_its_own_old_policy_and_writes_nothin
     assert torch.equal(terms.old_logprobs, logprobs.detach()) and not terms.old_logprobs.requires_grad
     assert terms.output(terms.mean(logprobs), {}).metrics["mismatch"].item() == pytest.approx(5.25 / 5)
     assert microbatch.old_logprobs is None
+
+
+def test_metrics_of_mini_batches_are_means_but_maxima_and_the_last_learning_rate() -> None:
+    updates = [
+        {"policy/kl": 1.0, "policy/ratio_max": 5.0, "policy/lr": 2.0},
+        {"policy/kl": 2.0, "policy/ratio_max": 3.0, "policy/lr": 1.0},
+    ]
+    assert over_minibatches(updates) == {"policy/kl": 1.5, "policy/ratio_max": 5.0, "policy/lr": 1.0}
+    assert over_minibatches([]) == {}
