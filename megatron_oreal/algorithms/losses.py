@@ -142,7 +142,8 @@ def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
 
     With d = trainer - engine a token, in nats: "mismatch" is the mean of |d|, "mismatch_max" its maximum,
     "mismatch_ratio" the mean of exp|d|. "mismatch_kl_k1" (mean of -d) and "mismatch_kl_k3" (mean of exp(d) - d - 1)
-    estimate KL(engine || trainer) without bias. Both sides are log-probs of the untempered, untruncated distribution.
+    estimate KL(engine || trainer) without bias. Both sides are log-probs of the distribution at the rollout's
+    temperature before top_p and top_k, which is the one that was sampled from where neither truncates it.
     """
     difference = log_ratio_to_engine(microbatch)
     magnitude = difference.abs()
