@@ -18,6 +18,7 @@ from megatron_oreal.rollout.records import write_rollouts
 from megatron_oreal.run.open import open_sft, open_train
 from megatron_oreal.run.rollouts import build_collector
 from megatron_oreal.run.run import Run
+from megatron_oreal.types import Metrics
 
 
 def train(config: TrainConfig) -> None:
@@ -31,7 +32,8 @@ def train(config: TrainConfig) -> None:
             record_rollout(run, collected, step)
             with run.devices.training(pushes=True):
                 with run.timer("update"), naming_the_step(step):
-                    run.record(run.algorithm.update(collected.groups, step))
+                    run.record(measured(config, run.algorithm.update(collected.groups, step)))
+                    run.complete_updates(step)
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
@@ -48,6 +50,7 @@ def sft(config: SftConfig) -> None:
             with run.devices.training(pushes=is_due):
                 with run.timer("update"), naming_the_step(step):
                     run.record(run.algorithm.update(run.cursor.next_batch(config.data.sequences_per_step), step))
+                    run.complete_updates(step)
                 if is_due:
                     with run.timer("weight_sync"):
                         run.push_weights(version=step + 1)
@@ -88,6 +91,14 @@ def record_rollout(run: Run[TrainConfig, Any, Any], collected: Collected, step: 
         run.record(text_metrics(collected.sampled))
     for note in collected.notes:
         run.progress.note(note)
+
+
+def measured(config: TrainConfig, metrics: Metrics) -> Metrics:
+    """Leaves out what compares trainer and engine, where the engine's log-probs are unknown."""
+    if config.rollout.engine_logprobs != "unknown":
+        return metrics
+    unknown = ("policy/mismatch", "policy/importance")
+    return {name: value for name, value in metrics.items() if not name.startswith(unknown)}
 
 
 SHOWN = {"loss": "policy/loss", "reward": "reward/mean", "mixed": "reward/groups_mixed", "skipped": "train/skipped"}

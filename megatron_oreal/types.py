@@ -188,7 +188,9 @@ class TrainingSequence(TokenData):
     response_ids: Int32Array  # [R]
     advantage: float
     is_correct: bool
-    model_logprobs: Float32Array = field(default_factory=no_logprobs)  # [R], the engine's; empty where not known
+    # [R], the engine's, as in Sample; empty where not known.
+    model_logprobs: Float32Array = field(default_factory=no_logprobs)
+    rollout_logprobs: Float32Array = field(default_factory=no_logprobs)
 
     @property
     def token_ids(self) -> Int32Array:
@@ -222,7 +224,9 @@ class Microbatch:
     sequence_ids: Tensor  # [T] int64, index into [N]
     advantages: Tensor  # [T] float32, 0 outside the loss mask
     is_correct: Tensor  # [N] bool
-    engine_logprobs: Tensor  # [T] float32, the engine's untempered log-probs of the sampled tokens, NaN where unknown
+    # [T] float32, the engine's log-probs of the sampled tokens in the distribution that is trained: at the rollout's
+    # temperature, before any truncation. NaN where they are unknown.
+    engine_logprobs: Tensor
     # The following say where the trained tokens are. Packing computes them on the host, so that selecting trained
     # tokens never waits for the device, as selecting by a mask would.
     lengths: tuple[int, ...]  # tokens of each sequence, the filler's included

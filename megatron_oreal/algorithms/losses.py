@@ -11,11 +11,24 @@ from torch import Tensor
 
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
 
+# The logarithm of the largest ratio that is taken as it is. A single token that policy, target or engine finds
+# impossible must make neither a loss nor a metric infinite, for that would stop the run.
+MAX_LOG_RATIO = 20.0
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """Returns exp(log_ratio), and beyond MAX_LOG_RATIO the tangent of exp there, which does not overflow.
+
+    Up to there, values and gradients are exactly those of exp. Beyond it the gradient keeps its sign and stays at its
+    largest value, so that a token that became far too likely, or far too unlikely, is still pulled back.
+    """
+    return log_ratio.clamp_max(MAX_LOG_RATIO).exp() * (1.0 + F.relu(log_ratio - MAX_LOG_RATIO))
+
 
 def kl_k3(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
     """Estimates KL(policy || target) of each token, in nats, as exp(d) - d - 1 with d = target - logprobs."""
     difference = target_logprobs - logprobs
-    return difference.exp() - difference - 1.0
+    return bounded_exp(difference) - difference - 1.0
 
 
 def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
@@ -23,8 +36,6 @@ def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
     return 0.5 * (target_logprobs - logprobs).square()
 
 
-# A single token that the trainer finds impossible must not make a metric infinite, for that would stop the run.
-MAX_LOG_RATIO = 20.0
 KL_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": kl_k3, "mse": kl_mse}
 
 
@@ -95,6 +106,11 @@ class PolicyTerms:
         assert self.microbatch.old_logprobs is not None
         return self.microbatch.old_logprobs
 
+    @property
+    def ratio(self) -> Tensor:
+        """The probability of each token over that of the old policy, [T], with a gradient; see `bounded_exp`."""
+        return bounded_exp(self.logprobs - self.old_logprobs)
+
     def corrected(self, coefficients: Tensor) -> Tensor:
         """Returns the coefficients [T], times the importance weights where samples may be off-policy."""
         if self.importance_cap is None:
@@ -126,7 +142,8 @@ def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
 
     With d = trainer - engine a token, in nats: "mismatch" is the mean of |d|, "mismatch_max" its maximum,
     "mismatch_ratio" the mean of exp|d|. "mismatch_kl_k1" (mean of -d) and "mismatch_kl_k3" (mean of exp(d) - d - 1)
-    estimate KL(engine || trainer) without bias. Both sides are log-probs of the untempered, untruncated distribution.
+    estimate KL(engine || trainer) without bias. Both sides are log-probs of the distribution at the rollout's
+    temperature before top_p and top_k, which is the one that was sampled from where neither truncates it.
     """
     difference = log_ratio_to_engine(microbatch)
     magnitude = difference.abs()

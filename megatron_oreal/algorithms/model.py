@@ -61,3 +61,10 @@ class GroupAlgorithm(Protocol):
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
         """Takes all optimizer steps on these groups; {"train/skipped": 1.0} where there is nothing to learn from."""
+
+    def planned_updates(self, step: int) -> dict[str, int]:
+        """Returns how many optimizer steps each model takes in this step of the run, by name, if none is left out.
+
+        Over all steps of the run their sum is the `num_updates` that the model was built with. The learning rates
+        follow this plan: a step that is skipped, or has fewer mini-batches, does not delay the end of a cosine.
+        """

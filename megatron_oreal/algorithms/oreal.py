@@ -90,13 +90,20 @@ class Oreal:
         for microbatch in batch.microbatches:
             fill_coefficients(microbatch, batch, self.config)
         policy_loss = partial(self.policy_loss, batch=batch)
-        # The freeze lets the reward model learn first; without one there is nothing to wait for.
-        if self.reward_model is not None and step < self.config.policy_freeze_steps:
+        if self.is_frozen(step):
             return metrics | self.policy.measure(batch, policy_loss, keep="old_logprobs")
         metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
         for _ in range(1, self.policy_updates):
             metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
+
+    def planned_updates(self, step: int) -> dict[str, int]:
+        planned = {"policy": 0 if self.is_frozen(step) else self.policy_updates}
+        return planned if self.reward_model is None else planned | {"reward_model": self.reward_model_updates}
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether the policy only waits in this step: the reward model learns first, where there is one."""
+        return self.reward_model is not None and step < self.config.policy_freeze_steps
 
     def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Eq. 12: the cross entropy of each sequence's mean score with its outcome."""
@@ -117,7 +124,7 @@ class Oreal:
         coefficients = terms.corrected(microbatch.coefficients)
         correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
         positive = -(coefficients * logprobs).index_select(0, correct).sum()
-        negative = -(coefficients * (logprobs - old_logprobs).exp()).index_select(0, incorrect).sum()
+        negative = -(coefficients * terms.ratio).index_select(0, incorrect).sum()
         is_initial = self.config.kl_target == "initial"
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_oreal.algorithms.losses import PolicyTerms, sequence_mean, trained_tokens
+from megatron_oreal.algorithms.losses import PolicyTerms, bounded_exp, sequence_mean, trained_tokens
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
 from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
@@ -83,6 +83,9 @@ class Outcome:
             metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
 
+    def planned_updates(self, _step: int) -> dict[str, int]:
+        return {"policy": self.policy_updates}
+
     def weigh(self, group: Group) -> list[TrainingSequence]:
         """Returns the samples that count, each with its weight Z; samples without a verdict count nowhere."""
         samples = group.judged_samples
@@ -123,8 +126,8 @@ class Outcome:
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
         """Returns each token's ratio to the old policy, or the geometric mean of those of its sequence: [T]."""
         if self.config.ratio == "sequence":
-            return sequence_mean(difference, microbatch).exp()[microbatch.sequence_ids]
-        return difference.exp()
+            return bounded_exp(sequence_mean(difference, microbatch))[microbatch.sequence_ids]
+        return bounded_exp(difference)
 
     @property
     def clip_bounds(self) -> tuple[float, float]:

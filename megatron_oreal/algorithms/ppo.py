@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_oreal.algorithms.advantages import gae
 from megatron_oreal.algorithms.losses import PolicyTerms
+from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import training_sequence
 from megatron_oreal.config import PpoConfig, TrainConfig
@@ -81,14 +82,24 @@ class Ppo:
             fill_advantages(microbatch, self.config)
         metrics |= self.whiten(batch)
         for _ in range(self.config.critic_epochs):
-            for minibatch in grouped(parts, self.config.critic_minibatches):
-                metrics |= self.critic.train_step(minibatch, partial(self.value_loss, batch=minibatch))
+            minibatches = grouped(parts, self.config.critic_minibatches)
+            metrics |= over_minibatches(
+                [self.critic.train_step(part, partial(self.value_loss, batch=part)) for part in minibatches]
+            )
         if step < self.config.policy_freeze_steps:
             return metrics | self.policy.measure(batch, partial(self.policy_loss, batch=batch), keep)
         for _ in range(self.config.policy_epochs):
-            for minibatch in grouped(parts, self.config.policy_minibatches):
-                metrics |= self.policy.train_step(minibatch, partial(self.policy_loss, batch=minibatch), keep)
+            minibatches = grouped(parts, self.config.policy_minibatches)
+            metrics |= over_minibatches(
+                [self.policy.train_step(part, partial(self.policy_loss, batch=part), keep) for part in minibatches]
+            )
         return metrics
+
+    def planned_updates(self, step: int) -> dict[str, int]:
+        return {
+            "critic": self.config.critic_epochs * self.config.critic_minibatches,
+            "policy": 0 if step < self.config.policy_freeze_steps else self.num_policy_updates,
+        }
 
     @property
     def num_policy_updates(self) -> int:
@@ -116,7 +127,7 @@ class Ppo:
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
         terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
-        ratio = (terms.logprobs - terms.old_logprobs).exp()
+        ratio = terms.ratio
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
         advantages = terms.corrected(microbatch.advantages)
         surrogate = terms.mean(torch.minimum(ratio * advantages, clipped * advantages))

@@ -30,4 +30,5 @@ def training_sequence(sample: Sample, weight: float) -> TrainingSequence:
         advantage=weight,
         is_correct=sample.is_correct,
         model_logprobs=sample.model_logprobs,
+        rollout_logprobs=sample.rollout_logprobs,
     )

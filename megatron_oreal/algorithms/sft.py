@@ -27,3 +27,6 @@ class Sft:
         for _ in range(self.policy_updates):
             metrics |= self.policy.train_step(batch, partial(cross_entropy, batch=batch))
         return metrics
+
+    def planned_updates(self, _step: int) -> dict[str, int]:
+        return {"policy": self.policy_updates}

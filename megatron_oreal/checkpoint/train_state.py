@@ -25,12 +25,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_oreal.config import CheckpointConfig
 from megatron_oreal.data.prompts import CursorState
-from megatron_oreal.observability.files import sync_file, sync_folder
+from megatron_oreal.observability.files import save_tensors, sync_file, sync_folder
 from megatron_oreal.parallel.collectives import broadcast_object, raise_on_all, wait_for_all_ranks
 from megatron_oreal.parallel.layout import ParallelLayout
 
@@ -153,7 +153,7 @@ class TrainState:
             (folder / name).mkdir(exist_ok=True)
             if self.layout.data_rank == 0:
                 parameters = {key: value.detach().cpu().contiguous() for key, value in model.parameters()}
-                write_and_sync(folder / name / f"parameters_{self._shard}.safetensors", parameters, save_file)
+                write_and_sync(folder / name / f"parameters_{self._shard}.safetensors", parameters, save_tensors)
             if self.layout.data_rank == 0 or model.optimizer_is_sharded:
                 write_and_sync(folder / name / self._optimizer_file(model), model.training_state(), torch_save)
         if self.layout.data_rank == 0:

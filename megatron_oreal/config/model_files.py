@@ -30,6 +30,12 @@ def read_model_settings(path: Path) -> ModelSettings:
     return settings
 
 
+def write_model_settings(directory: Path, settings: ModelSettings, dtype: object) -> None:
+    """Writes `directory`/config.json; where the settings name a dtype, `dtype` (e.g. torch.float32) takes its place."""
+    dtypes = {name: str(dtype).removeprefix("torch.") for name in ("torch_dtype", "dtype") if name in settings}
+    (directory / "config.json").write_text(json.dumps(settings | dtypes, indent=2))
+
+
 def copy_model_file(source: Path, target: Path) -> None:
     """Copies a file that lies beside a model's weights; JSON loses its byte order mark, which other readers refuse."""
     if source.suffix == ".json":

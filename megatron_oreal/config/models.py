@@ -83,7 +83,8 @@ class OptimizerConfig(Section):
     min_lr: float = Field(default=0.0, ge=0)  # Where the cosine ends.
     warmup_steps: int = Field(default=0, ge=0)  # The learning rate rises linearly from 0 for so many steps.
     decay: Literal["constant", "cosine"] = "constant"  # What the learning rate does after the warm-up.
-    decay_steps: PositiveInt | None = None  # The step at which the cosine reaches min_lr; null: the end of the run.
+    # The optimizer step at which the cosine reaches min_lr, where skipped ones count too; null: the end of the run.
+    decay_steps: PositiveInt | None = None
     weight_decay: float = Field(default=0.01, ge=0)  # Decoupled weight decay; biases and norms have none.
     beta1: float = Field(default=0.9, ge=0, lt=1)  # The decay of the gradient's running mean.
     beta2: float = Field(default=0.999, ge=0, lt=1)  # The decay of its running mean square.

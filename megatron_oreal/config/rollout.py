@@ -10,12 +10,21 @@ from typing_extensions import Self
 
 from megatron_oreal.config.section import Section
 
+EngineLogprobs = Literal["model", "rollout", "unknown"]
+
 
 class SamplingConfig(Section):
-    temperature: float = Field(default=1.0, ge=0)  # 0: greedy
+    # Samples are drawn from softmax(logits / temperature), and that distribution is trained; 0 is greedy.
+    temperature: float = Field(default=1.0, ge=0)
+    # Only the likeliest tokens of this mass, and only so many, are drawn (0: all). The losses do not apply this mask.
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)  # 0: all
+    top_k: int = Field(default=0, ge=0)
     max_new_tokens: PositiveInt = 1024
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
 
 class SglangConfig(Section):
@@ -75,6 +84,17 @@ class RolloutConfig(SamplingConfig):
     unfinished: Literal["drop", "resume"] = "drop"  # responses that servers gave up
     ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated
     mismatch_alarm: float | None = Field(default=None, gt=0)  # mean |dlogp| of engine and trainer that is warned of
+
+    @property
+    def engine_logprobs(self) -> EngineLogprobs:
+        """Which of the engine's log-probs are of the trained distribution: at the temperature, without truncation.
+
+        At temperature 1 these are the model's own. At another one they are those that were sampled from, if nothing was
+        truncated; of those, SGLang's answers say nothing.
+        """
+        if self.temperature in (0, 1):  # Nothing is trained on greedy samples.
+            return "model"
+        return "rollout" if self.engine == "local" and not self.is_truncated else "unknown"
 
     @model_validator(mode="after")
     def check(self) -> Self:

@@ -6,7 +6,6 @@ Output is written under a temporary name, compared with the input bit by bit, an
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_oreal.config.model_files import ModelSettings, copy_model_file, read_model_settings
+from megatron_oreal.config.model_files import ModelSettings, copy_model_file, read_model_settings, write_model_settings
 from megatron_oreal.conversion.processes import CountBytes, map_pages, run_in_processes
 from megatron_oreal.conversion.safetensors_files import Slot, create_files, fill
 from megatron_oreal.conversion.trainer_shards import HEAD_OF_ROLE, TrainerReader, is_trainer_model, model_path_of_run
@@ -229,15 +228,13 @@ def write_config(
 ) -> None:
     """Writes config.json with the weights' dtype and, for a scalar head, the class that transformers loads."""
     settings = read_model_settings(hf)
-    for name in {"torch_dtype", "dtype"} & settings.keys():
-        settings[name] = str(dtype).removeprefix("torch.")
     if head == "scalar":
         names = settings.get("architectures") or [""]
         settings["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in names]
         settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if quantisation is not None:
         settings["quantization_config"] = quantisation
-    (directory / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+    write_model_settings(directory, settings, dtype)
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------

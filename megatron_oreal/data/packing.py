@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_oreal.types import Batch, Microbatch, TrainingSequence
+from megatron_oreal.config.rollout import EngineLogprobs
+from megatron_oreal.types import Batch, Float32Array, Microbatch, TrainingSequence, no_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class PackingPlan:
     count_multiple: int = 1  # the number of micro-batches is a multiple of this: interleaved pipelines need it
     equal_lengths: bool = False  # pads all micro-batches to the rank's longest: interleaved pipelines need it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    engine_logprobs: EngineLogprobs = "model"  # which of the engine's log-probs the losses compare with
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
@@ -70,7 +72,7 @@ def build_batch(
 ) -> Batch:
     """Builds the micro-batches of `bins`, all of `length` tokens; with None, each is as long as it needs to be."""
     lengths = [length or padded_length(bin_, plan) for bin_ in bins]
-    microbatches = [build_microbatch(bin_, length, plan.device) for bin_, length in zip(bins, lengths, strict=True)]
+    microbatches = [build_microbatch(bin_, length, plan) for bin_, length in zip(bins, lengths, strict=True)]
     trained = [(len(sequence.response_ids), sequence.is_correct) for sequence in sequences]
     return Batch(
         microbatches=microbatches,
@@ -120,7 +122,16 @@ def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> i
     return used + -used % plan.token_multiple
 
 
-def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: torch.device) -> Microbatch:
+def engine_logprobs_of(sequence: TrainingSequence, plan: PackingPlan) -> Float32Array:
+    """Returns the engine's log-probs of the response in the distribution that is trained; empty where unknown."""
+    return {
+        "model": sequence.model_logprobs,
+        "rollout": sequence.rollout_logprobs,
+        "unknown": no_logprobs(),
+    }[plan.engine_logprobs]
+
+
+def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: PackingPlan) -> Microbatch:
     """Builds a micro-batch of `total` tokens: the sequences, and a segment of masked filler where they are shorter."""
     lengths = [sequence.num_tokens for sequence in sequences]
     padding = total - sum(lengths)
@@ -135,7 +146,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
         sequence_ids[begin:end] = number
     places = []  # for each sequence, the trained tokens' indices in its response
     for begin, sequence in zip(borders, sequences, strict=False):
-        known = sequence.model_logprobs
+        known = engine_logprobs_of(sequence, plan)
         assert len(sequence.prompt_ids), "the first response token is predicted by the last prompt token"
         assert len(known) in (0, len(sequence.response_ids)), "there is a log-prob for each response token, or for none"
         response, end = begin + len(sequence.prompt_ids), begin + sequence.num_tokens
@@ -168,7 +179,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, device: 
         trained_places=trained_places,
         longest_response=int(trained_places.max()) + 1 if len(trained_places) else 1,
     )
-    return to_device(microbatch, device)
+    return to_device(microbatch, plan.device)
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

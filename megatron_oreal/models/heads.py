@@ -50,13 +50,17 @@ FP8_OPTIONS: dict[HeadFp8, Fp8Options] = {
 
 @dataclass(frozen=True, slots=True)
 class LogprobHead:
-    """Log-probs and entropies of the labels in the loss mask, 0 elsewhere: only those tokens meet the head."""
+    """Log-probs and entropies of the labels in the loss mask, 0 elsewhere: only those tokens meet the head.
+
+    Both are those of the distribution at `temperature`, over the whole vocabulary: top_p and top_k are not applied.
+    """
 
     layout: ParallelLayout
     vocab_size: int  # without padding
     kind: HeadKind = "lm"
     precision: Precision = "bf16"  # of the products, see linear_logprob
     fp8: HeadFp8 = "torch"  # whose FP8 products, where the precision is fp8_grad
+    temperature: float = 1.0  # of the distribution softmax(logits / temperature) that is trained: the sampled one
 
     def __post_init__(self) -> None:
         """Raises ValueError naming what FP8 lacks on this device."""
@@ -77,6 +81,7 @@ class LogprobHead:
             weight,
             microbatch.labels[trained],
             tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
+            temperature=self.temperature,
             valid_vocab=self.vocab_size,
             entropy=True,
             precision=make_arithmetic(self.precision, hidden.device, hidden.dtype, FP8_OPTIONS[self.fp8]),

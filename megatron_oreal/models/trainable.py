@@ -65,6 +65,7 @@ class TrainableModel:
         )
         self.seconds: dict[str, float] = {}  # of forward passes and train steps since the last flush
         self.memory = DeviceMemory()
+        self.num_updates_taken = 0  # in the step of the run that is under way
         self.training: Training | None = None
         if training is not None:
             self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates, layout)
@@ -154,6 +155,7 @@ class TrainableModel:
             if not math.isfinite(value):
                 raise NonFiniteLossError(f"{component} is {value}")
         training.schedule.step(1)
+        self.num_updates_taken += 1
         _, grad_norm, _ = training.optimizer.step()
         # Megatron clips and steps in one call: a bad norm is noticed after it, and before any checkpoint.
         if grad_norm is not None and not math.isfinite(grad_norm):
@@ -161,6 +163,15 @@ class TrainableModel:
         metrics[f"{self.name}/grad_norm"] = float(grad_norm or 0.0)
         metrics[f"{self.name}/lr"] = float(training.optimizer.param_groups[0]["lr"])
         return metrics
+
+    def complete_updates(self, num_planned: int) -> None:
+        """Ends a step of the run, for which `num_planned` optimizer steps were planned.
+
+        The learning rate moves on as if all of them had been taken, so that it ends where the run ends.
+        """
+        if (num_missing := num_planned - self.num_updates_taken) > 0:
+            self._training.schedule.step(num_missing)
+        self.num_updates_taken = 0
 
     def accumulate_gradients(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
         """Returns the loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""

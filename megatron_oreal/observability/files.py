@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -74,3 +78,17 @@ def publish_directory(temporary: Path, out: Path) -> None:
 def sync_file(file: Path) -> None:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the permissions that any new file gets.
+
+    safetensors 0.8 gives its files mode 0600 whatever the umask says, so that colleagues, and servers of another user,
+    could not read them.
+    """
+    from safetensors.torch import save_file  # This module is used without torch too.
+
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    save_file(dict(tensors), file, metadata=metadata)
+    file.chmod(mode)

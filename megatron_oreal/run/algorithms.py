@@ -43,7 +43,11 @@ class ModelBuilder:
     def logprob_head(self) -> LogprobHead:
         model = self.config.model
         vocab_size = self.architecture.vocab_size
-        return LogprobHead(self.layout, vocab_size, precision=model.head_precision, fp8=model.head_fp8)
+        # Supervised training samples nothing: it is at temperature 1.
+        temperature = self.config.rollout.temperature if isinstance(self.config, TrainConfig) else 1.0
+        return LogprobHead(
+            self.layout, vocab_size, precision=model.head_precision, fp8=model.head_fp8, temperature=temperature
+        )
 
     @property
     def plan(self) -> PackingPlan:
@@ -57,6 +61,7 @@ class ModelBuilder:
             count_multiple=self.layout.pipeline_size if interleaved else 1,
             equal_lengths=interleaved,
             device=self.layout.device,
+            engine_logprobs=self.config.rollout.engine_logprobs,
         )
 
     def _build(

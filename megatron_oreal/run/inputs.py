@@ -94,6 +94,24 @@ def sampling_params(config: RolloutConfig, tokenizer: Tokenizer) -> SamplingPara
     )
 
 
+def note_sampling(notes: list[str], config: TrainConfig) -> None:
+    """Says, in one line, what of the sampled distribution the losses approximate or do not know."""
+    rollout, parts = config.rollout, []
+    if rollout.is_truncated:
+        parts.append(
+            f"samples are truncated by top_p={rollout.top_p:g}, top_k={rollout.top_k}, but losses, KL and "
+            "policy/mismatch are of the distribution before that (the mask is not applied)"
+        )
+    if rollout.engine_logprobs == "unknown":
+        unweighted = "" if config.importance_cap is None else ", and off-policy tokens have the weight 1"
+        parts.append(
+            f"the engine's log-probs at temperature {rollout.temperature:g} before truncation are not known: "
+            f"policy/mismatch is not measured{unweighted}"
+        )
+    if parts:
+        notes.append("rollout: " + "; ".join(parts))
+
+
 def note_skipped(notes: list[str], count: int, what: str) -> None:
     if count:
         notes.append(f"skipped {count} {what}")

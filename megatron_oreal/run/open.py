@@ -38,6 +38,7 @@ from megatron_oreal.run.inputs import (
     check_initial_weights,
     check_run_dir,
     check_vocabulary,
+    note_sampling,
     note_skipped,
     read_inputs,
 )
@@ -55,6 +56,7 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
     encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
     note_skipped(inputs.notes, num_skipped, "prompts longer than data.max_prompt_tokens")
+    note_sampling(inputs.notes, config)
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_initial_weights(config, architecture)
     check_run_dir(config)

@@ -62,6 +62,11 @@ class Run(Generic[Config, Item, Algorithm]):
             self.progress.note(f"step {step} skipped: its groups hold nothing that the algorithm learns from")
         self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
 
+    def complete_updates(self, step: int) -> None:
+        """Moves the learning rates to where they are after this step, whatever it has skipped."""
+        for name, num_planned in self.algorithm.planned_updates(step).items():
+            self.models[name].complete_updates(num_planned)
+
     def push_weights(self, version: int) -> None:
         """Gives the policy's weights to the engine, which generates with them from then on. Collective."""
         self.devices.receive()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_oreal.config.model_files import copy_model_file
-from megatron_oreal.observability.files import temporary_directory
+from megatron_oreal.config.model_files import copy_model_file, read_model_settings, write_model_settings
+from megatron_oreal.observability.files import save_tensors, temporary_directory
 from megatron_oreal.weights.families import HeadKind
 from megatron_oreal.weights.fingerprint import drain
 from megatron_oreal.weights.mapping import Place, Row, pad_rows, rows_of_rank
@@ -115,7 +115,8 @@ class HfReader:
 def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, out: Path, is_main: bool) -> None:
     """Consumes the stream on every rank; the first rank, which `is_main`, makes a Hugging Face directory of it.
 
-    config.json comes from `source`, the tokenizer's files from `tokenizer`. The directory appears whole or not at all.
+    config.json comes from `source`, but names the dtype of the weights that are written; the tokenizer's files are
+    those of `tokenizer`. The directory appears whole or not at all.
     """
     if not is_main:
         drain(stream)
@@ -129,7 +130,9 @@ def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path,
             drain(tensors)
             raise
         writer.close()
-        copy_companions(source, directory, ("config.json", "generation_config.json"))
+        if (source / "config.json").is_file():
+            write_model_settings(directory, read_model_settings(source), writer.dtype)
+        copy_companions(source, directory, ("generation_config.json",))
         copy_companions(
             tokenizer,
             directory,
@@ -146,6 +149,7 @@ class ShardWriter:
         self.tensors: dict[str, Tensor] = {}
         self.filled = self.total = 0
         self.shards: list[list[str]] = []
+        self.bytes_of: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self.tensors and self.filled + tensor.nbytes > SHARD_BYTES:
@@ -153,9 +157,15 @@ class ShardWriter:
         self.tensors[name] = tensor.cpu()
         self.filled += tensor.nbytes
         self.total += tensor.nbytes
+        self.bytes_of[tensor.dtype] += tensor.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most of the bytes that were added."""
+        return self.bytes_of.most_common(1)[0][0]
 
     def _flush(self) -> None:
-        save_file(self.tensors, self.directory / f"part-{len(self.shards)}", metadata={"format": "pt"})
+        save_tensors(self.tensors, self.directory / f"part-{len(self.shards)}", metadata={"format": "pt"})
         self.shards.append(list(self.tensors))
         self.tensors, self.filled = {}, 0
 

@@ -6,6 +6,7 @@ import torch
 
 from megatron_oreal.algorithms.losses import (
     PolicyTerms,
+    bounded_exp,
     cross_entropy,
     engine_mismatch,
     importance_metrics,
@@ -15,6 +16,7 @@ from megatron_oreal.algorithms.losses import (
     outcome_cross_entropy,
     sequence_mean,
 )
+from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, TokenOutputs, TrainingSequence
 
@@ -49,6 +51,27 @@ def test_divergences_by_hand() -> None:
     assert kl_mse(logprobs, target).tolist() == pytest.approx([0.0, log(2) ** 2 / 2, 2.0], abs=1e-12)
     (gradient,) = torch.autograd.grad(kl_mse(logprobs, target).sum(), logprobs)
     assert gradient.tolist() == pytest.approx([0.0, -log(2), 2.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ratio_is_exp_up_to_e20_and_its_tangent_beyond(dtype: torch.dtype) -> None:
+    usual = torch.tensor([-torch.inf, -100.0, -1.0, 0.0, 3.0, 20.0], dtype=dtype, requires_grad=True)
+    assert torch.equal(bounded_exp(usual), usual.exp())
+    (gradient,) = torch.autograd.grad(bounded_exp(usual).sum(), usual)
+    assert torch.equal(gradient, usual.detach().exp())
+    large = torch.tensor([21.0, 95.0, 1e4], dtype=dtype, requires_grad=True)
+    assert bounded_exp(large).tolist() == pytest.approx([exp(20) * (1 + d - 20) for d in (21, 95, 1e4)], rel=1e-6)
+    (gradient,) = torch.autograd.grad(bounded_exp(large).sum(), large)
+    assert gradient.tolist() == pytest.approx([exp(20)] * 3, rel=1e-6)
+
+
+def test_k3_of_a_token_that_the_policy_finds_impossible_is_finite() -> None:
+    """The float32 exponential overflows beyond 88.7: d = 94.5 is the tangent, with its slope 1 - e^20."""
+    logprobs = torch.tensor([-95.0, -1.0], requires_grad=True)
+    divergence = kl_k3(logprobs, torch.tensor([-0.5, -1.5]))
+    assert divergence.tolist() == pytest.approx([exp(20) * 75.5 - 95.5, exp(-0.5) - 0.5], rel=1e-6)
+    (gradient,) = torch.autograd.grad(divergence.sum(), logprobs)
+    assert gradient.tolist() == pytest.approx([1 - exp(20), 1 - exp(-0.5)], rel=1e-6)
 
 
 def test_k3_is_an_unbiased_estimate_of_the_divergence() -> None:
@@ -187,3 +210,12 @@ def test_a_first_pass_that_keeps_nothing_is_its_own_old_policy_and_writes_nothin
     assert torch.equal(terms.old_logprobs, logprobs.detach()) and not terms.old_logprobs.requires_grad
     assert terms.output(terms.mean(logprobs), {}).metrics["mismatch"].item() == pytest.approx(5.25 / 5)
     assert microbatch.old_logprobs is None
+
+
+def test_metrics_of_mini_batches_are_means_but_maxima_and_the_last_learning_rate() -> None:
+    updates = [
+        {"policy/kl": 1.0, "policy/ratio_max": 5.0, "policy/lr": 2.0},
+        {"policy/kl": 2.0, "policy/ratio_max": 3.0, "policy/lr": 1.0},
+    ]
+    assert over_minibatches(updates) == {"policy/kl": 1.5, "policy/ratio_max": 5.0, "policy/lr": 1.0}
+    assert over_minibatches([]) == {}

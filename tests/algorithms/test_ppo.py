@@ -65,6 +65,31 @@ def test_policy_gradient_is_the_whitened_advantage_over_the_number_of_tokens(tab
     assert metrics["policy/loss"] == pytest.approx(-sum(whitened(ADVANTAGES).values()) / 8, abs=1e-6)
 
 
+def test_metrics_are_the_means_over_all_mini_batches(table_model: Any) -> None:
+    """Two mini-batches of two sequences each, whichever they are: each token weighs one over its mini-batch's count."""
+    ppo, policy, _ = build(table_model, policy_minibatches=2, critic_minibatches=2, critic_epochs=2)
+    metrics = ppo.update(GROUPS, 0)
+    logprob_means, value_means = [], []
+    for batch in [batch for batch in policy.batches if batch.num_sequences == 2]:
+        labels = [int(label) for part in batch.microbatches for label in part.labels[part.trained]]
+        logprob_means.append(-sum(LOGPROBS[label] for label in labels) / len(labels))
+        value_means.append(sum(VALUES[READ_AT[label]] for label in labels) / len(labels))
+    assert len(logprob_means) == 2 and logprob_means[0] != logprob_means[1]
+    assert metrics["policy/mismatch"] == pytest.approx(sum(logprob_means) / 2)
+    assert metrics["policy/mismatch_max"] == pytest.approx(0.8)
+    assert metrics["critic/value_mean"] == pytest.approx(sum(value_means) / 2)
+
+
+def test_learning_rates_follow_what_the_step_plans_not_what_it_takes(table_model: Any) -> None:
+    ppo, policy, critic = build(
+        table_model, policy_minibatches=8, policy_epochs=2, critic_minibatches=8, policy_freeze_steps=1
+    )
+    assert ppo.planned_updates(0) == {"critic": 8, "policy": 0}
+    assert ppo.planned_updates(1) == {"critic": 8, "policy": 16}
+    ppo.update(GROUPS, 1)
+    assert (len(critic.gradients), len(policy.gradients)) == (4, 8)  # There are only four sequences.
+
+
 def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
     """The engine gave every token the log-prob 0: the ratio is the token's probability, cut at 0.7."""
     ppo, policy, _ = build(table_model)

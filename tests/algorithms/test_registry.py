@@ -164,10 +164,14 @@ class Toy:
         batch = pack([training_sequence(sample, self.config.strength) for sample in correct], self.plan)
         return self.policy.train_step(batch, partial(self.loss, batch=batch), keep="old_logprobs")
 
+    def planned_updates(self, _step: int) -> dict[str, int]:
+        return {"policy": 1}
+
     def loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
-        ratio = (terms.logprobs - terms.old_logprobs).exp()
-        return terms.output(-terms.mean(ratio * terms.corrected(microbatch.advantages)), {"entropy": terms.entropy()})
+        return terms.output(
+            -terms.mean(terms.ratio * terms.corrected(microbatch.advantages)), {"entropy": terms.entropy()}
+        )
 
 
 class RunOfToys(TrainConfig):

@@ -1,8 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from megatron_oreal.observability.files import temporary_directory, write_atomically, writing_atomically
+from megatron_oreal.observability.files import save_tensors, temporary_directory, write_atomically, writing_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -76,3 +79,15 @@ def test_a_folders_block_that_raises_leaves_what_was_there(tmp_path: Path) -> No
             raise KeyboardInterrupt
     assert names(tmp_path) == ["old"]
     assert (tmp_path / "old" / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_safetensors_files_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": torch.ones(2)}, tmp_path / "tensors", {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "tensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert torch.equal(load_file(tmp_path / "tensors")["a"], torch.ones(2))
+    assert names(tmp_path) == ["tensors"]

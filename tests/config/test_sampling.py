@@ -1,0 +1,53 @@
+"""Which distribution the rollout settings make the trainer train, and what a run says about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_oreal.config import TrainConfig
+from megatron_oreal.run.inputs import note_sampling
+from megatron_oreal.train import measured
+
+MASK = "losses, KL and policy/mismatch are of the distribution before that (the mask is not applied)"
+
+
+def config(**rollout: Any) -> TrainConfig:
+    sections = {"model": {"path": "m"}, "data": {"prompts": "p"}, "rollout": rollout}
+    return TrainConfig.model_validate({"run_dir": Path("r"), "num_steps": 3} | sections)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "known", "note"),
+    [
+        ({}, "model", None),
+        ({"temperature": 0.6}, "rollout", None),
+        ({"top_p": 0.9}, "model", f"rollout: samples are truncated by top_p=0.9, top_k=0, but {MASK}"),
+        (
+            {"top_k": 5, "engine": "sglang"},
+            "model",
+            f"rollout: samples are truncated by top_p=1, top_k=5, but {MASK}",
+        ),
+        (
+            {"temperature": 0.6, "top_p": 0.9},
+            "unknown",
+            f"rollout: samples are truncated by top_p=0.9, top_k=0, but {MASK}; the engine's log-probs at temperature "
+            "0.6 before truncation are not known: policy/mismatch is not measured",
+        ),
+        (
+            {"temperature": 0.6, "engine": "sglang", "staleness": 1},
+            "unknown",
+            "rollout: the engine's log-probs at temperature 0.6 before truncation are not known: policy/mismatch is "
+            "not measured, and off-policy tokens have the weight 1",
+        ),
+    ],
+)
+def test_what_is_trained_and_what_is_said(rollout: dict[str, Any], known: str, note: str | None) -> None:
+    run, notes = config(**rollout), list[str]()
+    note_sampling(notes, run)
+    assert run.rollout.engine_logprobs == known
+    assert notes == ([] if note is None else [note])
+    metrics = {"policy/loss": 1.0, "policy/mismatch": 0.0, "policy/mismatch_max": 0.0, "policy/importance_mean": 1.0}
+    assert measured(run, metrics) == ({"policy/loss": 1.0} if known == "unknown" else metrics)
