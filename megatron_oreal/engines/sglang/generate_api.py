@@ -103,8 +103,7 @@ class Response:
                 "top_k": params.top_k or -1,
                 "max_new_tokens": self.num_missing,
                 "stop_token_ids": list(params.stop_token_ids),
-                # True would ignore stop_token_ids too.
-                "ignore_eos": not params.stop_token_ids and not self.sends_stop_strings,
+                "ignore_eos": not params.stop_token_ids,  # true would ignore stop_token_ids too, but no stop string
                 "sampling_seed": as_int64(self.request.seed),
                 **stops,
             },
