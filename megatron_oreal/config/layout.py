@@ -91,8 +91,17 @@ def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> Mo
 def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelShape) -> None:
     """Refuses sequences that are longer than the model's positions. Raises ValueError with the setting to lower."""
     limit = f"exceeds the model's max_position_embeddings={shape.max_position_embeddings}: lower"
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > shape.max_position_embeddings and (isinstance(config, TrainConfig) or config.eval.prompts):
+    rollout, longest_prompt = config.rollout, config.data.max_prompt_tokens
+    generates = isinstance(config, TrainConfig) or config.eval.prompts
+    if generates and rollout.max_total_tokens is not None and rollout.max_total_tokens <= longest_prompt:
+        raise ValueError(
+            f"rollout.max_total_tokens={rollout.max_total_tokens} must exceed data.max_prompt_tokens={longest_prompt}, "
+            "or the longest prompts leave no room for a response: raise it, or lower data.max_prompt_tokens"
+        )
+    longest = rollout.longest_sequence(longest_prompt)
+    if longest > shape.max_position_embeddings and generates:
+        if rollout.max_total_tokens == longest:
+            raise ValueError(f"rollout.max_total_tokens={longest} {limit} it")
         raise ValueError(f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} {limit} one of the two")
     if isinstance(config, SftConfig) and config.data.max_tokens > shape.max_position_embeddings:
         raise ValueError(f"data.max_tokens={config.data.max_tokens} {limit} it")

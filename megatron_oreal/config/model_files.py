@@ -1,4 +1,7 @@
-"""Reads the config.json of a Hugging Face directory. Nothing else in the package opens that file. Imports no torch."""
+"""Reads config.json and generation_config.json of a Hugging Face directory. Imports no torch.
+
+Nothing else in the package reads these files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+GENERATION_FILE = "generation_config.json"
 ModelSettings = dict[str, Any]  # a parsed config.json, e.g. {"model_type": "qwen2", "num_hidden_layers": 28, ...}
 
 
@@ -16,7 +20,28 @@ def read_model_settings(path: Path) -> ModelSettings:
 
     Raises ValueError, in one line, for a file that is missing, unreadable or not a JSON mapping.
     """
-    file = path / "config.json"
+    return read_mapping(path / "config.json")
+
+
+def read_end_tokens(path: Path) -> dict[int, str]:
+    """Returns the ids of the model's end tokens, each with the file that names it.
+
+    Both config.json and generation_config.json count, which need not exist; `eos_token_id` is a number or a list.
+    Example: {151645: "generation_config.json", 151643: "generation_config.json"}.
+    """
+    found: dict[int, str] = {}
+    for name in ("config.json", GENERATION_FILE):
+        value = read_mapping(path / name).get("eos_token_id") if (path / name).is_file() else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+            raise ValueError(
+                f"model.path: {path / name}: eos_token_id must be a number or a list of numbers, got {value!r}"
+            )
+        found |= {number: name for number in ids if number not in found and number >= 0}  # -1 stands for none
+    return found
+
+
+def read_mapping(file: Path) -> ModelSettings:
     try:
         settings = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -20,6 +20,7 @@ class SamplingConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     max_new_tokens: PositiveInt = 1024
+    max_total_tokens: PositiveInt | None = None  # of prompt and response together; null: no limit of its own
 
     @property
     def is_truncated(self) -> bool:
@@ -75,7 +76,7 @@ class RolloutConfig(SamplingConfig):
     group_size: int = Field(default=16, ge=1)
     draw_rounds: PositiveInt = 1  # times that a prompt is sampled, until pure_rejection_sampling has its num_correct
     prompt_rounds: PositiveInt = 1  # batches of prompts a step, until prompts_per_step groups are mixed (DAPO)
-    stop_tokens: list[str] = []  # besides the tokenizer's end-of-sequence token
+    stop_tokens: list[str] = []  # besides the end tokens of tokenizer, config.json and generation_config.json
     stop_strings: list[str] = []  # end a response too, and stay in it
     batch_size: PositiveInt = 512  # sequences decoded together in a process of the local engine
     staleness: int = Field(default=0, ge=0)  # steps a sample may be older than the policy it trains; > 0 needs servers
@@ -96,8 +97,15 @@ class RolloutConfig(SamplingConfig):
             return "model"
         return "rollout" if self.engine == "local" and not self.is_truncated else "unknown"
 
+    def longest_sequence(self, max_prompt_tokens: int) -> int:
+        """Returns how many tokens a prompt and its response may have together."""
+        longest = max_prompt_tokens + self.max_new_tokens
+        return longest if self.max_total_tokens is None else min(longest, self.max_total_tokens)
+
     @model_validator(mode="after")
     def check(self) -> Self:
+        if "" in self.stop_strings:
+            raise ValueError("rollout.stop_strings: an empty string is in every text; drop it")
         # The local engine generates while the trainer waits, and begins no response that it does not finish.
         needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):

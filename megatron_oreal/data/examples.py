@@ -56,14 +56,21 @@ def encode_examples(
 ) -> tuple[list[TrainingSequence], int]:
     """Returns sequences that end with the end-of-sequence token, and how many examples were skipped as too long.
 
+    A response that begins with the mark that ends its prompt, such as `<think>`, goes on without it.
+
     An example is too long when its prompt has more than `config.max_prompt_tokens` tokens, or both together more than
     `config.max_tokens`. Raises ValueError when all are skipped, when a prompt has no token, and where the tokenizer
     refuses the format.
     """
-    prompts = tokenizer.encode_many([tokenizer.render_prompt(example.messages, config) for example in examples])
+    prompts = tokenizer.encode_prompts([example.messages for example in examples], config)
     if [] in prompts:
         raise ValueError(f"data.examples: the prompt of example {prompts.index([]) + 1} gives no token; correct it")
-    responses = tokenizer.encode_many([example.response for example in examples])
+    responses = tokenizer.encode_many(
+        [
+            tokenizer.without_opening(example.response, tokenizer.render_prompt(example.messages, config))
+            for example in examples
+        ]
+    )
     sequences = [
         TrainingSequence(
             np.array(prompt_ids, dtype=np.int32),

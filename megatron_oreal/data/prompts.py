@@ -126,7 +126,7 @@ def encode_prompts(
     Raises ValueError when all are skipped or one has no token, and where the tokenizer refuses the format. `setting`
     names the configuration's field that holds the prompts' path, for errors.
     """
-    token_ids = tokenizer.encode_many([tokenizer.render_prompt(prompt.messages, config) for prompt in prompts])
+    token_ids = tokenizer.encode_prompts([prompt.messages for prompt in prompts], config)
     if [] in token_ids:
         raise ValueError(f"{setting}: prompt {prompts[token_ids.index([])].id!r} gives no token; remove or correct it")
     encoded = [

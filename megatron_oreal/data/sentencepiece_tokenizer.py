@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 
 MODEL_FILE = "tokenizer.model"
+
+
+@dataclass(slots=True, frozen=True)
+class AddedToken:
+    content: str
+    special: bool
 
 
 class SentencePieceBackend:
@@ -49,6 +56,11 @@ class SentencePieceBackend:
             if token and (named_id := self._id(content_of(token))) is not None:
                 self.special.setdefault(content_of(token), named_id)
         self.eos_token_id, self.unk_token_id = self._id(self.eos_token), self._id(self.unk_token)
+        self.bos_token_id = self._id(self.bos_token)
+        pad_token = settings.get("pad_token")
+        self.pad_token_id = self._id(content_of(pad_token)) if pad_token else None
+        # The tokenizers that come with these models add the token unless they are told not to.
+        self.adds_bos = self.bos_token_id is not None and settings.get("add_bos_token") is not False
         self.kept = {number for number, token in added.items() if token_fields(token).get("special") is False}
         template = path / "chat_template.jinja"
         self.chat_template = template.read_text() if template.is_file() else default_template(settings)
@@ -68,8 +80,22 @@ class SentencePieceBackend:
     def __len__(self) -> int:
         return max([self.pieces.vocab_size(), *(number + 1 for number in self.special.values())])
 
-    def __call__(self, texts: Sequence[str], **_options: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [self._encode(text) for text in texts]}
+    def __call__(
+        self,
+        texts: Sequence[str],
+        add_special_tokens: bool = True,
+        split_special_tokens: bool = False,
+        **_options: Any,
+    ) -> dict[str, list[list[int]]]:
+        """split_special_tokens: encodes the names of special tokens as text."""
+        encode = self.pieces.encode if split_special_tokens else self._encode
+        prefix = [self.bos_token_id] if add_special_tokens and self.adds_bos else []
+        return {"input_ids": [[*prefix, *encode(text)] for text in texts]}
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """As transformers names the tokens that are found in a text before it is split into pieces."""
+        return {number: AddedToken(name, number not in self.kept) for name, number in self.special.items()}
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -26,7 +26,9 @@ class SamplingParams:
     top_p: float = 1.0  # 1: all
     top_k: int = 0  # 0: all
     max_new_tokens: int = 1024
+    max_total_tokens: int | None = None  # of prompt and response together
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()  # they stay in the response, like stop tokens
 
     def __post_init__(self) -> None:
         """Raises ValueError where the configuration of the same settings would."""
@@ -35,6 +37,16 @@ class SamplingParams:
             SamplingConfig(**settings)
         except ValidationError as error:
             raise ValueError(f"rollout.{describe(error)}") from None
+
+    def longest_response(self, num_prompt_tokens: int) -> int:
+        """Returns how many tokens the response to a prompt may have; 0 or less where there is no room for one."""
+        if self.max_total_tokens is None:
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.max_total_tokens - num_prompt_tokens)
+
+    def longest_sequence(self, num_prompt_tokens: int) -> int:
+        """Returns how many tokens a prompt of this length and its response may have together."""
+        return num_prompt_tokens + self.longest_response(num_prompt_tokens)
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -110,8 +122,8 @@ class RolloutEngine(Protocol):
         """Frees what the engine holds; it cannot be used afterwards."""
 
 
-def check_prompts(requests: Sequence[GenerationRequest], vocab_size: int) -> None:
-    """Raises ValueError for a prompt that is empty or holds a token that the model does not know."""
+def check_prompts(requests: Sequence[GenerationRequest], vocab_size: int, params: SamplingParams) -> None:
+    """Raises ValueError for a prompt that is empty, leaves no room, or holds a token that the model does not know."""
     for index, request in enumerate(requests):
         if not len(request.prompt_ids):
             raise ValueError(f"request {index} has an empty prompt; give it at least one token")
@@ -119,4 +131,9 @@ def check_prompts(requests: Sequence[GenerationRequest], vocab_size: int) -> Non
             raise ValueError(
                 f"request {index} has a token id outside the model's vocabulary of {vocab_size}: "
                 "model.tokenizer and model.path do not fit"
+            )
+        if params.longest_response(len(request.prompt_ids)) < 1:
+            raise ValueError(
+                f"rollout.max_total_tokens={params.max_total_tokens}: the prompt of request {index} has "
+                f"{len(request.prompt_ids)} tokens, which leaves no room for a response; raise it"
             )

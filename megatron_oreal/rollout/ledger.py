@@ -228,7 +228,10 @@ def response_key(request: GenerationRequest, params: SamplingParams) -> str:
 
 @cache
 def params_text(params: SamplingParams) -> str:
-    return json.dumps(asdict(params), sort_keys=True)
+    given = asdict(params)
+    # Settings that older ledgers do not know count where they are set.
+    unset = {name for name in ("max_total_tokens", "stop_strings") if not given[name]}
+    return json.dumps({name: value for name, value in given.items() if name not in unset}, sort_keys=True)
 
 
 def runs(values: Int32Array) -> list[tuple[int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -21,12 +20,13 @@ from megatron_oreal.engines.engine import (
     RolloutEngine,
     SamplingParams,
 )
+from megatron_oreal.engines.stop_strings import tokens_to_stop_string
 from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rewards.answer import ANSWER_REGIONS
 from megatron_oreal.rollout.group_broadcast import in_thread, share
 from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest
-from megatron_oreal.types import Group, Int32Array, Sample, Verdict, no_ids
+from megatron_oreal.types import Group, Sample, Verdict, no_ids
 
 MAX_FRUITLESS_CALLS = 20  # one after the other, in which the engine gave up every response without a new token
 
@@ -105,7 +105,7 @@ class Sampler:
         return Group(prompt, samples)
 
     def _sample(self, prompt: EncodedPrompt, generation: Generation) -> Sample:
-        num_tokens = tokens_to_stop_string(generation.response_ids, self.stop_strings, self.tokenizer)
+        num_tokens = tokens_to_stop_string(generation.response_ids, self.stop_strings, self.tokenizer.decode)
         stopped_by_token = num_tokens is None and generation.finish_reason == "stop"
         response_ids = generation.response_ids[:num_tokens]
         shown_ids = response_ids[:-1] if stopped_by_token else response_ids
@@ -164,16 +164,3 @@ def continuation(request: GenerationRequest, generation: Generation) -> Generati
 
 def num_begun_tokens(request: GenerationRequest) -> int:
     return len(request.begun.response_ids) if request.begun is not None else 0
-
-
-def tokens_to_stop_string(response_ids: Int32Array, stop_strings: Sequence[str], tokenizer: Tokenizer) -> int | None:
-    """Returns the length of the shortest beginning whose text holds a stop string; None when the text holds none."""
-
-    def holds_stop(count: int) -> bool:
-        text = tokenizer.decode(response_ids[:count])
-        return any(stop in text for stop in stop_strings)
-
-    if not stop_strings or not holds_stop(len(response_ids)):
-        return None
-    # A longer text holds what a shorter one holds.
-    return bisect.bisect_left(range(len(response_ids)), True, key=holds_stop)

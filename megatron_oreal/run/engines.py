@@ -20,6 +20,7 @@ from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
 from megatron_oreal.engines.sglang.weights.shared_memory import RanksOf, TensorTransport
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport
+from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.models.build import DTYPES
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.nodes import this_node
@@ -30,8 +31,12 @@ AnyConfig = TrainConfig | SftConfig | EvalRunConfig
 
 
 @contextmanager
-def open_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify) -> Iterator[RolloutEngine]:
+def open_engine(
+    config: AnyConfig, layout: ParallelLayout, notify: Notify, decode: Decode | None = None
+) -> Iterator[RolloutEngine]:
     """The engine of `rollout.engine`, closed at the end together with the servers that it started.
+
+    decode: the engine needs it to end responses at `rollout.stop_strings`; without it they are cut afterwards.
 
     Raises ValueError for servers that cannot be, ServerError for those that do not start.
     """
@@ -40,14 +45,16 @@ def open_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify) -> It
         if config.rollout.engine == "local":
             group = dist.group.WORLD if layout.world_size > 1 else None
             dtype = DTYPES[config.model.dtype]
-            engine = LocalEngine(config.model.path, layout.device, dtype, config.rollout.batch_size, group)
+            engine = LocalEngine(config.model.path, layout.device, dtype, config.rollout.batch_size, group, decode)
         else:
-            engine = sglang_engine(config, layout, notify, stack)
+            engine = sglang_engine(config, layout, notify, stack, decode)
         stack.callback(engine.close)
         yield engine
 
 
-def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, stack: ExitStack) -> SglangEngine:
+def sglang_engine(
+    config: AnyConfig, layout: ParallelLayout, notify: Notify, stack: ExitStack, decode: Decode | None = None
+) -> SglangEngine:
     """The first rank speaks to the servers; the others take part in sending weights.
 
     It starts the servers too, but colocated ones: those are started on each node.
@@ -68,7 +75,7 @@ def sglang_engine(config: AnyConfig, layout: ParallelLayout, notify: Notify, sta
     endpoints = fleet.endpoints if fleet is not None else []
     router = fleet.router.endpoint if fleet is not None and fleet.router is not None else None
     engine = SglangEngine(
-        servers, config.model.path, endpoints, transport, thread, fleet, notify, router, rank=layout.rank
+        servers, config.model.path, endpoints, transport, thread, fleet, notify, router, rank=layout.rank, decode=decode
     )
     if isinstance(config, EvalRunConfig):
         engine.check_unchanged()
@@ -90,7 +97,7 @@ def server_settings(config: AnyConfig, device: torch.device) -> ServerSettings:
         flags = {"tokenizer-path": str(model.tokenizer.resolve())} | servers.flags
         servers = servers.model_copy(update={"flags": flags})
     device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
-    context_length = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    context_length = config.rollout.longest_sequence(config.data.max_prompt_tokens)
     return ServerSettings(servers, model.path, model.dtype, config.run_dir, device_type, context_length)
 
 

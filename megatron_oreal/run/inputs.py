@@ -20,6 +20,7 @@ from megatron_oreal.config import (
     read_resolved,
     to_yaml,
 )
+from megatron_oreal.config.model_files import read_end_tokens
 from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prompts
 from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
@@ -60,7 +61,8 @@ def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
         datasets[name], num_skipped = encode_prompts(prompts, tokenizer, config.data, setting)
         check_vocabulary((prompt.token_ids for prompt in datasets[name]), architecture)
         note_skipped(notes, num_skipped, f"prompts of {setting} longer than data.max_prompt_tokens")
-    return Inputs(architecture, tokenizer, sampling_params(config.rollout, tokenizer), datasets, notes)
+    sampling = sampling_params(config.rollout, tokenizer, architecture, read_end_tokens(config.model.path))
+    return Inputs(architecture, tokenizer, sampling, datasets, notes)
 
 
 def check_vocabulary(sequences: Iterable[Int32Array], architecture: Architecture) -> None:
@@ -84,13 +86,31 @@ def check_initial_weights(config: TrainConfig, architecture: Architecture) -> No
             )
 
 
-def sampling_params(config: RolloutConfig, tokenizer: Tokenizer) -> SamplingParams:
+def sampling_params(
+    config: RolloutConfig, tokenizer: Tokenizer, architecture: Architecture, end_tokens: Mapping[int, str]
+) -> SamplingParams:
+    """Returns how responses are sampled and where they end: at the end tokens of tokenizer, model and configuration.
+
+    end_tokens: those that the model's files name, with the file. Raises ValueError for an end token that the model does
+    not have, and for a stop string that no tokens can spell.
+    """
+    stop_ids = tokenizer.stop_token_ids(config.stop_tokens)
+    for number in [*stop_ids, *end_tokens]:
+        if number >= architecture.vocab_size:
+            owner = "model.tokenizer: its" if number in stop_ids else f"model.path: the {end_tokens[number]}'s"
+            raise ValueError(
+                f"{owner} end token {number} is beyond the model's vocab_size={architecture.vocab_size}, so no "
+                "response could end with it; correct the file, or give the tokenizer that belongs to model.path"
+            )
+    tokenizer.check_stop_strings(config.stop_strings)
     return SamplingParams(
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         max_new_tokens=config.max_new_tokens,
-        stop_token_ids=tuple(tokenizer.stop_token_ids(config.stop_tokens)),
+        max_total_tokens=config.max_total_tokens,
+        stop_token_ids=tuple(dict.fromkeys([*stop_ids, *end_tokens])),
+        stop_strings=tuple(config.stop_strings),
     )
 
 

@@ -85,7 +85,7 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
     with ExitStack() as stack:
         layout = stack.enter_context(open_layout(config))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
-        engine = stack.enter_context(open_engine(config, layout, announce))
+        engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         verifier = stack.enter_context(open_verifier(config.verifier))
         progress = ProgressBar.silent()
         if layout.is_main:
@@ -130,7 +130,7 @@ def open_run(
     with ExitStack() as stack:
         layout = stack.enter_context(open_layout(config))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
-        engine = stack.enter_context(open_engine(config, layout, announce))
+        engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)
         verifier = stack.enter_context(open_verifier(config.verifier))

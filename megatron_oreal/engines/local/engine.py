@@ -29,6 +29,7 @@ from megatron_oreal.engines.local.decoder import LlamaDecoder
 from megatron_oreal.engines.local.transformers_decoder import TransformersDecoder
 from megatron_oreal.engines.local.waves import NO_RESPONSES, Decoder, Responses, decode_wave, to_generations
 from megatron_oreal.engines.main_thread import MainThreadCalls
+from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.types import no_ids, no_logprobs
 from megatron_oreal.weights.families import FAMILIES, read_architecture
 from megatron_oreal.weights.initial import hf_weights
@@ -100,10 +101,10 @@ class LocalEngine:
     """A `RolloutEngine` in the trainer's own processes.
 
     model_path: Hugging Face directory. batch_size: sequences that one rank decodes together. process_group: the ranks
-    that share the work. The first rank's `generate` divides the requests into waves: every rank decodes its share of a
-    wave, and the first rank gets all of it. Results are a function of the inputs, `batch_size` and the number of ranks;
-    the random numbers of a request are a function of its seed alone. No response is left unfinished, so the engine
-    takes no request with a `begun` response.
+    that share the work. decode: without it, responses go on after a stop string. The first rank's `generate` divides
+    the requests into waves: every rank decodes its share of a wave, and the first rank gets all of it. Results are a
+    function of the inputs, `batch_size` and the number of ranks; the random numbers of a request are a function of its
+    seed alone. No response is left unfinished, so the engine takes no request with a `begun` response.
     """
 
     def __init__(
@@ -113,10 +114,12 @@ class LocalEngine:
         dtype: torch.dtype,
         batch_size: int,
         process_group: dist.ProcessGroup | None = None,
+        decode: Decode | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"rollout.batch_size must be >= 1, got {batch_size}")
         self.device, self.batch_size, self.process_group = device, batch_size, process_group
+        self.decode = decode
         self.rank, self.num_ranks = 0, 1
         if process_group is not None:
             self.rank, self.num_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -147,13 +150,13 @@ class LocalEngine:
         Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
         closed or half updated or another rank fails, and FloatingPointError when the model's logits are not finite.
         """
-        check_prompts(requests, self._updated_decoder().vocab_size)
+        check_prompts(requests, self._updated_decoder().vocab_size, params)
         generations = [GIVEN_UP] * len(requests)
         for wave in split_into_waves(requests, self.num_ranks, self._rows_of_a_wave(requests, params)):
             shares = [[requests[index] for index in indices] for indices in wave]
             responses = self.calls.run(partial(self._lead, shares, params))
             for indices, part in zip(wave, responses, strict=True):
-                for index, generation in zip(indices, to_generations(part, params), strict=False):
+                for index, generation in zip(indices, to_generations(part, params, self.decode), strict=False):
                     generations[index] = generation
             if watch is not None and tell(watch, sorted(chain(*wave)), generations):
                 break
@@ -183,7 +186,7 @@ class LocalEngine:
         responses, failure = NO_RESPONSES, None
         try:
             if shares[self.rank]:
-                responses = decode_wave(self._updated_decoder(), shares[self.rank], params, self.device)
+                responses = decode_wave(self._updated_decoder(), shares[self.rank], params, self.device, self.decode)
         except Exception as error:
             if self.process_group is None:
                 raise
@@ -206,7 +209,7 @@ class LocalEngine:
         """Returns how many rows a rank decodes together: `batch_size`, or as many as the free memory of a GPU holds."""
         if self.device.type != "cuda" or not requests:
             return self.batch_size
-        longest = max(len(request.prompt_ids) for request in requests) + params.max_new_tokens
+        longest = max(params.longest_sequence(len(request.prompt_ids)) for request in requests)
         wanted = min(self.batch_size, ceil(len(requests) / self.num_ranks))
         return self._rows_that_fit(self._open_decoder().bytes_of_row(longest), wanted, longest)
 

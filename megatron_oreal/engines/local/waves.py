@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.engines.local.token_sampling import draw_with, seed_tensor, uniforms_of_positions
+from megatron_oreal.engines.stop_strings import Decode, holds_stop, tail_length, tokens_to_stop_string
 from megatron_oreal.types import Int32Array
 
 # Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
@@ -59,37 +60,48 @@ NO_RESPONSES = Responses(torch.zeros(0, 0).long(), torch.zeros(0, 0), torch.zero
 
 @torch.inference_mode()
 def decode_wave(
-    decoder: Decoder, requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device
+    decoder: Decoder,
+    requests: Sequence[GenerationRequest],
+    params: SamplingParams,
+    device: torch.device,
+    decode: Decode | None = None,
 ) -> Responses:
-    """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch."""
+    """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch.
+
+    decode: ends rows at stop strings; without it they go on.
+    """
     keys = [request.prompt_ids.tobytes() for request in requests]
     prompts = {key: request.prompt_ids for key, request in zip(keys, requests, strict=True)}
     row_of_prompt = {key: row for row, key in enumerate(prompts)}
     prompt_of_row = torch.tensor([row_of_prompt[key] for key in keys], device=device)
     prompt_ids, num_padding = pad_left(list(prompts.values()), device)
     rows = Rows.begin(requests, params, device)
+    longest = max(params.longest_response(len(request.prompt_ids)) for request in requests)
     wave = Responses(
-        token_ids=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.int64, device=device),
-        rollout_logprobs=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.float32, device=device),
-        model_logprobs=torch.zeros(params.max_new_tokens, len(requests), dtype=torch.float32, device=device),
-        lengths=torch.full((len(requests),), params.max_new_tokens, device=device),
+        token_ids=torch.zeros(longest, len(requests), dtype=torch.int64, device=device),
+        rollout_logprobs=torch.zeros(longest, len(requests), dtype=torch.float32, device=device),
+        model_logprobs=torch.zeros(longest, len(requests), dtype=torch.float32, device=device),
+        lengths=rows.lengths.clone(),
     )  # [L, N] until they are complete
-    max_length = prompt_ids.shape[1] + params.max_new_tokens
+    max_length = prompt_ids.shape[1] + longest
     logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row, max_length)
     look_every = TOKENS_BETWEEN_LOOKS[device.type]
     uniform = torch.empty(0, 0)
-    for position in range(params.max_new_tokens):
+    can_end_early = bool(params.stop_token_ids or params.stop_strings) or params.max_total_tokens is not None
+    for position in range(longest):
         if position % look_every == 0:
-            count = min(look_every, params.max_new_tokens - position)
+            count = min(look_every, longest - position)
             uniform = uniforms_of_positions(rows.seeds, position, count)
         draws = draw_with(logits, uniform[position % look_every], params)
         next_ids = draws.token_ids
         wave.token_ids[position].index_copy_(0, rows.numbers, next_ids)
         wave.rollout_logprobs[position].index_copy_(0, rows.numbers, draws.rollout_logprobs)
         wave.model_logprobs[position].index_copy_(0, rows.numbers, draws.model_logprobs)
-        if params.stop_token_ids:
+        if can_end_early:
             rows.stop(next_ids, position)
             if (position + 1) % look_every == 0:
+                if decode is not None and params.stop_strings:
+                    end_at_stop_strings(rows, wave.token_ids[: position + 1], look_every, params.stop_strings, decode)
                 kept = rows.live()
                 if len(kept) == 0:
                     break
@@ -98,7 +110,7 @@ def decode_wave(
                     wave.lengths.index_copy_(0, rows.numbers, rows.lengths)
                     rows, next_ids = rows.only(kept), next_ids.index_select(0, kept)
                     decoding.keep(kept)
-        if position + 1 < params.max_new_tokens:
+        if position + 1 < longest:
             logits = decoding.advance(next_ids)
     wave.lengths.index_copy_(0, rows.numbers, rows.lengths)
     longest = int(wave.lengths.max())
@@ -117,22 +129,29 @@ class Rows:
     numbers: Tensor  # [B] int64, rising indices into [N]
     seeds: Tensor  # [B] int64
     lengths: Tensor  # [B] int64: of the response, with its stop token; the longest allowed until there is one
+    limits: Tensor | None  # [B] int64: the longest allowed, where rows differ
     is_live: Tensor  # [B] bool
     stop_ids: Tensor  # int64
 
     @staticmethod
     def begin(requests: Sequence[GenerationRequest], params: SamplingParams, device: torch.device) -> Rows:
+        limits = [params.longest_response(len(request.prompt_ids)) for request in requests]
+        lengths = torch.tensor(limits, dtype=torch.int64, device=device)
         return Rows(
             numbers=torch.arange(len(requests), device=device),
             seeds=seed_tensor([request.seed for request in requests], device),
-            lengths=torch.full((len(requests),), params.max_new_tokens, device=device),
+            lengths=lengths,
+            limits=None if params.max_total_tokens is None else lengths.clone(),
             is_live=torch.ones(len(requests), dtype=torch.bool, device=device),
             stop_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
         )
 
     def stop(self, token_ids: Tensor, position: int) -> None:
         """Notes which rows end with the token at `position`; does not wait for the device."""
-        has_stopped = (token_ids[:, None] == self.stop_ids).any(dim=1).logical_and_(self.is_live)
+        has_stopped = (token_ids[:, None] == self.stop_ids).any(dim=1)
+        if self.limits is not None:
+            has_stopped |= self.limits == position + 1
+        has_stopped.logical_and_(self.is_live)
         self.lengths.masked_fill_(has_stopped, position + 1)
         self.is_live.logical_and_(~has_stopped)
 
@@ -146,9 +165,30 @@ class Rows:
             numbers=self.numbers.index_select(0, kept),
             seeds=self.seeds.index_select(0, kept),
             lengths=self.lengths.index_select(0, kept),
+            limits=None if self.limits is None else self.limits.index_select(0, kept),
             is_live=self.is_live.index_select(0, kept),
             stop_ids=self.stop_ids,
         )
+
+
+def end_at_stop_strings(
+    rows: Rows, token_ids: Tensor, num_new: int, stop_strings: Sequence[str], decode: Decode
+) -> None:
+    """Ends the live rows whose last tokens complete a stop string; waits for the device.
+
+    token_ids: [tokens so far, N], of which the last `num_new` have not been looked at. The last tokens are decoded
+    first; the whole response only where they hold a stop string. One that this overlooks is found by the sampler.
+    """
+    tail = token_ids[-tail_length(stop_strings, num_new) :].T.int().cpu().numpy()
+    live, numbers = rows.live().tolist(), rows.numbers.tolist()
+    for row in live:
+        if not holds_stop(tail[numbers[row]], stop_strings, decode):
+            continue
+        ids = token_ids[:, numbers[row]].int().cpu().numpy()
+        length = tokens_to_stop_string(ids, stop_strings, decode)
+        if length is not None:
+            rows.lengths[row] = length
+            rows.is_live[row] = False
 
 
 def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -161,7 +201,7 @@ def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tenso
     return torch.from_numpy(padded).to(device), torch.tensor(num_padding, device=device)
 
 
-def to_generations(responses: Responses, params: SamplingParams) -> list[Generation]:
+def to_generations(responses: Responses, params: SamplingParams, decode: Decode | None = None) -> list[Generation]:
     """Raises FloatingPointError when a log-prob is not finite: the model is broken, its samples are noise."""
     is_generated = (
         torch.arange(responses.token_ids.shape[1], device=responses.lengths.device) < responses.lengths[:, None]
@@ -176,5 +216,7 @@ def to_generations(responses: Responses, params: SamplingParams) -> list[Generat
         ids = token_ids[row, :length].copy()
         logprobs = rollout[row, :length].copy(), model[row, :length].copy()
         stopped = length > 0 and int(ids[-1]) in params.stop_token_ids
+        if decode is not None and params.stop_strings and not stopped:
+            stopped = holds_stop(ids, params.stop_strings, decode)
         generations.append(Generation(ids, *logprobs, finish_reason="stop" if stopped else "length"))
     return generations

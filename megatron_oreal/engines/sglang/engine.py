@@ -44,6 +44,7 @@ from megatron_oreal.engines.sglang.server_pool import (
 )
 from megatron_oreal.engines.sglang.weights.push import WeightPusher
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport
+from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.types import Notify
 
 MAX_ATTEMPTS = 12  # that one request may make without a new token, at all servers together
@@ -68,8 +69,8 @@ class SglangEngine:
 
     model_path: the model that the servers serve. thread: carries the requests of the engine and of its transport; the
     engine closes it. fleet: starts dead servers again. router: gets the first attempt of each request; all others, and
-    everything that is not generation, go to the servers themselves. rank: of this process in the trainer. Raises
-    ValueError for a server that cannot be used.
+    everything that is not generation, go to the servers themselves. rank: of this process in the trainer. decode:
+    without it, stop strings are not sent to the servers. Raises ValueError for a server that cannot be used.
     """
 
     def __init__(
@@ -85,11 +86,12 @@ class SglangEngine:
         health_every_seconds: float = 5.0,
         health_timeout_seconds: float = 20.0,  # an idle server generates a token for a health check
         rank: int = 0,
+        decode: Decode | None = None,
     ) -> None:
         self.version = 0
         self.calls = MainThreadCalls()  # servers need no rank: it stays empty
         self.has_whole_weights = True  # False after an update that failed
-        self.thread, self.is_main = thread, rank == 0
+        self.thread, self.is_main, self.decode = thread, rank == 0, decode
         self.is_open = True
         self.statistics = RequestStatistics()
         self.pool = ServerPool(config, endpoints, fleet, self.statistics, notify, router)
@@ -130,7 +132,7 @@ class SglangEngine:
             raise RuntimeError(f"the SGLang engine is {problem}: it cannot generate")
         self._check(requests, params)
         finished: SimpleQueue[tuple[int, Generation] | None] = SimpleQueue()
-        call = Call([Response.of(request, params) for request in requests], finished, watch is not None)
+        call = Call([Response.of(request, params, self.decode) for request in requests], finished, watch is not None)
         future = asyncio.run_coroutine_threadsafe(self._run(call), self.thread.loop)
         future.add_done_callback(lambda _: finished.put(None))
         try:
@@ -150,14 +152,15 @@ class SglangEngine:
         """See `RolloutEngine`: servers generate without the ranks."""
 
     def _check(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> None:
-        check_prompts(requests, self.vocab_size)
-        num_tokens = max((len(request.prompt_ids) for request in requests), default=0) + params.max_new_tokens
+        check_prompts(requests, self.vocab_size, params)
+        longest_prompt = max((len(request.prompt_ids) for request in requests), default=0)
+        num_tokens = params.longest_sequence(longest_prompt)
         for server, facts in zip(self.pool.servers, self.server_facts, strict=True):
             if num_tokens > facts.max_tokens:
                 raise ValueError(
-                    f"rollout.max_new_tokens: the longest prompt and {params.max_new_tokens} tokens make {num_tokens}, "
-                    f"SGLang server {server} takes {facts.max_tokens}: lower it, or raise the server's context-length "
-                    "or max-total-tokens"
+                    f"rollout.max_new_tokens: the longest prompt and {num_tokens - longest_prompt} tokens make "
+                    f"{num_tokens}, SGLang server {server} takes {facts.max_tokens}: lower it, or raise the server's "
+                    "context-length or max-total-tokens"
                 )
             if facts.has_tempered_logprobs and params.temperature not in (0, 1):
                 raise ValueError(

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.engines.local.token_sampling import as_int64
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal
+from megatron_oreal.engines.stop_strings import Decode, holds_stop
 from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids, no_logprobs
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.25, 8.0
@@ -52,12 +53,14 @@ class Response:
     rollout_logprobs: Float32Array | None = field(default_factory=no_logprobs)  # None: not known
     model_logprobs: Float32Array = field(default_factory=no_logprobs)
     policy_versions: Int32Array = field(default_factory=no_ids)
+    decode: Decode | None = None  # without it, stop strings are not sent
+    ends_with_stop_string: bool = False
 
     @classmethod
-    def of(cls, request: GenerationRequest, params: SamplingParams) -> Response:
+    def of(cls, request: GenerationRequest, params: SamplingParams, decode: Decode | None = None) -> Response:
         begun = request.begun
         if begun is None:
-            return cls(request, params)
+            return cls(request, params, decode=decode)
         is_known = len(begun.rollout_logprobs) == len(begun.response_ids)
         return cls(
             request,
@@ -66,20 +69,31 @@ class Response:
             begun.rollout_logprobs if is_known else None,
             begun.model_logprobs,
             begun.policy_versions,
+            decode,
         )
 
     @property
     def num_missing(self) -> int:
         """Tokens that may still come."""
-        return 0 if self.has_stopped else max(0, self.params.max_new_tokens - len(self.token_ids))
+        if self.has_stopped:
+            return 0
+        return max(0, self.params.longest_response(len(self.request.prompt_ids)) - len(self.token_ids))
 
     @property
     def has_stopped(self) -> bool:
-        return len(self.token_ids) > 0 and int(self.token_ids[-1]) in self.params.stop_token_ids
+        return self.ends_with_stop_string or (
+            len(self.token_ids) > 0 and int(self.token_ids[-1]) in self.params.stop_token_ids
+        )
+
+    @property
+    def sends_stop_strings(self) -> bool:
+        return bool(self.params.stop_strings) and self.decode is not None
 
     def body(self, request_id: str) -> dict[str, Any]:
         """Asks for what is missing."""
         params = self.params
+        # The server would cut its text at a stop string; the token ids are whole in any case.
+        stops = {"stop": list(params.stop_strings), "no_stop_trim": True} if self.sends_stop_strings else {}
         return {
             "rid": request_id,
             "input_ids": np.concatenate([self.request.prompt_ids, self.token_ids]).tolist(),
@@ -89,8 +103,9 @@ class Response:
                 "top_k": params.top_k or -1,
                 "max_new_tokens": self.num_missing,
                 "stop_token_ids": list(params.stop_token_ids),
-                "ignore_eos": not params.stop_token_ids,  # true would ignore stop_token_ids too
+                "ignore_eos": not params.stop_token_ids,  # true would ignore stop_token_ids too, but no stop string
                 "sampling_seed": as_int64(self.request.seed),
+                **stops,
             },
             "return_logprob": True,
         }
@@ -101,6 +116,9 @@ class Response:
         self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
         self.model_logprobs = np.concatenate([self.model_logprobs, answer.model_logprobs])
         self.policy_versions = np.concatenate([self.policy_versions, answer.policy_versions])
+        if answer.finish_reason == "stop" and self.params.stop_strings and self.decode is not None:
+            # The server looks at the text of special tokens too, which ours may leave out: then the response goes on.
+            self.ends_with_stop_string = holds_stop(self.token_ids, self.params.stop_strings, self.decode)
         if self.params.temperature == 0:
             added = np.zeros_like(answer.model_logprobs)
         elif self.params.temperature == 1 and self.params.top_p == 1 and self.params.top_k == 0:
