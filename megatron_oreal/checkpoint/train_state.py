@@ -34,7 +34,8 @@ from megatron_oreal.observability.files import save_tensors, sync_file, sync_fol
 from megatron_oreal.parallel.collectives import broadcast_object, raise_on_all, wait_for_all_ranks
 from megatron_oreal.parallel.layout import ParallelLayout
 
-STEP_FOLDER = re.compile(r"step_(\d+)")
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+UNFINISHED = re.compile(r"\.step_\d{6,}(\.old)?\.tmp")  # What a killed run leaves of a checkpoint.
 # A full disk raises one of these: Python, torch and safetensors differ.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 # Reading a damaged file raises one of these.
@@ -115,7 +116,8 @@ class TrainState:
         """
         if self.layout.is_main:
             for stale in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(stale)
+                if UNFINISHED.fullmatch(stale.name):
+                    shutil.rmtree(stale)
         # The first rank's view counts: a shared folder may show the other nodes an older state.
         steps = broadcast_object(saved_steps(self.folder))
         if not steps:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from megatron_oreal.config.effects import Effects, IdleSetting
 
@@ -26,6 +27,14 @@ class Section(BaseModel):
             return settings
         empty = {name for name, value in settings.items() if value is None and name in cls.model_fields}
         return settings | {name: {} for name in empty if is_section(cls.model_fields[name].annotation)}
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def expand_home(cls, value: Any) -> Any:
+        """Reads `~/data` as a path in the home directory, as a shell does: in every path, also those of a mapping."""
+        if isinstance(value, dict):
+            return {name: in_home(entry) for name, entry in value.items()}
+        return in_home(value)
 
     def effect_rows(self) -> Effects:
         """The rows of this section's table, and of the tables of the sections that it extends."""
@@ -77,3 +86,13 @@ def is_section(annotation: Any) -> bool:
     """Whether a field is a nested section, or a mapping such as eval.prompts."""
     kind = get_origin(annotation) or annotation
     return isinstance(kind, type) and issubclass(kind, (Section, dict))
+
+
+def in_home(value: Any) -> Any:
+    """Returns the path with `~` and `~user` replaced. Raises ValueError for a user whom the system does not know."""
+    if not isinstance(value, Path):
+        return value
+    try:
+        return value.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{value}: this system knows no home directory of {value.parts[0]}; give the path") from None

@@ -6,6 +6,7 @@ Output is written under a temporary name, compared with the input bit by bit, an
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -366,8 +367,8 @@ def prepare_output(out: Path) -> None:
     if out.exists():
         raise ValueError(f"--out: {out} exists; remove it or name another")
     for stale in out.parent.glob(f".{out.name}.*.tmp"):
-        process = stale.name.removeprefix(f".{out.name}.").split(".")[0]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+        ours = re.fullmatch(r"(\d+)\.[0-9a-f]{8}\.tmp", stale.name.removeprefix(f".{out.name}."))
+        if ours and not Path(f"/proc/{ours[1]}").exists() and Path("/proc/self").exists():
             shutil.rmtree(stale, ignore_errors=True)
 
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import yaml
-
 from megatron_oreal.config import (
     EvalRunConfig,
-    ModelRunConfig,
     RolloutConfig,
     SftConfig,
     TrainConfig,
     check_layout,
     check_lengths,
-    flatten,
-    read_resolved,
-    to_yaml,
 )
 from megatron_oreal.config.model_files import read_end_tokens
 from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prompts
@@ -26,16 +19,6 @@ from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
 from megatron_oreal.types import Int32Array
 from megatron_oreal.weights.families import Architecture, read_architecture, trainable_families
-
-# Settings that may change between a run and its continuation.
-CHANGEABLE = (
-    "num_steps", "run_dir", "checkpoint.", "verifier.num_workers", "parallel.timeout_seconds", "rollout.sglang.",
-)  # fmt: skip
-# An evaluation may be given more datasets, and be summed up in another way.
-CHANGEABLE_IN_EVAL = (
-    *CHANGEABLE,
-    *(f"eval.{name}" for name in ("prompts.", "pass_at", "majority_at", "confidence", "num_resamples")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,42 +118,3 @@ def note_sampling(notes: list[str], config: TrainConfig) -> None:
 def note_skipped(notes: list[str], count: int, what: str) -> None:
     if count:
         notes.append(f"skipped {count} {what}")
-
-
-def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEABLE) -> None:
-    """Refuses a folder that another configuration has begun to fill. Raises ValueError with the differences.
-
-    A run that an older version began resumes: a setting that did not exist then has its default, sections are read
-    where they stood, and settings without effect are not compared.
-    """
-    file = config.run_dir / "config.yaml"
-    if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise ValueError(f"run_dir: {config.run_dir} is a file; give a folder")
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"run_dir: {config.run_dir} cannot be made ({error.strerror}); give another folder") from None
-    if not os.access(config.run_dir, os.R_OK | os.W_OK | os.X_OK):
-        raise ValueError(f"run_dir: {config.run_dir} is not yours to write; change its permissions or give another")
-    if not file.is_file():
-        return
-    before, now = read_resolved(file.read_text(), config), flatten(yaml.safe_load(to_yaml(config)))
-    idle = {setting.name for setting in config.idle_settings()}
-    if "num_steps" in changeable and moves_with_num_steps(now):
-        changeable = tuple(name for name in changeable if name != "num_steps")
-    differences = [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in idle and not name.startswith(changeable)
-    ]
-    if differences:
-        raise ValueError(
-            f"run_dir: {config.run_dir} belongs to another configuration ({'; '.join(differences)}); "
-            "choose another run_dir, or restore these settings to resume"
-        )
-
-
-def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
-    """Says whether the cosine of a learning rate ends with the run: then more steps are another schedule."""
-    cosines = [name.removesuffix(".decay") for name, value in settings.items() if value == "cosine"]
-    return any(settings[f"{name}.decay_steps"] is None for name in cosines)

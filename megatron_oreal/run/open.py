@@ -16,14 +16,12 @@ from megatron_oreal.config import (
     RunConfig,
     SftConfig,
     TrainConfig,
-    to_yaml,
 )
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models import parallel
 from megatron_oreal.models.trainable import TrainableModel
-from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
@@ -33,10 +31,8 @@ from megatron_oreal.run.device_defaults import describe, with_device_defaults
 from megatron_oreal.run.devices import device_sharing, make_room_for_models
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
-    CHANGEABLE_IN_EVAL,
     Inputs,
     check_initial_weights,
-    check_run_dir,
     check_vocabulary,
     note_sampling,
     note_skipped,
@@ -44,6 +40,7 @@ from megatron_oreal.run.inputs import (
 )
 from megatron_oreal.run.rollouts import build_sampler, open_verifier
 from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
+from megatron_oreal.run.run_directory import CHANGEABLE_IN_EVAL, RunDirectory, check_run_dir, open_run_directory
 from megatron_oreal.types import TrainingSequence
 
 
@@ -84,16 +81,17 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
     check_run_dir(config, CHANGEABLE_IN_EVAL)
     with ExitStack() as stack:
         layout = stack.enter_context(open_layout(config))
+        directory = stack.enter_context(open_run_directory(config, layout.is_main, CHANGEABLE_IN_EVAL))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         verifier = stack.enter_context(open_verifier(config.verifier))
         progress = ProgressBar.silent()
         if layout.is_main:
-            write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+            directory.write(config)
             answers = sum(map(len, inputs.eval_prompts.values())) * (config.eval.greedy + config.eval.num_samples)
             log_file = config.run_dir / "log.txt"
             progress = announce.progress = ProgressBar(answers, 0, config.run_dir.name, log_file, unit="answer")
-        for note in inputs.notes:
+        for note in (*directory.notes, *inputs.notes):
             progress.note(note)
         yield EvalRun(
             config=config,
@@ -129,6 +127,7 @@ def open_run(
     """Opens what every kind of training run has, restores the newest checkpoint and pushes the policy's weights."""
     with ExitStack() as stack:
         layout = stack.enter_context(open_layout(config))
+        directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         make_room_for_models(config, layout, engine)
@@ -143,7 +142,7 @@ def open_run(
             cursor.restore(restored.cursor)
         log, keeps_responses = MetricsLog.silent(), keeps_responses and layout.is_main
         if layout.is_main:
-            write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+            directory.write(config)
             log = stack.enter_context(MetricsLog(config.run_dir, start_step))
         ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
         progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
@@ -169,7 +168,7 @@ def open_run(
         )
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
-        for note in (describe(config, models["policy"]), *inputs.notes):
+        for note in (*directory.notes, describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
         run.push_weights(start_step)
         run.devices.generate()

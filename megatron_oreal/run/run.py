@@ -22,6 +22,7 @@ from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.run.devices import DeviceSharing
+from megatron_oreal.run.run_directory import keep_users_files
 from megatron_oreal.types import TrainingSequence
 from megatron_oreal.weights.hf_directory import save_hf
 
@@ -96,6 +97,8 @@ class Run(Generic[Config, Item, Algorithm]):
             return
         model, out = self.config.model, self.config.run_dir / "hf"
         try:
+            if self.layout.is_main:
+                keep_users_files(out)
             with self.devices.training(pushes=False):
                 save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
         except SafetensorError as error:  # safetensors raises this when the disk is full

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from megatron_oreal.config import SftConfig, TrainConfig, to_yaml
-from megatron_oreal.run.inputs import check_initial_weights, check_run_dir
+from megatron_oreal.run.inputs import check_initial_weights
+from megatron_oreal.run.run_directory import check_run_dir
 
 PPO = {"name": "ppo", "critic": {"optimizer": {"lr": 5e-6}}}
 OUTCOME = {"name": "outcome", "objective": "rloo"}
@@ -94,7 +95,7 @@ def test_a_setting_that_did_not_exist_has_its_default(tmp_path: Path) -> None:
     message = refusal(changed)
     assert "(parallel.tensor: 1 -> 2; policy.optimizer.eps: 1e-08 -> 1e-06); choose another run_dir" in message
     with_prompts = configured(tmp_path, eval={"prompts": {"a": "a.jsonl"}})
-    assert "(eval.prompts.a: None -> 'a.jsonl')" in refusal(with_prompts)
+    assert check_run_dir(with_prompts) == ["settings changed since the run began: eval.prompts.a: None -> 'a.jsonl'"]
 
 
 def test_the_default_of_a_missing_choice_is_the_presets(tmp_path: Path) -> None:

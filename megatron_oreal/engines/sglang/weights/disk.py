@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from megatron_oreal.engines.sglang.weights.requests import Deadline, WeightSyncE
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport, raise_push_failure
 from megatron_oreal.parallel.collectives import wait_for_all_ranks
 from megatron_oreal.weights.hf_directory import save_hf
+
+# The directory of a version, and what `temporary_directory` calls it before it is whole or after it is replaced.
+OWN_NAMES = re.compile(r"version_\d{6,}|\.version_\d{6,}\.(\d+\.)?[0-9a-f]{8}(\.old)?\.tmp")
 
 
 class DiskTransport(ServerTransport):
@@ -51,7 +55,7 @@ class DiskTransport(ServerTransport):
             self.remove_others(path)
 
     def remove_others(self, kept: Path) -> None:
-        """Removes older directories, and those that a killed trainer has left half-written."""
+        """Removes older directories, and those that a killed trainer has left half-written; nothing of the user's."""
         for path in self.folder.iterdir():
-            if path != kept:
+            if path != kept and OWN_NAMES.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
