@@ -32,6 +32,9 @@ class Model(Protocol):
     def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> Metrics:
         """Takes one optimizer step and returns the loss's metrics from before it."""
 
+    def advance_schedule(self) -> None:
+        """Moves the learning rate on by one optimizer step without taking one."""
+
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Returns the sum over data-parallel ranks."""
 
@@ -39,7 +42,7 @@ class Model(Protocol):
 class ModelSource(Protocol):
     """Builds the models that an algorithm asks for; run/algorithms.py has the real one.
 
-    `num_updates` is the number of optimizer steps that the model takes in the whole run, where the cosine of its
+    `num_updates` is the number of optimizer steps that the model takes in the whole run, where the decay of its
     learning rate ends.
     """
 

@@ -150,7 +150,8 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
 
     Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
-    file lacks, because it did not exist when the run began, has its default in `config`.
+    file lacks, because it did not exist when the run began, has the value that stands for what runs did then: its default
+    in `config`, unless its section says otherwise.
     """
     settings = yaml.safe_load(text)
     if isinstance(settings, dict) and isinstance(config, TrainConfig):
@@ -158,7 +159,7 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     found = {name: value for name, value in flatten(settings).items() if name not in WITHDRAWN}
     for name in flatten(yaml.safe_load(to_yaml(config))).keys() - found.keys():
         with contextlib.suppress(KeyError):  # an entry of a mapping such as eval.prompts has no default
-            found[name] = json.loads(to_json(config.default_at(name)))
+            found[name] = json.loads(to_json(config.value_before_at(name)))
     return found
 
 

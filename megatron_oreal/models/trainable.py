@@ -162,6 +162,10 @@ class TrainableModel:
         metrics[f"{self.name}/lr"] = float(training.optimizer.param_groups[0]["lr"])
         return metrics
 
+    def advance_schedule(self) -> None:
+        """Moves the learning rate on by one optimizer step without taking one."""
+        self._training.schedule.step(1)
+
     def accumulate_gradients(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
         """Returns the loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
         training = self._training

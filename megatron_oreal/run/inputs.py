@@ -133,6 +133,6 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
 
 
 def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
-    """Says whether the cosine of a learning rate ends with the run: then more steps are another schedule."""
-    cosines = [name.removesuffix(".decay") for name, value in settings.items() if value == "cosine"]
-    return any(settings[f"{name}.decay_steps"] is None for name in cosines)
+    """Says whether the decay of a learning rate ends with the run: then more steps are another schedule."""
+    decays = [name for name, value in settings.items() if name.endswith(".optimizer.decay") and value != "constant"]
+    return any(settings[f"{name}_steps"] is None for name in decays)

@@ -23,6 +23,7 @@ class TableModel:
         self.table = values.requires_grad_()
         self.batches: list[Batch] = []  # of every call
         self.gradients: list[dict[int, float]] = []  # of every train_step, without zeros up to rounding
+        self.num_scheduled = 0  # Optimizer steps that the learning rate has seen, taken or not.
 
     def outputs(self, microbatch: Microbatch) -> TokenOutputs:
         if self.scores:
@@ -41,12 +42,16 @@ class TableModel:
         return self.summed(self.evaluate(batch, loss, keep))
 
     def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
+        self.advance_schedule()
         outputs = self.evaluate(batch, loss, keep)
         (gradient,) = torch.autograd.grad(sum((output.loss for output in outputs), torch.zeros(())), self.table)
         self.gradients.append({token: value for token, value in enumerate(gradient.tolist()) if abs(value) > 1e-12})
         with torch.no_grad():
             self.table -= self.lr * gradient
         return self.summed(outputs)
+
+    def advance_schedule(self) -> None:
+        self.num_scheduled += 1
 
     def evaluate(self, batch: Batch, loss: Loss, keep: TokenStream | None) -> list[LossOutput]:
         self.batches.append(batch)
