@@ -137,8 +137,8 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
     """Prints what an algorithm optimises: its weights, and the function h of the pass rate that they induce.
 
     NAME: reinforce, rloo, rejection_sampling, grpo, pass_at_n, logit, expression, oreal_reference,
-    oreal_reference_all, oreal_paper. Or a law, alone: best_of_n (of --group-size samples), optimum (under a KL penalty),
-    arcsine (which GRPO approaches).
+    oreal_reference_all, oreal_paper. Or a law, alone: best_of_n (of --group-size samples), optimum (under
+    a KL penalty), arcsine (which GRPO approaches).
     """
     from megatron_oreal.reports.objective import describe_objective, plot_objectives, read_objectives
     from megatron_oreal.reports.theory import plot_law, read_law

@@ -56,7 +56,10 @@ class BestOfN:
 
     @property
     def negative_weight(self) -> float:
-        """Eq. 6: n (1-p)^n. The gradient of `success` is minus this times the mean of grad log pi over incorrect ones."""
+        """Eq. 6: n (1-p)^n.
+
+        The gradient of `success` is minus this weight times the mean of grad log pi over the incorrect samples.
+        """
         return self.num_samples * (1.0 - self.pass_rate) ** self.num_samples
 
     @property

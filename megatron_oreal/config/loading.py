@@ -150,8 +150,8 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
 
     Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
-    file lacks, because it did not exist when the run began, has the value that stands for what runs did then: its default
-    in `config`, unless its section says otherwise.
+    file lacks, because it did not exist when the run began, has the value that stands for what runs did then. That is
+    its default in `config`, unless its section says otherwise.
     """
     settings = yaml.safe_load(text)
     if isinstance(settings, dict) and isinstance(config, TrainConfig):

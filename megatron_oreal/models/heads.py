@@ -104,9 +104,9 @@ class ScalarProjection(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(self.state_dict(), prefix, {}, sharded_offsets)  # type: ignore[no-any-return]
 
 
-# Open-Reasoner-Zero's code draws from a normal distribution of deviation 1 / (H + 1). Its paper says U(-sqrt 5, sqrt 5),
-# which most likely means torch's kaiming_uniform_(a=sqrt 5), that is U(-1 / sqrt H, 1 / sqrt H). Read literally, values
-# would begin with a deviation of 77 at H = 3584, while returns lie in [0, 1].
+# Open-Reasoner-Zero's code draws from a normal distribution of deviation 1 / (H + 1). Its paper says
+# U(-sqrt 5, sqrt 5), which most likely means torch's kaiming_uniform_(a=sqrt 5), that is U(-1 / sqrt H, 1 / sqrt H).
+# Read literally, values would begin with a deviation of 77 at H = 3584, while returns lie in [0, 1].
 HEAD_INITS: dict[HeadInit, Callable[[Tensor, torch.Generator], Tensor]] = {
     "zero": lambda weight, _generator: weight,
     "kaiming_uniform": lambda weight, generator: weight.uniform_(

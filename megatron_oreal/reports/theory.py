@@ -37,8 +37,8 @@ def describe_best_of_n(group_size: int) -> str:
         [
             f"best_of_n, n = {group_size}: the law of the best of n samples, for binary rewards",
             "",
-            "correct, incorrect: how much likelier such a sample is than under the policy (eq. 5); the factor of correct",
-            "samples is h' of rejection_sampling with n samples a group",
+            "correct, incorrect: how much likelier such a sample is than under the policy (eq. 5);",
+            "the factor of correct samples is h' of rejection_sampling with n samples a group",
             "positive, negative: n (1-p)^(n-1) and n (1-p)^n, the weights of the gradient of 1 - (1-p)^n (eq. 6)",
             "",
             format_table(rows, ["p", "1 - (1-p)^n", "correct", "incorrect", "positive", "negative"]),
@@ -86,20 +86,17 @@ def describe_optimum(group_size: int) -> str:
 def describe_arcsine(group_size: int) -> str:
     """How far GRPO's h, scaled to [0, 1], is from the arcsine, for growing groups and for shrinking epsilon."""
     sizes = sorted({size for size in GROUP_SIZES if size < group_size} | {group_size})
+    growing = [(size, arcsine_distance(size, 0.0)) for size in sizes]
+    shrinking = [(epsilon, arcsine_distance(group_size, epsilon)) for epsilon in EPSILONS]
     return "\n".join(
         [
             "arcsine: GRPO's h, scaled to h(0) = 0 and h(1) = 1, against 2 arcsin(sqrt(t)) / pi",
             "",
             "distance: the largest difference over t in [0, 1]",
             "",
-            format_table(
-                [(size, arcsine_distance(size, 0.0)) for size in sizes], ["samples (epsilon = 0)", "distance"]
-            ),
+            format_table(growing, ["samples (epsilon = 0)", "distance"]),
             "",
-            format_table(
-                [(epsilon, arcsine_distance(group_size, epsilon)) for epsilon in EPSILONS],
-                [f"epsilon ({group_size} samples)", "distance"],
-            ),
+            format_table(shrinking, [f"epsilon ({group_size} samples)", "distance"]),
         ]
     )
 
@@ -193,7 +190,10 @@ LAWS: dict[str, Law] = {
 
 
 def read_law(names: Sequence[str], group_size: int, options: Mapping[str, Any]) -> Law | None:
-    """The law that is asked for; None for objectives. Raises ValueError for a law among other names, or with options."""
+    """The law that is asked for, or None for objectives.
+
+    Raises ValueError for a law among other names, with options, or with a group size that it does not have.
+    """
     name = next((name for name in names if name in LAWS), None)
     if name is None:
         return None
