@@ -132,16 +132,24 @@ def compare(run_a: Path, run_b: Path, confidence: float) -> None:
 @click.option("--epsilon", type=float, help="For grpo: added to the standard deviation.")
 @click.option("--baseline", help="For pass_at_n, logit and expression: leave_one_out or none.")
 @click.option("--negative-coef", type=float, help="For OREAL's variants: eta.")
-@click.option("--out", type=click.Path(path_type=Path), help="Plot h and h' to this PNG.")
+@click.option("--out", type=click.Path(path_type=Path), help="Plot to this PNG.")
 def objective(names: tuple[str, ...], group_size: int, out: Path | None, **options: Any) -> None:
     """Prints what an algorithm optimises: its weights, and the function h of the pass rate that they induce.
 
     NAME: reinforce, rloo, rejection_sampling, grpo, pass_at_n, logit, expression, oreal_reference,
-    oreal_reference_all, oreal_paper.
+    oreal_reference_all, oreal_paper. Or a law, alone: best_of_n (of --group-size samples), optimum (under
+    a KL penalty), arcsine (which GRPO approaches).
     """
     from megatron_oreal.reports.objective import describe_objective, plot_objectives, read_objectives
+    from megatron_oreal.reports.theory import plot_law, read_law
 
     given = {name: value for name, value in options.items() if value is not None}
+    law = read_law(names, group_size, given)
+    if law is not None:
+        if out is not None:
+            plot_law(law, group_size, out)
+        click.echo(law.describe(group_size))
+        return
     objectives = read_objectives(names, group_size, given)
     if out is not None:
         plot_objectives(objectives, out)

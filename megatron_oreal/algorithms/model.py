@@ -39,8 +39,8 @@ class Model(Protocol):
 class ModelSource(Protocol):
     """Builds the models that an algorithm asks for; run/algorithms.py has the real one.
 
-    `num_updates` is the number of optimizer steps that the model takes in the whole run, where the cosine of its
-    learning rate ends.
+    `num_updates` is the number of optimizer steps that the whole run plans (`planned_updates`); the decay of the
+    learning rate ends there.
     """
 
     @property

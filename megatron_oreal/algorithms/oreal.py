@@ -4,9 +4,10 @@ The source is Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weig
 model loss). The presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists, and
 each choice can be made alone.
 
-The three denominators (correct tokens, incorrect tokens, all tokens) are counts over all ranks. The paper does not say
-what they are, so its preset takes those of the code. With one update a step the ratio to the old policy is 1, and only
-the ratio's gradient matters.
+The code divides the three terms of its loss by the numbers of correct, incorrect and all tokens. Eq. 11 is a sum over
+tokens and a mean over sequences: all terms are divided by the number of sequences (`denominators: sequences`), and long
+incorrect answers weigh more. Both presets take the code's. All counts are over all ranks. With one update a step the
+ratio to the old policy is 1, and only the ratio's gradient matters.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Oreal:
     def build(cls, config: OrealConfig, run: TrainConfig, models: ModelSource) -> Oreal:
         """OREAL with the models that its configuration asks for."""
         learns_scores = config.reward_model.enabled
-        policy_steps = max(1, run.num_steps - config.policy_freeze_steps * learns_scores)
+        frozen_steps = config.policy_freeze_steps * (learns_scores and not config.freeze_advances_schedule)
+        policy_steps = max(1, run.num_steps - frozen_steps)
         policy = models.policy(policy_steps * run.policy.updates_per_step)
         reward_model = None
         if learns_scores:
@@ -98,7 +100,8 @@ class Oreal:
         return metrics
 
     def planned_updates(self, step: int) -> dict[str, int]:
-        planned = {"policy": 0 if self.is_frozen(step) else self.policy_updates}
+        waits = self.is_frozen(step) and not self.config.freeze_advances_schedule
+        planned = {"policy": 0 if waits else self.policy_updates}
         return planned if self.reward_model is None else planned | {"reward_model": self.reward_model_updates}
 
     def is_frozen(self, step: int) -> bool:
@@ -129,7 +132,9 @@ class Oreal:
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
         divergence = terms.kl(self.config.kl_kind, target)
-        loss = positive + negative + self.config.kl_coef * divergence
+        # Eq. 11's KL is that of whole sequences: the sum over their tokens.
+        length = batch.num_tokens / batch.num_sequences if self.config.denominators == "sequences" else 1.0
+        loss = positive + negative + self.config.kl_coef * length * divergence
         metrics = {
             "loss_positive": positive,
             "loss_negative": negative,
@@ -195,9 +200,10 @@ def fill_coefficients(microbatch: Microbatch, batch: Batch, config: OrealConfig)
         scores, mask = pad_responses(align(microbatch.token_scores, config), microbatch)
         positive, negative = TOKEN_WEIGHTS[config.token_weights](scores, mask, config)
         weights = unpad_responses(torch.where(microbatch.is_correct[:, None], positive, negative), microbatch)
-    scale = torch.where(
-        correct, 1.0 / max(1, batch.num_correct_tokens), config.negative_coef / max(1, batch.num_incorrect_tokens)
-    )
+    num_correct, num_incorrect = max(1, batch.num_correct_tokens), max(1, batch.num_incorrect_tokens)
+    if config.denominators == "sequences":
+        num_correct = num_incorrect = batch.num_sequences
+    scale = torch.where(correct, 1.0 / num_correct, config.negative_coef / num_incorrect)
     microbatch.token_weights = torch.where(microbatch.loss_mask, weights, 0.0)
     microbatch.coefficients = microbatch.advantages * microbatch.token_weights * scale
 

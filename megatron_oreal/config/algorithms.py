@@ -68,10 +68,14 @@ class OrealConfig(AlgorithmConfig):
     token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"  # How scores become token weights.
     top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # top_k keeps this share of a sequence's tokens.
     negative_coef: float = Field(default=0.5, ge=0)  # The weight of the incorrect samples' loss (eta).
+    # What the loss is divided by: its correct, incorrect and all tokens (the code), or all sequences (eq. 11).
+    denominators: Literal["tokens", "sequences"] = "tokens"
     kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
     kl_target: Literal["initial", "old"] = "initial"  # The frozen initial policy, or the policy at the step's start.
     kl_coef: float = Field(default=0.01, ge=0)  # The weight of the KL divergence in the loss.
     policy_freeze_steps: int = Field(default=10, ge=0)  # The first steps train the reward model only.
+    # Whether the policy's learning rate moves on while the policy is frozen, so that its warm-up passes meanwhile.
+    freeze_advances_schedule: bool = True
     reward_model: RewardModelConfig = RewardModelConfig()  # The token-level reward model.
 
     min_group_size: ClassVar[int] = 2
@@ -92,8 +96,15 @@ class OrealConfig(AlgorithmConfig):
         (
             ("policy_freeze_steps",),
             condition(
-                lambda oreal: oreal.reward_model.enabled or oreal.policy_freeze_steps == 0,
+                lambda oreal: oreal.reward_model.enabled,
                 "for {at}reward_model.enabled=false: drop it, or set it to 0, or {at}reward_model.enabled to true",
+            ),
+        ),
+        (
+            ("freeze_advances_schedule",),
+            condition(
+                lambda oreal: oreal.reward_model.enabled and oreal.policy_freeze_steps > 0,
+                "for a policy that is never frozen: drop it, or raise {at}policy_freeze_steps",
             ),
         ),
         (("top_k_ratio",), choice("token_weights", "top_k")),
@@ -107,9 +118,22 @@ class OrealConfig(AlgorithmConfig):
             return settings
         return OREAL_PRESETS.get(str(settings.get("preset")), {}) | settings
 
+    @model_validator(mode="after")
+    def fill_without_reward_model(self) -> Self:
+        if not self.reward_model.enabled:
+            for name in PRESETS_WITHOUT_REWARD_MODEL[self.preset].keys() - self.model_fields_set:
+                setattr(self, name, self.default_of(name))
+        return self
+
     def default_of(self, name: str) -> Any:
         """The preset's choice, or the default where the preset makes none."""
-        return OREAL_PRESETS[self.preset].get(name, super().default_of(name))
+        choices = OREAL_PRESETS[self.preset]
+        if not self.reward_model.enabled:
+            choices = choices | PRESETS_WITHOUT_REWARD_MODEL[self.preset]
+        return choices.get(name, super().default_of(name))
+
+    def value_before(self, name: str) -> Any:
+        return False if name == "freeze_advances_schedule" else super().value_before(name)
 
     @property
     def sample_needs(self) -> SampleNeeds:
@@ -132,9 +156,15 @@ OREAL_PRESETS: dict[str, dict[str, Any]] = {
         "score_position": "at",
         "token_weights": "threshold",
         "kl_kind": "k3",
-        "kl_target": "old",
+        "kl_target": "initial",
         "policy_freeze_steps": 0,
+        "freeze_advances_schedule": False,
     },
+}
+# What a preset chooses besides where reward_model.enabled is false. The published code has a configuration for that.
+PRESETS_WITHOUT_REWARD_MODEL: dict[str, dict[str, Any]] = {
+    "reference": {"selection": "all", "policy_freeze_steps": 0},
+    "paper": {},
 }
 
 

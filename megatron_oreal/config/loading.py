@@ -151,8 +151,9 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
 
     Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
-    file lacks, because it did not exist when the run began, has its default in `config`. A setting that is auto in the
-    file or in `config` reads as it is in `config`.
+    file lacks, because it did not exist when the run began, has the value that stands for what runs did then. That is
+    its default in `config`, unless its section says otherwise. A setting that is auto in the file or in `config` reads
+    as it is in `config`.
     """
     settings = yaml.safe_load(text)
     if isinstance(settings, dict) and isinstance(config, TrainConfig):
@@ -161,7 +162,7 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     now = flatten(yaml.safe_load(to_yaml(config)))
     for name in now.keys() - found.keys():
         with contextlib.suppress(KeyError):  # an entry of a mapping such as eval.prompts has no default
-            found[name] = json.loads(to_json(config.default_at(name)))
+            found[name] = json.loads(to_json(config.value_before_at(name)))
     # Where either run leaves a choice to the device, there is nothing to compare.
     return found | {name: value for name, value in now.items() if AUTO in (value, found.get(name))}
 

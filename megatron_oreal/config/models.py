@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from typing_extensions import Self
 
 from megatron_oreal.config.effects import Effects, choice
@@ -80,10 +80,10 @@ class OptimizerConfig(Section):
     """AdamW and its learning rate. Steps are optimizer steps: a training step may have several."""
 
     lr: float = Field(default=1e-6, gt=0)  # The learning rate after the warm-up.
-    min_lr: float = Field(default=0.0, ge=0)  # Where the cosine ends.
+    min_lr: float = Field(default=0.0, ge=0)  # Where the decay ends.
     warmup_steps: int = Field(default=0, ge=0)  # The learning rate rises linearly from 0 for so many steps.
-    decay: Literal["constant", "cosine"] = "constant"  # What the learning rate does after the warm-up.
-    # The optimizer step at which the cosine reaches min_lr, where skipped ones count too; null: the end of the run.
+    decay: Literal["constant", "cosine", "linear"] = "constant"  # What the learning rate does after the warm-up.
+    # The optimizer step at which the decay reaches min_lr, where skipped ones count too; null: the end of the run.
     decay_steps: PositiveInt | None = None
     weight_decay: float = Field(default=0.01, ge=0)  # Decoupled weight decay; biases and norms have none.
     beta1: float = Field(default=0.9, ge=0, lt=1)  # The decay of the gradient's running mean.
@@ -97,7 +97,7 @@ class OptimizerConfig(Section):
     # Adam's running means; bfloat16 needs distributed and Transformer Engine.
     moments: Literal["float32", "bfloat16"] = "float32"
 
-    effects: ClassVar[Effects] = ((("min_lr", "decay_steps"), choice("decay", "cosine")),)
+    effects: ClassVar[Effects] = ((("min_lr", "decay_steps"), choice("decay", "cosine", "linear")),)
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -118,7 +118,7 @@ class PolicyConfig(TrainableConfig):
     updates_per_step: PositiveInt = 1  # Optimizer steps on one set of groups.
 
 
-HeadInit = Literal["zero", "normal", "uniform"]
+HeadInit = Literal["zero", "normal", "kaiming_uniform"]
 
 
 class ScalarModelConfig(TrainableConfig):
@@ -130,8 +130,19 @@ class ScalarModelConfig(TrainableConfig):
 class CriticConfig(ScalarModelConfig):
     """PPO's critic predicts the reward that is to come. algorithm.critic_minibatches says how often it is updated."""
 
-    # The head's initial weights: zeros, draws from N(0, 1 / (hidden + 1)), or draws from U(-sqrt 5, sqrt 5).
+    # The head's initial weights, for a hidden size H: zeros, draws from a normal distribution of deviation 1 / (H + 1)
+    # (Open-Reasoner-Zero's code), or draws from U(-1 / sqrt H, 1 / sqrt H) (its paper, as it is most likely meant).
     head_init: HeadInit = "zero"
+
+    @field_validator("head_init", mode="before")
+    @classmethod
+    def refuse_literal_bound(cls, value: Any) -> Any:
+        if value == "uniform":
+            raise ValueError(
+                "critic.head_init=uniform is no longer offered: draws from U(-sqrt 5, sqrt 5) give values far outside "
+                "[0, 1], where returns are; set kaiming_uniform, with the bound 1 / sqrt(hidden size)"
+            )
+        return value
 
 
 class RewardModelConfig(ScalarModelConfig):

@@ -44,15 +44,19 @@ class Section(BaseModel):
         """The value that the setting has where neither file nor command line gives one."""
         return type(self).model_fields[name].get_default(call_default_factory=True)
 
-    def default_at(self, path: str) -> Any:
-        """The default of "policy.optimizer.lr", seen from this section. Raises KeyError for what has no default."""
+    def value_before(self, name: str) -> Any:
+        """What runs did before the setting existed: its default, unless a section says otherwise."""
+        return self.default_of(name)
+
+    def value_before_at(self, path: str) -> Any:
+        """The same for "policy.optimizer.lr", seen from this section. Raises KeyError for what has no default."""
         name, _, rest = path.partition(".")
         field = type(self).model_fields.get(name)
         if rest and field is not None and isinstance(section := getattr(self, name), Section):
-            return section.default_at(rest)
+            return section.value_before_at(rest)
         if rest or field is None or field.is_required():
             raise KeyError(path)
-        return self.default_of(name)
+        return self.value_before(name)
 
     def idle_settings(self, where: str = "") -> Iterator[IdleSetting]:
         """The settings of this section and of those within it that have no effect here, given or not."""

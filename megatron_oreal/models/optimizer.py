@@ -66,7 +66,7 @@ def prepare_training(
     num_updates: int,
     layout: ParallelLayout,
 ) -> Training:
-    """Wraps the chunks for data parallelism; `num_updates` is where a cosine schedule without decay_steps ends."""
+    """Wraps the chunks for data parallelism; `num_updates` is where a decay without decay_steps ends."""
     is_on_cuda, half = layout.device.type == "cuda", config.params_dtype is torch.bfloat16
     is_sharded, overlaps = chosen(settings, config, layout)
     ddp_config = DistributedDataParallelConfig(

@@ -94,10 +94,7 @@ def describe_objective(objective: Objective) -> str:
 
 def plot_objectives(objectives: Sequence[Objective], path: Path) -> None:
     """A PNG: h, less its value at t = 1/2, and h' over the pass rate; dashed what large groups approach."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--out must name a .png file, got {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: the folder {path.parent} does not exist; make it")
+    check_figure_path(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -123,6 +120,13 @@ def plot_objectives(objectives: Sequence[Objective], path: Path) -> None:
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     write_atomically(path, image.getvalue())
+
+
+def check_figure_path(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out must name a .png file, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: the folder {path.parent} does not exist; make it")
 
 
 def limit_curve(text: str, points: Sequence[float], centred: bool) -> list[float]:

@@ -1,8 +1,10 @@
 """Computes the metrics of a step's samples: rewards, lengths, verdicts, age, repetition, reflection words, pass@n.
 
-`text_metrics` follows what Open-Reasoner-Zero (arXiv:2503.24290) logs. Its repeat score is the share of a text's
-substrings that occurred before, which takes a suffix array for each text. Ours is the share of token n-grams of one
-length that occurred before: 0 without repetition, near 1 for an endless loop.
+`text_metrics` measures the same things as Open-Reasoner-Zero (arXiv:2503.24290) logs, and defines two of them in
+another way, so that its numbers are not comparable with ours. Its repeat score takes all substrings of a text, with a
+suffix array for each. `rollout/repetition_*` is the share of token n-grams of one length that occurred before: 0
+without repetition, near 1 for an endless loop. Its reflection score counts a pattern with fixed case and punctuation.
+`rollout/reflection_*` counts whole words in upper or lower case. Its deviations and histograms of lengths are not here.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def resolved(path: str) -> Path:
 def reason(differences: list[str]) -> str:
     """Says why a setting may not change, where that is not plain: nearly all of them change what the run computes."""
     if any(difference.startswith("num_steps: ") for difference in differences):
-        return " (the cosine of a learning rate without decay_steps ends with the run: num_steps changes it)"
+        return " (the decay of a learning rate without decay_steps ends with the run: num_steps changes it)"
     layout = ("parallel.tensor", "parallel.pipeline", "parallel.virtual")
     if all(difference.startswith(layout) for difference in differences):
         return " (a checkpoint is read by the layout that wrote it)"
@@ -219,6 +219,6 @@ def check_num_steps(config: ModelRunConfig) -> None:
 
 
 def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
-    """Says whether the cosine of a learning rate ends with the run: then more steps are another schedule."""
-    cosines = [name.removesuffix(".decay") for name, value in settings.items() if value == "cosine"]
-    return any(settings[f"{name}.decay_steps"] is None for name in cosines)
+    """Says whether the decay of a learning rate ends with the run: then more steps are another schedule."""
+    decays = [name for name, value in settings.items() if name.endswith(".optimizer.decay") and value != "constant"]
+    return any(settings[f"{name}_steps"] is None for name in decays)

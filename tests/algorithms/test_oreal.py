@@ -108,19 +108,21 @@ def test_the_paper_preset_by_hand(table_model: Any) -> None:
     unread = float("nan")  # a prompt token's score speaks about nothing in the paper's alignment
     scores = {1: unread, 2: unread, 3: unread, 10: LN3, 11: -1.0, 20: -LN3, 21: LN3, 22: -LN7}
     reward_model = table_model("reward_model", scores | {30: LN7, 31: LN3, 32: -5.0, 40: -LN3}, scores=True)
-    oreal = Oreal(OrealConfig(preset="paper"), PLAN, 0, policy, None, reward_model)
+    oreal = Oreal(OrealConfig(preset="paper"), PLAN, 0, policy, table_model("reference", REFERENCE), reward_model)
     metrics = oreal.update(GROUPS, 0)
     # w+ = [1/2, 0] and [3/4, 1/2, 0]; w- = [1/2, 0, 3/4] times 1 - 1/4, and [1/2] times 1 - 3/4.
     assert metrics["policy/loss_positive"] == pytest.approx((0.5 * 1 + 0.75 * 0.5 + 0.5 * 3) / 5)
     assert metrics["policy/loss_negative"] == pytest.approx(0.5 * (0.75 * 1.25 + 0.25 * 0.5) / 4)
-    assert metrics["policy/kl"] == 0  # to the policy itself, before its update
+    initial = {token: REFERENCE[token] - LOGPROBS[token] for token in LOGPROBS}
+    assert metrics["policy/kl"] == pytest.approx(sum(exp(d) - d - 1 for d in initial.values()) / 9)
     means = [(LN3 - 1) / 2, LN7 / 3, (LN7 + LN3 - 5) / 3, LN3]  # towards the outcome where positive
     losses = [log(1 + exp(-means[0])), log(1 + exp(-means[1])), log(1 + exp(-means[2])), log(4 / 3)]
     assert metrics["reward_model/loss"] == pytest.approx(sum(losses) / 4)
     (gradient,) = policy.gradients
     expected = {10: -0.5 / 5, 30: -0.75 / 5, 31: -0.5 / 5}
     expected |= {20: 0.5 * 0.75 * 0.5 / 4, 22: 0.5 * 0.75 * 0.75 / 4, 40: 0.5 * 0.25 * 0.5 / 4}
-    assert gradient == pytest.approx(expected)
+    pulled = {10: expected[10] - 0.01 / 9, 21: 0.01 * 0.5 / 9}  # d = ln 2 and -ln 2: 1 - exp(d) is -1 and 1/2
+    assert gradient == pytest.approx(expected | pulled)
     assert set(reward_model.gradients[0]) == {10, 11, 20, 21, 22, 30, 31, 32, 40}
 
 
@@ -149,6 +151,9 @@ def by_definition(
     """(loss, its gradient by the log-prob of each token), token by token; every token occurs once."""
     logprobs, reference, scores = tables
     counts = {kind: sum(len(s.response_ids) for s in chosen if s.is_correct is kind) for kind in (True, False)}
+    num_tokens = sum(counts.values())
+    if config.denominators == "sequences":
+        counts, num_tokens = dict.fromkeys(counts, len(chosen)), len(chosen)
     loss, gradient = 0.0, Counter[int]()
     for group in groups:
         low = -1.0 if config.rewards == "plus_minus_one" else 0.0
@@ -168,7 +173,7 @@ def by_definition(
                 loss += scale * weight * (-logprobs[token] if sample.is_correct else 1.0)
                 gradient[token] += scale * weight * (-1 if sample.is_correct else 1)  # type: ignore[assignment]
                 if config.kl_target == "initial":
-                    d, coef = reference[token] - logprobs[token], config.kl_coef / sum(counts.values())
+                    d, coef = reference[token] - logprobs[token], config.kl_coef / num_tokens
                     is_k3 = config.kl_kind == "k3"
                     loss += coef * (exp(d) - d - 1 if is_k3 else d * d / 2)
                     gradient[token] += coef * (1 - exp(d) if is_k3 else -d)  # type: ignore[assignment]
@@ -228,6 +233,10 @@ CHOICES: list[dict[str, Any]] = [
     {"kl_coef": 1.0, "kl_kind": "mse", "selection": "all"},
     {"preset": "paper"},
     {"preset": "paper", "selection": "all"},
+    {"preset": "paper", "denominators": "sequences"},
+    {"denominators": "sequences", "kl_coef": 1.0},
+    {"denominators": "sequences", "selection": "all", "negative_coef": 2.0},
+    {"preset": "paper", "kl_target": "old"},
     {"preset": "paper", "kl_target": "initial", "kl_coef": 1.0},
     {"preset": "paper", "prefix_mean": True},
     {"preset": "paper", "score_position": "before"},
@@ -301,6 +310,35 @@ def test_the_policy_is_frozen_while_the_reward_model_learns(table_model: Any) ->
     third = oreal.update(GROUPS, 2)
     assert len(policy.gradients) == 1 and policy.table[10].item() > -1.0
     assert set(first) == set(second) == set(third)
+
+
+@pytest.mark.parametrize(("advances", "num_scheduled"), [(True, 6), (False, 2)])
+def test_the_policys_learning_rate_moves_on_while_it_is_frozen(
+    table_model: Any, advances: bool, num_scheduled: int
+) -> None:
+    """Two frozen steps and one other, of two updates each; the reward model is never frozen."""
+    policy, reward_model = table_model("policy", LOGPROBS), table_model("reward_model", SCORES, scores=True)
+    config = make_config(policy_freeze_steps=2, freeze_advances_schedule=advances, kl_coef=0.0)
+    oreal = Oreal(config, PLAN, 0, policy, None, reward_model, policy_updates=2)
+    for step in range(3):
+        oreal.update(GROUPS, step)
+    planned = [oreal.planned_updates(step) for step in range(3)]
+    assert sum(each["policy"] for each in planned) == num_scheduled
+    assert (len(policy.gradients), sum(each["reward_model"] for each in planned)) == (2, 3)
+
+
+def test_eq_11_is_a_mean_over_sequences_of_sums_over_tokens(table_model: Any) -> None:
+    """Weights are 1 without a reward model: each term is divided by the four sequences."""
+    policy, reference = table_model("policy", LOGPROBS), table_model("reference", REFERENCE)
+    settings = {"preset": "paper", "denominators": "sequences", "reward_model": {"enabled": False}}
+    oreal = Oreal(OrealConfig.model_validate(settings), PLAN, 0, policy, reference, None)
+    metrics = oreal.update(GROUPS, 0)
+    positive, negative = (3.0 + 4.5) / 4, 0.5 * (0.75 * 3 + 0.25 * 1) / 4
+    divergence = (1 - log(2)) + (log(2) - 0.5)
+    assert metrics["policy/loss_positive"] == pytest.approx(positive)
+    assert metrics["policy/loss_negative"] == pytest.approx(negative)
+    assert metrics["policy/kl"] == pytest.approx(divergence / 9)  # in nats a token, whatever divides the loss
+    assert metrics["policy/loss"] == pytest.approx(positive + negative + 0.01 * divergence / 4)
 
 
 def test_without_a_reward_model_weights_are_one_and_nothing_is_frozen(table_model: Any) -> None:

@@ -70,15 +70,32 @@ def test_every_algorithm_of_the_configuration_has_a_row() -> None:
 @pytest.mark.parametrize(
     ("overrides", "built"),
     [
-        # 10 steps; the policy is frozen in the first 10, and has one update at least.
-        ([], {"policy": 1, "reward_model": (10, 1e-6, "zero"), "reference": None}),
+        # 10 steps; the policy is frozen in the first 10, and its learning rate moves on meanwhile.
+        ([], {"policy": 10, "reward_model": (10, 1e-6, "zero"), "reference": None}),
         (
             ["algorithm.policy_freeze_steps=3", "policy.updates_per_step=2", "algorithm.kl_target=old"],
-            {"policy": 14, "reward_model": (10, 1e-6, "zero")},
+            {"policy": 20, "reward_model": (10, 1e-6, "zero")},
+        ),
+        (
+            [
+                "algorithm.policy_freeze_steps=3",
+                "policy.updates_per_step=2",
+                "algorithm.freeze_advances_schedule=false",
+            ],
+            {"policy": 14, "reward_model": (10, 1e-6, "zero"), "reference": None},
+        ),
+        # The policy has one update at least.
+        (
+            ["algorithm.freeze_advances_schedule=false"],
+            {"policy": 1, "reward_model": (10, 1e-6, "zero"), "reference": None},
+        ),
+        (
+            ["algorithm.preset=paper", "algorithm.policy_freeze_steps=3"],
+            {"policy": 7, "reward_model": (10, 1e-6, "zero"), "reference": None},
         ),
         (
             ["algorithm.reward_model={updates_per_step: 4, optimizer: {lr: 1.0}}", "algorithm.kl_coef=0"],
-            {"policy": 1, "reward_model": (40, 1.0, "zero")},
+            {"policy": 10, "reward_model": (40, 1.0, "zero")},
         ),
         (
             ["algorithm.reward_model.enabled=false", "algorithm.policy_freeze_steps=0"],
@@ -113,6 +130,8 @@ def test_the_models_that_an_algorithm_has_built(
         ([], SampleNeeds(0, needs_mixed=True)),
         (["algorithm.selection=mixed"], SampleNeeds(0, needs_mixed=True)),
         (["algorithm.selection=all"], SampleNeeds(0, needs_mixed=False)),
+        (["algorithm.reward_model.enabled=false"], SampleNeeds(0, needs_mixed=False)),
+        (["algorithm.reward_model.enabled=false", "algorithm.preset=paper"], SampleNeeds(0, needs_mixed=True)),
         (["algorithm.name=ppo"], SampleNeeds(0, needs_mixed=False)),
         (["algorithm.name=outcome"], SampleNeeds(0, needs_mixed=False)),
         (["algorithm={name: outcome, dynamic_sampling: true}"], SampleNeeds(0, needs_mixed=True)),

@@ -40,7 +40,10 @@ CASES: dict[tuple[str, str], list[Case]] = {
         Case("algorithm.critic.optimizer.min_lr=1e-7", [PPO], [PPO, "algorithm.critic.optimizer.decay=cosine"]),
         Case("policy.optimizer.min_lr=1e-7", [], ["policy.optimizer.decay=cosine"], SftConfig),
     ],
-    ("OptimizerConfig", "decay_steps"): [Case("policy.optimizer.decay_steps=3", [], ["policy.optimizer.decay=cosine"])],
+    ("OptimizerConfig", "decay_steps"): [
+        Case("policy.optimizer.decay_steps=3", [], [f"policy.optimizer.decay={decay}"])
+        for decay in ("cosine", "linear")
+    ],
     ("PromptConfig", "system_prompt"): [
         Case("data.system_prompt=x", ["data.format=template", "data.template='{prompt}'"], ["data.format=plain"])
     ],
@@ -80,10 +83,19 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("OrealConfig", "policy_freeze_steps"): [
         Case("algorithm.policy_freeze_steps=3", ["algorithm.reward_model.enabled=false"]),
     ],
+    ("OrealConfig", "freeze_advances_schedule"): [
+        Case("algorithm.freeze_advances_schedule=false", ["algorithm.policy_freeze_steps=0"]),
+        Case("algorithm.freeze_advances_schedule=false", ["algorithm.reward_model.enabled=false"]),
+        Case(
+            "algorithm.freeze_advances_schedule=true",
+            ["algorithm.preset=paper"],
+            ["algorithm.preset=paper", "algorithm.policy_freeze_steps=3"],
+        ),
+    ],
     ("OrealConfig", "kl_kind"): [Case("algorithm.kl_kind=mse", ["algorithm.kl_coef=0"])],
     ("OrealConfig", "kl_target"): [
         Case("algorithm.kl_target=old", ["algorithm.kl_coef=0"]),
-        Case("algorithm.kl_target=initial", ["algorithm.kl_coef=0", "algorithm.preset=paper"]),
+        Case("algorithm.kl_target=old", ["algorithm.kl_coef=0", "algorithm.preset=paper"]),
     ],
     ("PpoConfig", "kl_kind"): [
         Case("algorithm.kl_kind=mse", [PPO, "algorithm.kl_reward_coef=1"], [PPO, "algorithm.kl_coef=1"])
@@ -196,7 +208,7 @@ def test_a_setting_without_effect_is_refused_by_name(tmp_path: Path, case: Case)
     "overrides",
     [
         ["algorithm.top_k_ratio=0.25", "algorithm.kl_coef=0", "algorithm.kl_kind=k3"],  # the defaults
-        ["algorithm.preset=paper", "algorithm.kl_coef=0", "algorithm.kl_target=old"],  # the preset's
+        ["algorithm.preset=paper", "algorithm.kl_coef=0", "algorithm.kl_target=initial"],  # the preset's
         [*NO_REWARD_MODEL, "algorithm.preset=paper", "algorithm.prefix_mean=false"],
         [*NO_REWARD_MODEL, "algorithm.reward_model.optimizer.lr=1e-3"],  # of a section that is switched off
         ["rollout.sglang.num_servers=2", "eval.every=3"],

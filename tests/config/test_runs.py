@@ -188,6 +188,31 @@ def test_a_preset_fills_every_choice(preset: str) -> None:
     assert None not in choices.values()
 
 
+def test_the_presets_choices_without_a_reward_model(tmp_path: Path) -> None:
+    """The published code then trains on all samples from the first step on; a choice that is given stays."""
+    off = "algorithm.reward_model.enabled=false"
+    reference = load(tmp_path, off).algorithm
+    assert (reference.selection, reference.policy_freeze_steps) == ("all", 0)
+    assert load(tmp_path, off, "algorithm.selection=one_pair").algorithm.selection == "one_pair"
+    assert load(tmp_path, off, "algorithm.policy_freeze_steps=0").algorithm.selection == "all"
+    paper = load(tmp_path, off, "algorithm.preset=paper").algorithm
+    assert (paper.selection, paper.policy_freeze_steps) == ("one_pair", 0)
+    assert load(tmp_path).algorithm.policy_freeze_steps == 10
+    config = load(tmp_path, off)
+    assert load(tmp_path, text=to_yaml(config)) == config
+
+
+def test_the_papers_kl_acts(tmp_path: Path) -> None:
+    paper = load(tmp_path, "algorithm.preset=paper").algorithm
+    assert (paper.kl_target, paper.uses_reference) == ("initial", True)
+
+
+def test_the_literal_bound_of_the_critics_head_is_refused(tmp_path: Path) -> None:
+    message = refuse(tmp_path, "algorithm.name=ppo", "algorithm.critic.head_init=uniform")
+    assert "uniform is no longer offered" in message and "set kaiming_uniform" in message and "\n" not in message
+    assert message.startswith("algorithm.critic.head_init")
+
+
 def test_a_single_choice_overrides_the_preset(tmp_path: Path) -> None:
     config = load(tmp_path, "algorithm.preset=paper", "algorithm.prefix_mean=true", "algorithm.policy_freeze_steps=0")
     assert config.algorithm.prefix_mean is True  # given

@@ -108,6 +108,33 @@ def test_the_default_of_a_missing_choice_is_the_presets(tmp_path: Path) -> None:
     assert "(algorithm.score_position: 'at' -> 'before')" in message
 
 
+def test_a_run_from_before_a_setting_keeps_what_it_did(tmp_path: Path) -> None:
+    """Frozen steps once left the schedule alone: such a run goes on only if it is told to do so still."""
+
+    def older(settings: dict[str, Any]) -> None:
+        del settings["algorithm"]["freeze_advances_schedule"], settings["algorithm"]["denominators"]
+
+    begin(configured(tmp_path), older)
+    assert "(algorithm.freeze_advances_schedule: False -> True)" in refusal(configured(tmp_path))
+    check_run_dir(configured(tmp_path, algorithm={"freeze_advances_schedule": False}))
+    for algorithm in ({"preset": "paper", "policy_freeze_steps": 3}, {"policy_freeze_steps": 0}):
+        begin(configured(tmp_path, algorithm=algorithm), older)
+        check_run_dir(configured(tmp_path, algorithm=algorithm))
+
+
+def test_a_run_without_reward_model_from_before_its_own_choices(tmp_path: Path) -> None:
+    """It trained on pairs, and its freeze of 10 steps had no effect."""
+
+    def older(settings: dict[str, Any]) -> None:
+        del settings["algorithm"]["freeze_advances_schedule"]
+        settings["algorithm"] |= {"selection": "one_pair", "policy_freeze_steps": 10}
+
+    off: dict[str, Any] = {"reward_model": {"enabled": False}}
+    begin(configured(tmp_path, algorithm=off), older)
+    assert "(algorithm.selection: 'one_pair' -> 'all')" in refusal(configured(tmp_path, algorithm=off))
+    check_run_dir(configured(tmp_path, algorithm=off | {"selection": "one_pair"}))
+
+
 def test_a_missing_setting_without_a_default_is_a_difference(tmp_path: Path) -> None:
     def older(settings: dict[str, Any]) -> None:
         del settings["data"]["prompts"]
@@ -153,10 +180,11 @@ def test_supervised_runs_resume_too(tmp_path: Path) -> None:
 
 
 def test_a_longer_cosine_is_another_schedule_where_it_stands_now(tmp_path: Path) -> None:
-    cosine = {"reward_model": {"optimizer": {"decay": "cosine"}}}
-    begin(configured(tmp_path, algorithm=cosine), at_the_top)
-    longer = configured(tmp_path, algorithm=cosine, num_steps=4)
-    assert "(num_steps: 3 -> 4)" in refusal(longer)
+    for decay in ("cosine", "linear"):
+        decaying = {"reward_model": {"optimizer": {"decay": decay}}}
+        begin(configured(tmp_path, algorithm=decaying), at_the_top)
+        longer = configured(tmp_path, algorithm=decaying, num_steps=4)
+        assert "(num_steps: 3 -> 4)" in refusal(longer)
 
 
 @pytest.mark.parametrize("name", ["reward_model", "critic"])

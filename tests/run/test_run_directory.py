@@ -109,7 +109,7 @@ def test_a_longer_cosine_says_why(root: Path) -> None:
     cosine = {"optimizer": {"decay": "cosine"}}
     start(configured(root, policy=cosine))
     message = refusal(configured(root, policy=cosine, num_steps=6))
-    assert "(num_steps: 4 -> 6)" in message and "(the cosine of a learning rate without" in message
+    assert "(num_steps: 4 -> 6)" in message and "(the decay of a learning rate without" in message
     fixed = {"optimizer": {"decay": "cosine", "decay_steps": 4}}
     start(configured(root, run_dir=root / "other", policy=fixed))
     start(configured(root, run_dir=root / "other", policy=fixed, num_steps=6))
