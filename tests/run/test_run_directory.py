@@ -72,11 +72,9 @@ def refusal(config: TrainConfig) -> str:
         {"parallel": {"microbatch_tokens": 512}},
         {"parallel": {"data": 2}},
         {"parallel": {"timeout_seconds": 60}},
-        {"model": {"recompute": "full"}},
         {"eval": {"every": 5, "num_samples": 4}},
         {"checkpoint": {"every": 1, "export_hf": False}},
         {"rollout": {"ledger": False, "mismatch_alarm": 0.5}},
-        {"policy": {"optimizer": {"overlap_grad_reduce": False}}},
         {"verifier": {"num_workers": 1}},
         {"num_steps": 9},
         {"num_steps": 2},
@@ -87,6 +85,15 @@ def test_settings_that_do_not_change_the_result_may_change(root: Path, settings:
     (note,) = start(configured(root, **settings))
     assert note.startswith("settings changed since the run began: ")
     assert all(name in note for name in settings) and "\n" not in note
+    assert start(configured(root, **settings)) == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"model": {"recompute": "full"}}, {"policy": {"optimizer": {"overlap_grad_reduce": False}}}]
+)
+def test_what_was_left_to_the_device_may_be_said(root: Path, settings: dict[str, Any]) -> None:
+    """Before it was auto: there is no other value to tell of."""
+    assert start(configured(root)) == []
     assert start(configured(root, **settings)) == []
 
 
