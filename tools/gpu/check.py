@@ -87,18 +87,18 @@ STEPS = (
 )
 # On a CPU: the same programs with sizes that say nothing about speed, to see that they run.
 TINY_STEPS = (
-    Step("facts", 100, (("facts",),)),
-    Step("ceilings", 60, (("ceilings", "--tiny"),)),
-    Step("tests", 60, (("gpu_tests", "--report", "{work}/tests_gpu.xml"),)),
-    Step("loss", 100, (("loss", "--tiny", "--out", "{out}/loss.json"),)),
-    Step("quickstart", 300, (("quickstart", "--tiny", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
-    Step("update_tiny", 100, (("update", "--size", "tiny", "--prompts", "4", "--work", "{work}", "--steps", "2"),)),
+    Step("facts", 300, (("facts",),)),
+    Step("ceilings", 180, (("ceilings", "--tiny"),)),
+    Step("tests", 180, (("gpu_tests", "--report", "{work}/tests_gpu.xml"),)),
+    Step("loss", 300, (("loss", "--tiny", "--out", "{out}/loss.json"),)),
+    Step("quickstart", 900, (("quickstart", "--tiny", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
+    Step("update_tiny", 300, (("update", "--size", "tiny", "--prompts", "4", "--work", "{work}", "--steps", "2"),)),
     Step(
         "profile",
-        100,
+        300,
         (("profile_update", "--size", "tiny", "--prompts", "2", "--work", "{work}", "--out", "{out}/profile.txt"),),
     ),
-    Step("generate", 100, (("generate", "--size", "tiny", "--rows", "8", "--new-tokens", "8", "--work", "{work}"),)),
+    Step("generate", 300, (("generate", "--size", "tiny", "--rows", "8", "--new-tokens", "8", "--work", "{work}"),)),
 )
 
 
