@@ -21,7 +21,7 @@ from megatron_oreal.engines.sglang.weights.distributed import DistributedTranspo
 from megatron_oreal.engines.sglang.weights.shared_memory import RanksOf, TensorTransport
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport
 from megatron_oreal.engines.stop_strings import Decode
-from megatron_oreal.models.build import DTYPES
+from megatron_oreal.models.build import DTYPES, resolved_for
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.nodes import this_node
 from megatron_oreal.types import Notify
@@ -98,7 +98,8 @@ def server_settings(config: AnyConfig, device: torch.device) -> ServerSettings:
         servers = servers.model_copy(update={"flags": flags})
     device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
     context_length = config.rollout.longest_sequence(config.data.max_prompt_tokens)
-    return ServerSettings(servers, model.path, model.dtype, config.run_dir, device_type, context_length)
+    dtype = resolved_for(model, device).dtype
+    return ServerSettings(servers, model.path, dtype, config.run_dir, device_type, context_length)
 
 
 def weight_transport(
