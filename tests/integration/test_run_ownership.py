@@ -52,6 +52,7 @@ def wait_for_record(file: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_changed_prompts_changed_settings_and_fewer_steps(
     train_config: Settings, command_line: Run, tmp_path: Path
 ) -> None:
