@@ -71,25 +71,23 @@ def enable() -> bool:
 
 
 def _patch_torch_cuda() -> None:
-    def nothing(*_args: Any, **_kwargs: Any) -> None:
-        return None
-
+    # No two names share a function: torch.compile keys its rules by function, and refuses one that has two rules.
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,  # `device=` of buffers, receive tensors and rotary frequencies
-        "synchronize": nothing,  # after pipeline communication and before checkpoints
-        "set_device": nothing,
+        "synchronize": lambda *_args, **_kwargs: None,  # after pipeline communication and before checkpoints
+        "set_device": lambda *_args, **_kwargs: None,
         "Stream": _Stream,  # of data-parallel communication
-        "current_stream": _Stream,
-        "default_stream": _Stream,
+        "current_stream": lambda *_args, **_kwargs: _Stream(),
+        "default_stream": lambda *_args, **_kwargs: _Stream(),
         "stream": lambda _stream: contextlib.nullcontext(),
-        "manual_seed": torch.manual_seed,  # the random tracker's seeds
+        "manual_seed": lambda seed: torch.manual_seed(seed),  # the random tracker's seeds
         "get_rng_state": lambda *_args, **_kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *_args, **_kwargs: torch.set_rng_state(state),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    torch.cuda.nvtx.range_push = nothing  # type: ignore[assignment]  # profiler ranges
-    torch.cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+    torch.cuda.nvtx.range_push = lambda *_args, **_kwargs: None  # type: ignore[assignment]  # profiler ranges
+    torch.cuda.nvtx.range_pop = lambda *_args, **_kwargs: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda tensor, *_args, **_kwargs: tensor  # type: ignore[assignment]  # loaded scales and shards
 
 

@@ -231,8 +231,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from megatron_oreal.config.rollout import SglangConfig
-from megatron_oreal.engines.sglang.servers.router import Router
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
+from megatron_oreal.engines.sglang.servers.process import ServerSettings
 config = SglangConfig(python=sys.argv[1])
 with open_servers(ServerSettings(config, Path(sys.argv[2]), "float32", Path(sys.argv[3]), "cpu", 512), print):
     pass
