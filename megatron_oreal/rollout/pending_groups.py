@@ -46,8 +46,9 @@ class PendingGroups:
 
     Request i belongs to prompt i // num_samples. Groups are judged in threads of their own, beside the generation; only
     where a stop condition depends on verdicts does the engine's call wait for the judge. Without a stop condition
-    nothing is given up. An error of `judge` or `keep` ends the collection, and `groups` raises it. Responses that come
-    after the end are not taken.
+    nothing is given up, and the groups of a batch are judged when its last response is there: a judge that waits for
+    the disk then waits once for the whole batch. An error of `judge` or `keep` ends the collection, and `groups` raises
+    it. Responses that come after the end are not taken.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PendingGroups:
         self.seconds: list[float] = []  # from the start to each response
         self.is_over = False
         self.num_usable = 0
+        self.complete: list[int] = []  # prompts whose groups wait for the end of the batch
         self.judged: dict[int, Future[Group]] = {}  # by prompt, in the order in which groups were complete
         self.error: Exception | None = None
         self.start = time.monotonic()
@@ -77,6 +79,8 @@ class PendingGroups:
                     if self.keep is not None:
                         self.keep(index, generation, batch)
                     self._take(index, generation)
+                    if self.stop_condition is not None or batch.position == batch.size - 1:
+                        self._judge_complete()
                 except Exception as error:  # noqa: BLE001  # not the engine's error: `groups` raises it
                     self.error, self.is_over = error, True
                 else:
@@ -88,11 +92,14 @@ class PendingGroups:
         with self.lock:
             if not self.is_over:
                 self._take(index, generation)
+                self._judge_complete()
 
     def groups(self) -> dict[int, Group]:
         """Returns the complete groups by their prompt's number, in the order in which they were complete."""
         if self.error is not None:
             raise self.error
+        with self.lock:
+            self._judge_complete()  # of a batch whose last response was not taken
         return {number: judged.result() for number, judged in self.judged.items()}
 
     def stop(self) -> None:
@@ -107,12 +114,18 @@ class PendingGroups:
         number = index // self.num_samples
         members = range(number * self.num_samples, (number + 1) * self.num_samples)
         if all(member in self.finished for member in members):
-            generations = [self.finished[member] for member in members]
+            self.complete.append(number)
+
+    def _judge_complete(self) -> None:
+        for number in self.complete:
+            first = number * self.num_samples
+            generations = [self.finished[member] for member in range(first, first + self.num_samples)]
             self.judged[number] = self.judging.submit(self.judge, self.prompt_requests[number], generations)
             if self.stop_condition is not None:
                 needs_mixed = self.stop_condition.needs_mixed
                 self.num_usable += not needs_mixed or is_mixed(self.judged[number].result())
                 self.is_over = self.num_usable >= self.stop_condition.num_groups
+        self.complete.clear()
 
 
 def sample_seed(key: str) -> int:
