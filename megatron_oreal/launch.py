@@ -99,7 +99,7 @@ def end_with_launcher() -> None:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether our own code raised the error. Such a ValueError names field and fix; one of a library is a defect."""
+    """Returns whether our own code raised the error: its ValueErrors name field and fix, a library's is a defect."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -74,7 +74,7 @@ def parse_expression(text: str) -> Expression:
 
 
 def tokenize(text: str) -> list[tuple[str, str, int]]:
-    """(kind, text, first character counted from 1) of each token."""
+    """Returns the tokens: (kind, text, position of the first character, counted from 1) of each."""
     tokens, place = [], 0
     while text[place:].strip(" \t"):
         found = TOKEN.match(text, place)

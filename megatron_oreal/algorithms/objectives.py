@@ -162,7 +162,7 @@ def oreal_reference(group_size: int, negative_coef: float = 0.5) -> Table:
 
 
 def oreal_reference_all(group_size: int, negative_coef: float = 0.5) -> Table:
-    """The same with every sample of every group: h' = 2 (1-t) + 2 eta t."""
+    """`oreal_reference` with every sample of every group has h' = 2 (1-t) + 2 eta t."""
     check_not_negative("negative_coef", negative_coef)
     a, b = rloo(group_size)
     return 2 * negative_coef * a, 2 * b
@@ -215,7 +215,7 @@ def num_others(group_size: int) -> Tensor:
 
 
 def split(d: Tensor, baseline: str) -> Table:
-    """(a, b) with b - a = d."""
+    """Returns (a, b) with b - a = d."""
     check_choice("baseline", baseline, BASELINES)
     if baseline == "none":
         return torch.zeros_like(d), d

@@ -105,7 +105,7 @@ class Oreal:
         return planned if self.reward_model is None else planned | {"reward_model": self.reward_model_updates}
 
     def is_frozen(self, step: int) -> bool:
-        """Whether the policy only waits in this step: the reward model learns first, where there is one."""
+        """Returns whether this step leaves the policy as it is: the reward model, where there is one, learns first."""
         return self.reward_model is not None and step < self.config.policy_freeze_steps
 
     def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:

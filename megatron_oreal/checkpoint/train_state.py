@@ -35,7 +35,7 @@ from megatron_oreal.parallel.collectives import broadcast_object, raise_on_all, 
 from megatron_oreal.parallel.layout import ParallelLayout
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
-UNFINISHED = re.compile(r"\.step_\d{6,}(\.old)?\.tmp")  # What a killed run leaves of a checkpoint.
+UNFINISHED = re.compile(r"\.step_\d{6,}(\.old)?\.tmp")  # A killed run leaves folders of these names.
 # A full disk raises one of these: Python, torch and safetensors differ.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 # Reading a damaged file raises one of these.

@@ -14,7 +14,7 @@ from megatron_oreal.config.section import Section
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
 HeadPrecision = Literal["fp32", "bf16", "fp8_grad"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
-# Who multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
+# The library that multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
 HeadFp8 = Literal["torch", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"]
 
 
@@ -25,7 +25,7 @@ class ModelConfig(Section):
     tokenizer: Path | None = None  # The folder of the tokenizer; null takes model.path.
     # bfloat16 keeps float32 master weights in the optimizer; auto is bfloat16 on CUDA and float32 on a CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Who computes attention and linear layers; auto takes Transformer Engine on CUDA where it can be imported.
+    # The implementation of attention and linear layers; auto takes Transformer Engine on CUDA where it can be imported.
     implementation: Literal["auto", "local", "transformer_engine"] = "auto"
     # Which activations the backward pass computes again: those of whole layers (full: least memory, most time), those
     # of recompute_modules (selective), or none. auto is none on a CPU, and on CUDA the first that fits the memory.
@@ -82,7 +82,7 @@ class OptimizerConfig(Section):
     lr: float = Field(default=1e-6, gt=0)  # The learning rate after the warm-up.
     min_lr: float = Field(default=0.0, ge=0)  # Where the decay ends.
     warmup_steps: int = Field(default=0, ge=0)  # The learning rate rises linearly from 0 for so many steps.
-    decay: Literal["constant", "cosine", "linear"] = "constant"  # What the learning rate does after the warm-up.
+    decay: Literal["constant", "cosine", "linear"] = "constant"  # The course of the learning rate after the warm-up.
     # The optimizer step at which the decay reaches min_lr, where skipped ones count too; null: the end of the run.
     decay_steps: PositiveInt | None = None
     weight_decay: float = Field(default=0.01, ge=0)  # Decoupled weight decay; biases and norms have none.

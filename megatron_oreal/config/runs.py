@@ -188,7 +188,7 @@ class TrainConfig(RunConfig):
     )
 
     def effect_rows(self) -> Effects:
-        """Those of the algorithm for other sections too."""
+        """Returns this table's rows, and the algorithm's rows about other sections."""
         return super().effect_rows() + self.algorithm.run_effects
 
     @property
@@ -226,7 +226,9 @@ class SftDataConfig(PromptConfig):
 
     examples: Path  # A file of JSON lines {"prompt", "response"}.
     sequences_per_step: PositiveInt = 64  # The number of examples that a step trains on.
-    max_tokens: PositiveInt = 4096  # Of prompt and response; longer examples are counted, logged and skipped.
+    max_tokens: PositiveInt = (
+        4096  # The limit of prompt and response together; longer examples are counted, logged and skipped.
+    )
     shuffle: bool = True  # Each epoch has an order of its own, drawn from the seed; false keeps the file's order.
 
 

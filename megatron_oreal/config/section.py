@@ -49,7 +49,7 @@ class Section(BaseModel):
         return self.default_of(name)
 
     def value_before_at(self, path: str) -> Any:
-        """The same for "policy.optimizer.lr", seen from this section. Raises KeyError for what has no default."""
+        """Returns the default of, for example, "policy.optimizer.lr". Raises KeyError for what has no default."""
         name, _, rest = path.partition(".")
         field = type(self).model_fields.get(name)
         if rest and field is not None and isinstance(section := getattr(self, name), Section):

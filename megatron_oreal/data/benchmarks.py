@@ -38,7 +38,7 @@ def aime_row(row: Row) -> Row:
 
 
 def olympiadbench_row(row: Row) -> Row:
-    """Several final answers become one list. Raises ValueError for questions with images and for proofs."""
+    """Turns several final answers into one list. Raises ValueError for questions with images and for proofs."""
     question, context = parse_text(row, "question"), row.get("context")
     if "<img_" in question or row.get("image_1") is not None:
         raise ValueError("question has an image; import the text-only part, OE_TO_*")

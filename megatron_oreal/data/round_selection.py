@@ -26,7 +26,7 @@ class AnsweredPrompt:
 def select_responses(
     answered: Sequence[AnsweredPrompt], per_prompt: int, max_pass_rate: float, seed: int
 ) -> list[tuple[str, str]]:
-    """(prompt id, correct response) pairs: distinct texts, at most `per_prompt` of each prompt, chosen at random.
+    """Returns (prompt id, correct response) pairs: at most `per_prompt` distinct texts of each prompt, drawn at random.
 
     Prompts that are solved more often than `max_pass_rate` teach little and are left out.
     """

@@ -109,7 +109,7 @@ class Tokenizer:
         return self.encode_prompts([messages], config)[0]
 
     def encode_prompts(self, prompts: Sequence[Sequence[Message]], config: PromptConfig) -> list[list[int]]:
-        """The same as `encode_prompt` of each, several times faster. Without text, a prompt has no token."""
+        """Does what `encode_prompt` does for each, several times faster. A prompt without text has no token."""
         texts = [self._render_masked(messages, config) for messages in prompts]
         plain = iter(self.encode_many([text for text in texts if not PLACEHOLDERS.search(text)]))
         encoded = [self._encode_masked(text) if PLACEHOLDERS.search(text) else next(plain) for text in texts]
@@ -156,7 +156,7 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same as `encode` of each text, several times faster."""
+        """Does what `encode` does for each text, several times faster."""
         if not texts:
             return []
         encoded = self.backend(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)

@@ -23,7 +23,7 @@ ROW_ALIGNMENT = 64  # elements: a row of a block begins where the products can l
 WAVE_COLUMNS = 64  # a multiprocessor. 4 row tiles of 128 x 33 column tiles of 256 are one for each of 132
 TILE_BYTES = 160 * 2**20  # of a tile's float32 logits, at most
 MOST_BLOCKS = 512
-# What the choice between more blocks and more recomputation assumes of a GPU: both are of an H200, measured.
+# The choice between more blocks and more recomputation assumes these rates; both were measured on an H200.
 OPERATIONS_PER_SECOND = 800e12
 BYTES_PER_SECOND = 4e12
 

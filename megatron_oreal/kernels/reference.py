@@ -14,7 +14,7 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     valid_vocab: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs[T], logsumexp[T], entropy[T]) of softmax(hidden @ weight.T / temperature), on one process."""
+    """Returns (logprobs[T], logsumexp[T], entropy[T]) of softmax(hidden @ weight.T / temperature), on one process."""
     logits = (hidden @ weight[:valid_vocab].T) / temperature
     logsumexp = torch.logsumexp(logits, dim=-1)
     logprobs = logits.gather(-1, target[:, None])[:, 0] - logsumexp

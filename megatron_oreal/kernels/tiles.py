@@ -100,7 +100,7 @@ class TileLogits:
         self.memory: Tensor | None = None  # of one tile
 
     def first(self, rows: slice, compute: Compute) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, logits) of the tiles of these tokens. They must stay as they are, if they are to be kept."""
+        """Yields (columns, logits) of each tile of these tokens. Logits that are to be kept must stay as they are."""
         for columns in self.tiling.columns:
             size = size_of(rows, columns)
             is_kept = size <= self.num_free
@@ -112,7 +112,7 @@ class TileLogits:
             del logits  # before the next tile is made
 
     def again(self, rows: slice, compute: Compute) -> Iterator[tuple[slice, Tensor]]:
-        """The same, once more: what was kept is given away, what was not is computed."""
+        """Yields the tiles of `first` once more: kept logits are handed over, the others are computed again."""
         for columns in self.tiling.columns:
             logits = self.kept.pop((rows.start, columns.start), None)
             if logits is None:

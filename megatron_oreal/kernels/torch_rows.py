@@ -135,7 +135,7 @@ def fp8_gradient_of_kept(
     out: Tensor,  # [t or more, v or more] e4m3; multiples of 16
     transposed: Tensor,  # its transpose
 ) -> None:
-    """(d loss / d logits) E4M3_MAX / bounds, from kept exponentials, in both layouts; 0 beyond t and v."""
+    """Returns (d loss / d logits) E4M3_MAX / bounds, from kept exponentials, in both layouts; 0 beyond t and v."""
     gradient = _gradient_of_kept(kept, target, num_valid, logsumexp, entropy, scales)
     values = gradient.mul_((E4M3_MAX / bounds)[:, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     out.copy_(padded(values, *out.shape))

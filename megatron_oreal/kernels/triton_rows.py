@@ -15,11 +15,12 @@ from megatron_oreal.kernels.torch_rows import SHIFT_COLUMNS, Exponentials
 
 BLOCK = SHIFT_COLUMNS  # columns that a program looks at, at a time
 NUM_WARPS = 8
-# Of the kernels that also write the transpose: a program's rows become 128 contiguous bytes of e4m3 there.
+# Rows of one program in kernels that also write the transpose, where they become 128 contiguous bytes of e4m3.
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
-# Of float32. Triton computes with anything smaller in float64, which it cannot convert to e4m3 before version 3.9.
+# The smallest normal float32. Triton computes with anything smaller in float64, and converts that to e4m3 only from
+# version 3.9 on.
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 

@@ -51,7 +51,7 @@ def measures_of(
     lowest: tl.tensor,
     COUNTS: tl.constexpr,
 ) -> tl.tensor:
-    """What a token adds to its upper sets: 1, or its probability if it is above the key `lowest`."""
+    """Returns what a token adds to its upper sets: 1, or its probability if it is above the key `lowest`."""
     if COUNTS:
         return inside.to(tl.int64)
     return tl.where(inside & (keys > lowest), masses_of(values, maximum, inverse_temperature), 0)
@@ -130,7 +130,7 @@ def measure_at(
     key: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """(tokens above the key, their mass, tokens at it, their mass), int64."""
+    """Returns (tokens above the key, their mass, tokens at it, their mass), int64."""
     count_above = tl.zeros((BLOCK,), tl.int64)
     mass_above = tl.zeros((BLOCK,), tl.int64)
     count_at = tl.zeros((BLOCK,), tl.int64)
@@ -152,7 +152,7 @@ def measure_at(
 
 @triton.jit
 def logsumexp_of(logits: tl.tensor, vocab_size: int, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """(logsumexp, maximum) of the row."""
+    """Returns (logsumexp, maximum) of the row."""
     # Finite, so that nothing seen yet times nothing is 0. A NaN may be skipped by the maximum, but stays in the sums.
     maximum = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -264,7 +264,7 @@ def sample_kernel(
         tl.store(rollout_logprobs + row, model_logprob)
     else:
         mass = (total.to(tl.float64) / UNIT).to(tl.float32)
-        # What is not finite in the model's log-prob shows here too.
+        # A model's log-prob that is not finite shows here too.
         rollout_logprob = (chosen - maximum) * inverse_temperature - tl.log(mass)
         tl.store(rollout_logprobs + row, tl.where(model_logprob == model_logprob, rollout_logprob, model_logprob))
 
@@ -272,7 +272,7 @@ def sample_kernel(
 def sample_rows(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(token_ids [N] int64, rollout_logprobs [N] float32, model_logprobs [N] float32) of logits [N, V].
+    """Returns (token_ids [N] int64, rollout_logprobs [N] float32, model_logprobs [N] float32) for logits [N, V].
 
     uniform: [N] float64 in [0, 1). temperature > 0; top_k 0 and top_p 1 keep every token. Rows whose logits are not
     finite get a token of the vocabulary and log-probs that are not finite.

@@ -90,7 +90,7 @@ class BlockGradients(Protocol):
     """Makes the gradients of a block's logits of its exponentials, and multiplies them. One object a call."""
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
-        """(bytes whatever the block, bytes a token of it) beyond the block and a tile of its logits."""
+        """Returns (bytes of any block, bytes for each of its tokens), beyond the block itself and a tile of its logits."""
         ...
 
     def add(
@@ -132,7 +132,7 @@ class Call:
     with_placeholder: bool  # autograd gets an empty gradient where main_grad has it
 
     def used_columns(self, weight: Tensor) -> int:
-        """Those with vocabulary, and padding up to a width that the products like."""
+        """Returns the number of columns with vocabulary, padded to a width at which the products are fast."""
         return min(len(weight), ceil(self.num_valid / ALIGNMENT) * ALIGNMENT)
 
     @property
@@ -162,7 +162,7 @@ class Call:
         return nothing
 
     def outputs(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(logprobs, logsumexp, entropy or None), each [t], from this rank's [3 or 4, t] and the others'."""
+        """Returns (logprobs, logsumexp, entropy or None), each [t], from this rank's [3 or 4, t] and the others'."""
         if self.group is not None:
             gathered = [torch.empty_like(numbers) for _ in range(self.group.size())]
             dist.all_gather(gathered, numbers, group=self.group)

@@ -96,7 +96,7 @@ def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
 
 # (query [T, heads, D], key [T, groups, D], value, cu_seqlens, longest, scale) -> [T, heads, D], causal
 PackedAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
-# Of the norm, in the check against scaled_dot_product_attention in float32: bfloat16 keeps 8 bits of each number.
+# The largest relative error against scaled_dot_product_attention in float32: bfloat16 keeps 8 bits of each number.
 CHECK_TOLERANCE = 0.03
 
 

@@ -251,7 +251,7 @@ def mark_shards(chunks: list[PackedGPTModel], rows: list[Row]) -> None:
 
 
 def global_parameters(chunks: list[PackedGPTModel]) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter) of this rank, with layers counted from 0 over the whole model."""
+    """Yields (name, parameter) of this rank, with layers counted from 0 over the whole model."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")

@@ -126,7 +126,7 @@ def chosen(settings: OptimizerConfig, config: TransformerConfig, layout: Paralle
 
 
 def moment_settings(settings: OptimizerConfig, is_sharded: bool) -> dict[str, Any]:
-    """Of Megatron's OptimizerConfig. Raises ValueError where Adam's moments cannot be kept in bfloat16."""
+    """Returns arguments of Megatron's OptimizerConfig. Raises ValueError where Adam's moments cannot be bfloat16."""
     if settings.moments == "float32":
         return {}
     if not is_sharded:
@@ -141,7 +141,7 @@ def moment_settings(settings: OptimizerConfig, is_sharded: bool) -> dict[str, An
 
 
 def copy_of(parameter: torch.Tensor) -> torch.Tensor:
-    """Of its own storage: a shard is a view of a larger buffer, which would be saved with it."""
+    """Copies the tensor: a shard is a view of a larger buffer, which would be saved with it."""
     return parameter.detach().cpu().clone()
 
 

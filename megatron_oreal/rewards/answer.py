@@ -39,7 +39,7 @@ def within_answer_tags(response: str) -> str:
 
 
 def after_conclusion_mark(response: str) -> str:
-    """What follows the last of CONCLUSION_MARKS; everything without one (OREAL's rule)."""
+    """Returns the text after the last of CONCLUSION_MARKS, or the whole text without one (OREAL's rule)."""
     return response[
         max((response.rfind(mark) + len(mark) for mark in CONCLUSION_MARKS if mark in response), default=0) :
     ]

@@ -54,7 +54,7 @@ Ratio = Literal["positive", "negative"] | None
 
 
 def parse_alike(prediction: str, reference: str) -> tuple[Expression, Expression]:
-    """Both trees; capital and small letters are one where neither side uses both. Errors: NotAnExpression."""
+    """Returns both trees; where neither side uses both, a capital and its small letter are one. Errors: NotAnExpression."""
     one, other = parse_expression(prediction), parse_expression(reference)
     names = symbols(one) | symbols(other)
     if symbols(one) != symbols(other):
@@ -101,7 +101,7 @@ def is_rounded(reference: str, prediction: Expression) -> bool:
 
 
 def agree(one: Expression, other: Expression) -> bool:
-    """Equality as numbers, or as functions of their symbols; False where that cannot be told."""
+    """Returns whether both are equal numbers, or equal functions of their symbols; False where that cannot be told."""
     names = sorted(symbols(one) | symbols(other))
     try:
         if not names:
@@ -177,7 +177,7 @@ def environments(names: Sequence[str], is_imaginary: bool) -> Iterator[dict[str,
 
 
 def is_same_function(one: Expression, other: Expression, names: Sequence[str], is_imaginary: bool) -> bool:
-    """Equal at NUM_POINTS points or more and different at none. Errors: TooCostly."""
+    """Returns whether both are equal at NUM_POINTS points or more and different at none. Errors: TooCostly."""
     num_equal = 0
     for environment in environments(names, is_imaginary):
         try:

@@ -173,7 +173,7 @@ class ThreadContext(threading.local):
         self.context = MPContext()
 
     def at(self, precision: int) -> MPContext:
-        """For use until the next call of this."""
+        """Returns a context of this precision; it is valid until the next call."""
         self.context.prec = precision
         return self.context
 

@@ -89,7 +89,7 @@ def difference(left: Expression, right: Expression) -> Expression:
 
 @functools.lru_cache(maxsize=1024)
 def parse_expression(text: str, sign: int = 1) -> Expression:
-    r"""The tree; \pm is read as `sign`, \mp as its opposite. Errors: NotAnExpression."""
+    r"""Returns the tree; \pm is read as `sign`, \mp as its opposite. Errors: NotAnExpression."""
     parser = Parser(tokenize(text), sign)
     expression = parser.sum()
     if parser.position < len(parser.tokens):

@@ -47,7 +47,7 @@ def combined(regions: Sequence[Region], joint: str, algebra: Algebra) -> Region 
 
 
 def canonical_intervals(region: Region, algebra: Algebra) -> list[Interval]:
-    """In ascending order, those that touch joined, without the excluded points; as given where ends have symbols."""
+    """Sorts intervals, joins those that touch and takes points out; leaves them as given where ends have symbols."""
     keyed = []
     for interval in region.intervals:
         start, end = algebra.order_key(interval.start), algebra.order_key(interval.end)

@@ -19,7 +19,7 @@ CONSTANTS = {
 }  # fmt: skip
 CURRENCY_CODES = frozenset(("rs", "usd", "inr", "eur", "gbp"))
 INVERSES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-# What is looked at: text, environments and commands as a whole, and runs of letters.
+# The units of reading: a text, an environment or a command as a whole, and a run of letters.
 TOKEN = re.compile(
     r"\\text\{[^{}]*\}|\\(?:begin|end) ?\{[^{}]*\}(?:\{[lcr|]*\})?|\\[a-zA-Z]+|\\."
     r"|(?P<run>[^\W\d_]+(?:['-][^\W\d_]{2,})*)"
@@ -82,7 +82,7 @@ def mark_joints(text: str) -> str:
 
 
 def run_text(run: str, before: str, after: str, is_sentence: bool) -> str:
-    """What a run of letters stands for, between its neighbours."""
+    """Returns the LaTeX that a run of letters stands for between its neighbours."""
     if CJK.search(run):
         return rf" \text{{{CJK_JOINTS.get(run, run)}}} "
     if len(run) == 1:

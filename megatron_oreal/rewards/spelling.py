@@ -175,7 +175,7 @@ MEANING_OF_TEXT = {
 
 @functools.lru_cache(maxsize=CACHE_SIZE)  # the samples of a group repeat each other
 def normalize(text: str) -> str:
-    """One spelling of a LaTeX answer, its meaning kept; spaces still tell 1,234 from the list 1, 234."""
+    """Rewrites a LaTeX answer to one spelling, its meaning kept; spaces still tell 1,234 from the list 1, 234."""
     text = apply(LAYOUT, plain_characters(text))
     text = OPERATOR_NAME.sub(r" \1 ", text)
     text = TEXT.sub(lambda found: separate_words(found[1]), text)
@@ -239,5 +239,5 @@ LOOSE_BRACES = re.compile(r"(?<![\\}\w\]])\{(\w)\}")
 
 
 def without_spaces(normalized: str) -> str:
-    """For comparing spellings: only a space between two word characters is kept."""
+    """Removes spaces to compare spellings: only a space between two word characters is kept."""
     return LOOSE_SPACE.sub("", normalized)

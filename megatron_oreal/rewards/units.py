@@ -163,7 +163,7 @@ def depth_at_end(text: str) -> int:
 
 
 def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:
-    """Scale and units of the text behind a value. Errors: NotAUnit."""
+    """Returns scale and units of the text behind a value. Errors: NotAUnit."""
     multiplier, factors = Fraction(1), []
     sign, power = 1, 1  # of the next unit
     end = 0
@@ -237,7 +237,7 @@ def merge(factors: list[tuple[str, int]]) -> Factors:
 
 
 def units_agree(prediction: Factors | None, reference: Factors | None) -> bool:
-    """Optional, but not different; "units" stands for any unit of that power."""
+    """Returns whether units agree: either side may have none, and "units" stands for any unit of that power."""
     if prediction is None:
         return True
     if reference is None:

@@ -235,7 +235,7 @@ def params_text(params: SamplingParams) -> str:
 
 
 def runs(values: Int32Array) -> list[tuple[int, int]]:
-    """(value, how often it follows itself) of each run of equal values: 3 3 3 4 -> (3, 3), (4, 1)."""
+    """Returns (value, length) of each run of equal values: 3 3 3 4 -> (3, 3), (4, 1)."""
     starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     lengths = np.diff(starts, append=len(values))
     return list(zip(values[starts].tolist(), lengths.tolist(), strict=True))

@@ -24,7 +24,7 @@ class ModelBuilder:
     config: TrainConfig | SftConfig
     layout: ParallelLayout
     architecture: Architecture
-    models: dict[str, TrainableModel] = field(default_factory=dict)  # What was built so far, by name.
+    models: dict[str, TrainableModel] = field(default_factory=dict)  # The models built so far, by name.
 
     def policy(self, num_updates: int) -> TrainableModel:
         return self._build("policy", self.logprob_head, self.config.model.path, self.config.policy, num_updates)

@@ -16,7 +16,7 @@ from megatron_oreal.weights.torch_dist_reader import is_torch_dist, iteration_di
 
 FILE = "inputs.json"
 WHOLE_BYTES = 64 * 2**20  # Files up to this size are read as a whole.
-END_BYTES, BLOCK_BYTES, NUM_BLOCKS = 2**20, 4096, 1024  # What is read of larger ones: both ends, and blocks between.
+END_BYTES, BLOCK_BYTES, NUM_BLOCKS = 2**20, 4096, 1024  # Of larger files, both ends and blocks between are read.
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

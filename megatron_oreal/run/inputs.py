@@ -29,7 +29,7 @@ class Inputs:
     tokenizer: Tokenizer
     sampling: SamplingParams
     eval_prompts: Mapping[str, list[EncodedPrompt]]
-    notes: list[str]  # What was left out, for the log.
+    notes: list[str]  # Lines for the log about data that was left out.
 
 
 def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:

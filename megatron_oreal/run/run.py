@@ -57,7 +57,7 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics |= metrics
 
     def count_skipped(self, step: int) -> None:
-        """Whether the groups of this step gave the algorithm nothing to learn from."""
+        """Counts the step as skipped where its groups gave the algorithm nothing to learn from."""
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
             self.progress.note(f"step {step} skipped: its groups hold nothing that the algorithm learns from")

@@ -53,7 +53,7 @@ class RunDirectory:
 
     path: Path
     inputs: Inputs  # Empty on all ranks but the first.
-    notes: list[str]  # What has changed since the run began, for the log.
+    notes: list[str]  # Lines for the log about settings that have changed since the run began.
 
     def write(self, config: ModelRunConfig) -> None:
         """Keeps what the next start compares itself with. Only the first rank calls it, when nothing can be refused."""

@@ -86,7 +86,7 @@ def timed(action: Callable[[], object], out: Path) -> float:
 
 
 def run_command(*arguments: str | Path) -> tuple[float, float]:
-    """(seconds of the whole command, peak GiB of anonymous memory)"""
+    """Returns (seconds of the whole command, peak GiB of anonymous memory)."""
     begin = time.monotonic()
     process = subprocess.Popen([sys.executable, CONVERT, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = [0]

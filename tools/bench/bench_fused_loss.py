@@ -232,7 +232,7 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
 
 @torch.no_grad()
 def expected(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In float32: losses and d hidden of the first tokens, d weight of the first columns."""
+    """Returns, in float32, losses and d hidden of the first tokens and d weight of the first columns."""
     wide, firsts = weight.float(), []
     grad_weight = torch.zeros_like(wide[:CHECKED_COLUMNS])
     for tokens, targets in zip(hidden.split(CHECKED_TOKENS), target.split(CHECKED_TOKENS), strict=True):
@@ -317,7 +317,7 @@ def try_method(method: Method, inputs: Inputs, row: Row, device: torch.device) -
 def measure(
     shape: Shape, methods: list[Method], device: torch.device, rounds: int, clock: Clock, deadline: float
 ) -> list[Row]:
-    """At least one round; more until the deadline."""
+    """Runs at least one round, and more until the deadline."""
     inputs = make_inputs(shape, device)
     rows = [Row(shape, method.name) for method in methods]
     working = [pair for pair in zip(methods, rows, strict=True) if try_method(pair[0], inputs, pair[1], device)]

@@ -36,7 +36,7 @@ from megatron_oreal.weights.torch_dist import NORM_KEYS
 
 
 def live_model(architecture: Architecture) -> nn.Module:
-    """Empty parameters with the names that Transformer Engine's layers give them."""
+    """Builds empty parameters with the names that Transformer Engine's layers give them."""
     model = nn.Module()
     for row, place in parameters(architecture, "lm"):
         if not row.exported:

@@ -200,7 +200,7 @@ def exact_answer(completion: str, answer: str) -> float:
 
 
 def train_with_trl(request: TrlRequest) -> list[Step]:
-    """In TRL's process."""
+    """Runs TRL; its own process calls this."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

@@ -162,7 +162,7 @@ class Measured:
 
 
 def measure(rivals: dict[str, Rival], num_requests: int, rounds: int) -> dict[str, Measured]:
-    """After one round to warm up."""
+    """Measures after one round to warm up."""
     measured = {name: Measured([], [], []) for name in rivals}
     for number in range(rounds + 1):
         for name in sorted(rivals, reverse=number % 2 == 1):

@@ -70,7 +70,7 @@ def easy_mix(count: int, seed: int) -> list[Pair]:
 
 
 def hard_mix(count: int, seed: int) -> list[Pair]:
-    """Equal or nearly so, and never spelled alike."""
+    """Returns pairs that are equal or nearly equal, and never spelled alike."""
     rng = random.Random(seed)
     pairs: list[Pair] = []
     while len(pairs) < count:

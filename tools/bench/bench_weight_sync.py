@@ -46,7 +46,7 @@ KINDS = ("distributed", "tensor", "disk")
 
 
 def make_model(path: Path, num_layers: int) -> Weights:
-    """Wide, with few tokens: nearly all bytes are in the layers, 128 MiB each."""
+    """Makes a wide model with few tokens: nearly all bytes are in the layers, 128 MiB each."""
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 16}
     config = tiny_config(
         vocab_size=1024, num_hidden_layers=num_layers, tie_word_embeddings=False, dtype="bfloat16", **shape

@@ -38,7 +38,7 @@ GPUS = (Gpu("H100", 2.7e12), Gpu("H200", 3.9e12))
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a forward and a backward pass."""
+    """Operations and bytes of a forward and a backward pass."""
 
     mode: str
     blocks: str  # how many, and how many of them are kept

@@ -25,7 +25,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of one matrix product."""
+        """Returns the operations of one matrix product."""
         return 2 * self.tokens * self.hidden * self.columns
 
     def __str__(self) -> str:

@@ -214,7 +214,7 @@ def end_session(process: subprocess.Popen[str]) -> None:
 
 
 def chosen_steps(names: Sequence[str], tiny: bool, folders: Folders) -> list[Step]:
-    """In the table's order. Raises UsageError for a name that it does not have."""
+    """Returns the steps in the table's order. Raises UsageError for a name that it does not have."""
     steps = TINY_STEPS if tiny else STEPS
     known = [step.name for step in steps]
     if unknown := [name for name in names if name not in known]:

@@ -47,7 +47,7 @@ def record_methods(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> No
 
 
 def record_limits(recorder: Recorder, shape: Shape, rows: dict[str, Row]) -> None:
-    """Whether ours keep to the limits."""
+    """Records whether our own methods keep to the limits."""
     product = median(rows[GEMM].forward_seconds)
     for name, products in PRODUCTS.items():
         if name not in rows or rows[name].failure:

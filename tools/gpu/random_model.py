@@ -24,13 +24,13 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Of the matrices of all layers: query, key, value, output, and the MLP's three."""
+        """Counts the parameters of all layers' matrices: query, key, value, output, and the MLP's three."""
         head_size = self.hidden // self.heads
         attention = self.hidden * head_size * (2 * self.heads + 2 * self.key_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     def forward_flops(self, lengths: Sequence[int], num_logprobs: int) -> float:
-        """Of one forward pass over sequences of `lengths`, with `num_logprobs` tokens that meet the vocabulary.
+        """Counts the operations of a forward pass over sequences of `lengths`; `num_logprobs` tokens meet the vocabulary.
 
         2 operations a parameter and token; causal attention: 2 products of length^2 / 2 x hidden a layer.
         """
@@ -83,7 +83,7 @@ class Lengths:
 
 
 def draw_lengths(num_groups: int, rng: random.Random, scale: float) -> list[Lengths]:
-    """As of a task with short answers and a long tail: about 160 and 410 tokens, at most 1024."""
+    """Draws lengths of a task with short answers and a long tail: about 160 and 410 tokens, at most 1024."""
     return [
         Lengths(
             prompt=max(2, int(rng.uniform(80, 240) * scale)),

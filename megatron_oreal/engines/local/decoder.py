@@ -106,7 +106,7 @@ class LlamaDecoder:
         return self.kept_storage[:num_elements]
 
     def larger_cache_storage(self, num_elements: int) -> Tensor:
-        """As `cache_storage`, never the memory of the last one."""
+        """Returns new memory where `cache_storage` may return that of the decoding before."""
         storage = self._empty(num_elements)
         # CUDA's allocator keeps freed memory by itself.
         if num_elements <= KEPT_CACHE_ELEMENTS and self.device.type == "cpu":

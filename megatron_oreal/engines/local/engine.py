@@ -229,7 +229,7 @@ class LocalEngine:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU: what the driver has, and what torch's allocator keeps without using it."""
+    """Returns the free memory of a GPU: the driver's, and what torch's allocator keeps without using it."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
@@ -281,7 +281,7 @@ def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]
 def gather_responses(
     responses: Responses, failure: Exception | None, num_rows: int, device: torch.device, group: dist.ProcessGroup
 ) -> list[Responses]:
-    """Every rank's responses on the first rank, nothing on the others. Collective.
+    """Returns every rank's responses on the first rank, and nothing on the others. Collective.
 
     num_rows: of the largest share. When a rank has a `failure` instead of responses, the first rank raises its own
     failure, or a RuntimeError that names the other rank and what went wrong there.

@@ -34,7 +34,7 @@ LARGEST_SURPRISE = 0.37  # p (logsumexp - z) <= 1 / e
 
 
 class TorchFp8Gradients:
-    """With torch._scaled_mm. The e4m3 gradients take the place of the exponentials: they are half as large."""
+    """Multiplies with torch._scaled_mm. The e4m3 gradients overwrite the exponentials: they are half as large."""
 
     def __init__(self) -> None:
         self.weight_scale: Tensor | None = None  # of this call's weight

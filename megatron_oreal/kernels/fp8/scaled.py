@@ -20,7 +20,7 @@ Scaling = Literal["tensor", "block", "mx"]  # one scale a tensor, a block of 128
 
 @dataclass(frozen=True, slots=True)
 class Fp8Options:
-    """Whose FP8 products the gradients use. torch's come with kernels of our own, which have one scale a token."""
+    """The library whose FP8 products the gradients use. For torch's, our own kernels quantise, one scale a token."""
 
     backend: Backend = "torch"
     scaling: Scaling = "tensor"  # through Transformer Engine
@@ -56,7 +56,7 @@ def new_matrix(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """(left [m, k] @ right [n, k].T) * scale in `dtype`, summed in float32; in `out` [m, n] if it is given.
+    """Returns (left [m, k] @ right [n, k].T) * scale in `dtype`, summed in float32; `out` [m, n] receives it if given.
 
     Of e4m3 matrices with aligned dimensions whose rows are contiguous.
     """

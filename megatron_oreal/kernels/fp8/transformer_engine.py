@@ -24,7 +24,7 @@ ALIGNMENT: dict[Scaling, int] = {"tensor": 16, "block": 16, "mx": 32}  # element
 
 
 class TransformerEngineGradients:
-    """With one scale a tensor, a block of 128 (Hopper and later) or a block of 32 (MXFP8: Blackwell).
+    """Quantises with one scale for a tensor, a block of 128 numbers (Hopper and later) or of 32 (MXFP8: Blackwell).
 
     A tile's gradients are made in half precision; one quantiser casts them in both layouts, and the products are added
     to their sums in place.
@@ -34,7 +34,7 @@ class TransformerEngineGradients:
         self.device, self.scaling, self.alignment = device, scaling, ALIGNMENT[scaling]
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
-        # Of a token: its hidden state's float32 gradient, and that state padded and in two layouts.
+        # Bytes that a token takes: its hidden state's float32 gradient, and that state padded and in two layouts.
         return TILE_BYTES, 8 * weight.shape[1]
 
     def add(
