@@ -90,7 +90,7 @@ class BlockGradients(Protocol):
     """Makes the gradients of a block's logits of its exponentials, and multiplies them. One object a call."""
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
-        """Returns (bytes of any block, bytes for each of its tokens), beyond the block itself and a tile of its logits."""
+        """Returns (bytes of any block, bytes for each of its tokens), besides the block and a tile of its logits."""
         ...
 
     def add(

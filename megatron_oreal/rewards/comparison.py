@@ -172,7 +172,7 @@ def drop_declarations(form: Form) -> Form:
 
 
 def same_measure(prediction: Form, reference: Form, algebra: Algebra) -> bool:
-    """Returns whether values and units agree. One side may have no unit; angles may be in degrees or multiples of pi."""
+    """Returns whether values and units agree. Either may lack a unit; angles may be in degrees or multiples of pi."""
     value, unit = (prediction.value, prediction.unit) if isinstance(prediction, Measured) else (prediction, None)
     expected, expected_unit = (
         (reference.value, reference.unit) if isinstance(reference, Measured) else (reference, None)

@@ -54,7 +54,7 @@ Ratio = Literal["positive", "negative"] | None
 
 
 def parse_alike(prediction: str, reference: str) -> tuple[Expression, Expression]:
-    """Returns both trees; where neither side uses both, a capital and its small letter are one. Errors: NotAnExpression."""
+    """Returns both trees; where neither side uses both, capital and small letters are one. Errors: NotAnExpression."""
     one, other = parse_expression(prediction), parse_expression(reference)
     names = symbols(one) | symbols(other)
     if symbols(one) != symbols(other):

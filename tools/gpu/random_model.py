@@ -30,7 +30,7 @@ class ModelShape:
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     def forward_flops(self, lengths: Sequence[int], num_logprobs: int) -> float:
-        """Counts the operations of a forward pass over sequences of `lengths`; `num_logprobs` tokens meet the vocabulary.
+        """Counts operations of a forward pass over sequences of `lengths`; `num_logprobs` tokens meet the vocabulary.
 
         2 operations a parameter and token; causal attention: 2 products of length^2 / 2 x hidden a layer.
         """
