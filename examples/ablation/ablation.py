@@ -1,6 +1,7 @@
-"""Every algorithm on the quickstart's task, several seeds each: one table and one plot.
+"""Every algorithm, or every KL term, on the quickstart's task, several seeds each: one table and one plot.
 
     .venv/bin/python examples/ablation/ablation.py
+    .venv/bin/python examples/ablation/ablation.py --table kl --out runs/ablation_kl
 
 All start from the same warmed-up model of their seed and share learning rate, schedule and number of samples; none was
 tuned for itself. A finished run is not repeated, an interrupted one continues.
@@ -41,6 +42,19 @@ ALGORITHMS: dict[str, list[str]] = {
     "pure rejection sampling": ["algorithm={name: outcome, objective: pure_rejection_sampling}"],
     "log(t + 0.1)": ["algorithm={name: outcome, objective: expression, h: log(t + 0.1)}"],
 }
+COEFFICIENTS = ("0.001", "0.01", "0.1")
+# The old policy is the same as the policy in the first update after a rollout, so `old` needs a second one to act.
+TWO_UPDATES = ["policy.updates_per_step=2"]
+KL_TERMS: dict[str, list[str]] = {
+    "no KL": ["algorithm.kl_coef=0"],
+    **{f"initial, {value}": [f"algorithm.kl_coef={value}"] for value in COEFFICIENTS},
+    "no KL, 2 updates": ["algorithm.kl_coef=0", *TWO_UPDATES],
+    **{
+        f"old, {value}, 2 updates": [f"algorithm.kl_coef={value}", "algorithm.kl_target=old", *TWO_UPDATES]
+        for value in COEFFICIENTS
+    },
+}
+TABLES = {"algorithms": ALGORITHMS, "kl": {name: [*NO_REWARD_MODEL, *rows] for name, rows in KL_TERMS.items()}}
 
 
 @dataclass(slots=True)
@@ -57,18 +71,22 @@ class Result:
 
 @click.command()
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(2, 8))
-@click.option("--only", multiple=True, type=click.Choice(list(ALGORITHMS)), help="These algorithms; repeatable.")
+@click.option("--table", default="algorithms", show_default=True, type=click.Choice(list(TABLES)))
+@click.option("--only", multiple=True, help="These rows of the table; repeatable.")
 @click.option("--steps", default=100, show_default=True, type=click.IntRange(min=1))
 @click.option("--out", default="runs/ablation", show_default=True, type=click.Path(file_okay=False, path_type=Path))
-def main(seeds: int, only: tuple[str, ...], steps: int, out: Path) -> None:
-    """Compares the algorithms and writes ablation.md and ablation.png."""
+def main(seeds: int, table: str, only: tuple[str, ...], steps: int, out: Path) -> None:
+    """Compares algorithms, or KL terms of OREAL without its reward model; writes ablation.md and ablation.png."""
+    rows = TABLES[table]
+    if unknown := [name for name in only if name not in rows]:
+        raise click.BadParameter(f"{unknown[0]!r} is no row of {table}; it has {', '.join(rows)}", param_hint="--only")
     for seed in range(seeds):
         if not (quickstart(seed) / "sft" / "hf").is_dir():
             run([sys.executable, "examples/quickstart/quickstart.py", "--seed", str(seed)])
     results = []
-    for name in only or ALGORITHMS:
+    for name in only or rows:
         for seed in range(seeds):
-            train(name, seed, steps, run_dir(out, name, seed))
+            train(name, rows[name], seed, steps, run_dir(out, name, seed))
         results.append(collect(name, [run_dir(out, name, seed) for seed in range(seeds)]))
     report(results, out)
 
@@ -81,11 +99,11 @@ def run_dir(out: Path, name: str, seed: int) -> Path:
     return out / f"{re.sub(r'[^a-z0-9@]+', '_', name.lower()).strip('_')}-{seed}"
 
 
-def train(name: str, seed: int, steps: int, folder: Path) -> None:
+def train(name: str, settings: list[str], seed: int, steps: int, folder: Path) -> None:
     base = quickstart(seed)
     overrides = [f"run_dir={folder}", f"seed={seed}", f"num_steps={steps}", f"model.path={base}/sft/hf"]
     overrides += [f"data.prompts={base}/data/train.jsonl", f"eval.prompts.heldout={base}/data/heldout.jsonl"]
-    overrides += ["checkpoint.every=1000", "checkpoint.export_hf=false", *ALGORITHMS[name]]
+    overrides += ["checkpoint.every=1000", "checkpoint.export_hf=false", *settings]
     click.secho(f"{name}, seed {seed}", bold=True)
     run([sys.executable, "-m", "megatron_oreal.cli", "train", str(CONFIG), *overrides])
 
