@@ -18,10 +18,8 @@ from megatron_oreal.config import (
     TrainConfig,
     check_layout,
     check_lengths,
-    describe_layout,
     load_config,
     num_processes,
-    to_yaml,
 )
 from megatron_oreal.launch import (
     adopt_slurm_task,
@@ -38,7 +36,8 @@ from megatron_oreal.launch import (
 from megatron_oreal.weights.families import trainable_families
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="megatron_oreal")
 def cli() -> None:
     """Outcome-reward reinforcement learning for mathematical reasoning."""
 
@@ -46,7 +45,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Trains with outcome rewards. The same command again resumes."""
 
@@ -61,7 +60,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Supervised warm-up on examples. The same command again resumes."""
 
@@ -76,7 +75,7 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @cli.command("eval")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Measures a model on datasets. The same command again continues after the last finished dataset."""
 
@@ -163,11 +162,14 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     adopt_slurm_task()
     config = load_config(kind, path, overrides)
-    check_lengths(config, check_layout(config, trainable_families()))
     if dry_run:
-        click.echo(to_yaml(config))
-        click.echo(describe_layout(config))
-    elif num_processes(config.parallel) > 1 and "RANK" not in os.environ:
+        from megatron_oreal.run.dry_run import describe_run
+
+        for part in describe_run(config):
+            click.echo(part)
+        return
+    check_lengths(config, check_layout(config, trainable_families()))
+    if num_processes(config.parallel) > 1 and "RANK" not in os.environ:
         launch(config)
     else:
         set_threads(1 if "RANK" not in os.environ else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

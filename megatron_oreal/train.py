@@ -101,7 +101,12 @@ def measured(config: TrainConfig, metrics: Metrics) -> Metrics:
     return {name: value for name, value in metrics.items() if not name.startswith(unknown)}
 
 
-SHOWN = {"loss": "policy/loss", "reward": "reward/mean", "mixed": "reward/groups_mixed", "skipped": "train/skipped"}
+SHOWN = {
+    "loss": "policy/loss",
+    "reward": "reward/mean",
+    "mixed": "reward/groups_mixed",
+    "skipped": "train/num_skipped_steps",
+}
 
 
 @contextmanager

@@ -90,8 +90,12 @@ def write_model(folder: Path, **changes: Any) -> None:
         (["train"], "Missing argument 'CONFIG'."),
         (["train", "train.yaml", "--dryrun"], "No such option '--dryrun'."),
         (["train", "none.yaml"], "none.yaml does not exist; give a YAML configuration file"),
-        (["train", "model"], "model does not exist; give a YAML configuration file"),
-        (["train", "sft.yaml"], "data.prompts is required: set it in the file or as data.prompts=... (and 2 more)"),
+        (["train", "model"], "model is a folder; give a YAML configuration file"),
+        (
+            ["train", "sft.yaml"],
+            "sft.yaml is a configuration of `megatron-oreal sft`: data.prompts is required: set it",
+        ),
+        (["sft", "train.yaml"], "train.yaml is a configuration of `megatron-oreal train`: data.examples is required"),
         (["sft", "sft.yaml", "data.max_tokens=129"], "data.max_tokens=129 exceeds the model's max_position_embeddings"),
         (
             ["sft", "sft.yaml", "rollout.max_new_tokens=101", "eval.prompts.a=a.jsonl"],
@@ -114,7 +118,7 @@ def test_a_mistake_is_one_line(command_line: CommandLine, arguments: list[str], 
         ("num_steps", "override 'num_steps' must read section.key=value"),
         ("seed=[1", "override 'seed=[1': '[1' is not a YAML value; quote it"),
         ("model=", "model.path is required: set it in the file or as model.path=..."),
-        ("model.path=none", "model.path: none/config.json does not exist; give a Hugging Face directory"),
+        ("model.path=none", "model.path: none/config.json does not exist below /"),
         ("parallel.tensor=3", "parallel.tensor=3 must divide the model's num_attention_heads=8"),
         ("parallel.tensor=4", "parallel.tensor=4 must divide the model's num_key_value_heads=2"),
         ("parallel.pipeline=3", "parallel.pipeline=3 x parallel.virtual_pipeline=1 must divide the model's"),
@@ -181,6 +185,7 @@ def test_a_launcher_that_does_not_fit(
 def test_empty_sections_are_the_defaults_and_can_be_overridden(command_line: CommandLine, tmp_path: Path) -> None:
     text = yaml.safe_dump(TRAIN) + "eval:\npolicy:\n  optimizer:\nalgorithm:\ncheckpoint:\n"
     (tmp_path / "train.yaml").write_text(text)
+    (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "1+1=", "answer": "2"}\n')
     outcome = command_line("train", "train.yaml", "--dry-run", "checkpoint.every=7", "eval.prompts=")
     assert outcome.exit_code == 0, outcome.stderr
     resolved = yaml.safe_load(outcome.stdout.partition("parallel layout:")[0])
@@ -191,12 +196,13 @@ def test_empty_sections_are_the_defaults_and_can_be_overridden(command_line: Com
 
 
 @pytest.mark.parametrize(("command", "settings"), [("train", TRAIN), ("sft", SFT)])
-def test_a_dry_run_resolves_and_imports_no_torch(tmp_path: Path, command: str, settings: dict[str, Any]) -> None:
+def test_a_dry_run_needs_no_torch(tmp_path: Path, command: str, settings: dict[str, Any]) -> None:
     write_model(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     program = (
-        "import sys; from megatron_oreal import cli; cli.main(); "
-        "print(sorted({'torch', 'transformers', 'megatron', 'numpy'} & set(sys.modules)))"
+        "import sys; sys.modules['torch'] = None\n"  # as where it is not installed
+        "from megatron_oreal import cli; cli.main()\n"
+        "print(sorted({'transformers', 'megatron', 'numpy'} & set(sys.modules)))"
     )
     arguments = [command, "config.yaml", "parallel.tensor=2", "parallel.pipeline=2", "--dry-run"]
     folder = Path(cli.__file__).parents[1]
@@ -212,8 +218,33 @@ def test_a_dry_run_resolves_and_imports_no_torch(tmp_path: Path, command: str, s
     resolved, layout = done.stdout.split("parallel layout: ")
     assert yaml.safe_load(resolved)["parallel"]["tensor"] == 2
     assert layout.startswith("4 processes = tensor 2 x pipeline 2 x data 1")
-    assert layout.splitlines()[-1] == "[]"
+    assert layout.splitlines()[-3:] == [
+        "model.path: qwen2, 4 layers, vocabulary of 20 tokens",
+        "data: not checked, because torch is not installed here",
+        "[]",
+    ]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_shows_the_layout_and_checks_the_data(command_line: CommandLine, tmp_path: Path) -> None:
+    outcome = command_line("train", "train.yaml", "--dry-run", "model.path=models/later")
+    assert (
+        outcome.exit_code == 2
+        and outcome.stderr == "Error: data.prompts: train.jsonl does not exist; give a JSONL file\n"
+    )
+    assert "parallel layout: 1 processes" in outcome.stdout
+    assert (
+        "model.path: models/later does not exist yet, so the layout was not compared with the model" in outcome.stdout
+    )
+
+    (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "1+1=", "answer": "2"}\n' * 1)
+    outcome = command_line("train", "train.yaml", "--dry-run", "data.prompts_per_step=4")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stdout.endswith("data.prompts: 1 prompts, enough for 0.25 steps without repetition\n")
+
+    algorithm = "algorithm={name: outcome, objective: expression, h: 'foo(t)'}"
+    outcome = command_line("train", "train.yaml", "--dry-run", algorithm)
+    assert outcome.exit_code == 2 and outcome.stderr.startswith("Error: algorithm.h: 'foo' at character 1 is not in")
 
 
 def test_help_names_the_commands(command_line: CommandLine) -> None:

@@ -152,7 +152,11 @@ def check_objective(config: OutcomeConfig, group_size: int) -> None:
     if config.objective == "pass_at_n" and config.n > group_size:
         raise ValueError(f"algorithm.n={config.n} must be <= rollout.group_size={group_size}: lower it")
     if config.objective != "pure_rejection_sampling":
-        objective_table(config, group_size)
+        try:
+            objective_table(config, group_size)
+        except ValueError as error:
+            section = "rollout" if str(error).startswith("group_size") else "algorithm"
+            raise ValueError(f"{section}.{error}") from None
 
 
 def objective_table(config: OutcomeConfig, group_size: int) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_oreal.algorithms.model import GroupAlgorithm, ModelSource
 from megatron_oreal.algorithms.oreal import Oreal
-from megatron_oreal.algorithms.outcome import Outcome
+from megatron_oreal.algorithms.outcome import Outcome, check_objective
 from megatron_oreal.algorithms.ppo import Ppo
 from megatron_oreal.config import AlgorithmConfig, OrealConfig, OutcomeConfig, PpoConfig, TrainConfig
 
@@ -21,10 +21,12 @@ class AlgorithmEntry:
     trains: tuple[str, ...]  # The models that it may update; a frozen reference is not among them.
     # Called with its section, the whole configuration and the source of its models.
     build: Callable[[Any, TrainConfig, ModelSource], GroupAlgorithm]
+    # Called with its section and the group size before anything is built; raises ValueError for what cannot work.
+    check: Callable[[Any, int], None] | None = None
 
 
 ALGORITHMS: dict[str, AlgorithmEntry] = {
     "oreal": AlgorithmEntry(OrealConfig, ("policy", "reward_model"), Oreal.build),
-    "outcome": AlgorithmEntry(OutcomeConfig, ("policy",), Outcome.build),
+    "outcome": AlgorithmEntry(OutcomeConfig, ("policy",), Outcome.build, check_objective),
     "ppo": AlgorithmEntry(PpoConfig, ("policy", "critic"), Ppo.build),
 }

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
-from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS
-from megatron_oreal.config.runs import ModelRunConfig, TrainConfig
+from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, OutcomeConfig
+from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig, TrainConfig
 
 ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
 # Where sections of `train` stood before, and where they stand now.
 MOVED = {"reward_model": "algorithm.reward_model", "critic": "algorithm.critic"}
+COMMANDS: dict[type[ModelRunConfig], str] = {TrainConfig: "train", SftConfig: "sft", EvalRunConfig: "eval"}
+SECTION_ERRORS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")  # pydantic's names
 AUTO = "auto"  # The value of a setting that is chosen when the run starts.
 # Settings that never had an effect, and what takes their place.
 WITHDRAWN = {"algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs"}
@@ -30,13 +32,16 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
     Relative paths stay relative to the working directory. Raises ValueError, one line, naming the field and the fix.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a YAML configuration file")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {what}; give a YAML configuration file")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = read_yaml(path.read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold sections and keys, not a {type(settings).__name__}")
     for override in overrides:
@@ -44,7 +49,47 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(describe(error, kind)) from None
+        other = command_of(settings, kind, error)
+        hint = f"{path} is a configuration of `megatron-oreal {other}`: " if other else ""
+        raise ValueError(hint + describe(error, kind)) from None
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice in one mapping, where YAML's own keeps the last one silently."""
+
+
+def unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[object, object]:
+    lines: dict[object, int] = {}
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, Hashable):
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise ValueError(f"{key!r} stands twice, in lines {lines[key]} and {line}; join the two")
+            lines[key] = line
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", unique_mapping)
+
+
+def read_yaml(text: str) -> Any:
+    """Reads plain YAML. Raises ValueError for a key that stands twice, and yaml.YAMLError for what is not YAML."""
+    return yaml.load(text, UniqueKeyLoader)  # a safe loader
+
+
+def command_of(settings: dict[str, Any], kind: type[BaseModel], error: ValidationError) -> str:
+    """Names the command whose configuration the settings are, where `kind` is that of another command."""
+    unfit = [one for one in error.errors() if one["type"] in ("extra_forbidden", "missing")]
+    for other, command in COMMANDS.items():
+        if other is not kind and unfit:
+            try:
+                other.model_validate(settings)
+            except ValidationError:
+                continue
+            return command
+    return ""
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
@@ -63,11 +108,13 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         settings[last] = parse_scalar(text)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value; quote it") from None
+    except ValueError as error:
+        raise ValueError(f"override {override!r}: {error}") from None
 
 
 def parse_scalar(text: str) -> Any:
     """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings."""
-    value = yaml.safe_load(text)
+    value = read_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)
@@ -88,7 +135,13 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
     elif first["type"] == "extra_forbidden":
         message = f"unknown key {where!r}{suggestion(kind, first['loc'])}"
     elif first["type"] == "union_tag_invalid":
-        message = f"algorithm.name {first['ctx']['tag']!r} is not known; known: {', '.join(ALGORITHM_SECTIONS)}"
+        message = unknown_algorithm(str(first["ctx"]["tag"]))
+    elif first["type"] in SECTION_ERRORS and where == "algorithm":
+        message = unknown_algorithm(str(first["input"]))
+    elif first["type"] in SECTION_ERRORS:
+        message = f"{where} is a section of settings, got {first['input']!r}: write {where}.SETTING=..."
+    elif first["input"] is None:
+        message = f"{where} is empty: give a value, or drop it to take its default"
     elif first["type"] == "missing":
         message = f"{where} is required: set it in the file or as {where}=..."
     elif first["type"] == "value_error":
@@ -97,6 +150,17 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
         message = f"{where}: {message}, got {first['input']!r}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return " ".join(message.split()) + more
+
+
+def unknown_algorithm(name: str) -> str:
+    """Says what stands for an algorithm that `algorithm.name` does not know; objectives such as grpo are settings."""
+    known = f"algorithm.name {name!r} is not known; known: {', '.join(ALGORITHM_SECTIONS)}"
+    objectives = get_args(OutcomeConfig.model_fields["objective"].annotation)
+    if name in objectives:
+        return f"{name!r} is an objective: write algorithm={{name: outcome, objective: {name}}}"
+    if name in ALGORITHM_SECTIONS:
+        return f"algorithm is a section of settings: write algorithm={{name: {name}}}"
+    return f"{known}; objectives of algorithm={{name: outcome, objective: ...}}: {', '.join(objectives)}"
 
 
 def without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
@@ -121,7 +185,8 @@ def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) ->
         kind = ALGORITHM_SECTIONS[algorithm]
         owners = [name for name, section in ALGORITHM_SECTIONS.items() if location[0] in section.model_fields]
         if owners and algorithm not in owners:
-            return f"; it belongs to algorithm.name={' or '.join(owners)}"
+            replaced = f"to replace the whole section, write algorithm={{name: {algorithm}}}"
+            return f"; it belongs to algorithm.name={' or '.join(owners)}: {replaced}"
     for part in location[:-1]:
         field = kind.model_fields.get(str(part)) if kind else None
         kind = field.annotation if field and isinstance(field.annotation, type) else None

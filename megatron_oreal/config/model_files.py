@@ -45,7 +45,11 @@ def read_mapping(file: Path) -> ModelSettings:
     try:
         settings = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"model.path: {file} does not exist; give a Hugging Face directory with config.json") from None
+        below = "" if file.is_absolute() else f" below {Path.cwd()}"
+        raise ValueError(
+            f"model.path: {file} does not exist{below}; give a Hugging Face directory, or download one: "
+            f"hf download NAME --local-dir {file.parent}"
+        ) from None
     except OSError as error:
         raise ValueError(f"model.path: {file} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):

@@ -146,10 +146,12 @@ def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, 
     """Repeats each prompt as often as the first rule (upper bound, repeats) says whose bound exceeds its pass rate.
 
     A prompt at or above the last bound is dropped; one without a pass rate is kept once. Without rules all are kept.
-    Raises ValueError when nothing is left.
+    Raises ValueError when nothing is left, and when no prompt has a pass rate.
     """
     if not rules:
         return list(prompts)
+    if all(prompt.pass_rate is None for prompt in prompts):
+        raise ValueError("data.repeats_by_pass_rate has no effect: no prompt has a pass_rate; measure them, or drop it")
     repeated: list[Prompt] = []
     for prompt in prompts:
         repeats = 1

@@ -53,6 +53,11 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
     encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
     check_vocabulary((prompt.token_ids for prompt in encoded), architecture)
     note_skipped(inputs.notes, num_skipped, "prompts longer than data.max_prompt_tokens")
+    if len(encoded) < config.data.prompts_per_step:
+        inputs.notes.append(
+            f"data.prompts holds {len(encoded)} usable prompts, fewer than data.prompts_per_step="
+            f"{config.data.prompts_per_step}: a step asks some of them more than once"
+        )
     note_sampling(inputs.notes, config)
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_initial_weights(config, architecture)
@@ -129,6 +134,7 @@ def open_run(
         layout = stack.enter_context(open_layout(config))
         directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+        announce(f"loading {config.model.path} on {layout.world_size} process{'es' if layout.world_size > 1 else ''}")
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)

@@ -261,7 +261,7 @@ def test_the_old_place_of_a_section_names_the_new_one(tmp_path: Path, overrides:
             ["algorithm.reward_model.optimiser.lr=1"],
             "unknown key 'algorithm.reward_model.optimiser'; did you mean",
         ),
-        (["algorithm.name=grpo"], "algorithm.name 'grpo' is not known; known: oreal, outcome, ppo"),
+        (["algorithm.name=grpo"], "'grpo' is an objective: write algorithm={name: outcome, objective: grpo}"),
     ],
 )
 def test_a_setting_of_another_algorithm_is_named_with_its_owner(
