@@ -38,6 +38,7 @@ class Answer(TokenData):
     model_logprobs: Float32Array
     policy_versions: Int32Array
     finish_reason: FinishReason
+    matched_token: bool = False  # The server says that an end token ended it, not a stop string.
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +56,8 @@ class Response:
     policy_versions: Int32Array = field(default_factory=no_ids)
     decode: Decode | None = None  # without it, stop strings are not sent
     ends_with_stop_string: bool = False
+    # The server may know end tokens that no file of the model names; asking it to go on would give a token a request.
+    ends_with_token_of_server: bool = False
 
     @classmethod
     def of(cls, request: GenerationRequest, params: SamplingParams, decode: Decode | None = None) -> Response:
@@ -81,8 +84,10 @@ class Response:
 
     @property
     def has_stopped(self) -> bool:
-        return self.ends_with_stop_string or (
-            len(self.token_ids) > 0 and int(self.token_ids[-1]) in self.params.stop_token_ids
+        return (
+            self.ends_with_stop_string
+            or self.ends_with_token_of_server
+            or (len(self.token_ids) > 0 and int(self.token_ids[-1]) in self.params.stop_token_ids)
         )
 
     @property
@@ -116,6 +121,8 @@ class Response:
         self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
         self.model_logprobs = np.concatenate([self.model_logprobs, answer.model_logprobs])
         self.policy_versions = np.concatenate([self.policy_versions, answer.policy_versions])
+        if answer.finish_reason == "stop":
+            self.ends_with_token_of_server = answer.matched_token or not self.sends_stop_strings
         if answer.finish_reason == "stop" and self.params.stop_strings and self.decode is not None:
             # The server looks at the text of special tokens too, which ours may leave out: then the response goes on.
             self.ends_with_stop_string = holds_stop(self.token_ids, self.params.stop_strings, self.decode)
@@ -144,6 +151,7 @@ def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
         token_ids = read_ids(answer["output_ids"])
         meta = answer["meta_info"]
         finish_reason = meta["finish_reason"]["type"]
+        matched_token = isinstance(meta["finish_reason"].get("matched"), int)
         rows = meta["output_token_logprobs"] if len(token_ids) else []  # absent where nothing was generated
         logprobs = np.fromiter(map(itemgetter(0), rows), np.float32, len(rows))  # null, JSON's NaN, becomes NaN
         logprob_ids = list(map(itemgetter(1), rows))
@@ -167,7 +175,7 @@ def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
         )
     if not np.isfinite(logprobs).all():
         raise FloatingPointError(f"the log-probs of SGLang server {server} are not finite: its weights are broken")
-    return Answer(token_ids, logprobs, policy_versions, finish_reason)
+    return Answer(token_ids, logprobs, policy_versions, finish_reason, matched_token)
 
 
 def read_ids(values: Any) -> Int32Array:

@@ -19,6 +19,16 @@ def test_every_end_token_ends_a_response_at_the_first_request() -> None:
     assert response.num_missing == 0 and response.generation().finish_reason == "stop"
 
 
+def test_an_end_token_that_only_the_server_knows_ends_a_response_too() -> None:
+    response = Response.of(REQUEST, SamplingParams(max_new_tokens=8192, stop_token_ids=(2,)))
+    response.add(Answer([3, 7], [-0.1, -0.1], [0, 0], "stop"))
+    assert response.num_missing == 0 and response.generation().finish_reason == "stop"
+    params = SamplingParams(max_new_tokens=8192, stop_token_ids=(2,), stop_strings=("gg",))
+    response = Response.of(REQUEST, params, decode)
+    response.add(Answer([3, 7], [-0.1, -0.1], [0, 0], "stop", matched_token=True))
+    assert response.num_missing == 0 and response.generation().finish_reason == "stop"
+
+
 def test_stop_strings_are_sent_and_end_a_response() -> None:
     params = SamplingParams(max_new_tokens=9, stop_token_ids=(7,), stop_strings=("cd", "gg"))
     response = Response.of(REQUEST, params, decode)
