@@ -19,7 +19,7 @@ class Disk:
     names: dict[Path, set[str]] = field(default_factory=dict)  # of each folder that was synced
 
     def fsync(self, descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.is_dir():
             self.names[path] = {entry.name for entry in path.iterdir()}
             self.synced.append((path.name, len(self.names[path])))
