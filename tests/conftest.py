@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 from tests.support.paths import SGLANG_PYTHON
 
+NUM_SHARES = 4  # of the slow tests: each takes about as long as one or two of them
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--slow-share", type=int, help="run a share of the slow tests too: a number chooses which")
     parser.addoption("--gpu", action="store_true", help="run the tests that need CUDA, and no others")
 
 
@@ -29,13 +32,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--gpu"):
         config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("gpu")])
         items[:] = [item for item in items if item.get_closest_marker("gpu")]
+    chosen = slow_tests_of(config, items)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
         if item.get_closest_marker("sglang") and not SGLANG_PYTHON.exists():
             item.add_marker(pytest.mark.skip(reason="needs .venv-sglang: bash tools/setup_sglang.sh"))
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and item.nodeid not in chosen:
             item.add_marker(pytest.mark.skip(reason="slow; runs with --slow"))
+
+
+def slow_tests_of(config: pytest.Config, items: list[pytest.Item]) -> set[str]:
+    """The slow tests that run: all with --slow, with --slow-share those of one share, so that each has its turn."""
+    slow = sorted(item.nodeid for item in items if item.get_closest_marker("slow"))
+    share = config.getoption("--slow-share")
+    if config.getoption("--slow") or share is None:
+        return set(slow) if config.getoption("--slow") else set()
+    return set(slow[share % NUM_SHARES :: NUM_SHARES])
 
 
 @pytest.fixture(scope="session")

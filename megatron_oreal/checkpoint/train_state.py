@@ -164,6 +164,9 @@ class TrainState:
             record = {"layout": self._layout_sizes(), "progress": asdict(progress)}
             (folder / "run.json").write_text(json.dumps(record, indent=2))
             sync_file(folder / "run.json")
+        for name in self.models:
+            sync_folder(folder / name)  # the names of the files, not only their contents
+        sync_folder(folder)
 
     def _prune(self) -> None:
         steps = saved_steps(self.folder)

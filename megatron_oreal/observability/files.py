@@ -65,6 +65,9 @@ def publish_directory(temporary: Path, out: Path) -> None:
     for file in temporary.rglob("*"):
         if file.is_file():
             sync_file(file)
+        elif file.is_dir():
+            sync_folder(file)
+    sync_folder(temporary)
     if out.exists():
         old = out.with_name(f".{out.name}.{os.urandom(4).hex()}.old.tmp")
         out.rename(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -131,8 +132,14 @@ def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> 
 def test_two_processes_are_started_and_learn_the_same(
     unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
 ) -> None:
-    """Rollouts and first losses of TP 2 and DP 2 are those of one process; 5 pairs do not divide by 2."""
+    """TP 2 and DP 2 give the rollouts and losses of one process; 5 pairs do not divide by 2.
+
+    In step 0 the reward model is zero and the policy waits; in step 1 the same policy samples, the reward model has
+    learnt and the policy learns, so that every reduction over the ranks shows in a number.
+    """
     alone = records(unbroken)
+    assert alone[1]["reward_model/loss"] != pytest.approx(math.log(2), rel=1e-3) and alone[1]["policy/grad_norm"] > 1e-3
+    assert abs(alone[1]["policy/loss"]) > 1e-3 and abs(alone[1]["reward_model/score_correct"]) > 1e-3
     for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}}.items():
         settings = train_config | {"run_dir": str(tmp_path / name), "parallel": layout, "num_steps": 2}
         done = command_line("train", settings, tmp_path / f"{name}.yaml")
@@ -140,10 +147,15 @@ def test_two_processes_are_started_and_learn_the_same(
         together = records(tmp_path / name)
         for metric in ("reward/mean", "rollout/num_tokens", "train/num_tokens", "eval/heldout/greedy"):
             assert together[0][metric] == alone[0][metric], metric
-        for metric in ("reward_model/loss", "policy/loss", "policy/entropy", "reward_model/grad_norm"):
-            assert together[0][metric] == pytest.approx(alone[0][metric], rel=1e-4, abs=1e-6), metric
-        first = (tmp_path / name / "rollouts" / "step_000000.jsonl").read_text()
-        assert texts(first) == texts((unbroken / "rollouts" / "step_000000.jsonl").read_text())
+        for step in range(2):
+            learnt = {n: v for n, v in alone[step].items() if n.startswith(("policy/", "reward_model/", "train/"))}
+            assert learnt.keys() <= together[step].keys()
+            for metric, value in learnt.items():
+                # The mismatch is rounding alone.
+                tolerance = 1e-4 if "mismatch" in metric else 1e-6
+                assert together[step][metric] == pytest.approx(value, rel=1e-3, abs=tolerance), (step, metric)
+            sampled = Path("rollouts") / f"step_{step:06d}.jsonl"
+            assert texts((tmp_path / name / sampled).read_text()) == texts((unbroken / sampled).read_text())
 
 
 def texts(lines: str) -> list[str]:
@@ -152,18 +164,27 @@ def texts(lines: str) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_a_killed_supervised_run_resumes_bit_for_bit(sft_config: Metrics, command_line: Run, tmp_path: Path) -> None:
-    settings = sft_config | {"run_dir": str(tmp_path / "unbroken")}
+    """In bfloat16, with a rate that changes at each step; killed while a checkpoint is written."""
+    optimizer = {"lr": 0.01, "decay": "cosine", "warmup_steps": 1, "weight_decay": 0.1}
+    settings = sft_config | {"run_dir": str(tmp_path / "unbroken"), "policy": {"optimizer": optimizer}}
+    settings["model"] = sft_config["model"] | {"dtype": "bfloat16"}
     assert command_line("sft", settings, tmp_path / "a.yaml").returncode == 0
-    config = tmp_path / "b.yaml"
-    config.write_text(yaml.safe_dump(sft_config | {"run_dir": str(tmp_path / "killed")}))
+    rates = [record["policy/lr"] for record in records(tmp_path / "unbroken")[:-1]]
+    assert len(set(rates)) == len(rates) == 6
+    config, settings = tmp_path / "b.yaml", settings | {"run_dir": str(tmp_path / "killed")}
+    config.write_text(yaml.safe_dump(settings))
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_oreal.cli", "sft", str(config)], stderr=subprocess.DEVNULL
     )
-    wait_for_lines(tmp_path / "killed" / "metrics.jsonl", 3, process)
+    metrics, unfinished = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed" / "checkpoints/.step_000004.tmp"
+    wait_for_lines(metrics, 4, process)
+    while not unfinished.exists() and len(metrics.read_bytes().splitlines()) < 6:
+        time.sleep(0.0005)
     process.kill()
     process.wait()
-    done = command_line("sft", sft_config | {"run_dir": str(tmp_path / "killed")}, config)
+    done = command_line("sft", settings, config)
     assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stderr
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "unbroken")
 
 

@@ -81,8 +81,10 @@ def test_the_samples_of_a_prompt_differ_and_an_equal_call_gives_equal_groups(tok
 
 def test_what_follows_a_stop_string_is_cut_from_every_list(tokenizer: Tokenizer) -> None:
     engine, ticks = MemoryEngine(), iter(range(100))
+    engine.knows_rollout_logprobs = True
     engine.tick = lambda: setattr(engine, "version", int(next(ticks) >= 2))
     sampler = Sampler(engine, tokenizer, MathVerifier(), is_main=True, require_stop=True, stop_strings=("}",))
     for sample in (s for group in sampler.sample(make_prompts(4), 4, PARAMS, "seed") for s in group.samples):
         assert sample.response_text.endswith("}") and sample.finish_reason == "stop"
         assert len(sample.response_ids) == len(sample.model_logprobs) == len(sample.policy_versions)
+        assert sample.rollout_logprobs.tolist() == (sample.model_logprobs / 2).tolist()

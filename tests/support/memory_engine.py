@@ -39,9 +39,11 @@ class MemoryEngine:
         self.longest = longest
         self.tick: Callable[[], None] = lambda: None  # called before every token of all
         self.names_versions = True
+        self.knows_rollout_logprobs = False  # True: they are half of the model's
         self.is_closed = False
         self.asked: list[GenerationRequest] = []  # of all calls
         self.num_generated = 0  # tokens
+        self.growing: list[Growing] = []  # of the newest call
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
@@ -50,6 +52,7 @@ class MemoryEngine:
         begun = [request.begun or Generation([], [], [], "abort") for request in requests]
         growing = [Growing(r, list(g.response_ids), list(g.model_logprobs), list(g.policy_versions))
                    for r, g in zip(requests, begun, strict=True)]  # fmt: skip
+        self.growing = growing
         active, is_given_up = list(range(len(requests))), False
         while active and not is_given_up:
             self.tick()
@@ -79,6 +82,12 @@ class MemoryEngine:
         self.is_closed = True
 
 
+    @property
+    def num_unfinished(self) -> int:
+        """Tokens of the newest call's responses that have no end yet."""
+        return sum(len(one.ids) for one in self.growing if one.finish_reason == "abort")
+
+
 @dataclass
 class Growing:
     request: GenerationRequest
@@ -105,7 +114,8 @@ class Growing:
 
     def generation(self, engine: MemoryEngine) -> Generation:
         versions = self.versions if engine.names_versions else []
-        return Generation(list(self.ids), [], list(self.logprobs), self.finish_reason, list(versions))
+        rollout = [logprob / 2 for logprob in self.logprobs] if engine.knows_rollout_logprobs else []
+        return Generation(list(self.ids), rollout, list(self.logprobs), self.finish_reason, list(versions))
 
 
 def make_prompts(count: int = 40) -> list[EncodedPrompt]:

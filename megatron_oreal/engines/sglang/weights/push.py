@@ -36,8 +36,10 @@ class WeightPusher:
 
     def push(self, stream: Stream, version: int) -> None:
         """Collective. Raises WeightSyncError on every rank when no server is left, or after MAX_PUSHES failures."""
+        failed: set[SglangClient] = set()  # a server that is started again has another client
         for attempt in range(1, MAX_PUSHES + 1):
-            servers = self.thread.run(self._reachable_servers())
+            reachable = self.thread.run(self._reachable_servers())
+            servers = [server for server in reachable if server.client not in failed]
             failure = None
             if self.is_main and not servers:
                 failure = WeightSyncError(f"no SGLang server is left; {self.pool.failure_reasons()}")
@@ -49,6 +51,7 @@ class WeightPusher:
             except WeightSyncError as error:
                 if attempt == MAX_PUSHES or not error.urls:
                     raise
+                failed |= {server.client for server in servers if server.client.endpoint.url in error.urls}
                 self.thread.run(self._mark_all_dead(error))
             else:
                 self.thread.run(self._mark_current(servers))

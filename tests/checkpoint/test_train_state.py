@@ -1,0 +1,302 @@
+"""Checkpoints of a real model: what comes back, which are kept, what a kill or a power cut leaves, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors.torch import load_file, save_file
+
+from megatron_oreal.algorithms.losses import cross_entropy
+from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState, saved_steps
+from megatron_oreal.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
+from megatron_oreal.data.packing import PackingPlan, pack
+from megatron_oreal.models import parallel
+from megatron_oreal.models.heads import LogprobHead
+from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability import files
+from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.types import LossOutput, Microbatch, TokenOutputs
+from megatron_oreal.weights.families import read_architecture
+from tests.support.disk import recorded_disk
+from tests.support.tiny_models import random_sequences, write_tiny_model
+
+CURSOR: Any = {"position": 3}
+METRIC = "eval/heldout/greedy"
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[ParallelLayout]:
+    yield parallel.initialize(ParallelConfig(), seed=0, deterministic=True)
+    parallel.finalize()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("train_state"), tied=True, num_layers=1)
+
+
+def build(path: Path, layout: ParallelLayout, distributed: bool = False) -> TrainableModel:
+    """In bfloat16, with a learning rate that changes at every step."""
+    architecture = read_architecture(path)
+    optimizer = OptimizerConfig(lr=3e-4, decay="cosine", warmup_steps=2, distributed=distributed)
+    head = LogprobHead(layout, architecture.vocab_size)
+    config = ModelConfig(path=path, dtype="bfloat16")
+    model = TrainableModel("policy", architecture, head, config, layout, TrainableConfig(optimizer=optimizer), 8)
+    model.load_weights(path)
+    return model
+
+
+def state_of(model: TrainableModel, layout: ParallelLayout, folder: Path, **settings: Any) -> TrainState:
+    return TrainState(folder, {"policy": model}, layout, CheckpointConfig(**settings))
+
+
+def train(model: TrainableModel) -> dict[str, float]:
+    """One step on a batch that is drawn at random, with a loss that random numbers weigh."""
+    sequences = random_sequences(3, seed=random.randrange(1000))
+    batch = pack(sequences, PackingPlan(data_rank=0, data_size=1, microbatch_tokens=64))
+
+    def loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
+        mean = cross_entropy(outputs, microbatch, batch)
+        return LossOutput(mean.loss * (0.5 + torch.rand(())), mean.metrics)
+
+    return model.train_step(batch, loss)
+
+
+def test_a_resumed_run_is_the_unbroken_one(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    """Masters, moments, schedule and every random state: any that is not restored changes the next numbers."""
+    random.seed(5)
+    torch.manual_seed(6)
+    get_cuda_rng_tracker().reset()
+    get_cuda_rng_tracker().add("model-parallel-rng", 7)
+    model = build(path, layout)
+    for _ in range(3):
+        train(model)
+    torch.randn(1)  # leaves half of a pair to the next call
+    random.gauss(0, 1)
+    progress = Progress(3, CURSOR, 1, {METRIC: 0.5})
+    assert state_of(model, layout, tmp_path).save(progress) == tmp_path / "step_000003"
+
+    def go_on(model: TrainableModel) -> list[Any]:
+        drawn = [random.gauss(0, 1), float(torch.randn(())), get_cuda_rng_tracker().get_states()["model-parallel-rng"]]
+        return [train(model), train(model), *drawn, [p.detach().clone() for _, p in model.parameters()]]
+
+    expected = go_on(model)
+    random.seed(8)
+    torch.manual_seed(9)
+    get_cuda_rng_tracker().reset()
+    get_cuda_rng_tracker().add("model-parallel-rng", 10)
+    resumed = build(path, layout)
+    assert state_of(resumed, layout, tmp_path).load_latest() == progress
+    found = go_on(resumed)
+    assert found[:4] == expected[:4]
+    assert torch.equal(found[4], expected[4])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[5], expected[5], strict=True))
+    assert found[0]["policy/lr"] != found[1]["policy/lr"]
+
+
+def test_the_best_checkpoint_is_kept_wherever_it_is(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    scores = {1: 0.2, 2: 0.7, 3: None, 4: 0.7, 5: 0.1, 6: 0.3}
+    model = build(path, layout)
+    kept = []
+    state = state_of(model, layout, tmp_path, keep_last=1, keep_best=1, best_metric=METRIC)
+    for step, score in scores.items():
+        state.save(Progress(step, CURSOR, evaluation={} if score is None else {METRIC: score, "eval/other": -score}))
+        kept.append(saved_steps(tmp_path))
+    assert kept == [[1], [2], [2, 3], [2, 4], [2, 5], [2, 6]]  # the first of two equals
+    two = state_of(model, layout, tmp_path / "two", keep_last=2, keep_best=2, best_metric=METRIC)
+    for step, score in scores.items():
+        two.save(Progress(step, CURSOR, evaluation={} if score is None else {METRIC: score}))
+    assert saved_steps(tmp_path / "two") == [2, 4, 5, 6]
+    without = state_of(model, layout, tmp_path / "last", keep_last=2)
+    for step in (1, 2, 10):
+        without.save(Progress(step, CURSOR, evaluation={METRIC: 1 / step}))
+    assert saved_steps(tmp_path / "last") == [2, 10]
+    assert [entry.name for entry in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/fd")
+def test_a_checkpoint_is_on_disk_before_it_takes_its_name(
+    path: Path, layout: ParallelLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(path, layout)
+    state = state_of(model, layout, tmp_path, keep_last=1)
+    state.save(Progress(1, CURSOR))
+    with recorded_disk(monkeypatch) as disk:
+        state.save(Progress(2, CURSOR))
+    assert disk.synced[-1][0] == tmp_path.name  # after the rename
+    assert {"step_000001", "step_000002"} <= disk.names[tmp_path]  # the old one goes only then
+    final, temporary = tmp_path / "step_000002", tmp_path / ".step_000002.tmp"
+    for file in final.rglob("*"):
+        written = temporary / file.relative_to(final)
+        if file.is_file():
+            assert disk.contents[written] == file.read_bytes(), file
+        else:
+            assert disk.names[written] == {entry.name for entry in file.iterdir()}, file
+    assert disk.names[temporary] == {"policy", "random_t00_p00.pt", "run.json"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_inside_a_checkpoint(
+    path: Path, layout: ParallelLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends after each of the writes leaves the checkpoint before, or the whole new one."""
+    model = build(path, layout)
+    state = state_of(model, layout, tmp_path, keep_last=1)
+    state.save(Progress(1, CURSOR))
+    wanted = {name: parameter.detach().clone() for name, parameter in model.parameters()}
+    train(model)
+    found = []
+    for number in range(12):
+        pid = os.fork()
+        if pid == 0:
+            left = iter(range(number))
+            write_through = os.fsync
+
+            def fsync(descriptor: int, left: Iterator[int] = left, sync: Callable[[int], None] = write_through) -> None:
+                if next(left, None) is None:
+                    os._exit(9)
+                sync(descriptor)
+
+            monkeypatch.setattr(os, "fsync", fsync)
+            state.save(Progress(2, CURSOR))
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        progress = state_of(build(path, layout), layout, tmp_path, keep_last=1).load_latest()
+        assert progress is not None and not list(tmp_path.glob(".*"))
+        found.append(progress.step)
+        if status == 0:
+            break
+        saved = load_file(tmp_path / f"step_{progress.step:06d}" / "policy" / "parameters_t00_p00.safetensors")
+        if progress.step == 1:
+            assert all(torch.equal(saved[name], value) for name, value in wanted.items())
+    assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and found.count(1) >= 4
+
+
+def test_a_write_that_fails_leaves_the_checkpoints_before(
+    path: Path, layout: ParallelLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_of(build(path, layout), layout, tmp_path)
+    state.save(Progress(1, CURSOR))
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"step_000002 could not be written \(OSError: .*No space left"):
+            state.save(Progress(2, CURSOR))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"]
+    (tmp_path / "step_000002").write_text("a file of somebody")
+    with pytest.raises(CheckpointError, match="step_000002 could not be put in its place"):
+        state.save(Progress(2, CURSOR))
+
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def replace_optimizer_by_code(folder: Path) -> None:
+    file = folder / "policy" / "optimizer_t00_p00_d000.pt"
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"num_updates": Code(folder.parent / "made by code")}, file)
+
+
+def replace_random_by_pickle(folder: Path) -> None:
+    (folder / "random_t00_p00.pt").write_bytes(pickle.dumps(Code(folder.parent / "made by code")))
+
+
+def drop_a_parameter(folder: Path) -> None:
+    file = folder / "policy" / "parameters_t00_p00.safetensors"
+    tensors = load_file(file)
+    del tensors["decoder.final_layernorm.weight"]
+    save_file(tensors, file)
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "code in the optimizer": replace_optimizer_by_code,
+    "code as random states": replace_random_by_pickle,
+    "no such parameter": drop_a_parameter,
+    "half of run.json": cut("run.json"),
+    "half of the parameters": cut("policy/parameters_t00_p00.safetensors"),
+    "half of the optimizer": cut("policy/optimizer_t00_p00_d000.pt"),
+    "no random states": lambda folder: (folder / "random_t00_p00.pt").unlink(),
+    "another record": lambda folder: (folder / "run.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    path: Path, layout: ParallelLayout, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    state = state_of(build(path, layout), layout, tmp_path)
+    state.save(Progress(7, CURSOR))
+    damage(tmp_path / "step_000007")
+    with pytest.raises(ValueError, match=r"^run_dir: checkpoint .*step_000007 is damaged .*remove it to start again$"):
+        state.load_latest()
+    assert not (tmp_path / "made by code").exists()
+    state.save(Progress(6, CURSOR))
+    with pytest.raises(ValueError, match=r"step_000007 is damaged .*remove it to resume from .*step_000006$"):
+        state.load_latest()
+
+
+def test_another_layout_is_refused_and_other_replicas_are_not(
+    path: Path, layout: ParallelLayout, tmp_path: Path
+) -> None:
+    model = build(path, layout)
+    state_of(model, layout, tmp_path).save(Progress(2, CURSOR))
+    record = json.loads((tmp_path / "step_000002" / "run.json").read_text())
+    assert record["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 0}
+    for other in ({"tensor_size": 2}, {"pipeline_size": 2}, {"virtual_size": 2}):
+        with pytest.raises(ValueError, match=r"^parallel: .*step_000002 was written with .*'tensor': 1.*this run has"):
+            state_of(model, replace(layout, **other), tmp_path).load_latest()
+    replicas = replace(layout, data_size=3)
+    assert state_of(model, replicas, tmp_path).load_latest() == Progress(2, CURSOR)
+    sharded = build(path, layout, distributed=True)
+    state_of(sharded, layout, tmp_path / "sharded").save(Progress(2, CURSOR))
+    with pytest.raises(ValueError, match=r"^parallel: "):
+        state_of(sharded, replicas, tmp_path / "sharded").load_latest()
+
+
+def test_a_replica_writes_what_only_it_has(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    """Replica 0 writes parameters, random states and an optimizer that is not sharded; the others their shards."""
+    for distributed, expected in ((False, set()), (True, {"policy/optimizer_t00_p00_d002.pt"})):
+        model = build(path, layout, distributed)
+        folder = tmp_path / str(distributed)
+        folder.mkdir()
+        state_of(model, replace(layout, rank=2, data_rank=2, data_size=3), tmp_path)._write(folder, Progress(1, CURSOR))
+        written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        assert written == expected
+
+
+def test_leftovers_go_and_what_is_not_ours_stays(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    state = state_of(build(path, layout), layout, tmp_path)
+    assert state.load_latest() is None
+    for name in (".step_000003.tmp", ".step_000002.old.tmp", ".step_3.tmp", "step_000001.bak", "notes"):
+        (tmp_path / name).mkdir()
+    assert state.load_latest() is None
+    assert {entry.name for entry in tmp_path.iterdir()} == {".step_3.tmp", "step_000001.bak", "notes"}
