@@ -106,7 +106,8 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
 
 @contextmanager
 def open_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
-    layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
+    has_servers_elsewhere = config.rollout.engine == "sglang" and config.rollout.sglang.endpoints_file is not None
+    layout = parallel.initialize(config.parallel, config.seed, config.deterministic, has_servers_elsewhere)
     try:
         yield layout
     except BaseException:
