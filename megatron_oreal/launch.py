@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from megatron_oreal.config import ModelRunConfig, num_processes
+from megatron_oreal.observability.printable import printable
 
 PR_SET_PDEATHSIG = 1
 RESUME = "the same command continues from the last checkpoint"
@@ -120,7 +121,7 @@ def fail(message: str, exit_code: int) -> NoReturn:
     """Prints one line and exits. Of several processes one prints, and the launcher ends those that wait for it."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(30)
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {printable(' '.join(message.split()))}", err=True)
     if is_distributed():
         sys.stdout.flush()
         os._exit(exit_code)  # A normal exit tears NCCL down, which waits for ranks that wait for this one.

@@ -40,6 +40,7 @@ class SglangConfig(Section):
     host: str = "127.0.0.1"  # address of the interface that servers listen on; colocated: leave it to several nodes
     ports: tuple[int, int] = (31000, 31999)  # first and last to choose from
     flags: dict[str, bool | int | float | str] = {}  # of SGLang, e.g. {mem-fraction-static: 0.8}; true: without a value
+    secrets: list[str] = []  # environment variables that servers get although they look like secrets, e.g. [HF_TOKEN]
     endpoints_file: Path | None = None  # of `megatron-oreal serve`: servers that run elsewhere; none are started
     router: bool = False  # sglang-router between the trainer and its servers
     start_timeout_seconds: PositiveFloat = 900
