@@ -19,9 +19,7 @@ def printable(text: str) -> str:
 
 
 def is_unprintable(character: str) -> bool:
-    return character not in KEPT and (
-        unicodedata.category(character) in UNPRINTABLE or ord(character) in DIRECTIONS
-    )
+    return character not in KEPT and (unicodedata.category(character) in UNPRINTABLE or ord(character) in DIRECTIONS)
 
 
 def escaped(character: str) -> str:

@@ -28,12 +28,10 @@ def is_on_one_node(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" not in environment or environment.get("WORLD_SIZE") == environment.get("LOCAL_WORLD_SIZE", "1")
 
 
-def stay_on_loopback(
-    has_servers_elsewhere: bool = False, environment: MutableMapping[str, str] | None = None
-) -> None:
+def stay_on_loopback(has_servers_elsewhere: bool = False, environment: MutableMapping[str, str] | None = None) -> None:
     """Keeps the sockets of gloo and NCCL on loopback where all ranks are on one node; what the user has set stays.
 
-    `has_servers_elsewhere`: NCCL reads its setting once in a process, and may have to reach the servers of another node.
+    `has_servers_elsewhere`: NCCL, which reads its setting once in a process, may have to reach servers of another node.
     """
     environment = os.environ if environment is None else environment
     if not is_on_one_node(environment):
@@ -41,6 +39,13 @@ def stay_on_loopback(
     environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     if not has_servers_elsewhere:
         environment.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK_INTERFACE)
+
+
+def clear_traffic() -> list[str]:
+    """Returns a line where the ranks' traffic leaves this machine: nothing encrypts it."""
+    if is_on_one_node():
+        return []
+    return ["Warning: ranks on several nodes exchange gradients and texts unencrypted: use a network that you trust"]
 
 
 def rendezvous(timeout: timedelta) -> dict[str, Any]:

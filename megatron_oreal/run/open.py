@@ -25,6 +25,7 @@ from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.parallel.rendezvous import clear_traffic
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
 from megatron_oreal.run.device_defaults import describe, with_device_defaults
@@ -83,6 +84,8 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
         layout = stack.enter_context(open_layout(config))
         directory = stack.enter_context(open_run_directory(config, layout.is_main, CHANGEABLE_IN_EVAL))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+        for line in clear_traffic():
+            announce(line)
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         verifier = stack.enter_context(open_verifier(config.verifier))
         progress = ProgressBar.silent()
@@ -130,6 +133,8 @@ def open_run(
         layout = stack.enter_context(open_layout(config))
         directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+        for line in clear_traffic():
+            announce(line)
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 SERVE = "let megatron-oreal serve write it"
-KEY = re.compile(r"[!-~]*")  # anything else would end an HTTP header
+KEY = re.compile(r"[ -~]*")  # anything else would end an HTTP header
 CERTIFICATE = re.compile(r"[0-9a-f]{64}")
 MAX_FILE_BYTES = 2**24
 
@@ -54,7 +54,8 @@ def check_replaceable(path: Path) -> None:
     if is_absent(path) or is_list_of_servers(path):
         return
     raise ValueError(
-        f"rollout.sglang.endpoints_file: {path} is there already and names no servers; move it away, or name another file"
+        f"rollout.sglang.endpoints_file: {path} is there already and names no servers; move it away, or name "
+        "another file"
     )
 
 

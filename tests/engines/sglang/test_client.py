@@ -132,7 +132,7 @@ def test_an_endless_answer_ends(servers: tuple[Stub, Stub], loop: EventLoopThrea
 def test_broken_json_names_the_server(servers: tuple[Stub, Stub], loop: EventLoopThread, content: bytes) -> None:
     server, _ = servers
     server.answers["/model_info"] = (200, JSON, [content])
-    with pytest.raises(ServerError, match="http://127.0.0.1:.*was answered with broken JSON"):
+    with pytest.raises(ServerError, match=r"http://127.0.0.1:.*was answered with broken JSON"):
         ask(loop, server.endpoint, "get", "/model_info")
     assert answer(server.endpoint, "/model_info", "") == (200, None)
 

@@ -105,7 +105,7 @@ def test_a_server_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, A
 def test_a_users_own_file_is_neither_replaced_nor_removed(tmp_path: Path, content: str) -> None:
     file = tmp_path / "notes.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match="notes.json is there already and names no servers; move it away"):
+    with pytest.raises(ValueError, match=r"notes\.json is there already and names no servers; move it away"):
         write_endpoints(file, ENDPOINTS)
     remove_endpoints(file)
     assert file.read_text() == content

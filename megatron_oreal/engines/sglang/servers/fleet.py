@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import torch
 
+from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import ServerError
 from megatron_oreal.engines.sglang.endpoints import (
     Endpoint,
@@ -25,6 +26,8 @@ from megatron_oreal.engines.sglang.endpoints import (
     write_endpoints,
 )
 from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.encryption import clear_traffic, is_loopback
+from megatron_oreal.engines.sglang.servers.listening import open_addresses
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free
 from megatron_oreal.engines.sglang.servers.process import (
     END_SECONDS,
@@ -98,6 +101,11 @@ class ServerFleet:
             self.router = Router(self.settings, self.endpoints)
         self.file = file
         write_endpoints(file, self.endpoints)
+        self.warn_of_clear_traffic()
+
+    def warn_of_clear_traffic(self) -> None:
+        if (warning := clear_traffic(self.endpoints, self.settings.config)) is not None:
+            self.notify(warning)
 
     def restart(self, endpoint: Endpoint) -> Endpoint:
         """Ends what is left of a server and starts another one, with other keys and on another port.
@@ -158,6 +166,11 @@ class ServerFleet:
                     continue
                 raise
             self.notify(f"SGLang server {process.endpoint} is ready after {time.monotonic() - begin:.0f} s")
+            if is_loopback(self.settings.config.host) and (found := open_addresses(process.pid)):
+                self.notify(
+                    f"Warning: SGLang server {process.endpoint} also listens on {', '.join(found)}, where the network "
+                    "reaches it: drop the flag of rollout.sglang.flags that opens it"
+                )
             return process.endpoint
         raise AssertionError("the last attempt has raised")
 
@@ -214,6 +227,14 @@ class PortTaken(ServerError):
     pass
 
 
+def check_router(config: SglangConfig, endpoints: Sequence[Endpoint]) -> None:
+    if config.router and any(endpoint.certificate for endpoint in endpoints):
+        raise ValueError(
+            "rollout.sglang.router: sglang-router cannot check certificates, and the servers of "
+            f"{config.endpoints_file} have some: drop router, or serve with rollout.sglang.tls=false"
+        )
+
+
 def has_answered(endpoint: Endpoint) -> bool:
     """Says whether this very server generates: another server of ours on its port would not know the key."""
     return answer(endpoint, "/model_info", endpoint.api_key)[0] == 200 and answer(endpoint, "/health", "")[0] == 200
@@ -231,6 +252,8 @@ def open_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFle
     if config.endpoints_file is not None:
         fleet = ServerFleet(settings, [], notify)
         fleet.endpoints = fleet.elsewhere = read_endpoints(config.endpoints_file)
+        check_router(config, fleet.endpoints)
+        fleet.warn_of_clear_traffic()
         try:
             if config.router:
                 check_python(config.python)

@@ -5,7 +5,8 @@ needs the standard library alone, and the server. The supervisor's standard inpu
 one JSON line with the keys, and ends the server when the input is closed, which happens even if the trainer is killed.
 
     argv    flags of SGLang, or --router and those of sglang-router
-    stdin   {"api_key": ..., "admin_key": ..., "grace_seconds": ..., "log": the file that stderr is}
+    stdin   {"api_key": ..., "admin_key": ..., "grace_seconds": ..., "log": the file that stderr is}, and for https
+            "certificate" and "private_key", in PEM
     stdout  {"pid": of the server}
     status  2: a flag is wrong, and the log's last line says which
 
@@ -62,7 +63,7 @@ def supervise(flags: list[str]) -> int:
     settings = json.loads(sys.stdin.readline())
     with tempfile.TemporaryDirectory(prefix="sglang-") as folder:  # SGLang leaves its sockets behind
         server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), SERVE, *flags],
+            [sys.executable, str(Path(__file__).resolve()), SERVE, *flags, *write_certificate(settings, Path(folder))],
             stdin=subprocess.PIPE,
             stdout=sys.stderr,
             start_new_session=True,
@@ -83,6 +84,17 @@ def supervise(flags: list[str]) -> int:
             status = server.poll()
             end_tree(server)
     return 128 + signal.SIGKILL if status is None else status if status >= 0 else 128 - status
+
+
+def write_certificate(settings: dict[str, Any], folder: Path) -> list[str]:
+    """Takes the certificate out of the settings, if there is one, and returns SGLang's flags for it."""
+    flags = []
+    for name, flag in (("certificate", "--ssl-certfile"), ("private_key", "--ssl-keyfile")):
+        if name in settings:
+            file = folder / f"{name}.pem"  # in a folder that other users cannot open
+            file.write_text(settings.pop(name))
+            flags.append(f"{flag}={file}")
+    return flags
 
 
 def end_with_supervisor() -> None:

@@ -76,7 +76,7 @@ def sockets_of(processes: Iterable[int]) -> set[int]:
             continue
         for descriptor in descriptors:
             try:
-                target = os.readlink(descriptor)
+                target = str(descriptor.readlink())
             except OSError:
                 continue
             if target.startswith("socket:["):
@@ -91,6 +91,13 @@ def tree_listens(process: int, host: str, port: int) -> bool | None:
         return None
     there = {listener.inode for listener in found if listener.port == port and listener.takes(host)}
     return bool(there) and there <= sockets_of([process, *descendants(process)])
+
+
+def open_addresses(process: int) -> list[str]:
+    """Returns where the process and its descendants listen for other nodes, e.g. ["0.0.0.0:5557"]."""
+    own = sockets_of([process, *descendants(process)])
+    found = [listener for listener in listeners(process) or [] if listener.inode in own]
+    return sorted(f"{each.address}:{each.port}" for each in found if not each.address.is_loopback)
 
 
 def stranger_listens(host: str, port: int) -> bool:

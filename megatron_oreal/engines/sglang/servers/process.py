@@ -15,14 +15,15 @@ import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Literal
 from urllib.parse import urlsplit
 
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.endpoints import Endpoint
-from megatron_oreal.engines.sglang.servers.listening import addresses_of, tree_listens
+from megatron_oreal.engines.sglang.servers.encryption import Certificate, is_loopback, make_certificate, uses_tls
+from megatron_oreal.engines.sglang.servers.listening import tree_listens
 from megatron_oreal.engines.sglang.servers.node import held_port
 from megatron_oreal.parallel.rendezvous import LOOPBACK_INTERFACE
 
@@ -42,6 +43,7 @@ OWN_FLAGS = {
     "rollout.sglang.gpus": ("base-gpu-id", "gpu-id-step", "device"),
     "rollout.sglang.host": ("host",),
     "rollout.sglang.ports": ("port",),
+    "rollout.sglang.tls": ("ssl-certfile", "ssl-keyfile", "ssl-ca-certs", "ssl-keyfile-password", "enable-ssl-refresh"),
     "rollout.sglang.placement": ("enable-memory-saver",),
     "model.path": ("model-path", "model"),
     "model.dtype": ("dtype",),
@@ -53,9 +55,7 @@ REFUSED_FLAGS = re.compile(
     "config|tokenizer-worker-num|encoder-only|use-ray|(smg-)?grpc-.*|disaggregation-.*|kv-events-config|load-publish-.*"
 )
 # Variables that look like secrets of the user: no server needs them.
-SECRET_VARIABLES = re.compile(
-    r".*(KEY|SECRET|PASSW|CREDENTIAL|AUTH).*|(?!TOKENIZERS_|SGLANG_).*TOKEN.*", re.IGNORECASE
-)
+SECRET_VARIABLES = re.compile(r".*(KEY|SECRET|PASSW|CREDENTIAL|AUTH).*|(?!TOKENIZERS_|SGLANG_).*TOKEN.*", re.IGNORECASE)
 DeviceType = Literal["cpu", "cuda"]
 
 
@@ -69,10 +69,6 @@ class ServerSettings:
     run_dir: Path
     device_type: DeviceType
     context_length: int  # tokens that the longest prompt and its response have together
-
-    @property
-    def listens_on_loopback(self) -> bool:
-        return all(address.is_loopback for address in addresses_of(self.config.host))
 
     def command(self, port: int) -> list[str]:
         """Returns the flags of a server that listens on this port."""
@@ -121,7 +117,7 @@ class ServerSettings:
             if not TRAINER_VARIABLES.fullmatch(name)
             and (name in self.config.secrets or not SECRET_VARIABLES.fullmatch(name))
         }
-        if self.listens_on_loopback:  # then its clients and its own ranks are on this node too
+        if is_loopback(self.config.host):  # then its clients and its own ranks are on this node too
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 kept.setdefault(name, LOOPBACK_INTERFACE)
         kept |= {
@@ -203,7 +199,8 @@ class ServerProcess:
 
 def launch_server(settings: ServerSettings, index: int, gpus: Sequence[str]) -> ServerProcess:
     """Starts server `index` on a free port, with keys of its own, and returns before it can answer."""
-    return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus))
+    certificate = make_certificate() if uses_tls(settings.config) else None
+    return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus), certificate)
 
 
 def launch_router(settings: ServerSettings) -> ServerProcess:
@@ -216,6 +213,7 @@ def launch(
     name: str,
     command: Callable[[int], list[str]],  # gives the flags for a port
     environment: dict[str, str],
+    certificate: Certificate | None = None,
 ) -> ServerProcess:
     config = settings.config
     log = settings.run_dir / "servers" / f"{name}.log"
@@ -231,9 +229,12 @@ def launch(
             pass_fds=(held,),  # keeps the port reserved as long as the supervisor lives
         )
     keys = {"api_key": secrets.token_urlsafe(32), "admin_key": secrets.token_urlsafe(32)}
-    endpoint = Endpoint(url(config.host, port), keys["api_key"], keys["admin_key"], config.tensor)
+    scheme, fingerprint = ("http", "") if certificate is None else ("https", certificate.fingerprint)
+    endpoint = Endpoint(url(scheme, config.host, port), keys["api_key"], keys["admin_key"], config.tensor, fingerprint)
     assert supervisor.stdin is not None and supervisor.stdout is not None
     given = keys | {"grace_seconds": GRACE_SECONDS[settings.device_type], "log": str(log.resolve())}
+    if certificate is not None:
+        given |= asdict(certificate)
     try:
         supervisor.stdin.write(json.dumps(given).encode() + b"\n")
         supervisor.stdin.flush()
@@ -275,11 +276,11 @@ def open_log(log: Path) -> IO[bytes]:
     return file
 
 
-def url(host: str, port: int) -> str:
+def url(scheme: str, host: str, port: int) -> str:
     """Returns the URL of a server; one that listens on all interfaces is reached by the node's name."""
     if host in ("0.0.0.0", "::"):
         host = socket.getfqdn()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def check_flags(flags: Iterable[str]) -> None:

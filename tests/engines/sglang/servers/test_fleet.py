@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
 from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
+from megatron_oreal.engines.sglang.servers.listening import open_addresses
+from megatron_oreal.engines.sglang.servers.node import address_towards
 from megatron_oreal.engines.sglang.servers.process import ServerSettings, check_flags
 from megatron_oreal.engines.sglang.servers.router import Router
+from tests.support.listening import listeners_of_tree
 
 PYTHON = Path(".venv-sglang/bin/python").absolute()
 CONFIG = SglangConfig(python=PYTHON, start_timeout_seconds=280)
@@ -101,6 +105,35 @@ def test_the_server_obeys_its_keys(sglang_fleet: ServerFleet, loop: EventLoopThr
     for path in ADMIN_PATHS:
         assert (status(loop, without, path), status(loop, wrong, path)) == (401, 401), path
     assert status(loop, endpoint, "/flush_cache") == 200
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_listens_on_loopback_alone(sglang_fleet: ServerFleet) -> None:
+    [process] = sglang_fleet.processes.values()
+    assert process.listens() and open_addresses(process.supervisor.pid) == []
+    found = listeners_of_tree(process.supervisor.pid)
+    assert len(found) > 1, "besides its own port, the store and the sockets of its ranks"
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_a_server_of_another_node_speaks_https(sglang_model: Path, tmp_path: Path, loop: EventLoopThread) -> None:
+    host = address_towards("192.0.2.1")
+    if host.startswith("127."):
+        pytest.skip("needs an address that other nodes reach")
+    said: list[str] = []
+    with opened(CONFIG.model_copy(update={"host": host}), sglang_model, tmp_path, said.append) as fleet:
+        [endpoint] = fleet.endpoints
+        assert endpoint.url.startswith(f"https://{host}:") and read_endpoints(tmp_path / "servers.json") == [endpoint]
+        assert status(loop, endpoint, "generate", GENERATE) == 200
+        with pytest.raises(ServerError):
+            ask(loop, replace(endpoint, certificate="0" * 64), "generate", GENERATE)
+        [process] = fleet.processes.values()
+        assert {str(each.address) for each in listeners_of_tree(process.supervisor.pid)} <= {host, "127.0.0.1"}
+    assert [line for line in said if "Warning" in line] == [
+        f"Warning: weights travel to {endpoint} unencrypted: use a network that you trust"
+    ]
 
 
 @pytest.mark.sglang
@@ -354,6 +387,9 @@ def test_servers_of_other_nodes_are_not_started_again(tmp_path: Path) -> None:
         ("admin-api-key", "admin-api-key is set by the run: drop it"),
         ("context-length", "context-length is set by data.max_prompt_tokens and rollout.max_new_tokens: drop it"),
         ("config", "config would go around the servers' keys: drop it"),
+        ("kv-events-config", "kv-events-config would go around the servers' keys: drop it"),
+        ("disaggregation-mode", "disaggregation-mode would go around the servers' keys: drop it"),
+        ("ssl-certfile", "ssl-certfile is set by rollout.sglang.tls: drop it"),
         ("--mem-fraction-static", "write mem-fraction-static instead of --mem-fraction-static"),
         ("mem_fraction_static", "write mem-fraction-static instead of mem_fraction_static"),
         ("a b", "'a b' is no flag"),
