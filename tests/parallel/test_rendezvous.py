@@ -22,6 +22,7 @@ from megatron_oreal.parallel.rendezvous import (
     stay_on_loopback,
 )
 from tests.support.listening import listeners_of_tree
+from tests.support.paths import ROOT
 
 TIMEOUT = timedelta(seconds=20)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -93,6 +94,7 @@ dist.init_process_group("gloo", timeout=timeout, **rendezvous(timeout))
 value = torch.tensor([float(dist.get_rank() + 1)])
 dist.all_reduce(value)
 from tests.support.listening import listeners_of_tree
+from tests.support.paths import ROOT
 import os
 print(value.item(), sorted({str(each.address) for each in listeners_of_tree(os.getpid())}))
 dist.barrier()
@@ -108,7 +110,7 @@ def test_ranks_of_one_node_meet(tmp_path: Path, by: str) -> None:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path.cwd()),
+        "PYTHONPATH": str(ROOT),
     }
     if by == "file":
         common |= {rendezvous.STORE_FILE: str(tmp_path / "store")}
