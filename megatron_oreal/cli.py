@@ -33,6 +33,7 @@ from megatron_oreal.launch import (
     set_threads,
     use_expandable_segments,
 )
+from megatron_oreal.observability.printable import printable
 from megatron_oreal.weights.families import trainable_families
 
 
@@ -107,7 +108,7 @@ def serve(config: Path, overrides: tuple[str, ...]) -> None:
     from megatron_oreal.run.engines import server_settings
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    serve_until_stopped(server_settings(resolved, device), click.echo)
+    serve_until_stopped(server_settings(resolved, device), lambda line: click.echo(printable(line)))
 
 
 @cli.command()

@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 from megatron_oreal.config import ModelRunConfig, num_processes
+from megatron_oreal.observability.printable import printable
 
 PR_SET_PDEATHSIG = 1
 RESUME = "the same command continues from the last checkpoint"
@@ -49,22 +50,26 @@ def launch(config: ModelRunConfig) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from megatron_oreal.parallel.rendezvous import STORE_FILE
+
     # The failing process says what is wrong; the launcher's own long report would hide it.
     logging.disable(logging.CRITICAL)
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=f"megatron-oreal-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
     try:
-        # The launcher keeps the workers' error files here.
+        # Only this user can open the folder. The launcher unpickles what is in its store, so no store may listen.
         with tempfile.TemporaryDirectory(prefix="megatron-oreal-") as folder:
-            settings.logs_specs = DefaultLogsSpecs(log_dir=folder)
+            settings = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=count,
+                run_id=f"megatron-oreal-{os.getpid()}",
+                rdzv_backend="c10d",
+                rdzv_endpoint=f"{folder}/launcher",
+                rdzv_configs={"store_type": "file"},
+                max_restarts=0,
+                monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=folder),  # the workers' error files
+            )
+            os.environ |= {STORE_FILE: f"{folder}/workers", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
     except ChildFailedError as error:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
@@ -116,7 +121,7 @@ def fail(message: str, exit_code: int) -> NoReturn:
     """Prints one line and exits. Of several processes one prints, and the launcher ends those that wait for it."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(30)
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {printable(' '.join(message.split()))}", err=True)
     if is_distributed():
         sys.stdout.flush()
         os._exit(exit_code)  # A normal exit tears NCCL down, which waits for ranks that wait for this one.

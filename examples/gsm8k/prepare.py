@@ -20,6 +20,7 @@ from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.importers import import_examples, import_prompts
 from megatron_oreal.data.prompts import write_prompts
 from megatron_oreal.observability.files import temporary_directory
+from megatron_oreal.run.run_directory import keep_users_files
 
 SPLITS = ("train", "test")
 MAX_TOKENS = 1024
@@ -109,6 +110,7 @@ def prepare(gsm8k: str, out: Path, seed: int, vocab_size: int) -> str:
         pad_token_id=tokenizer.token_to_id(PAD),
         eos_token_id=tokenizer.token_to_id(END),
     )
+    keep_users_files(out / "model")
     with temporary_directory(out / "model") as folder:
         write_tokenizer(folder, tokenizer)
         num_parameters = write_random_model(folder, config, seed)

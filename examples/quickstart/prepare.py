@@ -27,6 +27,7 @@ from examples.tiny_model import prepare_or_exit, tiny_config, write_random_model
 from megatron_oreal.data.examples import Example, write_examples
 from megatron_oreal.data.prompts import write_prompts
 from megatron_oreal.observability.files import temporary_directory
+from megatron_oreal.run.run_directory import keep_users_files
 from megatron_oreal.types import Message, Prompt
 
 NUM_HELDOUT = 512
@@ -157,6 +158,7 @@ def prepare(out: Path, seed: int, num_examples: int, num_prompts: int) -> str:
     """Writes everything and returns a line that says what there is."""
     problems = all_problems()
     write_data(out, problems, seed, num_examples, num_prompts)
+    keep_users_files(out / "model")
     with temporary_directory(out / "model") as folder:
         config = tiny_config(
             vocab_size=write_tokenizer(folder, train_tokenizer(problems[::17]), max_tokens=128),

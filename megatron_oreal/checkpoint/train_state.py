@@ -82,7 +82,7 @@ class TrainState:
         temporary = self.folder / f".{final.name}.tmp"
         if self.layout.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
             temporary.mkdir()
         wait_for_all_ranks()  # until the temporary folder exists
         failure: CheckpointError | None = None
@@ -96,11 +96,11 @@ class TrainState:
             raise_on_all(failure)
         except CheckpointError:
             if self.layout.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+                remove(temporary)
             raise
         try:
             if self.layout.is_main:
-                shutil.rmtree(final, ignore_errors=True)
+                remove(final)
                 temporary.rename(final)
                 sync_folder(self.folder)
                 self._prune()
@@ -117,7 +117,7 @@ class TrainState:
         if self.layout.is_main:
             for stale in self.folder.glob(".step_*.tmp"):
                 if UNFINISHED.fullmatch(stale.name):
-                    shutil.rmtree(stale)
+                    remove(stale)
         # The first rank's view counts: a shared folder may show the other nodes an older state.
         steps = broadcast_object(saved_steps(self.folder))
         if not steps:
@@ -175,7 +175,7 @@ class TrainState:
             if step not in kept:
                 doomed = self.folder / f".step_{step:06d}.old.tmp"
                 (self.folder / f"step_{step:06d}").rename(doomed)
-                shutil.rmtree(doomed)
+                remove(doomed)
 
     def _best(self, steps: list[int]) -> list[int]:
         scores = {}
@@ -203,6 +203,14 @@ class TrainState:
             "virtual_pipeline": layout.virtual_size,
             "data": layout.data_size if sharded else 0,  # 0: any number of replicas can read it
         }
+
+
+def remove(path: Path) -> None:
+    """Removes a folder and what is in it, or a file; of a link, only the link itself. It may be gone already."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def saved_steps(folder: Path) -> list[int]:

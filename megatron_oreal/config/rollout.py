@@ -40,6 +40,8 @@ class SglangConfig(Section):
     host: str = "127.0.0.1"  # address of the interface that servers listen on; colocated: leave it to several nodes
     ports: tuple[int, int] = (31000, 31999)  # first and last to choose from
     flags: dict[str, bool | int | float | str] = {}  # of SGLang, e.g. {mem-fraction-static: 0.8}; true: without a value
+    tls: bool | Literal["auto"] = "auto"  # https with a certificate of its own; auto: where host is no loopback address
+    secrets: list[str] = []  # environment variables that servers get although they look like secrets, e.g. [HF_TOKEN]
     endpoints_file: Path | None = None  # of `megatron-oreal serve`: servers that run elsewhere; none are started
     router: bool = False  # sglang-router between the trainer and its servers
     start_timeout_seconds: PositiveFloat = 900
@@ -64,6 +66,11 @@ class SglangConfig(Section):
             raise ValueError(
                 "rollout.sglang.weight_senders > 1 has no meaning for weight_transport=tensor, where all ranks send: "
                 "drop it"
+            )
+        if self.tls is True and self.router:
+            raise ValueError(
+                "rollout.sglang.tls=true: sglang-router cannot check the servers' certificates; drop router, or set "
+                "tls=false where you trust the network"
             )
         if self.placement == "colocated" and self.endpoints_file is not None:
             raise ValueError("rollout.sglang.placement=colocated starts its servers itself: drop endpoints_file")

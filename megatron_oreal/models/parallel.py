@@ -22,15 +22,22 @@ import torch.distributed as dist
 from megatron_oreal.config import ParallelConfig
 from megatron_oreal.models import megatron_on_cpu
 from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.parallel.rendezvous import rendezvous, stay_on_loopback
 
 ON_CUDA = "cpu:gloo,cuda:nccl"  # backends of the group of all processes
 
 
-def initialize(parallel: ParallelConfig, seed: int, deterministic: bool | Literal["auto"] = "auto") -> ParallelLayout:
+def initialize(
+    parallel: ParallelConfig,
+    seed: int,
+    deterministic: bool | Literal["auto"] = "auto",
+    has_servers_elsewhere: bool = False,
+) -> ParallelLayout:
     """Starts torch.distributed (a world of one without a launcher) and Megatron's process groups.
 
     `deterministic`: whether updates give the same numbers each time; "auto" is True on a CPU, where it costs little,
-    and False on CUDA. Raises ValueError where the launcher's number of processes does not fit the layout.
+    and False on CUDA. `has_servers_elsewhere`: whether NCCL may have to reach other nodes than those of the ranks.
+    Raises ValueError where the launcher's number of processes does not fit the layout.
     """
     quiet_megatron()
     on_cpu = megatron_on_cpu.enable()
@@ -47,7 +54,8 @@ def initialize(parallel: ParallelConfig, seed: int, deterministic: bool | Litera
     if not dist.is_initialized():
         # With its device, NCCL connects here, and makes the smaller groups from this one.
         backend: dict[str, Any] = {"backend": "gloo"} if on_cpu else {"backend": ON_CUDA, "device_id": device}
-        dist.init_process_group(**backend, timeout=timeout, **single_process_rendezvous())
+        stay_on_loopback(has_servers_elsewhere)
+        dist.init_process_group(**backend, timeout=timeout, **rendezvous(timeout))
     with megatron_groups("gloo" if on_cpu else "nccl"):
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -133,13 +141,6 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 def local_cuda_device() -> torch.device:
     """The local rank's GPU; a task that is shown one GPU alone has number 0."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def single_process_rendezvous() -> dict[str, Any]:
-    """What init_process_group needs without a launcher: an in-process store."""
-    if "RANK" in os.environ:
-        return {}
-    return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
 
 
 def finalize() -> None:

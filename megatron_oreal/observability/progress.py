@@ -11,6 +11,7 @@ from typing import NoReturn, TextIO
 from tqdm import tqdm
 
 from megatron_oreal.observability.closing import Closing
+from megatron_oreal.observability.printable import printable
 
 
 class ProgressBar(Closing):
@@ -32,7 +33,7 @@ class ProgressBar(Closing):
         stream: TextIO | None = None,
     ) -> None:
         self.total, self.initial, self.count = total, initial, initial
-        self.description, self.unit = description, unit
+        self.description, self.unit = printable(description), unit
         self.line_every_seconds = line_every_seconds
         self.start = time.monotonic()
         self.last_line: float | None = None
@@ -41,7 +42,7 @@ class ProgressBar(Closing):
         self.bar: tqdm[NoReturn] | None = None
         if self.stream.isatty():
             self.bar = tqdm(
-                total=total, initial=initial, desc=description, unit=unit, file=self.stream, dynamic_ncols=True
+                total=total, initial=initial, desc=self.description, unit=unit, file=self.stream, dynamic_ncols=True
             )
         self.log: TextIO | None = None
         if log_file is not None:
@@ -67,6 +68,7 @@ class ProgressBar(Closing):
 
     def note(self, line: str) -> None:
         """Prints a line above the bar."""
+        line = printable(line)
         if self.bar is not None:
             self.bar.write(line, file=self.stream)
         self.write_line(line)
@@ -95,7 +97,7 @@ class ProgressBar(Closing):
         self.last_line = time.monotonic()
 
     def write_line(self, line: str) -> None:
-        stamped = f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n"
+        stamped = f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(line)}\n"
         if self.bar is None:
             self.stream.write(stamped)
             self.stream.flush()
@@ -116,7 +118,7 @@ class Announcer:
         if self.progress is not None:
             self.progress.note(line)
             return
-        stamped = f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n"
+        stamped = f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(line)}\n"
         sys.stderr.write(stamped)
         with self.log_file.open("a", encoding="utf-8") as log:
             log.write(stamped)
@@ -137,7 +139,7 @@ class SilentProgressBar(ProgressBar):
 
 
 def format_value(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+    return printable(value) if isinstance(value, str) else f"{value:.4g}"
 
 
 def format_rate(per_second: float, unit: str) -> str:

@@ -3,6 +3,9 @@
 Run as a script by `worker_pool`, so that it imports no torch: started in a fraction of a second. A comparison that
 spends its CPU budget ends the process, by a signal whose action nothing in Python can delay.
 
+What it parses is written by a model, so the process can do little else: it has no network, starts no processes, writes
+no files, and on a kernel with Landlock it reads only what Python itself needs.
+
     in   {"answer": ..., "prediction": ...}
     out  {"ready": true}; for each comparison {"answer": true} when the reference has been evaluated by itself, then
          {"is_equal": true} or {"is_equal": null} when the comparison itself failed
@@ -24,6 +27,11 @@ import resource
 import signal
 from pathlib import Path
 
+# Landlock's system calls, alike on all processors, and two of its rights of its first version.
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+RULE_BENEATH_PATH = 1
+ALL_RIGHTS, EXECUTE, READ_FILE, READ_FOLDER = (1 << 13) - 1, 1 << 0, 1 << 2, 1 << 3
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/dev")
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
@@ -68,11 +76,55 @@ def confine(parent_pid: int, memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         system = ctypes.CDLL(None)
         system.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        restrict_files(system, needed_files())
         system.unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it: no network
         system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last: other credentials clear it
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if os.getppid() != parent_pid:
         sys.exit(1)  # the parent ended before its worker was ready: nobody is there to be told
+
+
+class RulesetAttributes(ctypes.Structure):
+    _fields_ = (("handled_rights", ctypes.c_uint64),)
+
+
+class PathBeneathAttributes(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = (("rights", ctypes.c_uint64), ("descriptor", ctypes.c_int32))
+
+
+def needed_files() -> list[str]:
+    """Returns what this process may read: Python, the libraries, and this package, but not the checkout around it."""
+    package = Path(__file__).resolve().parents[1]
+    libraries = [
+        entry
+        for entry in (*sys.path, *os.environ.get("LD_LIBRARY_PATH", "").split(":"))
+        if entry and (Path(entry).resolve() != package.parent or package.parent.name.endswith("-packages"))
+    ]
+    return [*SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, *libraries, str(package)]
+
+
+def restrict_files(system: ctypes.CDLL, readable: list[str]) -> None:
+    """Leaves this process the right to read these files and folders, and none to other files.
+
+    Without it, the parsed text would be one defect of a library away from the user's keys. A kernel before 5.13, or one
+    without Landlock, refuses the first call, and nothing changes.
+    """
+    rights = RulesetAttributes(ALL_RIGHTS)
+    ruleset = system.syscall(CREATE_RULESET, ctypes.byref(rights), ctypes.sizeof(rights), 0)
+    if ruleset < 0:
+        return
+    for path in readable:
+        try:
+            opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            continue
+        allowed = READ_FILE | EXECUTE | (READ_FOLDER if Path(path).is_dir() else 0)
+        beneath = PathBeneathAttributes(allowed, opened)
+        system.syscall(ADD_RULE, ruleset, RULE_BENEATH_PATH, ctypes.byref(beneath), 0)
+        os.close(opened)
+    system.syscall(RESTRICT_SELF, ruleset, 0)
+    os.close(ruleset)
 
 
 def main() -> None:

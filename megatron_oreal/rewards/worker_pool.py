@@ -12,6 +12,7 @@ import os
 import queue
 import select
 import signal
+import site
 import subprocess
 import sys
 import threading
@@ -28,8 +29,9 @@ DEFAULT_MEMORY_BYTES = 2 * 2**30  # of address space
 JOBS_PER_PROCESS = 2000  # sympy's caches grow
 NUM_ATTEMPTS = 2  # a process ended from outside says nothing about its comparison
 # Python's own and the dynamic linker's; the rest of a launcher's environment is no business of a worker.
-INHERITED_VARIABLES = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+INHERITED_VARIABLES = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
+NO_HOME = "/nonexistent"
 MAX_REMEMBERED_REFERENCES = 10_000
 
 # "slow_reference": the reference answer spends the budget by itself, whatever it is compared with.
@@ -67,6 +69,8 @@ class WorkerProcess:
             bufsize=0,
             start_new_session=True,  # Ctrl-C is the trainer's to handle, also while this process starts
             env={name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
+            # Packages that were installed for this user alone are found without HOME, which is a folder of secrets.
+            | {"HOME": NO_HOME, "PYTHONUSERBASE": site.getuserbase()}
             | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
         )
         if self.read_line(START_SECONDS) is None:

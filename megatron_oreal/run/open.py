@@ -25,6 +25,7 @@ from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.parallel.rendezvous import clear_traffic
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
 from megatron_oreal.run.device_defaults import describe, with_device_defaults
@@ -88,6 +89,8 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
         layout = stack.enter_context(open_layout(config))
         directory = stack.enter_context(open_run_directory(config, layout.is_main, CHANGEABLE_IN_EVAL))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
+        for line in clear_traffic():
+            announce(line)
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         verifier = stack.enter_context(open_verifier(config.verifier))
         progress = ProgressBar.silent()
@@ -111,7 +114,8 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
 
 @contextmanager
 def open_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
-    layout = parallel.initialize(config.parallel, config.seed, config.deterministic)
+    has_servers_elsewhere = config.rollout.engine == "sglang" and config.rollout.sglang.endpoints_file is not None
+    layout = parallel.initialize(config.parallel, config.seed, config.deterministic, has_servers_elsewhere)
     try:
         yield layout
     except BaseException:
@@ -135,6 +139,8 @@ def open_run(
         directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
         announce(f"loading {config.model.path} on {layout.world_size} process{'es' if layout.world_size > 1 else ''}")
+        for line in clear_traffic():
+            announce(line)
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -126,6 +129,7 @@ def test_the_launchers_environment_stays_outside(pool: WorkerPool, monkeypatch: 
         environment = (proc / "environ").read_bytes().split(b"\0")
         assert b"PYTHONHASHSEED=0" in environment
         assert not any(variable.startswith((b"RANK=", b"MASTER_PORT=")) for variable in environment)
+        assert b"HOME=/nonexistent" in environment
         assert "libtorch" not in (proc / "maps").read_text()
 
 
@@ -168,6 +172,49 @@ def test_a_worker_is_confined(pool: WorkerPool) -> None:
         line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
     )
     assert status["NoNewPrivs"] == "1"
+
+
+REACH = """
+import importlib.util, json, os, socket, subprocess, sys
+spec = importlib.util.spec_from_file_location("worker", sys.argv[1])
+sys.path.insert(0, "")  # the script takes its own folder away
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+worker.confine(os.getppid(), 2**31)
+done = []
+def attempt(name, action):
+    try:
+        action()
+        done.append(name)
+    except OSError:
+        pass
+attempt("secret", lambda: open(sys.argv[2]).read())
+attempt("write", lambda: open(sys.argv[2] + ".new", "w").write("x"))
+attempt("checkout", lambda: open(sys.argv[3]).read())
+attempt("network", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[4])), timeout=2))
+attempt("package", lambda: open(sys.argv[1]).read())
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux confines the worker")
+def test_a_worker_reaches_no_secret_and_no_network(tmp_path: Path) -> None:
+    """What the kernel refuses depends on it: Landlock since 5.13, namespaces where they are allowed."""
+    secret = tmp_path / "servers.json"
+    secret.write_text("key")
+    script = ROOT / "megatron_oreal" / "rewards" / "worker.py"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = str(listening.getsockname()[1])
+        command = [sys.executable, "-c", REACH, str(script), str(secret), str(ROOT / "README.md"), port]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        [reached] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "package" in reached and "write" not in reached
+    system = ctypes.CDLL(None)
+    if system.syscall(444, None, 0, 1) >= 1:  # Landlock's version
+        assert "secret" not in reached and "checkout" not in reached
+    if subprocess.run(["unshare", "--user", "--net", "true"], check=False, capture_output=True).returncode == 0:
+        assert "network" not in reached
 
 
 def test_defaults_are_generous_and_a_process_is_replaced_after_its_jobs(pool: WorkerPool) -> None:

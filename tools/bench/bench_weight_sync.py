@@ -39,6 +39,7 @@ from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 from megatron_oreal.engines.sglang.weights.distributed import DistributedTransport
 from megatron_oreal.engines.sglang.weights.shared_memory import TensorTransport
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
+from megatron_oreal.parallel.rendezvous import listening_store
 
 Weights = dict[str, Tensor]
 TIMEOUT = timedelta(seconds=300)
@@ -81,7 +82,7 @@ def broadcast_options() -> dist.distributed_c10d.BroadcastOptions:
 
 @contextmanager
 def plain_broadcast(weights: Weights, num_rounds: int) -> Iterator[Callable[[], None]]:
-    store = dist.TCPStore("127.0.0.1", 0, 2, True, TIMEOUT, wait_for_workers=False)
+    store = listening_store("127.0.0.1", 0, 2, TIMEOUT)
     arguments = (store.port, [tensor.nbytes for tensor in weights.values()], num_rounds)
     receiver = multiprocessing.get_context("spawn").Process(target=receive, args=arguments, daemon=True)
     receiver.start()

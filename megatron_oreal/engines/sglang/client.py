@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 
 from megatron_oreal.engines.sglang.endpoints import Endpoint
+from megatron_oreal.engines.sglang.servers.listening import stranger_listens
 
 Result = TypeVar("Result")
 CONNECT_SECONDS = 10.0
+# No answer is longer: those about checksums of weights have a line a tensor.
+MAX_ANSWER_BYTES = 64 * 2**20
+# Of an answer to /generate: what does not grow with the response, and an id, a log-prob and the text of each token.
+GENERATE_BYTES, GENERATE_BYTES_PER_TOKEN = 2**20, 2**10
+MAX_REFUSAL_BYTES = 2**16
 
 
 class ServerError(OSError):
@@ -28,6 +36,10 @@ class ServerRefusal(ServerError):
         self.status = status
 
 
+class MalformedAnswer(ServerError):
+    """The server's answer is not what this package knows: asking again is no use."""
+
+
 class SglangClient:
     """The connections to one server. Its coroutines run on the event loop of an `EventLoopThread`."""
 
@@ -39,7 +51,8 @@ class SglangClient:
         return await self._request("GET", path, None, timeout_seconds, self.endpoint.api_key)
 
     async def generate(self, body: dict[str, Any], timeout_seconds: float) -> Any:
-        return await self._request("POST", "/generate", body, timeout_seconds, self.endpoint.api_key)
+        key, limit = self.endpoint.api_key, GENERATE_BYTES + GENERATE_BYTES_PER_TOKEN * num_tokens_asked(body)
+        return await self._request("POST", "/generate", body, timeout_seconds, key, limit)
 
     async def control(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
         """Sends a POST that needs the admin key: about weights, pauses or memory."""
@@ -51,31 +64,82 @@ class SglangClient:
             self.session = None
 
     async def _request(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float, key: str
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout_seconds: float,
+        key: str,
+        max_bytes: int = MAX_ANSWER_BYTES,
     ) -> Any:
-        """Returns the answer's JSON, or its text. Raises ServerError after the timeout or without a connection."""
+        """Returns the answer's JSON, or its text. Raises ServerError after the timeout or without a connection.
+
+        The key goes to this server alone: a redirect is a refusal.
+        """
         if self.session is None:
-            connector = aiohttp.TCPConnector(limit=self.max_connections)
-            self.session = aiohttp.ClientSession(connector=connector)
+            self.session = self._open_session()
         timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(CONNECT_SECONDS, timeout_seconds))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         what = f"SGLang server {self.endpoint}: {method} {path}"
         try:
             async with self.session.request(
-                method, self.endpoint.url + path, json=body, headers=headers, timeout=timeout
+                method, self.endpoint.url + path, json=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
                 if response.status != 200:
-                    text = " ".join((await response.text()).split())[:300]
+                    text = " ".join((await read(response, MAX_REFUSAL_BYTES))[0].split())[:300]
                     raise ServerRefusal(f"{what} was answered {response.status}: {text}", response.status)
-                if response.content_type == "application/json":
-                    return await response.json()
-                return await response.text()
+                text, is_whole = await read(response, max_bytes)
+                if not is_whole:
+                    raise MalformedAnswer(f"{what} was answered with more than {max_bytes} bytes")
+                return json.loads(text) if response.content_type == "application/json" else text
         except asyncio.TimeoutError:
             raise ServerError(f"{what} got no answer within {timeout_seconds:g} s") from None
         except aiohttp.ClientError as error:
             raise ServerError(f"{what} failed: {error or type(error).__name__}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ServerError(f"{what} was answered with broken JSON: {error}") from None
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        """Opens the connections, which check with whom they speak before a key is sent.
+
+        On this machine, another user must not listen at the server's address, where the server may have died. A server
+        with https must show the certificate whose fingerprint its file names; who has signed it does not matter.
+        """
+        certificate = self.endpoint.certificate
+        connector = aiohttp.TCPConnector(
+            limit=self.max_connections, ssl=aiohttp.Fingerprint(bytes.fromhex(certificate)) if certificate else True
+        )
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_create_end.append(self._check_listener)
+        # Compressed answers could be of any size.
+        headers = {"Accept-Encoding": "identity"}
+        return aiohttp.ClientSession(
+            connector=connector, trace_configs=[tracing], headers=headers, auto_decompress=False
+        )
+
+    async def _check_listener(self, *_: object) -> None:
+        url = urlsplit(self.endpoint.url)
+        assert url.hostname is not None and url.port is not None
+        if url.scheme == "http" and await asyncio.to_thread(stranger_listens, url.hostname, url.port):
+            raise ServerError(f"SGLang server {self.endpoint} is gone: another user of this machine listens there")
+
+
+async def read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[str, bool]:
+    """Returns the text of an answer, and whether this is all of it: no more than `max_bytes` are read."""
+    content = bytearray()
+    async for part in response.content.iter_any():
+        content += part
+        if len(content) > max_bytes:
+            response.close()
+            break
+    return content[:max_bytes].decode(errors="replace"), len(content) <= max_bytes
+
+
+def num_tokens_asked(body: dict[str, Any]) -> int:
+    """Returns how many tokens the answers to a request to /generate may have together."""
+    prompts = body.get("input_ids", [])
+    num_prompts = len(prompts) if prompts and isinstance(prompts[0], list) else 1
+    return num_prompts * int(body.get("sampling_params", {}).get("max_new_tokens", 0))
 
 
 class EventLoopThread:

@@ -1,12 +1,26 @@
-"""Reads and writes the file that names servers: their addresses and keys. Only its owner can read it."""
+"""Reads and writes the file that names servers: their addresses and keys. Only its owner can read it.
+
+Who can write the file can take a run's keys, prompts and weights, so it is trusted as ssh trusts a key: it must belong
+to this user, and nobody else may read or write it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+SERVE = "let megatron-oreal serve write it"
+KEY = re.compile(r"[ -~]*")  # anything else would end an HTTP header
+CERTIFICATE = re.compile(r"[0-9a-f]{64}")
+MAX_FILE_BYTES = 2**24
 
 
 @dataclass(slots=True, frozen=True)
@@ -15,34 +29,118 @@ class Endpoint:
     api_key: str = field(repr=False)  # allows generation
     admin_key: str = field(repr=False)  # allows changes of weights, and pauses
     tensor: int = 1  # the server's GPUs, each of which receives weights
+    certificate: str = ""  # with https: the SHA-256 of the certificate that the server must show, in hexadecimal
 
     def __str__(self) -> str:
         return self.url  # keys never reach a log
 
 
 def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
-    """Writes the file, which appears whole and with mode 0600."""
+    """Writes the file, which appears whole and with mode 0600. Raises ValueError for a file that is something else."""
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump([asdict(endpoint) for endpoint in endpoints], file, indent=2)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump([asdict(endpoint) for endpoint in endpoints], file, indent=2)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ValueError where the file would take the place of something that is no list of servers."""
+    if is_absent(path) or is_list_of_servers(path):
+        return
+    raise ValueError(
+        f"rollout.sglang.endpoints_file: {path} is there already and names no servers; move it away, or name "
+        "another file"
+    )
+
+
+def remove_endpoints(path: Path) -> None:
+    """Removes the file if it still names servers."""
+    if is_list_of_servers(path):
+        path.unlink(missing_ok=True)
+
+
+def is_absent(path: Path) -> bool:
+    return not path.exists() and not path.is_symlink()
+
+
+def is_list_of_servers(path: Path) -> bool:
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+            entries = json.loads(path.read_bytes())
+            return isinstance(entries, list) and all(Endpoint(**entry) for entry in entries)
+    return False
 
 
 def read_endpoints(path: Path) -> list[Endpoint]:
-    """Reads the file. Raises ValueError when it is missing, malformed or empty."""
+    """Reads the file. Raises ValueError when it is missing, malformed or empty, or open to other users."""
     try:
-        endpoints = [Endpoint(**entry) for entry in json.loads(path.read_bytes())]
+        content = read_private(path)
     except OSError as error:
         raise ValueError(
             f"rollout.sglang.endpoints_file: {path} cannot be read ({error.strerror}); start megatron-oreal serve first"
         ) from None
-    except (ValueError, TypeError):
-        raise ValueError(
-            f"rollout.sglang.endpoints_file: {path} is not a list of servers; let megatron-oreal serve write it"
-        ) from None
+    try:
+        endpoints = [Endpoint(**entry) for entry in json.loads(content)]
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"rollout.sglang.endpoints_file: {path} is not a list of servers; {SERVE}") from None
     if not endpoints:
         raise ValueError(f"rollout.sglang.endpoints_file: {path} names no server; start megatron-oreal serve again")
+    for number, endpoint in enumerate(endpoints):
+        if (problem := why_unusable(endpoint)) is not None:
+            raise ValueError(f"rollout.sglang.endpoints_file: server {number} of {path} {problem}; {SERVE}")
     return endpoints
+
+
+def read_private(path: Path) -> bytes:
+    """Reads a file that only this user can read and write. Raises ValueError for another one."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"rollout.sglang.endpoints_file: {path} is not a file; {SERVE}")
+        if status.st_uid != os.geteuid():
+            raise ValueError(
+                f"rollout.sglang.endpoints_file: {path} belongs to another user (uid {status.st_uid}), who could take "
+                "the run's keys and weights; run megatron-oreal serve as the same user as the trainer"
+            )
+        if status.st_mode & 0o077:
+            raise ValueError(
+                f"rollout.sglang.endpoints_file: {path} is open to other users (mode {status.st_mode & 0o777:04o}); "
+                "chmod 600 it if nobody else has changed it"
+            )
+        return file.read(MAX_FILE_BYTES)
+
+
+def why_unusable(endpoint: Endpoint) -> str | None:
+    """Says what is wrong with an endpoint of a file; None when it can be used."""
+    if not all(isinstance(each, str) for each in (endpoint.url, endpoint.api_key, endpoint.admin_key)):
+        return "has an address or a key that is no text"
+    if not (KEY.fullmatch(endpoint.api_key) and KEY.fullmatch(endpoint.admin_key)):
+        return "has a key with characters that no key has"
+    if isinstance(endpoint.tensor, bool) or not isinstance(endpoint.tensor, int) or endpoint.tensor < 1:
+        return f"has tensor={endpoint.tensor!r}, which is no number of GPUs"
+    if not is_address(endpoint.url):
+        return f"has the address {endpoint.url!r}, which is not http://HOST:PORT or https://HOST:PORT"
+    certificate: Any = endpoint.certificate
+    is_secure = endpoint.url.startswith("https")
+    if not isinstance(certificate, str) or bool(certificate) != is_secure:
+        return "has https without the certificate's fingerprint, or a fingerprint without https"
+    if is_secure and not CERTIFICATE.fullmatch(certificate):
+        return "has a fingerprint that is not a SHA-256 in hexadecimal"
+    return None
+
+
+def is_address(url: str) -> bool:
+    if not re.fullmatch(r"https?://[!-~]+", url):
+        return False
+    try:
+        parts = urlsplit(url)
+        has_all = bool(parts.hostname) and parts.port is not None and parts.port > 0
+    except ValueError:
+        return False
+    return has_all and not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)

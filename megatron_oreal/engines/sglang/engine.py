@@ -255,7 +255,8 @@ class SglangEngine:
     async def _generate(self, client: SglangClient, response: Response, request_id: str) -> Answer:
         """Asks one server. The answer is read here, before the next one is parsed, to keep few objects alive."""
         body, seconds, version = response.body(request_id), self.pool.config.request_timeout_seconds, self.version
-        answer = read_answer(await client.generate(body, seconds), response.num_missing, client.endpoint)
+        given = await client.generate(body, seconds)
+        answer = read_answer(given, response.num_missing, client.endpoint, self.vocab_size)
         if (answer.policy_versions < version).any():
             raise ServerError(f"SGLang server {client.endpoint} has weights older than version {version}")
         return answer

@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.engines.local.token_sampling import as_int64
-from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal
+from megatron_oreal.engines.sglang.client import MalformedAnswer, ServerError, ServerRefusal
 from megatron_oreal.engines.stop_strings import Decode, holds_stop
 from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids, no_logprobs
 
@@ -24,10 +24,6 @@ FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.25, 8.0
 BUSY_STATUSES = (408, 429)  # of a server that only has too much to do
 LARGEST_ID = np.iinfo(np.int32).max
 UNSTAMPED = "default"  # what a server calls the weights that it has read from disk
-
-
-class MalformedAnswer(ServerError):
-    """The server's answer is not what this package knows: asking again is no use."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -142,13 +138,13 @@ class Response:
         return Generation(self.token_ids, rollout_logprobs, self.model_logprobs, finish_reason, self.policy_versions)
 
 
-def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
+def read_answer(answer: Any, num_asked: int, server: object, vocab_size: int = LARGEST_ID) -> Answer:
     """Raises MalformedAnswer naming the server, and FloatingPointError for log-probs that are not finite.
 
-    num_asked: the tokens asked for, which a response of finish reason "length" must have.
+    num_asked: the tokens asked for, which a response of finish reason "length" must have. vocab_size: the model's.
     """
     try:
-        token_ids = read_ids(answer["output_ids"])
+        token_ids = read_ids(answer["output_ids"], vocab_size)
         meta = answer["meta_info"]
         finish_reason = meta["finish_reason"]["type"]
         matched_token = isinstance(meta["finish_reason"].get("matched"), int)
@@ -178,13 +174,13 @@ def read_answer(answer: Any, num_asked: int, server: object) -> Answer:
     return Answer(token_ids, logprobs, policy_versions, finish_reason, matched_token)
 
 
-def read_ids(values: Any) -> Int32Array:
+def read_ids(values: Any, vocab_size: int = LARGEST_ID) -> Int32Array:
     """The ids of a JSON list. Raises ValueError where it holds anything but integers that can be token ids."""
     ids = np.array(values)
     if not isinstance(values, list) or ids.ndim != 1 or (values and ids.dtype.kind != "i"):
         raise ValueError("output_ids is not a list of integers")
-    if values and not 0 <= ids.min() <= ids.max() <= LARGEST_ID:
-        raise ValueError("output_ids has an integer that is not a token id")
+    if values and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"output_ids has an integer that is not a token id below {vocab_size}")
     return ids.astype(np.int32)
 
 

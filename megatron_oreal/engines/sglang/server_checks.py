@@ -52,7 +52,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
         raise ValueError(f"{refusal}; {FIX_VERSION if refusal.status == 404 else 'its log says why'}") from None
     except ServerError as error:
         raise ValueError(f"{error}: is it running, and is its address right?") from None
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} answers in a way that is not known here ({error!r}); {FIX_VERSION}") from None
 
 

@@ -16,15 +16,24 @@ from typing import NoReturn
 
 import torch
 
+from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import ServerError
-from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
+from megatron_oreal.engines.sglang.endpoints import (
+    Endpoint,
+    check_replaceable,
+    read_endpoints,
+    remove_endpoints,
+    write_endpoints,
+)
+from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.encryption import clear_traffic, is_loopback
+from megatron_oreal.engines.sglang.servers.listening import open_addresses
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free
 from megatron_oreal.engines.sglang.servers.process import (
     END_SECONDS,
     GRACE_SECONDS,
     ServerProcess,
     ServerSettings,
-    answer,
     check_flags,
     check_python,
     launch_server,
@@ -92,6 +101,11 @@ class ServerFleet:
             self.router = Router(self.settings, self.endpoints)
         self.file = file
         write_endpoints(file, self.endpoints)
+        self.warn_of_clear_traffic()
+
+    def warn_of_clear_traffic(self) -> None:
+        if (warning := clear_traffic(self.endpoints, self.settings.config)) is not None:
+            self.notify(warning)
 
     def restart(self, endpoint: Endpoint) -> Endpoint:
         """Ends what is left of a server and starts another one, with other keys and on another port.
@@ -152,6 +166,11 @@ class ServerFleet:
                     continue
                 raise
             self.notify(f"SGLang server {process.endpoint} is ready after {time.monotonic() - begin:.0f} s")
+            if is_loopback(self.settings.config.host) and (found := open_addresses(process.pid)):
+                self.notify(
+                    f"Warning: SGLang server {process.endpoint} also listens on {', '.join(found)}, where the network "
+                    "reaches it: drop the flag of rollout.sglang.flags that opens it"
+                )
             return process.endpoint
         raise AssertionError("the last attempt has raised")
 
@@ -159,7 +178,8 @@ class ServerFleet:
         timeout_seconds = self.settings.config.start_timeout_seconds
         deadline = time.monotonic() + timeout_seconds
         name = f"SGLang server {process.index} ({process.endpoint})"
-        while not has_answered(process.endpoint):
+        # A key goes only to a process of ours, and until the server listens, anybody may listen on its port.
+        while not (process.listens() and has_answered(process.endpoint)):
             if self.is_closing.wait(POLL_SECONDS):
                 raise ServerError(f"{name} was stopped while it started")
             if any(PORT_TAKEN in line.lower() for line in process.tail(100)):  # SGLang does not end by itself then
@@ -200,15 +220,23 @@ class ServerFleet:
         for process in processes:
             process.end(GRACE_SECONDS[self.settings.device_type] + END_SECONDS)
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            remove_endpoints(self.file)
 
 
 class PortTaken(ServerError):
     pass
 
 
+def check_router(config: SglangConfig, endpoints: Sequence[Endpoint]) -> None:
+    if config.router and any(endpoint.certificate for endpoint in endpoints):
+        raise ValueError(
+            "rollout.sglang.router: sglang-router cannot check certificates, and the servers of "
+            f"{config.endpoints_file} have some: drop router, or serve with rollout.sglang.tls=false"
+        )
+
+
 def has_answered(endpoint: Endpoint) -> bool:
-    """Says whether this very server generates: another server on its port would not know the key."""
+    """Says whether this very server generates: another server of ours on its port would not know the key."""
     return answer(endpoint, "/model_info", endpoint.api_key)[0] == 200 and answer(endpoint, "/health", "")[0] == 200
 
 
@@ -224,6 +252,8 @@ def open_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFle
     if config.endpoints_file is not None:
         fleet = ServerFleet(settings, [], notify)
         fleet.endpoints = fleet.elsewhere = read_endpoints(config.endpoints_file)
+        check_router(config, fleet.endpoints)
+        fleet.warn_of_clear_traffic()
         try:
             if config.router:
                 check_python(config.python)
@@ -232,6 +262,7 @@ def open_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFle
         finally:
             fleet.close()
         return
+    check_replaceable(settings.run_dir / "servers.json")
     with start_servers(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), notify) as fleet:
         fleet.publish(settings.run_dir / "servers.json")
         yield fleet
@@ -276,6 +307,7 @@ def serve_until_stopped(settings: ServerSettings, notify: Notify) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_serving)
     file = config.endpoints_file or run_dir / "servers.json"
+    check_replaceable(file)
     with start_servers(settings, num_trainer_gpus=0, notify=notify) as fleet:
         fleet.publish(file)
         notify(f"serving; the trainer's setting: rollout.sglang.endpoints_file={file.resolve()}")

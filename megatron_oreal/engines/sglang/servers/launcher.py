@@ -5,7 +5,8 @@ needs the standard library alone, and the server. The supervisor's standard inpu
 one JSON line with the keys, and ends the server when the input is closed, which happens even if the trainer is killed.
 
     argv    flags of SGLang, or --router and those of sglang-router
-    stdin   {"api_key": ..., "admin_key": ..., "grace_seconds": ...}
+    stdin   {"api_key": ..., "admin_key": ..., "grace_seconds": ..., "log": the file that stderr is}, and for https
+            "certificate" and "private_key", in PEM
     stdout  {"pid": of the server}
     status  2: a flag is wrong, and the log's last line says which
 
@@ -34,7 +35,9 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -44,6 +47,7 @@ from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_SECONDS = 0.2
+MAX_LOG_BYTES = 64 * 2**20  # of the log, and as many again in LOG.1
 SHARED_MEMORY = re.compile(r" /dev/shm/(sgl|sem\.mp-)[^ ]*$")
 LIBRARIES: list[Any] = []  # torch's operators exist only as long as the library objects that define them
 SERVE = "--serve"  # the first argument of the server itself; the supervisor has none
@@ -59,7 +63,7 @@ def supervise(flags: list[str]) -> int:
     settings = json.loads(sys.stdin.readline())
     with tempfile.TemporaryDirectory(prefix="sglang-") as folder:  # SGLang leaves its sockets behind
         server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), SERVE, *flags],
+            [sys.executable, str(Path(__file__).resolve()), SERVE, *flags, *write_certificate(settings, Path(folder))],
             stdin=subprocess.PIPE,
             stdout=sys.stderr,
             start_new_session=True,
@@ -71,7 +75,7 @@ def supervise(flags: list[str]) -> int:
             server.stdin.write(json.dumps(settings).encode() + b"\n")
             server.stdin.close()
             print(json.dumps({"pid": server.pid}), flush=True)
-            if wait_while_wanted(server):
+            if wait_while_wanted(server, settings["log"]):
                 server.terminate()
                 wait_at_most(server, settings["grace_seconds"])
         except BrokenPipeError:
@@ -82,13 +86,24 @@ def supervise(flags: list[str]) -> int:
     return 128 + signal.SIGKILL if status is None else status if status >= 0 else 128 - status
 
 
+def write_certificate(settings: dict[str, Any], folder: Path) -> list[str]:
+    """Takes the certificate out of the settings, if there is one, and returns SGLang's flags for it."""
+    flags = []
+    for name, flag in (("certificate", "--ssl-certfile"), ("private_key", "--ssl-keyfile")):
+        if name in settings:
+            file = folder / f"{name}.pem"  # in a folder that other users cannot open
+            file.write_text(settings.pop(name))
+            flags.append(f"{flag}={file}")
+    return flags
+
+
 def end_with_supervisor() -> None:
     """Makes the kernel end the server together with the supervisor's only thread. It runs in the server's process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def wait_while_wanted(server: subprocess.Popen[bytes]) -> bool:
+def wait_while_wanted(server: subprocess.Popen[bytes], log: str) -> bool:
     """Waits; returns False when the server has ended, True when the trainer does not need it any more."""
     parent = os.getppid()
     while server.poll() is None:
@@ -96,7 +111,31 @@ def wait_while_wanted(server: subprocess.Popen[bytes]) -> bool:
         # A process that the trainer forked may hold the pipe open.
         if (readable and not os.read(sys.stdin.fileno(), 1)) or os.getppid() != parent:
             return True
+        shorten_log(log)
     return False
+
+
+def shorten_log(log: str) -> None:
+    """Moves a log that has become too long to LOG.1, whose older content is lost, so that a run cannot fill the disk.
+
+    The server goes on writing to the same file, from its new beginning. What it writes in this moment is lost.
+    """
+    if os.fstat(sys.stderr.fileno()).st_size <= MAX_LOG_BYTES:
+        return
+    try:
+        source = os.open(log, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            if os.path.sameopenfile(source, sys.stderr.fileno()):
+                temporary = f"{log}.{os.getpid()}.tmp"
+                target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+                with os.fdopen(source, "rb", closefd=False) as old, os.fdopen(target, "wb") as new:
+                    shutil.copyfileobj(old, new)
+                os.replace(temporary, f"{log}.1")
+        finally:
+            os.close(source)
+    except OSError:
+        pass  # a full disk: the older lines are lost, not the run
+    os.ftruncate(sys.stderr.fileno(), 0)
 
 
 def wait_at_most(server: subprocess.Popen[bytes], seconds: float) -> None:
@@ -155,6 +194,7 @@ def shared_memory(processes: list[int]) -> set[Path]:
 def serve(flags: list[str]) -> None:
     """Runs the server in this process. Exits with status 2 when a flag is wrong."""
     keys = json.loads(sys.stdin.readline())
+    listen_on_one_address()
     if is_cpu():
         install_stand_ins()
     from sglang.srt.server_args import ServerArgs, prepare_server_args
@@ -224,7 +264,26 @@ def route(flags: list[str]) -> None:
     router_args.add_cli_args(parser, use_router_prefix=False)
     arguments = router_args.from_cli_args(parser.parse_args(flags), use_router_prefix=False)
     arguments.api_key = keys["api_key"]
+    arguments.prometheus_port = None  # its metrics would be open to all, on one port for all routers of the machine
     importlib.import_module("sglang_router.router").Router.from_args(arguments).start()
+
+
+def listen_on_one_address() -> None:
+    """Makes the stores of torch.distributed listen on the address that they are given; torch's listen on all.
+
+    The ranks of a server meet in such a store, also when there is one rank. It runs in each process of the server.
+    """
+    from torch.distributed import rendezvous
+
+    original: Callable[..., Any] = rendezvous.TCPStore
+
+    def bound(host_name: str, port: int, *arguments: Any, is_master: bool = False, **options: Any) -> Any:
+        if is_master and "master_listen_fd" not in options:
+            family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
+            options["master_listen_fd"] = socket.create_server((host_name, port), family=family).detach()
+        return original(host_name, port, *arguments, is_master=is_master, **options)
+
+    rendezvous.TCPStore = bound  # type: ignore[assignment,misc]
 
 
 def is_cpu() -> bool:
@@ -333,9 +392,11 @@ def honour_seeds() -> None:
     module.__dict__["get_exec"] = seeded
 
 
-if __name__ == "__mp_main__" and is_cpu():
-    install_stand_ins()
-    honour_seeds()
+if __name__ == "__mp_main__":
+    listen_on_one_address()
+    if is_cpu():
+        install_stand_ins()
+        honour_seeds()
 
 if __name__ == "__main__":
     if sys.argv[1:3] == [SERVE, ROUTER]:

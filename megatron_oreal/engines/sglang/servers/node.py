@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from megatron_oreal.config import SglangConfig
 
+NUM_FOLDERS = 10  # names of lock folders that are tried
 MAX_USED_SHARE = 0.2  # of a GPU's memory that other processes may have
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits")
 
@@ -25,8 +27,12 @@ def held_port(host: str, ports: tuple[int, int]) -> Iterator[tuple[int, int]]:
     Runs on this node agree by locked files; another program may still take the port. Raises ValueError when no port
     of the range (both ends included) is free, or when `host` is no address of this node.
     """
+    folder = lock_folder()
     for port in range(ports[0], ports[1] + 1):
-        descriptor = os.open(lock_file(port), os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            descriptor = os.open(folder / f"port-{port}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError:  # something that is not ours to open has the name: the port counts as taken
+            continue
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,9 +58,24 @@ def address_towards(host: str) -> str:
     return address
 
 
-def lock_file(port: int) -> Path:
-    """Returns the file that reserves a port. Each user has files of their own, which others cannot open."""
-    return Path(tempfile.gettempdir()) / f"megatron-oreal-{os.getuid()}-port-{port}.lock"
+def lock_folder() -> Path:
+    """Returns this user's folder for locks, which nobody else can write to or read.
+
+    Its name is known, so another user may have made it: then it is not used, but the next name is.
+    """
+    name = f"megatron-oreal-{os.getuid()}"
+    session, shared = os.environ.get("XDG_RUNTIME_DIR"), Path(tempfile.gettempdir())
+    folders = [Path(session) / "megatron-oreal"] if session else []
+    folders += [shared / name, *(shared / f"{name}-{number}" for number in range(1, NUM_FOLDERS))]
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            status = folder.lstat()
+        except OSError:
+            continue
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            return folder
+    return Path(tempfile.mkdtemp(prefix=f"{name}-"))
 
 
 def is_free(host: str, port: int) -> bool:

@@ -6,34 +6,36 @@ to this process closes, so no server outlives the trainer, however the trainer d
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import os
 import re
 import secrets
 import socket
+import stat
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Literal
+from urllib.parse import urlsplit
 
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.endpoints import Endpoint
+from megatron_oreal.engines.sglang.servers.encryption import Certificate, is_loopback, make_certificate, uses_tls
+from megatron_oreal.engines.sglang.servers.listening import tree_listens
 from megatron_oreal.engines.sglang.servers.node import held_port
+from megatron_oreal.parallel.rendezvous import LOOPBACK_INTERFACE
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
 GRACE_SECONDS = {"cuda": 15.0, "cpu": 0.0}  # that a server has to release the device's memory by itself
-ANSWER_SECONDS = 30.0  # that a health check may take: the server generates a token for it
 END_SECONDS = 20.0  # that the kernel may take to end a process tree
 CONTEXT_MARGIN = 8  # tokens; SGLang ends a response two tokens before its context length
 CAUSE = re.compile(r"^(?:\[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
 # With torchrun's variables, the server's own torch.distributed would try to join the trainer's.
 TRAINER_VARIABLES = re.compile(
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHON(PATH|HOME)|VIRTUAL_ENV"
+    r"|MEGATRON_OREAL_STORE|TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 )
 OWN_FLAGS = {
     "rollout.sglang.tensor": ("tp-size", "tp", "tensor-parallel-size"),
@@ -41,6 +43,7 @@ OWN_FLAGS = {
     "rollout.sglang.gpus": ("base-gpu-id", "gpu-id-step", "device"),
     "rollout.sglang.host": ("host",),
     "rollout.sglang.ports": ("port",),
+    "rollout.sglang.tls": ("ssl-certfile", "ssl-keyfile", "ssl-ca-certs", "ssl-keyfile-password", "enable-ssl-refresh"),
     "rollout.sglang.placement": ("enable-memory-saver",),
     "model.path": ("model-path", "model"),
     "model.dtype": ("dtype",),
@@ -48,7 +51,11 @@ OWN_FLAGS = {
     "the run": ("api-key", "admin-api-key", "skip-server-warmup"),
 }
 # These flags open ways around the keys, or hide other flags.
-REFUSED_FLAGS = ("config", "tokenizer-worker-num", "grpc-port", "grpc-mode", "smg-grpc-mode", "encoder-only", "use-ray")
+REFUSED_FLAGS = re.compile(
+    "config|tokenizer-worker-num|encoder-only|use-ray|(smg-)?grpc-.*|disaggregation-.*|kv-events-config|load-publish-.*"
+)
+# Variables that look like secrets of the user: no server needs them.
+SECRET_VARIABLES = re.compile(r".*(KEY|SECRET|PASSW|CREDENTIAL|AUTH).*|(?!TOKENIZERS_|SGLANG_).*TOKEN.*", re.IGNORECASE)
 DeviceType = Literal["cpu", "cuda"]
 
 
@@ -104,7 +111,15 @@ class ServerSettings:
 
     def environment(self, gpus: Sequence[str]) -> dict[str, str]:
         """Returns the environment variables of a server on these GPUs."""
-        kept = {name: value for name, value in os.environ.items() if not TRAINER_VARIABLES.fullmatch(name)}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not TRAINER_VARIABLES.fullmatch(name)
+            and (name in self.config.secrets or not SECRET_VARIABLES.fullmatch(name))
+        }
+        if is_loopback(self.config.host):  # then its clients and its own ranks are on this node too
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                kept.setdefault(name, LOOPBACK_INTERFACE)
         kept |= {
             "CUDA_VISIBLE_DEVICES": ",".join(gpus),
             "NO_PROXY": "*",  # it only talks to itself
@@ -135,11 +150,22 @@ class ServerProcess:
     def is_running(self) -> bool:
         return self.supervisor.poll() is None
 
+    def listens(self) -> bool:
+        """Says whether a process of this tree, and nobody else, listens at the endpoint's address.
+
+        Until then any user of the machine may listen there, and would learn the keys that are sent. Only Linux knows;
+        elsewhere the answer is True.
+        """
+        url = urlsplit(self.endpoint.url)
+        assert url.hostname is not None and url.port is not None
+        return tree_listens(self.supervisor.pid, url.hostname, url.port) is not False
+
     def tail(self, num_lines: int) -> list[str]:
         """Returns the last lines that this process has written."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self.log_start, size - 512 * num_lines - 65536))
+            start = self.log_start if self.log_start <= size else 0  # the supervisor has emptied a log that was full
+            file.seek(max(start, size - 512 * num_lines - 65536))
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
     def cause(self) -> str:
@@ -173,7 +199,8 @@ class ServerProcess:
 
 def launch_server(settings: ServerSettings, index: int, gpus: Sequence[str]) -> ServerProcess:
     """Starts server `index` on a free port, with keys of its own, and returns before it can answer."""
-    return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus))
+    certificate = make_certificate() if uses_tls(settings.config) else None
+    return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus), certificate)
 
 
 def launch_router(settings: ServerSettings) -> ServerProcess:
@@ -186,11 +213,11 @@ def launch(
     name: str,
     command: Callable[[int], list[str]],  # gives the flags for a port
     environment: dict[str, str],
+    certificate: Certificate | None = None,
 ) -> ServerProcess:
     config = settings.config
     log = settings.run_dir / "servers" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with held_port(config.host, config.ports) as (port, held), open(log, "ab", opener=open_private) as file:
+    with held_port(config.host, config.ports) as (port, held), open_log(log) as file:
         log_start = file.tell()
         supervisor = subprocess.Popen(
             [str(config.python), str(LAUNCHER), *command(port)],
@@ -202,9 +229,12 @@ def launch(
             pass_fds=(held,),  # keeps the port reserved as long as the supervisor lives
         )
     keys = {"api_key": secrets.token_urlsafe(32), "admin_key": secrets.token_urlsafe(32)}
-    endpoint = Endpoint(url(config.host, port), keys["api_key"], keys["admin_key"], config.tensor)
+    scheme, fingerprint = ("http", "") if certificate is None else ("https", certificate.fingerprint)
+    endpoint = Endpoint(url(scheme, config.host, port), keys["api_key"], keys["admin_key"], config.tensor, fingerprint)
     assert supervisor.stdin is not None and supervisor.stdout is not None
-    given = keys | {"grace_seconds": GRACE_SECONDS[settings.device_type]}
+    given = keys | {"grace_seconds": GRACE_SECONDS[settings.device_type], "log": str(log.resolve())}
+    if certificate is not None:
+        given |= asdict(certificate)
     try:
         supervisor.stdin.write(json.dumps(given).encode() + b"\n")
         supervisor.stdin.flush()
@@ -222,34 +252,35 @@ def as_arguments(flags: Mapping[str, bool | int | float | str]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
-def open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def open_log(log: Path) -> IO[bytes]:
+    """Opens a log to append to it, for this user alone.
+
+    Where others can write to the run directory, they may have laid a link there: none is followed. Raises ValueError
+    for a link, and for what is not a file.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = os.open(log.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(log.name, flags, 0o600, dir_fd=folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise ValueError(f"run_dir: {log} cannot be written ({error.strerror}); remove it if it is a link") from None
+    file = os.fdopen(descriptor, "ab")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise ValueError(f"run_dir: {log} is not a file; remove it")
+    os.fchmod(descriptor, 0o600)
+    return file
 
 
-def url(host: str, port: int) -> str:
+def url(scheme: str, host: str, port: int) -> str:
     """Returns the URL of a server; one that listens on all interfaces is reached by the node's name."""
     if host in ("0.0.0.0", "::"):
         host = socket.getfqdn()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def answer(
-    endpoint: Endpoint, path: str, key: str, method: str = "GET", body: dict[str, str] | None = None
-) -> tuple[int, Any]:
-    """Returns an answer's status and JSON: status 0 when there is no answer, None when it is not JSON."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(endpoint.url + path, content, headers, method=method)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(request, timeout=ANSWER_SECONDS) as opened:
-            return opened.status, json.loads(opened.read() or b"null")
-    except urllib.error.HTTPError as error:
-        return error.code, None
-    except (OSError, http.client.HTTPException):
-        return 0, None
-    except ValueError:
-        return opened.status, None
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def check_flags(flags: Iterable[str]) -> None:
@@ -258,9 +289,9 @@ def check_flags(flags: Iterable[str]) -> None:
         for setting, names in OWN_FLAGS.items():
             if flag in names:
                 raise ValueError(f"rollout.sglang.flags: {flag} is set by {setting}: drop it")
-        if flag in REFUSED_FLAGS:
-            raise ValueError(f"rollout.sglang.flags: {flag} would go around the servers' keys: drop it")
         plain = flag.lstrip("-").replace("_", "-")
+        if REFUSED_FLAGS.fullmatch(plain):
+            raise ValueError(f"rollout.sglang.flags: {flag} would go around the servers' keys: drop it")
         if not re.fullmatch(r"[A-Za-z0-9-]+", plain):
             raise ValueError(f"rollout.sglang.flags: {flag!r} is no flag")
         if flag != plain:

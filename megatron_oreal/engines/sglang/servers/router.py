@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_oreal.engines.sglang.client import ServerError
 from megatron_oreal.engines.sglang.endpoints import Endpoint
-from megatron_oreal.engines.sglang.servers.process import ServerSettings, answer, launch_router
+from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.process import ServerSettings, launch_router
 
 START_SECONDS = 120.0  # that the router has to start, and to accept each change of its servers
 POLL_SECONDS = 0.2
@@ -24,6 +25,7 @@ class Router:
     def __init__(self, settings: ServerSettings, endpoints: Sequence[Endpoint]) -> None:
         self.process = launch_router(settings)
         try:
+            self.wait_for(self.process.listens, "did not start")  # before that, a stranger would learn the key
             self.wait_for(lambda: self.ask("GET", "/workers") is not None, "did not start")
             for endpoint in endpoints:
                 self.add(endpoint)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from megatron_oreal.engines.sglang.servers.node import address_towards
 from megatron_oreal.engines.sglang.weights.buckets import buckets
 from megatron_oreal.engines.sglang.weights.requests import CLEAN_UP_SECONDS, Collective, Deadline, Requests
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
+from megatron_oreal.parallel.rendezvous import listening_store
 
 CPU_BUCKET_BYTES = 32 * 2**20  # a bucket of this size stays in the cache until it is loaded
 
@@ -136,19 +136,10 @@ class BroadcastGroup:
         self.name = f"weights-{secrets.token_hex(8)}"
         self.world_size = 1 + sum(client.endpoint.tensor for client in clients)
         self.address = address_for(clients)
-        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
-        listening = socket.create_server((self.address, 0), family=family, backlog=self.world_size)
-        self.port: int = listening.getsockname()[1]
         timeout = timedelta(seconds=deadline.left())
-        self.store: dist.Store | None = dist.TCPStore(
-            self.address,
-            self.port,
-            self.world_size,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
+        listening = listening_store(self.address, 0, self.world_size, timeout)
+        self.port: int = listening.port
+        self.store: dist.Store | None = listening
         # Closing `store` ends the waits on all other connections, here and in the servers.
         self.connection: dist.Store = dist.TCPStore(self.address, self.port, self.world_size, timeout=timeout)
         self.join_requests: Requests | None = None
@@ -181,7 +172,10 @@ class BroadcastGroup:
             options._timeout = timeout
             self.backend = dist.ProcessGroupNCCL(store, 0, self.world_size, options)
         else:
-            self.backend = dist.ProcessGroupGloo(store, 0, self.world_size, timeout)
+            gloo = dist.ProcessGroupGloo._Options()
+            gloo._timeout = timeout
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]  # not on all interfaces
+            self.backend = dist.ProcessGroupGloo(store, 0, self.world_size, gloo)
 
     def broadcast(self, flat: Tensor, deadline: Deadline) -> None:
         """Sends the tensor to all members, and returns when they have it."""

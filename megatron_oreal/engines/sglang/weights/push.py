@@ -91,7 +91,10 @@ class WeightPusher:
                 return False
             return True
 
-        asked = [server for server in self.pool.servers if server.state != "restarting"]
+        # Where a server of ours has ended, a stranger may listen by now.
+        asked = [
+            server for server in self.pool.servers if server.state != "restarting" and not self.pool.has_ended(server)
+        ]
         answers = await asyncio.gather(*map(is_reachable, asked))
         return [server for server, answer in zip(asked, answers, strict=True) if answer]
 

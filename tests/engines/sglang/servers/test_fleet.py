@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,15 @@ from transformers import AutoModelForCausalLM
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, write_endpoints
+from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.encryption import clear_traffic, make_certificate, uses_tls
 from megatron_oreal.engines.sglang.servers.fleet import ServerFleet, open_servers
-from megatron_oreal.engines.sglang.servers.process import ServerSettings, check_flags
+from megatron_oreal.engines.sglang.servers.launcher import write_certificate
+from megatron_oreal.engines.sglang.servers.listening import open_addresses
+from megatron_oreal.engines.sglang.servers.node import address_towards
+from megatron_oreal.engines.sglang.servers.process import ServerSettings, check_flags, open_log
 from megatron_oreal.engines.sglang.servers.router import Router
+from tests.support.listening import listeners_of_tree
 
 PYTHON = Path(".venv-sglang/bin/python").absolute()
 CONFIG = SglangConfig(python=PYTHON, start_timeout_seconds=280)
@@ -101,6 +110,35 @@ def test_the_server_obeys_its_keys(sglang_fleet: ServerFleet, loop: EventLoopThr
     for path in ADMIN_PATHS:
         assert (status(loop, without, path), status(loop, wrong, path)) == (401, 401), path
     assert status(loop, endpoint, "/flush_cache") == 200
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_listens_on_loopback_alone(sglang_fleet: ServerFleet) -> None:
+    [process] = sglang_fleet.processes.values()
+    assert process.listens() and open_addresses(process.supervisor.pid) == []
+    found = listeners_of_tree(process.supervisor.pid)
+    assert len(found) > 1, "besides its own port, the store and the sockets of its ranks"
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_a_server_of_another_node_speaks_https(sglang_model: Path, tmp_path: Path, loop: EventLoopThread) -> None:
+    host = address_towards("192.0.2.1")
+    if host.startswith("127."):
+        pytest.skip("needs an address that other nodes reach")
+    said: list[str] = []
+    with opened(CONFIG.model_copy(update={"host": host}), sglang_model, tmp_path, said.append) as fleet:
+        [endpoint] = fleet.endpoints
+        assert endpoint.url.startswith(f"https://{host}:") and read_endpoints(tmp_path / "servers.json") == [endpoint]
+        assert status(loop, endpoint, "generate", GENERATE) == 200
+        with pytest.raises(ServerError):
+            ask(loop, replace(endpoint, certificate="0" * 64), "generate", GENERATE)
+        [process] = fleet.processes.values()
+        assert {str(each.address) for each in listeners_of_tree(process.supervisor.pid)} <= {host, "127.0.0.1"}
+    assert [line for line in said if "Warning" in line] == [
+        f"Warning: weights travel to {endpoint} unencrypted: use a network that you trust"
+    ]
 
 
 @pytest.mark.sglang
@@ -354,6 +392,9 @@ def test_servers_of_other_nodes_are_not_started_again(tmp_path: Path) -> None:
         ("admin-api-key", "admin-api-key is set by the run: drop it"),
         ("context-length", "context-length is set by data.max_prompt_tokens and rollout.max_new_tokens: drop it"),
         ("config", "config would go around the servers' keys: drop it"),
+        ("kv-events-config", "kv-events-config would go around the servers' keys: drop it"),
+        ("disaggregation-mode", "disaggregation-mode would go around the servers' keys: drop it"),
+        ("ssl-certfile", "ssl-certfile is set by rollout.sglang.tls: drop it"),
         ("--mem-fraction-static", "write mem-fraction-static instead of --mem-fraction-static"),
         ("mem_fraction_static", "write mem-fraction-static instead of mem_fraction_static"),
         ("a b", "'a b' is no flag"),
@@ -384,3 +425,127 @@ def test_a_launchers_variables_stay_with_the_trainer(tmp_path: Path, monkeypatch
     environment = settings.environment(["4", "5"])
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONPATH"} & {*environment}
     assert (environment["CUDA_VISIBLE_DEVICES"], environment["NCCL_SOCKET_IFNAME"]) == ("4,5", "eth0")
+
+
+def test_secrets_stay_with_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = (
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "PGPASSWORD",
+        "MY_SECRET",
+        "github_token",
+        "PASSWD",
+    )
+    secrets += ("PASSWD", "GOOGLE_APPLICATION_CREDENTIALS", "SSH_AUTH_SOCK", "SGLANG_API_KEY")
+    harmless = ("TOKENIZERS_PARALLELISM", "SGLANG_MAX_TOKENS", "LD_LIBRARY_PATH", "HF_HOME")
+    for name in (*secrets, *harmless):
+        monkeypatch.setenv(name, "1")
+    config = SglangConfig(secrets=["HF_TOKEN"])
+    settings = ServerSettings(config, tmp_path, "float32", tmp_path, "cpu", context_length=100)
+    environment = settings.environment([])
+    assert {*secrets} & {*environment} == {"HF_TOKEN"} and {*harmless} <= {*environment}
+
+
+def test_servers_of_one_node_stay_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for host, is_here in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False), ("192.0.2.1", False)):
+        settings = ServerSettings(SglangConfig(host=host), tmp_path, "float32", tmp_path, "cpu", context_length=100)
+        assert ("GLOO_SOCKET_IFNAME" in settings.environment([])) == is_here
+
+
+def test_logs_follow_no_link_and_are_private(tmp_path: Path) -> None:
+    log = tmp_path / "servers" / "server_0.log"
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    log.parent.mkdir()
+    log.write_text("older\n")
+    log.chmod(0o644)
+    with open_log(log) as file:
+        file.write(b"newer\n")
+    assert log.read_text() == "older\nnewer\n" and log.stat().st_mode & 0o777 == 0o600
+    log.unlink()
+    log.symlink_to(mine)
+    with pytest.raises(ValueError, match=r"server_0\.log cannot be written \(.*\); remove it if it is a link"):
+        open_log(log)
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(ValueError, match=r"run_dir: .*server_0\.log"):
+        open_log(log)
+    log.unlink()
+    log.parent.rmdir()
+    log.parent.symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"server_0\.log cannot be written"):
+        open_log(log)
+    assert mine.read_text() == "mine"
+
+
+SHORTEN = """
+import os, sys
+from megatron_oreal.engines.sglang.servers import launcher
+launcher.MAX_LOG_BYTES = 100
+for number in range(40):
+    os.write(2, b"%08d\\n" % number)
+    launcher.shorten_log(sys.argv[1])
+"""
+
+
+def test_a_log_does_not_grow_without_end(tmp_path: Path) -> None:
+    log = tmp_path / "server_0.log"
+    with open_log(log) as file:
+        subprocess.run([sys.executable, "-c", SHORTEN, str(log)], stderr=file, check=True)
+    older = tmp_path / "server_0.log.1"
+    assert older.read_text().splitlines() == [f"{number:08d}" for number in range(24, 36)]
+    assert log.read_text().splitlines() == [f"{number:08d}" for number in range(36, 40)]
+    assert older.stat().st_mode & 0o777 == 0o600 and {*tmp_path.iterdir()} == {log, older}
+
+
+@pytest.mark.parametrize("certificate", [True, False])
+def test_a_certificate_is_pinned(tmp_path: Path, loop: EventLoopThread, certificate: bool) -> None:
+    own, other = make_certificate(), make_certificate()
+    flags = write_certificate({"certificate": own.certificate, "private_key": own.private_key}, tmp_path)
+    assert flags == [f"--ssl-certfile={tmp_path}/certificate.pem", f"--ssl-keyfile={tmp_path}/private_key.pem"]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", tmp_path / "private_key.pem")
+    heard: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"x": 1}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        fingerprint = own.fingerprint if certificate else other.fingerprint
+        endpoint = Endpoint(f"https://127.0.0.1:{server.server_port}", "key", "admin", certificate=fingerprint)
+        if certificate:
+            assert answer(endpoint, "/model_info", "key") == (200, {"x": 1})
+            assert ask(loop, endpoint, "get", {"path": "/model_info"}) == {"x": 1}
+        else:
+            assert answer(endpoint, "/model_info", "key") == (0, None)
+            with pytest.raises(ServerError, match="GET /model_info failed"):
+                ask(loop, endpoint, "get", {"path": "/model_info"})
+        server.shutdown()
+    assert heard == (["Bearer key"] * 2 if certificate else [])
+
+
+def test_clear_traffic_is_named() -> None:
+    here, there = Endpoint("http://127.0.0.1:1", "", ""), Endpoint("http://192.0.2.1:2", "", "")
+    secure = replace(there, url="https://192.0.2.1:2", certificate="0" * 64)
+    config, disk = SglangConfig(), SglangConfig(weight_transport="disk")
+    assert clear_traffic([here], config) is None and clear_traffic([secure], disk) is None
+    assert "keys, prompts and weights travel to http://192.0.2.1:2 unencrypted" in str(
+        clear_traffic([here, there], config)
+    )
+    assert "Warning: weights travel to https://192.0.2.1:2 unencrypted" in str(clear_traffic([secure], config))
+    assert not uses_tls(config) and uses_tls(SglangConfig(host="0.0.0.0", tls=True))
+    assert not uses_tls(SglangConfig(host="0.0.0.0", router=True)) and not uses_tls(SglangConfig(host="::", tls=False))
+    with pytest.raises(ValueError, match=r"rollout\.sglang\.tls=true: sglang-router cannot check"):
+        SglangConfig(router=True, tls=True)

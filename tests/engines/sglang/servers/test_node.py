@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_oreal.config import SglangConfig
-from megatron_oreal.engines.sglang.servers.node import address_towards, assign_gpus, held_port
+from megatron_oreal.engines.sglang.servers.node import address_towards, assign_gpus, held_port, lock_folder
 
 HOST = "127.0.0.1"
 
@@ -136,9 +136,49 @@ def test_gpus_that_are_not_there_are_refused(settings: dict[str, object], num_tr
         assign_gpus(SglangConfig(**settings), num_trainer_gpus, VISIBLE)
 
 
-def test_locks_lie_in_the_temporary_folder(
+def test_locks_lie_in_a_private_folder(
     free_ports: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     with held_port(HOST, free_ports) as (port, _):
-        assert [file.name for file in tmp_path.iterdir()] == [f"megatron-oreal-{os.getuid()}-port-{port}.lock"]
+        [folder] = tmp_path.iterdir()
+        assert folder.name == f"megatron-oreal-{os.getuid()}" and folder.stat().st_mode & 0o777 == 0o700
+        assert [file.name for file in folder.iterdir()] == [f"port-{port}.lock"]
+    (tmp_path / "session").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "session"))
+    assert lock_folder() == tmp_path / "session" / "megatron-oreal"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "none"))
+    assert lock_folder() == folder
+
+
+def test_a_folder_that_another_user_has_made_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    name = f"megatron-oreal-{os.getuid()}"
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / f"{name}-1").write_text("")
+    (tmp_path / f"{name}-2").mkdir()
+    (tmp_path / f"{name}-2").chmod(0o770)  # others can change it
+    if os.getuid() == 0:
+        (tmp_path / f"{name}-3").mkdir(mode=0o700)
+        os.chown(tmp_path / f"{name}-3", 65534, 65534)
+    else:
+        (tmp_path / f"{name}-3").write_text("")
+    assert lock_folder() == tmp_path / f"{name}-4"
+    for number in range(4, 10):
+        (tmp_path / f"{name}-{number}").mkdir(exist_ok=True)
+        (tmp_path / f"{name}-{number}").chmod(0o777)
+    found = lock_folder()
+    assert found.name.startswith(f"{name}-") and found.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_lock_that_cannot_be_opened_is_a_taken_port(free_ports: tuple[int, int]) -> None:
+    lock = lock_folder() / f"port-{free_ports[0]}.lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to("/dev/null")
+    try:
+        with held_port(HOST, free_ports) as (port, _):
+            assert port == free_ports[0] + 1
+    finally:
+        lock.unlink()

@@ -1,0 +1,108 @@
+"""Tells which processes listen where, from Linux's /proc: a key must not be sent to somebody else's process.
+
+A free port is only a promise until a server listens on it, which takes a server minutes. Meanwhile, and when a server
+has died, any user of the machine can listen there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+
+from megatron_oreal.engines.sglang.servers.launcher import descendants
+
+LISTEN = "0A"  # the state of a listening socket, as /proc/net/tcp writes it
+ROOT = 0  # may read every process's memory anyway
+Address = IPv4Address | IPv6Address
+
+
+@dataclass(slots=True, frozen=True)
+class Listener:
+    address: Address
+    port: int
+    user: int
+    inode: int  # of the socket
+
+    def takes(self, host: str) -> bool:
+        """Says whether a connection to `host` and this port may end here."""
+        return self.address.is_unspecified or self.address in addresses_of(host)
+
+
+def listeners(process: int | None = None) -> list[Listener] | None:
+    """Returns all listening TCP sockets of the network that the process is in; None where the system does not say."""
+    found = []
+    folder = Path(f"/proc/{'self' if process is None else process}/net")
+    try:
+        for name in ("tcp", "tcp6"):
+            if (folder / name).exists() or name == "tcp":  # a kernel without IPv6 has no tcp6
+                found += [row for line in (folder / name).read_text().splitlines()[1:] if (row := read_row(line))]
+    except OSError:
+        return None
+    return found
+
+
+def read_row(line: str) -> Listener | None:
+    """Example: `0: 0100007F:7918 00000000:0000 0A ... 1000 0 35137 ...` is 127.0.0.1, port 31000, of user 1000."""
+    fields = line.split()
+    if fields[3] != LISTEN:
+        return None
+    written, port = fields[1].split(":")
+    # Words of four bytes, each in the order of the machine, which is little-endian wherever this package runs.
+    words = [bytes.fromhex(written[begin : begin + 8])[::-1] for begin in range(0, len(written), 8)]
+    address = ip_address(b"".join(words))
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return Listener(mapped or address, int(port, 16), int(fields[7]), int(fields[9]))
+
+
+def addresses_of(host: str) -> set[Address]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    return {ip_address(str(entry[4][0]).partition("%")[0]) for entry in found}
+
+
+def sockets_of(processes: Iterable[int]) -> set[int]:
+    """Returns the inodes of the sockets that these processes have open."""
+    found: set[int] = set()
+    for process in processes:
+        try:
+            descriptors = list(Path(f"/proc/{process}/fd").iterdir())
+        except OSError:  # it has ended meanwhile
+            continue
+        for descriptor in descriptors:
+            try:
+                target = str(descriptor.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                found.add(int(target[8:-1]))
+    return found
+
+
+def tree_listens(process: int, host: str, port: int) -> bool | None:
+    """Says whether the process or a descendant listens there, and nobody else; None where the system does not say."""
+    found = listeners(process)
+    if found is None:
+        return None
+    there = {listener.inode for listener in found if listener.port == port and listener.takes(host)}
+    return bool(there) and there <= sockets_of([process, *descendants(process)])
+
+
+def open_addresses(process: int) -> list[str]:
+    """Returns where the process and its descendants listen for other nodes, e.g. ["0.0.0.0:5557"]."""
+    own = sockets_of([process, *descendants(process)])
+    found = [listener for listener in listeners(process) or [] if listener.inode in own]
+    return sorted(f"{each.address}:{each.port}" for each in found if not each.address.is_loopback)
+
+
+def stranger_listens(host: str, port: int) -> bool:
+    """Says whether another user of this machine listens there; False for another machine and where nobody can tell."""
+    if not any(address.is_loopback for address in addresses_of(host)):
+        return False
+    there = [listener for listener in listeners() or [] if listener.port == port and listener.takes(host)]
+    return any(listener.user not in (os.getuid(), ROOT) for listener in there)
