@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Coroutine
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 
 from megatron_oreal.engines.sglang.endpoints import Endpoint
+from megatron_oreal.observability.event_loop import EventLoopThread as EventLoopThread
 
-Result = TypeVar("Result")
 CONNECT_SECONDS = 10.0
 
 
@@ -76,26 +73,3 @@ class SglangClient:
             raise ServerError(f"{what} failed: {error or type(error).__name__}") from None
         except ValueError as error:
             raise ServerError(f"{what} was answered with broken JSON: {error}") from None
-
-
-class EventLoopThread:
-    """Runs coroutines for code that is not asynchronous, on an event loop in a thread. Any thread may call `run`."""
-
-    def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
-        self.thread.start()
-
-    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_seconds: float | None = None) -> Result:
-        """Returns the coroutine's result. When it takes longer, it is cancelled and TimeoutError is raised."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result(timeout_seconds)
-        except (FutureTimeoutError, KeyboardInterrupt):
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
