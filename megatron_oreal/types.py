@@ -164,6 +164,10 @@ class Sample(TokenData):
     policy_versions: Int32Array = field(default_factory=no_ids)  # [R]; empty: each token is of `policy_version`
 
     @property
+    def reward(self) -> float:
+        return self.verdict.reward if self.verdict is not None else 0.0
+
+    @property
     def is_correct(self) -> bool:
         return self.verdict is not None and self.verdict.status == "correct"
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
-from megatron_oreal.config.algorithms import AnyAlgorithm, OrealConfig
+from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, AnyAlgorithm, OrealConfig
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
@@ -203,6 +203,12 @@ class TrainConfig(RunConfig):
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
+        if self.verifier.rewards == "any" and not self.algorithm.takes_any_reward:
+            able = [name for name, section in ALGORITHM_SECTIONS.items() if section.takes_any_reward]
+            raise ValueError(
+                f"verifier.rewards=any: algorithm.name={self.algorithm.name} is made for rewards of 0 and 1; set "
+                f"verifier.rewards=binary, or algorithm.name={' or '.join(able)}"
+            )
         check_best_metric(self.checkpoint, self.eval)
         return self
 

@@ -38,6 +38,37 @@ alternatives, or when you are not sure.
 Reply with one word, CORRECT or INCORRECT."""
 
 
+def check_url(name: str, url: str) -> None:
+    """Raises ValueError, without the address, which may hold a key, for what is not a plain http or https address."""
+    if not url:
+        return
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole or any(character.isspace() or not character.isprintable() for character in url):
+        raise ValueError(f"{name} must be an address such as http://node7:8000/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"{name} must be a plain address: no user, password, query or fragment; a key belongs into the environment "
+            "variable that api_key_env names"
+        )
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError where the judge would not be shown what it has to compare."""
+    missing = [f"{{{name}}}" for name in PLACEHOLDERS if f"{{{name}}}" not in prompt]
+    if missing:
+        raise ValueError(f"verifier.judge.prompt must hold {', '.join(missing)}")
+    unknown = [name for name in PLACEHOLDER.findall(prompt) if name not in PLACEHOLDERS]
+    if unknown:
+        raise ValueError(
+            f"verifier.judge.prompt holds {{{unknown[0]}}}, which nothing replaces; known: "
+            f"{', '.join(f'{{{name}}}' for name in PLACEHOLDERS)}"
+        )
+
+
 class HttpConfig(Section):
     """How a server that is asked for rewards is spoken to."""
 
@@ -189,34 +220,3 @@ class VerifierConfig(Section):
                 "verifier.url"
             )
         return self
-
-
-def check_url(name: str, url: str) -> None:
-    """Raises ValueError, without the address, which may hold a key, for what is not a plain http or https address."""
-    if not url:
-        return
-    try:
-        parts = urlsplit(url)
-        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_whole = False
-    if not is_whole or any(character.isspace() or not character.isprintable() for character in url):
-        raise ValueError(f"{name} must be an address such as http://node7:8000/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError(
-            f"{name} must be a plain address: no user, password, query or fragment; a key belongs into the environment "
-            "variable that api_key_env names"
-        )
-
-
-def check_prompt(prompt: str) -> None:
-    """Raises ValueError where the judge would not be shown what it has to compare."""
-    missing = [f"{{{name}}}" for name in PLACEHOLDERS if f"{{{name}}}" not in prompt]
-    if missing:
-        raise ValueError(f"verifier.judge.prompt must hold {', '.join(missing)}")
-    unknown = [name for name in PLACEHOLDER.findall(prompt) if name not in PLACEHOLDERS]
-    if unknown:
-        raise ValueError(
-            f"verifier.judge.prompt holds {{{unknown[0]}}}, which nothing replaces; known: "
-            f"{', '.join(f'{{{name}}}' for name in PLACEHOLDERS)}"
-        )

@@ -157,7 +157,10 @@ def read_opinion(payload: Any, config: JudgeConfig) -> tuple[bool, str]:
     _, mark, rest = text.rpartition(END_OF_REASONING)
     if not mark and "<think>" in rest:
         raise ReplyError("the reply ends within its reasoning")
-    words = {config.accept_word.strip().casefold(): True, config.reject_word.strip().casefold(): False}
+    words = {
+        config.accept_word.strip(DECORATION).casefold(): True,
+        config.reject_word.strip(DECORATION).casefold(): False,
+    }
     lines = [line.strip(DECORATION).casefold() for line in rest.splitlines()]
     lines = [line for line in lines if line]
     opinions = {words[line] for line in lines if line in words}

@@ -149,7 +149,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def reward_metrics(judged: Sequence[Sample]) -> dict[str, float]:
     """The rewards themselves, where some are neither 0 nor 1; `reward/mean` is the share of correct samples."""
-    rewards = [sample.verdict.reward for sample in judged if sample.verdict is not None]
+    rewards = [sample.reward for sample in judged]
     if all(reward in (0.0, 1.0) for reward in rewards):
         return {}
     return {"reward/value_mean": mean(rewards), "reward/value_min": min(rewards), "reward/value_max": max(rewards)}
