@@ -157,17 +157,18 @@ def read_opinion(payload: Any, config: JudgeConfig) -> tuple[bool, str]:
     _, mark, rest = text.rpartition(END_OF_REASONING)
     if not mark and "<think>" in rest:
         raise ReplyError("the reply ends within its reasoning")
-    words = {
-        config.accept_word.strip(DECORATION).casefold(): True,
-        config.reject_word.strip(DECORATION).casefold(): False,
-    }
-    lines = [line.strip(DECORATION).casefold() for line in rest.splitlines()]
-    lines = [line for line in lines if line]
+    words = {bare(config.accept_word): True, bare(config.reject_word): False}
+    lines = [line for line in map(bare, rest.splitlines()) if line]
     opinions = {words[line] for line in lines if line in words}
     if not lines or lines[-1] not in words or len(opinions) != 1:
         shown = " ".join(rest.split())[-80:]
         raise ReplyError(f"the reply is neither {config.accept_word} nor {config.reject_word}: {shown!r}")
     return opinions.pop(), text
+
+
+def bare(line: str) -> str:
+    """Without the Markdown and the punctuation around a word, in small letters."""
+    return line.strip(DECORATION).casefold()
 
 
 def reply_text(payload: Any, config: JudgeConfig) -> str:

@@ -145,9 +145,10 @@ def test_json_of_another_shape_is_no_opinion(payload: Any) -> None:
         read_opinion(payload, JudgeConfig())
 
 
-@pytest.mark.parametrize(
-    "how", ["503", "429", "garbage", "nested", "truncated", "huge", "endless", "reset", "no http", "drip"]
-)
+PASSING = ["503", "429", "garbage", "nested", "truncated", "huge", "endless", "reset", "no http", "drip"]
+
+
+@pytest.mark.parametrize("how", PASSING)
 def test_a_failure_that_passes_is_met_once(
     how: str, server: MisbehavingServer, tmp_path: Path, notes: list[str]
 ) -> None:
@@ -286,9 +287,9 @@ from pathlib import Path
 from megatron_oreal.rewards.judge_cache import JudgeCache
 cache = JudgeCache(Path(sys.argv[1]), print)
 async def fill():
-    for number in range(60):
+    for number in range(15):
         await cache.add(str(number), sys.argv[2] == "1", "x")
-    return [await cache.find(str(number)) for number in range(60)]
+    return [await cache.find(str(number)) for number in range(15)]
 print(asyncio.run(fill()))
 cache.close()
 """
@@ -299,7 +300,7 @@ def test_several_processes_share_the_file(tmp_path: Path) -> None:
     writers = [subprocess.Popen(argument, stdout=subprocess.PIPE, text=True) for argument in arguments]
     outputs = {writer.communicate()[0] for writer in writers}
     assert len(outputs) == 1  # the first opinion on a question is everybody's
-    assert outputs.pop().count(",") == 59 and all(writer.returncode == 0 for writer in writers)
+    assert outputs.pop().count(",") == 14 and all(writer.returncode == 0 for writer in writers)
 
 
 def test_a_damaged_file_is_refused_at_the_start_and_survived_later(

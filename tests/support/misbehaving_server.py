@@ -1,4 +1,4 @@
-"""An HTTP server that answers each request as its script says, well or badly. It writes bytes, so it can break any rule."""
+"""An HTTP server that answers as its script says, well or badly. It writes bytes, so it can break any rule."""
 
 from __future__ import annotations
 
