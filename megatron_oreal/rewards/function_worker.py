@@ -30,9 +30,9 @@ def serve_function(path: str, budget: Budget, replies: int) -> None:
     try:
         function = load_function(path)
     except ValueError as error:
-        send(replies, {"error": str(error)})
+        send(replies, json.dumps({"error": str(error)}))
         return
-    send(replies, {"ready": True})
+    send(replies, json.dumps({"ready": True}))
     os.dup2(1, 2)  # what the function prints goes nowhere
     for line in sys.stdin.buffer:
         job = json.loads(line)
@@ -75,16 +75,16 @@ def read_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"messages": tuple(Message(**message) for message in row["messages"])}
 
 
-def call(function: RewardFunction, prompt: Prompt, response: str) -> dict[str, Any]:
-    """One reply. The function's random numbers depend on the response alone, not on what this process did before."""
+def call(function: RewardFunction, prompt: Prompt, response: str) -> str:
+    """One reply, as JSON. The function's random numbers depend on the response alone, not on what this process did before."""
     seed_random_numbers(f"{prompt.id}\0{response}")
     try:
         value = function(prompt, response)
         if inspect.isawaitable(value):
             value = asyncio.run(finish(value))
-        return {"reward": as_json(value)}
+        return json.dumps({"reward": as_json(value)})
     except BaseException as error:  # noqa: BLE001  # whatever the user's function raises, SystemExit too
-        return {"error": in_one_line(error)}
+        return json.dumps({"error": in_one_line(error)})
 
 
 async def finish(value: Any) -> Any:
@@ -117,7 +117,7 @@ def in_one_line(error: BaseException) -> str:
     return text[:MAX_ERROR_CHARACTERS]
 
 
-def send(replies: int, reply: dict[str, Any]) -> None:
-    rest = json.dumps(reply).encode() + b"\n"
+def send(replies: int, reply: str) -> None:
+    rest = reply.encode() + b"\n"
     while rest:
         rest = rest[os.write(replies, rest) :]

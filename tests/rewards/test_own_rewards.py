@@ -54,7 +54,7 @@ def behave(prompt, response):
     if response == "memory":
         return len(bytearray(8 << 30))
     if response == "write":
-        open("/tmp/a_reward_wrote_this", "w").write("x")
+        open("written", "w").write("x")
     if response == "network":
         return socket.create_connection(("127.0.0.1", 1), timeout=5)
     if response == "deep":
@@ -116,7 +116,17 @@ def test_what_goes_wrong_in_a_function_is_a_status(open_function: Callable[..., 
         "kill": Verdict(0.0, "crash", None),
         **dict.fromkeys(("exit", "raise", "memory", "write", "network", "deep"), FAILED),
         **dict.fromkeys(("nan", "-inf", "None", "'1'", "[1]", "{'reward': nan}", "{'status': 'correct'}"), FAILED),
-        **dict.fromkeys(("10**400", "1e39", "{'reward': 1, 'score': 2}", "Verdict(1.0, 'right', None)"), FAILED),
+        **dict.fromkeys(
+            (
+                "10**400",
+                "10**5000",
+                "{'reward': 1, 'status': [[]]}",
+                "1e39",
+                "{'reward': 1, 'score': 2}",
+                "Verdict(1.0, 'right', None)",
+            ),
+            FAILED,
+        ),
         **dict.fromkeys(("Verdict(0.0, 'correct', None)", "Verdict(1.0, 'incorrect', None)", "object()"), FAILED),
         "Verdict(1.0, 'timeout', None)": Verdict(0.0, "timeout", None),
         **dict.fromkeys(("1", "True", "1.0", "np.float32(1)", "np.array([1])"), Verdict(1.0, "correct", None)),
@@ -129,10 +139,10 @@ def test_what_goes_wrong_in_a_function_is_a_status(open_function: Callable[..., 
     verdicts = verifier.verify_responses(PROMPT, list(expected))
     assert dict(zip(expected, verdicts, strict=True)) == expected
     assert verifier.verify_responses(PROMPT, ["1"]) == [Verdict(1.0, "correct", None)]
-    assert not Path("/tmp/a_reward_wrote_this").exists()
-    assert 3 < len(notes) < 8 and all(
-        "\n" not in note and "my_rewards:behave gave no reward for" in note for note in notes
-    )
+    written = Path("written")
+    assert not written.exists() or not written.read_bytes()
+    assert 3 < len(notes) < 8
+    assert all("\n" not in note and "my_rewards:behave gave no reward for" in note for note in notes)
 
 
 def test_a_reward_between_0_and_1_ends_the_run_where_rewards_are_binary(
@@ -209,9 +219,10 @@ def remote(url: str, notes: list[str], **settings: Any) -> RemoteVerifier:
 
 
 def test_a_server_gets_batches_and_its_order_counts() -> None:
-    with misbehaving_server(
-        lambda body: {"rewards": [int("2" in one["response"]) for one in body["requests"]]}
-    ) as server:
+    def rewards(body: Any) -> Any:
+        return {"rewards": [int("2" in one["response"]) for one in body["requests"]]}
+
+    with misbehaving_server(rewards) as server:
         server.script = ["503", "ok", "garbage"]
         with remote(server.url, [], batch_size=2) as verifier:
             verifier.check()
@@ -273,9 +284,8 @@ def test_the_functions_of_the_example(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(verdict.reward, verdict.status) for verdict in verdicts] == [
         (1.0, "correct"), (0.5, "incorrect"), (0.0, "incorrect"),
     ]  # fmt: skip
-    with open_verifier(
-        VerifierConfig(function="reward:short_and_right", num_workers=1), tmp_path, True, print
-    ) as verifier:
+    config = VerifierConfig(function="reward:short_and_right", num_workers=1)
+    with open_verifier(config, tmp_path, True, print) as verifier:
         verdicts = verifier.verify_responses(PROMPT, [r"\boxed{2}", r"\boxed{2}" + "." * 20, "2"])
     assert [verdict.status for verdict in verdicts] == ["correct", "incorrect", "no_answer"]
 
