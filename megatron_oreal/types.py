@@ -10,14 +10,16 @@ array stands for values that are not known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:  # The verifier's worker processes import this module, and no torch.
+    from torch import Tensor
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
@@ -26,8 +28,12 @@ Metrics = dict[str, float]  # e.g. {"policy/grad_norm": 0.7, "time/rollout_secon
 Notify = Callable[[str], None]  # takes a line for the user; any thread may call it
 # The fields of a micro-batch that a forward pass fills.
 TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]
-# With "timeout" and "crash" the verifier could not decide; every other status is a decision.
-VerdictStatus = Literal["correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash"]
+# With the last four nobody could decide; every other status is a decision.
+VerdictStatus = Literal[
+    "correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash", "judge_failed", "reward_failed"
+]
+UNJUDGED: tuple[VerdictStatus, ...] = ("timeout", "crash", "judge_failed", "reward_failed")
+JudgeOpinion = Literal["correct", "incorrect", "failed"]
 
 
 @dataclass(slots=True, frozen=True)
@@ -48,23 +54,31 @@ class Prompt:
     answer: str
     pass_rate: float | None = None  # measured before training, in [0, 1]
     source: str = ""  # the data set
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)  # whatever a reward of the user's own needs
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1].content
 
 
 @dataclass(slots=True, frozen=True)
 class Verdict:
-    """The verifier's decision on one answer; `reward` is 0.0 unless the status is "correct".
+    """The decision on one answer. The rules and the judge give the reward 1.0 to "correct" answers and else 0.0.
 
     Example: `Verdict(1.0, "correct", "2")`, and for a verifier that ran out of time `Verdict(0.0, "timeout", None)`.
+    An answer that the rules rejected and the judge accepted is `Verdict(1.0, "correct", "2", "incorrect", "correct")`.
     """
 
     reward: float
     status: VerdictStatus
     extracted: str | None  # the answer that the verifier found in the response
+    rules: VerdictStatus | None = None  # what the rules said, where the judge was asked too
+    judge: JudgeOpinion | None = None  # what the judge said; None where it was not asked
 
     @property
     def is_judged(self) -> bool:
-        """False when the verifier could not decide: such a sample is never trained on as wrong."""
-        return self.status not in ("timeout", "crash")
+        """False when nobody could decide: such a sample is never trained on as wrong."""
+        return self.status not in UNJUDGED
 
 
 ARRAY_DTYPES: dict[object, DTypeLike] = {Int32Array: np.int32, Float32Array: np.float32}  # by annotation
@@ -148,6 +162,10 @@ class Sample(TokenData):
     policy_version: int  # the version of the weights that generated the oldest token
     verdict: Verdict | None = None
     policy_versions: Int32Array = field(default_factory=no_ids)  # [R]; empty: each token is of `policy_version`
+
+    @property
+    def reward(self) -> float:
+        return self.verdict.reward if self.verdict is not None else 0.0
 
     @property
     def is_correct(self) -> bool:

@@ -164,8 +164,8 @@ class Ppo:
 
 
 def judged_sequences(group: Group) -> list[TrainingSequence]:
-    """Returns the group's sequences; `advantage` holds the reward, 1 or 0, until the critic has been asked."""
-    return [training_sequence(sample, float(sample.is_correct)) for sample in group.judged_samples]
+    """Returns the group's sequences; `advantage` holds the reward until the critic has been asked."""
+    return [training_sequence(sample, sample.reward) for sample in group.judged_samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:

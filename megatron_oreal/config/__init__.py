@@ -38,7 +38,6 @@ from megatron_oreal.config.models import (
 )
 from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
 from megatron_oreal.config.runs import (
-    AnswerRule,
     CheckpointConfig,
     EvalRunConfig,
     ModelRunConfig,
@@ -47,8 +46,8 @@ from megatron_oreal.config.runs import (
     SftConfig,
     SftDataConfig,
     TrainConfig,
-    VerifierConfig,
 )
+from megatron_oreal.config.verifier import AnswerRule, HttpConfig, JudgeConfig, RemoteRewardConfig, VerifierConfig
 
 __all__ = [
     "ALGORITHM_SECTIONS",
@@ -63,6 +62,8 @@ __all__ = [
     "HeadFp8",
     "HeadInit",
     "HeadPrecision",
+    "HttpConfig",
+    "JudgeConfig",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",
@@ -72,6 +73,7 @@ __all__ = [
     "PolicyConfig",
     "PpoConfig",
     "PromptConfig",
+    "RemoteRewardConfig",
     "RolloutConfig",
     "RunConfig",
     "SampleNeeds",

@@ -33,6 +33,7 @@ class AlgorithmConfig(Section):
     name: str
     min_group_size: ClassVar[int] = 1
     takes_importance_weights: ClassVar[bool] = True  # Whether it corrects for samples that are older than the policy.
+    takes_any_reward: ClassVar[bool] = False  # Whether rewards may be other numbers than 0 and 1.
     # When settings of other sections act with this algorithm; the conditions are called with the whole TrainConfig.
     run_effects: ClassVar[Effects] = ()
 
@@ -189,6 +190,7 @@ class PpoConfig(AlgorithmConfig):
     policy_freeze_steps: int = Field(default=0, ge=0)  # The first steps train the critic only.
     critic: CriticConfig = CriticConfig()  # The model that predicts the reward.
 
+    takes_any_reward: ClassVar[bool] = True
     effects: ClassVar[Effects] = (
         (("kl_kind",), positive("kl_coef")),
         (

@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
-from megatron_oreal.config.algorithms import AnyAlgorithm, OrealConfig
+from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, AnyAlgorithm, OrealConfig
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
+from megatron_oreal.config.verifier import VerifierConfig
 
 
 class PromptConfig(Section):
@@ -57,21 +58,6 @@ class DataConfig(PromptConfig):
         if bounds != sorted(bounds) or any(repeats < 0 for _, repeats in self.repeats_by_pass_rate):
             raise ValueError("data.repeats_by_pass_rate needs rising bounds and repeats >= 0")
         return self
-
-
-AnswerRule = Literal["last_box", "answer_tags", "conclusion"]
-
-
-class VerifierConfig(Section):
-    """How responses are compared with the right answer."""
-
-    num_workers: PositiveInt = 4  # Processes for comparisons that take algebra; they start when the first one comes.
-    cpu_seconds: float = Field(default=3.0, gt=0)  # A comparison that takes longer loses its worker, and its verdict.
-    # Timeouts among the samples of one prompt that are left out of training; where there are more, all count as wrong.
-    max_timeouts: int = Field(default=1, ge=0)
-    # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
-    answer_rule: AnswerRule = "last_box"
-    require_stop: bool = True  # A response cut at the length limit is wrong, whatever it says.
 
 
 class EvalConfig(Section):
@@ -217,6 +203,12 @@ class TrainConfig(RunConfig):
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
+        if self.verifier.rewards == "any" and not self.algorithm.takes_any_reward:
+            able = [name for name, section in ALGORITHM_SECTIONS.items() if section.takes_any_reward]
+            raise ValueError(
+                f"verifier.rewards=any: algorithm.name={self.algorithm.name} is made for rewards of 0 and 1; set "
+                f"verifier.rewards=binary, or algorithm.name={' or '.join(able)}"
+            )
         check_best_metric(self.checkpoint, self.eval)
         return self
 

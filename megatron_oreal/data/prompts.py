@@ -33,7 +33,9 @@ class EncodedPrompt(TokenData):
 
 
 def read_prompts(path: Path, setting: str) -> list[Prompt]:
-    """Reads JSONL of {"id", "prompt", "answer", "source", "pass_rate"}; the last two are optional, other keys ignored.
+    """Reads JSONL of {"id", "prompt", "answer", "source", "pass_rate", "meta"}.
+
+    The last three are optional, other keys are ignored. "meta" is an object that rewards of the user's own get to see.
 
     "prompt" is a list of {"role", "content"}, or a string for one user message. Raises ValueError, naming `setting` and
     the line, for a missing or empty file, a malformed line, an id that occurs twice, and an answer that no response can
@@ -64,6 +66,7 @@ def prompt_row(prompt: Prompt) -> Row:
         "answer": prompt.answer,
         "source": prompt.source,
         "pass_rate": prompt.pass_rate,
+        **({"meta": dict(prompt.metadata)} if prompt.metadata else {}),
     }
 
 
@@ -75,12 +78,16 @@ def parse_prompt(row: Row) -> Prompt:
     source = row.get("source", "")
     if not isinstance(source, str):
         raise ValueError(f"source must be a string, not {describe_type(source)}")
+    metadata = {} if row.get("meta") is None else row["meta"]
+    if not isinstance(metadata, dict):
+        raise ValueError(f"meta must be an object, not {describe_type(metadata)}")
     return Prompt(
         id=parse_text(row, "id"),
         messages=parse_messages(row),
         answer=parse_text(row, "answer"),
         pass_rate=None if pass_rate is None else float(pass_rate),
         source=source,
+        metadata=metadata,
     )
 
 

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_oreal.config import AnswerRule
 from megatron_oreal.observability.closing import Closing
 from megatron_oreal.rewards.algebra_needed import AlgebraNeeded
-from megatron_oreal.rewards.answer import MAX_NESTING, extract_answer, nesting_depth
+from megatron_oreal.rewards.answer import ANSWER_REGIONS, MAX_NESTING, extract_answer, nesting_depth
 from megatron_oreal.rewards.comparison import is_same
 from megatron_oreal.rewards.hostile_input import is_hostile
 from megatron_oreal.rewards.plain_numbers import parse_number
@@ -19,9 +20,10 @@ from megatron_oreal.rewards.references import prepare_reference
 from megatron_oreal.rewards.scalars import spelled_alike
 from megatron_oreal.rewards.spelling import normalize
 from megatron_oreal.rewards.worker_pool import Comparison, Outcome, WorkerPool
-from megatron_oreal.types import Verdict, VerdictStatus
+from megatron_oreal.types import Metrics, Prompt, Verdict, VerdictStatus
 
 DEFAULT_MAX_TIMEOUTS = 1
+NUM_CONCURRENT_GROUPS = 4  # one slow comparison does not hold the other groups up
 
 STATUS_OF_OUTCOME: dict[Outcome, VerdictStatus] = {
     "equal": "correct",
@@ -40,6 +42,7 @@ class MathVerifier(Closing):
     wall_seconds: a limit for what hangs without computing; 30 + 30 * cpu_seconds when None.
     max_timeouts: of the answers that `verify_many` compares with one reference, so many may be a "timeout"; where there
         are more, all of them are "rejected", unless the reference itself is slow.
+    answer_rule: where `verify_responses` looks for the answer.
 
     Statuses: "correct", "incorrect", "no_answer" (no, empty or unclosed box), "too_long" (over 1000 characters) and
     "rejected" (nested over 50 deep, refused by the screen, or one of too many that are slow to check) are judged;
@@ -52,10 +55,12 @@ class MathVerifier(Closing):
         cpu_seconds: float = 3.0,
         wall_seconds: float | None = None,
         max_timeouts: int = DEFAULT_MAX_TIMEOUTS,
+        answer_rule: AnswerRule = "last_box",
     ) -> None:
         if max_timeouts < 0:
             raise ValueError(f"verifier.max_timeouts must be >= 0, got {max_timeouts}")
         self.max_timeouts = max_timeouts
+        self.region = ANSWER_REGIONS[answer_rule]
         self.pool = WorkerPool(num_workers, cpu_seconds, wall_seconds)
 
     def verify(self, response: str, answer: str) -> Verdict:
@@ -82,6 +87,20 @@ class MathVerifier(Closing):
             else judgement
             for judgement in judgements
         ]
+
+    def verify_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
+        """See `Verifier`: the whole responses to one prompt."""
+        return self.verify_many([(self.region(response), prompt.answer) for response in responses])
+
+    @property
+    def num_concurrent(self) -> int:
+        return NUM_CONCURRENT_GROUPS
+
+    def check(self) -> None:
+        """Nothing can be wrong: workers start when they are needed, and references were checked with the prompts."""
+
+    def flush_metrics(self) -> Metrics:
+        return {}
 
     def status(
         self, comparison: Comparison, outcomes: Mapping[Comparison, Outcome], timeouts: Mapping[str, int]

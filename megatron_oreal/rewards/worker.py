@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--cpu-seconds", type=float, required=True)
     parser.add_argument("--memory-bytes", type=int, required=True)
+    parser.add_argument("--function", default="")  # a reward of the user's own, in place of comparisons
     options = parser.parse_args()
 
     # Whatever the libraries print must not reach the protocol.
@@ -142,6 +143,11 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
     load_package()
+    if options.function:
+        from megatron_oreal.rewards.function_worker import serve_function
+
+        serve_function(options.function, CpuBudget(options.cpu_seconds), replies)
+        return
     from megatron_oreal.rewards.comparer import Comparer
 
     comparer = Comparer(CpuBudget(options.cpu_seconds))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import select
 import signal
 import site
@@ -18,18 +17,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from megatron_oreal.rewards.process_pool import NUM_ATTEMPTS, ProcessPool
 
 WORKER_SCRIPT = Path(__file__).with_name("worker.py")
 START_SECONDS = 180.0  # importing from a slow shared file system
 DEFAULT_MEMORY_BYTES = 2 * 2**30  # of address space
-JOBS_PER_PROCESS = 2000  # sympy's caches grow
-NUM_ATTEMPTS = 2  # a process ended from outside says nothing about its comparison
 # Python's own and the dynamic linker's; the rest of a launcher's environment is no business of a worker.
 INHERITED_VARIABLES = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 NO_HOME = "/nonexistent"
 MAX_REMEMBERED_REFERENCES = 10_000
@@ -50,7 +49,7 @@ class Comparison:
 class WorkerProcess:
     """One process. Errors: RuntimeError when it does not start, which is the installation's fault, not an answer's."""
 
-    def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int) -> None:
+    def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int, function: str = "") -> None:
         self.wall_seconds = wall_seconds
         self.num_jobs = 0
         self.unread = b""  # of what the process wrote
@@ -63,6 +62,7 @@ class WorkerProcess:
                 f"--parent-pid={os.getpid()}",
                 f"--cpu-seconds={cpu_seconds}",
                 f"--memory-bytes={memory_bytes}",
+                f"--function={function}",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -71,24 +71,23 @@ class WorkerProcess:
             env={name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
             # Packages that were installed for this user alone are found without HOME, which is a folder of secrets.
             | {"HOME": NO_HOME, "PYTHONUSERBASE": site.getuserbase()}
-            | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"},
+            | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"}
+            | dict.fromkeys(THREAD_COUNTS, "1"),  # a worker may start no thread
         )
-        if self.read_line(START_SECONDS) is None:
+        ready = self.read_line(START_SECONDS)
+        if ready is None:
             self.end()
             raise RuntimeError(
                 f"the verifier's worker did not start (exit status {self.process.returncode}); its error is on stderr. "
                 "Is math-verify[antlr4_13_2] installed in this environment?"
             )
+        if error := json.loads(ready).get("error"):
+            self.end()
+            raise ValueError(error)
 
     def compare(self, comparison: Comparison) -> Outcome:
         """After "timeout", "slow_reference" and most times of "crash" the process has ended."""
-        self.num_jobs += 1
-        job = json.dumps({"answer": comparison.answer, "prediction": comparison.prediction})
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(job.encode() + b"\n")
-        except BrokenPipeError:
-            self.end()
+        if not self.send({"answer": comparison.answer, "prediction": comparison.prediction}):
             return "crash"
         is_reference_done = False
         while (line := self.read_line(self.wall_seconds)) is not None:
@@ -96,13 +95,36 @@ class WorkerProcess:
             if "is_equal" in reply:
                 return OUTCOME_OF_REPLY[reply["is_equal"]]
             is_reference_done = True
-        ran_on = self.process.poll() is None and not self.is_closed
-        self.end()
+        ran_on = self.end_in_time()
         if ran_on:
             return "timeout"
-        if self.process.returncode != -signal.SIGPROF:
+        if not self.spent_its_budget:
             return "crash"
         return "timeout" if is_reference_done else "slow_reference"
+
+    def send(self, job: dict[str, Any]) -> bool:
+        """Hands a job in; False when the process had ended."""
+        self.num_jobs += 1
+        assert self.process.stdin is not None
+        rest = memoryview(json.dumps(job).encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[self.process.stdin.write(rest) :]
+        except BrokenPipeError:
+            self.end()
+            return False
+        return True
+
+    def end_in_time(self) -> bool:
+        """Ends a process that did not reply; returns whether it still ran, and so had spent its wall time."""
+        ran_on = self.process.poll() is None and not self.is_closed
+        self.end()
+        return ran_on
+
+    @property
+    def spent_its_budget(self) -> bool:
+        """Whether the ended process had used up its CPU time."""
+        return self.process.returncode == -signal.SIGPROF
 
     def read_line(self, timeout_seconds: float) -> bytes | None:
         """The next reply; None at the end of the process (`is_closed` then) or of the time."""
@@ -139,7 +161,7 @@ class WorkerProcess:
             pipe.close()
 
 
-class WorkerPool:
+class WorkerPool(ProcessPool[Comparison, Outcome, WorkerProcess]):
     """Compares in up to `num_workers` processes; safe to call from several threads."""
 
     def __init__(
@@ -149,57 +171,24 @@ class WorkerPool:
         wall_seconds: float | None = None,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
-        if num_workers < 1:
-            raise ValueError(f"verifier.num_workers must be >= 1, got {num_workers}")
         if cpu_seconds <= 0:
             raise ValueError(f"verifier.cpu_seconds must be > 0, got {cpu_seconds}")
-        self.num_workers = num_workers
+        super().__init__(num_workers)
         self.cpu_seconds = cpu_seconds
-        self.wall_seconds = 30.0 + 30.0 * cpu_seconds if wall_seconds is None else wall_seconds
+        self.wall_seconds = default_wall_seconds(cpu_seconds) if wall_seconds is None else wall_seconds
         self.memory_bytes = memory_bytes
-        self.jobs: queue.SimpleQueue[tuple[Comparison, Future[Outcome]] | None] = queue.SimpleQueue()
-        self.threads: list[threading.Thread] = []
-        self.workers: dict[int, WorkerProcess] = {}  # by the index of the owning thread
-        self.lock = threading.Lock()
-        self.is_closed = False
-        self.num_unfinished = 0  # jobs in the queue or in a worker
         # Reference answers by what the first comparison with them showed; None while it runs.
         self.is_slow: dict[str, bool | None] = {}
         self.reference_known = threading.Condition()
 
     def compare_many(self, comparisons: Sequence[Comparison]) -> list[Outcome]:
         """Outcomes in the order given. Errors: RuntimeError when workers cannot be started, or after `close`."""
-        futures: list[Future[Outcome]] = []
-        with self.lock:
-            if self.is_closed:
-                raise RuntimeError("the verifier is closed")
-            self.num_unfinished += len(comparisons)
-            for comparison in comparisons:
-                futures.append(Future())
-                self.jobs.put((comparison, futures[-1]))
-            # The kernel ends a worker with the thread that started it, so the threads live as long as the pool.
-            while len(self.threads) < min(self.num_workers, self.num_unfinished):
-                index = len(self.threads)
-                thread = threading.Thread(target=self.serve, args=(index,), name=f"verifier-{index}", daemon=True)
-                self.threads.append(thread)
-                thread.start()
-        return [future.result() for future in futures]
+        return [future.result() for future in self.submit_many(comparisons)]
 
-    def serve(self, index: int) -> None:
-        """A thread's loop, until it is told to stop by None."""
-        while (job := self.jobs.get()) is not None:
-            comparison, future = job
-            try:
-                future.set_result(self.compare(index, comparison))
-            except Exception as error:  # noqa: BLE001  # it belongs to the caller, who waits for the future
-                future.set_exception(error)
-            finally:
-                with self.lock:
-                    self.num_unfinished -= 1
-        if worker := self.workers.pop(index, None):
-            worker.end()
+    def start_process(self) -> WorkerProcess:
+        return WorkerProcess(self.cpu_seconds, self.wall_seconds, self.memory_bytes)
 
-    def compare(self, index: int, comparison: Comparison) -> Outcome:
+    def answer(self, index: int, comparison: Comparison) -> Outcome:
         """A reference that is slow by itself costs one worker, once."""
         with self.reference_known:
             while comparison.answer in self.is_slow and self.is_slow[comparison.answer] is None:
@@ -236,23 +225,7 @@ class WorkerPool:
                 break
         return outcome
 
-    def running_worker(self, index: int) -> WorkerProcess:
-        worker = self.workers.get(index)
-        if worker is not None and worker.is_running and worker.num_jobs < JOBS_PER_PROCESS:
-            return worker
-        if worker is not None:
-            worker.end()
-        self.workers[index] = WorkerProcess(self.cpu_seconds, self.wall_seconds, self.memory_bytes)
-        return self.workers[index]
 
-    def close(self) -> None:
-        """Ends the workers, in the middle of a comparison if need be; returns when their processes are gone."""
-        with self.lock:
-            self.is_closed = True
-        for worker in list(self.workers.values()):
-            worker.process.kill()
-        for _ in self.threads:
-            self.jobs.put(None)
-        for thread in self.threads:
-            thread.join()
-        self.threads.clear()
+def default_wall_seconds(cpu_seconds: float) -> float:
+    """The limit for what hangs without computing: a busy machine must not reach it."""
+    return 30.0 + 30.0 * cpu_seconds

@@ -17,12 +17,21 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_oreal.statistics import pass_at_k
-from megatron_oreal.types import Group, Int32Array, Sample
+from megatron_oreal.types import Group, Int32Array, JudgeOpinion, Sample
 
 REFLECTION_WORDS = ("wait", "recheck", "retry", "alternatively", "however")
 # The look-behind comes last: a pattern that begins with plain letters is searched for several times faster.
 REFLECTION = tuple(re.compile(rf"{word}(?<!\w{word})\b") for word in REFLECTION_WORDS)
 NGRAM_TOKENS = 16
+# Whether the rules accepted the answer, and what the judge said: how it is counted.
+JUDGED_AS: dict[tuple[bool, JudgeOpinion], str] = {
+    (False, "correct"): "overruled",
+    (False, "incorrect"): "agreed",
+    (False, "failed"): "failed",
+    (True, "correct"): "audit_agreed",
+    (True, "incorrect"): "audit_disagreed",
+    (True, "failed"): "audit_failed",
+}
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no token's bits are lost
 
 
@@ -129,9 +138,38 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "verifier/timeout": statuses.count("timeout"),
         "verifier/crash": statuses.count("crash"),
     }
+    for status in ("judge_failed", "reward_failed"):
+        if status in statuses:
+            metrics[f"verifier/{status}"] = statuses.count(status)
+    metrics |= reward_metrics(judged)
     if known:
         metrics["rollout/logprob_mean"] = sum(map(logprob_sum, known)) / sum(len(s.rollout_logprobs) for s in known)
     return metrics
+
+
+def reward_metrics(judged: Sequence[Sample]) -> dict[str, float]:
+    """The rewards themselves, where some are neither 0 nor 1; `reward/mean` is the share of correct samples."""
+    rewards = [sample.reward for sample in judged]
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        return {}
+    return {"reward/value_mean": mean(rewards), "reward/value_min": min(rewards), "reward/value_max": max(rewards)}
+
+
+def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the judge said, for each data set (`Prompt.source`); nothing where it was not asked.
+
+    `judge/<data set>/overruled` counts the answers that the rules did not accept and the judge did, `agreed` those that
+    both did not accept, `failed` those without an opinion. `audit_agreed`, `audit_disagreed` and `audit_failed` count
+    the same among the accepted answers that an audit shows to the judge. Only the first rank knows.
+    """
+    told = [
+        (group.prompt.source or "unnamed", JUDGED_AS[verdict.rules == "correct", verdict.judge])
+        for group in groups
+        for verdict in (sample.verdict for sample in group.samples)
+        if verdict is not None and verdict.judge is not None
+    ]
+    sources = sorted({source for source, _ in told})
+    return {f"judge/{source}/{name}": told.count((source, name)) for source in sources for name in JUDGED_AS.values()}
 
 
 def logprob_sum(sample: Sample) -> float:

@@ -14,7 +14,7 @@ from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.engines.engine import ALONE, BatchIndex, Generation, GenerationRequest
 from megatron_oreal.types import Group
 
-JUDGING_THREADS = 4  # groups that are verified at the same time: one slow comparison does not hold the others up
+DEFAULT_JUDGING_THREADS = 4
 
 
 @dataclass(slots=True, frozen=True)
@@ -41,6 +41,35 @@ class StopCondition:
 Judge = Callable[[PromptRequest, Sequence[Generation]], Group]
 
 
+class JudgingTime:
+    """How long the verification of groups takes, how many wait for it, and how much of it the generation hides."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.seconds = 0.0  # that threads spent with groups, together
+        self.queue_length = 0  # groups handed in and not judged yet
+        self.longest_queue = 0
+        self.last_end = 0.0  # when a group was judged last; 0 before
+
+    def hand_in(self) -> None:
+        with self.lock:
+            self.queue_length += 1
+            self.longest_queue = max(self.longest_queue, self.queue_length)
+
+    def measured(self, judge: Judge) -> Judge:
+        def judge_group(request: PromptRequest, generations: Sequence[Generation]) -> Group:
+            begin = time.monotonic()
+            try:
+                return judge(request, generations)
+            finally:
+                with self.lock:
+                    self.last_end = time.monotonic()
+                    self.seconds += self.last_end - begin
+                    self.queue_length -= 1
+
+        return judge_group
+
+
 class PendingGroups:
     """A `Watch` that takes the engine's responses and judges each group when its last response is there.
 
@@ -58,8 +87,11 @@ class PendingGroups:
         judge: Judge,
         stop_condition: StopCondition | None = None,
         keep: Callable[[int, Generation, BatchIndex], None] | None = None,  # gets each response that is taken
+        num_judging: int = DEFAULT_JUDGING_THREADS,  # groups that are verified at the same time
     ) -> None:
-        self.prompt_requests, self.num_samples, self.judge = prompt_requests, num_samples, judge
+        self.prompt_requests, self.num_samples = prompt_requests, num_samples
+        self.judging_time = JudgingTime()
+        self.judge = self.judging_time.measured(judge)
         self.stop_condition, self.keep = stop_condition, keep
         self.finished: dict[int, Generation] = {}  # by request
         self.seconds: list[float] = []  # from the start to each response
@@ -70,7 +102,7 @@ class PendingGroups:
         self.error: Exception | None = None
         self.start = time.monotonic()
         self.lock = threading.Lock()
-        self.judging = ThreadPoolExecutor(JUDGING_THREADS, "judging")
+        self.judging = ThreadPoolExecutor(num_judging, "judging")
 
     def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
         with self.lock:
@@ -102,6 +134,12 @@ class PendingGroups:
             self._judge_complete()  # of a batch whose last response was not taken
         return {number: judged.result() for number, judged in self.judged.items()}
 
+    @property
+    def seconds_after_generation(self) -> float:
+        """How long the verification went on after the last response, which nothing hides."""
+        last_response = self.start + max(self.seconds, default=0.0)
+        return max(0.0, self.judging_time.last_end - last_response) if self.judging_time.last_end else 0.0
+
     def stop(self) -> None:
         """Gives up whatever is missing."""
         self.is_over = True
@@ -120,6 +158,7 @@ class PendingGroups:
         for number in self.complete:
             first = number * self.num_samples
             generations = [self.finished[member] for member in range(first, first + self.num_samples)]
+            self.judging_time.hand_in()
             self.judged[number] = self.judging.submit(self.judge, self.prompt_requests[number], generations)
             if self.stop_condition is not None:
                 needs_mixed = self.stop_condition.needs_mixed

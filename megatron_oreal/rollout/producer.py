@@ -18,7 +18,7 @@ from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequ
 from megatron_oreal.observability.metrics import Metrics
 from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.ledger import Ledger, response_key
-from megatron_oreal.rollout.metrics import nearest_rank
+from megatron_oreal.rollout.metrics import judge_metrics, nearest_rank
 from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest, StopCondition
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group
@@ -53,6 +53,8 @@ class GroupProducer:
     is_stopped: bool = False
     counts: Counter[str] = field(default_factory=Counter)  # of the step under way
     seconds: list[float] = field(default_factory=list)  # from the step's start to each of its responses
+    verification: dict[str, float] = field(default_factory=dict)  # seconds of the step under way
+    longest_queue: int = 0  # of groups that waited for their verdicts
     start: float = 0.0
 
     def produce(self, step: int) -> Produced:
@@ -63,6 +65,8 @@ class GroupProducer:
         ProductionStoppedError after `stop`.
         """
         self.counts, self.seconds, self.start = Counter(), [], time.monotonic()
+        self.verification, self.longest_queue = {"seconds": 0.0, "seconds_after_generation": 0.0}, 0
+        self.sampler.verifier.flush_metrics()  # An evaluation's numbers are not this step's.
         assert self.sampler.engine.version >= step - self.config.staleness, "the engine's weights are too old"
         groups: list[NumberedGroup] = []
         num_chosen = 0
@@ -75,7 +79,8 @@ class GroupProducer:
             if num_chosen >= self.prompts_per_step:
                 break
         self.ledger.finish(step)
-        return Produced(groups, self.cursor.state(), self._metrics(), self._notes(step))
+        metrics = self._metrics() | judge_metrics([numbered.group for numbered in groups])
+        return Produced(groups, self.cursor.state(), metrics, self._notes(step))
 
     def stop(self) -> None:
         """Gives up what is under way. The main thread calls this while another thread produces."""
@@ -136,7 +141,8 @@ class GroupProducer:
             self.ledger.sync(step)
             return self.sampler.judge(request, generations)
 
-        self.pending = pending = PendingGroups(prompt_requests, size, judge, stop_condition, keep)
+        num_judging = self.sampler.verifier.num_concurrent
+        self.pending = pending = PendingGroups(prompt_requests, size, judge, stop_condition, keep, num_judging)
         if self.is_stopped:
             pending.stop()
         try:
@@ -146,6 +152,9 @@ class GroupProducer:
             groups = pending.groups()
         finally:
             pending.close()
+        self.verification["seconds"] += pending.judging_time.seconds
+        self.verification["seconds_after_generation"] += pending.seconds_after_generation
+        self.longest_queue = max(self.longest_queue, pending.judging_time.longest_queue)
         self.seconds += [pending.start - self.start + seconds for seconds in pending.seconds]
         for number, key in enumerate(keys):
             if number // size not in groups:
@@ -186,13 +195,16 @@ class GroupProducer:
                 self.ledger.carry(step + 1, key, generation)
 
     def _metrics(self) -> Metrics:
-        """Returns what over-sampling cost, and how long the first, median, 90 % and last responses took."""
+        """Returns what over-sampling cost, and how long responses and their verification took."""
         names = ("given_up", "tokens_given_up", "carried", "resumed", "restarted")
         metrics: Metrics = {f"rollout/num_{name}": self.counts[name] for name in names}
         if self.seconds:
             for name, share in {"first": 0.0, "half": 0.5, "nine_tenths": 0.9, "last": 1.0}.items():
                 metrics[f"time/in_rollout/{name}_response"] = nearest_rank(self.seconds, share)
-        return metrics
+        # Whatever depends on the load stands under time/: the rest is the same in each run.
+        metrics |= {f"time/verifier/{name}": seconds for name, seconds in self.verification.items()}
+        metrics["time/verifier/longest_queue"] = self.longest_queue
+        return metrics | self.sampler.verifier.flush_metrics()
 
     def _notes(self, step: int) -> list[str]:
         num_found = self.counts["found"]

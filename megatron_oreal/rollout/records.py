@@ -21,6 +21,7 @@ def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
 
 def sample_row(group: Group, sample: Sample) -> dict[str, object]:
     verdict = sample.verdict
+    judged = {"rules": verdict.rules, "judge": verdict.judge} if verdict is not None and verdict.judge else {}
     return {
         "prompt_id": sample.prompt_id,
         "prompt": group.prompt.messages[-1].content,
@@ -33,4 +34,5 @@ def sample_row(group: Group, sample: Sample) -> dict[str, object]:
         "logprob": round(logprob_sum(sample), 6) if len(sample.rollout_logprobs) else None,
         "finish_reason": sample.finish_reason,
         "policy_version": sample.policy_version,
+        **judged,
     }

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 
-from megatron_oreal.config import AnswerRule
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import (
@@ -21,12 +20,11 @@ from megatron_oreal.engines.engine import (
     SamplingParams,
 )
 from megatron_oreal.engines.stop_strings import tokens_to_stop_string
-from megatron_oreal.rewards import MathVerifier
-from megatron_oreal.rewards.answer import ANSWER_REGIONS
+from megatron_oreal.rewards.verifier import Verifier
 from megatron_oreal.rollout.group_broadcast import in_thread, share
 from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest
-from megatron_oreal.types import Group, Sample, Verdict, no_ids
+from megatron_oreal.types import Group, Prompt, Sample, Verdict, no_ids
 
 MAX_FRUITLESS_CALLS = 20  # one after the other, in which the engine gave up every response without a new token
 
@@ -37,11 +35,10 @@ class Sampler:
 
     engine: RolloutEngine
     tokenizer: Tokenizer
-    verifier: MathVerifier  # the first rank uses it
+    verifier: Verifier  # the first rank uses it
     is_main: bool  # whether this is the first rank
     require_stop: bool  # a response without a stop is wrong
     stop_strings: tuple[str, ...] = ()  # end a response too, and stay in it
-    answer_rule: AnswerRule = "last_box"
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], num_samples: int, params: SamplingParams, seed: str
@@ -60,7 +57,7 @@ class Sampler:
         self, prompt_requests: Sequence[PromptRequest], num_samples: int, params: SamplingParams
     ) -> list[NumberedGroup]:
         """Returns every group, in the order of the requests. The first rank alone calls this, from any thread."""
-        pending = PendingGroups(prompt_requests, num_samples, self.judge)
+        pending = PendingGroups(prompt_requests, num_samples, self.judge, num_judging=self.verifier.num_concurrent)
         try:
             requests = [request for one in prompt_requests for request in one.requests(num_samples)]
             self.gather(pending, dict(enumerate(requests)), params)
@@ -100,7 +97,7 @@ class Sampler:
         """Verifies the responses to one prompt. The first rank alone calls this, from any thread."""
         prompt = request.prompt.prompt
         samples = [self._sample(request.prompt, generation) for generation in generations]
-        for sample, verdict in zip(samples, self._verify(samples, prompt.answer), strict=True):
+        for sample, verdict in zip(samples, self._verify(samples, prompt), strict=True):
             sample.verdict = verdict
         return Group(prompt, samples)
 
@@ -123,12 +120,11 @@ class Sampler:
             policy_versions=versions if (versions > oldest).any() else no_ids(),
         )
 
-    def _verify(self, samples: Sequence[Sample], answer: str) -> list[Verdict]:
+    def _verify(self, samples: Sequence[Sample], prompt: Prompt) -> list[Verdict]:
         """Where `require_stop` is set, a response that was cut is wrong without asking the verifier."""
         is_cut = [self.require_stop and sample.finish_reason != "stop" for sample in samples]
-        region = ANSWER_REGIONS[self.answer_rule]
-        pairs = [(region(sample.response_text), answer) for sample, cut in zip(samples, is_cut, strict=True) if not cut]
-        judged = iter(self.verifier.verify_many(pairs))
+        whole = [sample.response_text for sample, cut in zip(samples, is_cut, strict=True) if not cut]
+        judged = iter(self.verifier.verify_responses(prompt, whole) if whole else [])
         return [Verdict(0.0, "too_long", None) if cut else next(judged) for cut in is_cut]
 
 

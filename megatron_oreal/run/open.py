@@ -39,9 +39,10 @@ from megatron_oreal.run.inputs import (
     note_skipped,
     read_inputs,
 )
-from megatron_oreal.run.rollouts import build_sampler, open_verifier
+from megatron_oreal.run.rollouts import build_sampler
 from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
 from megatron_oreal.run.run_directory import CHANGEABLE_IN_EVAL, RunDirectory, check_run_dir, open_run_directory
+from megatron_oreal.run.verifiers import open_verifier
 from megatron_oreal.types import TrainingSequence
 
 
@@ -91,8 +92,8 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
         for line in clear_traffic():
             announce(line)
+        verifier = stack.enter_context(open_verifier(config.verifier, config.run_dir, layout.is_main, announce))
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
-        verifier = stack.enter_context(open_verifier(config.verifier))
         progress = ProgressBar.silent()
         if layout.is_main:
             directory.write(config)
@@ -141,10 +142,10 @@ def open_run(
         announce(f"loading {config.model.path} on {layout.world_size} process{'es' if layout.world_size > 1 else ''}")
         for line in clear_traffic():
             announce(line)
+        verifier = stack.enter_context(open_verifier(config.verifier, config.run_dir, layout.is_main, announce))
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
         make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)
-        verifier = stack.enter_context(open_verifier(config.verifier))
         trained = {name: model for name, model in models.items() if model.training is not None}
         train_state = TrainState(config.run_dir / "checkpoints", trained, layout, config.checkpoint)
         restored = train_state.load_latest()

@@ -1,14 +1,14 @@
-"""Builds the sampler, the verifier and the collector of a run."""
+"""Builds the sampler and the collector of a run."""
 
 from __future__ import annotations
 
 from megatron_oreal.algorithms.model import GroupAlgorithm
-from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig, VerifierConfig
+from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
 from megatron_oreal.data.prompts import EncodedPrompt
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.parallel.layout import ParallelLayout
-from megatron_oreal.rewards import MathVerifier
+from megatron_oreal.rewards.verifier import Verifier
 from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.rollout.producer import GroupProducer
 from megatron_oreal.rollout.sampler import Sampler
@@ -20,7 +20,7 @@ def build_sampler(
     layout: ParallelLayout,
     engine: RolloutEngine,
     tokenizer: Tokenizer,
-    verifier: MathVerifier,
+    verifier: Verifier,
 ) -> Sampler:
     return Sampler(
         engine=engine,
@@ -29,7 +29,6 @@ def build_sampler(
         is_main=layout.is_main,
         require_stop=config.verifier.require_stop,
         stop_strings=tuple(config.rollout.stop_strings),
-        answer_rule=config.verifier.answer_rule,
     )
 
 
@@ -47,7 +46,3 @@ def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> Pre
         ledger=run.ledger,
     )
     return PrefetchingCollector(producer, run.cursor, run.layout.is_main, run.start_step, config.num_steps)
-
-
-def open_verifier(config: VerifierConfig) -> MathVerifier:
-    return MathVerifier(config.num_workers, config.cpu_seconds, max_timeouts=config.max_timeouts)

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from megatron_oreal.checkpoint.train_state import saved_steps
-from megatron_oreal.config import ModelRunConfig, RunConfig, flatten, read_resolved, to_yaml
+from megatron_oreal.config import HttpConfig, ModelRunConfig, RunConfig, flatten, read_resolved, to_yaml
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.parallel.collectives import raise_on_all
 from megatron_oreal.run import input_files
@@ -25,11 +25,16 @@ from megatron_oreal.run.input_files import Inputs, check_inputs, fingerprint_inp
 from megatron_oreal.run.run_lock import RunLock, take_lock
 
 CONFIG = "config.yaml"
+# Where a judge or a reward server is and how it is asked; what it is asked may not change.
+VERIFIER_SERVERS = (
+    "verifier.url", "verifier.judge.url", "verifier.judge.cache",
+    *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
+)  # fmt: skip
 # Beginnings of settings that may change between a run and its continuation, because they do not change the result.
 # The number of replicas is one of them unless the replicas share the optimizer, which the checkpoint knows.
 CHANGEABLE_ANYWHERE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
-    "verifier.num_workers", "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm",
+    "verifier.num_workers", *VERIFIER_SERVERS, "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm",
 )  # fmt: skip
 CHANGEABLE = (*CHANGEABLE_ANYWHERE, "num_steps", "checkpoint.", "eval.")
 # An evaluation may be given more datasets, and be summed up in another way.

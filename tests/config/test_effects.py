@@ -27,6 +27,7 @@ class Case:
 
 
 PPO, OUTCOME, HELD_OUT = "algorithm.name=ppo", "algorithm.name=outcome", "eval.prompts.a=a"
+OWN_FUNCTION, OWN_SERVER = "verifier.function='package.module:function'", "verifier.url='http://a/rewards'"
 NO_REWARD_MODEL = ["algorithm.reward_model.enabled=false", "algorithm.policy_freeze_steps=0"]
 ONE = ["algorithm.positive_weight=one", "algorithm.negative_weight=one"]
 OBJECTIVES = {name: f"algorithm.objective={name}" for name in ("expression", "pass_at_n", "pure_rejection_sampling")}
@@ -161,6 +162,24 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("EvalRunConfig", "model.head_fp8"): [
         Case("model.head_fp8=transformer_engine_tensor", ["model.head_precision=fp8_grad"], None, EvalRunConfig)
     ],
+    ("JudgeConfig", "audit_overrules"): [
+        Case("verifier.judge.audit_overrules=true", [], ["verifier.judge.audit_share=0.1"])
+    ],
+    ("JudgeConfig", "system_prompt"): [Case("verifier.judge.system_prompt=x", ["verifier.judge.api=completions"], [])],
+    **{
+        ("VerifierConfig", name): [Case(f"verifier.{name}={value}", [idle], [], TrainConfig) for idle in given]
+        for name, value, given in (
+            ("max_timeouts", "3", (OWN_FUNCTION, OWN_SERVER)),
+            ("answer_rule", "conclusion", (OWN_FUNCTION, OWN_SERVER)),
+            ("num_workers", "3", (OWN_SERVER,)),
+            ("cpu_seconds", "1", (OWN_SERVER,)),
+        )
+    },
+    ("VerifierConfig", "rewards"): [Case("verifier.rewards=any", [PPO], [PPO, OWN_FUNCTION])],
+    ("VerifierConfig", "correct_from"): [
+        Case("verifier.correct_from=0.5", [OWN_FUNCTION], [PPO, OWN_FUNCTION, "verifier.rewards=any"])
+    ],
+    ("VerifierConfig", "function_memory_gib"): [Case("verifier.function_memory_gib=4", [], [OWN_FUNCTION])],
     ("EvalRunConfig", "parallel.microbatch_tokens"): [Case("parallel.microbatch_tokens=9", [], None, EvalRunConfig)],
 }
 

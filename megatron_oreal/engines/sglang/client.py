@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-from collections.abc import Coroutine
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.servers.listening import stranger_listens
+from megatron_oreal.observability.event_loop import EventLoopThread as EventLoopThread
 
-Result = TypeVar("Result")
 CONNECT_SECONDS = 10.0
 # No answer is longer: those about checksums of weights have a line a tensor.
 MAX_ANSWER_BYTES = 64 * 2**20
@@ -140,26 +137,3 @@ def num_tokens_asked(body: dict[str, Any]) -> int:
     prompts = body.get("input_ids", [])
     num_prompts = len(prompts) if prompts and isinstance(prompts[0], list) else 1
     return num_prompts * int(body.get("sampling_params", {}).get("max_new_tokens", 0))
-
-
-class EventLoopThread:
-    """Runs coroutines for code that is not asynchronous, on an event loop in a thread. Any thread may call `run`."""
-
-    def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
-        self.thread.start()
-
-    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_seconds: float | None = None) -> Result:
-        """Returns the coroutine's result. When it takes longer, it is cancelled and TimeoutError is raised."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        try:
-            return future.result(timeout_seconds)
-        except (FutureTimeoutError, KeyboardInterrupt):
-            future.cancel()
-            raise
-
-    def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
