@@ -158,14 +158,19 @@ def import_rows(
 
 
 def import_examples(
-    format_name: str, source: str, split: str = "train", limit: int | None = None, skip_bad: int = 0
+    format_name: str,
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    skip_bad: int = 0,
+    hub_config: str | None = None,
 ) -> list[Example]:
     """Reads the solutions of a format that has them as examples. Raises ValueError as `import_rows` does."""
-    to_example = get_format(format_name).to_example
+    to_example = get_format(format_name).to_example if format_name != FIELDS else None
     if to_example is None:
         known = ", ".join(name for name, candidate in FORMATS.items() if candidate.to_example)
         raise ValueError(f"--sft: {format_name} holds answers without solutions; formats with solutions: {known}")
-    sources = open_source(source, split, get_format(format_name).hub_config)
+    sources = open_source(source, split, hub_config or get_format(format_name).hub_config)
     imported = read_rows(sources, lambda _, row: to_example(row.value), lambda _: None, limit=limit)
     refuse_bad(imported, format_name, skip_bad)
     return imported.items
