@@ -69,11 +69,21 @@ Parquet files need `pip install pyarrow`, hub names `pip install datasets`, near
 def main(format_name: str, sources: tuple[str, ...], out: Path, sft: bool, **options: Any) -> None:
     """Converts a data set in FORMAT to JSONL of prompts, or of supervised examples, and says what it left out."""
     try:
+        check_outputs(out, options["summary"], sources)
         text = (prepare_examples if sft else prepare_prompts)(format_name, sources, out, options)
     except (ValueError, OSError) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     click.echo(text)
+
+
+def check_outputs(out: Path, summary: Path | None, sources: tuple[str, ...]) -> None:
+    """Refuses to write one file over another."""
+    if summary is not None and summary.resolve() == out.resolve():
+        raise ValueError(f"--summary: {summary} is the file of --out; give it another name")
+    for source in sources:
+        if out.resolve() == Path(source).expanduser().resolve():
+            raise ValueError(f"--out: {out} is the file of --input; give it another name")
 
 
 def prepare_prompts(format_name: str, sources: tuple[str, ...], out: Path, options: dict[str, Any]) -> str:

@@ -95,8 +95,10 @@ def answered(question: Question) -> dict[str, str]:
 
 
 def question_of(row: Row) -> str:
-    """What the user asks, without a system message."""
-    return "\n".join(message.content for message in parse_messages(row) if message.role == "user")
+    """What the user asks, without a system message; where nobody asks as the user, everything."""
+    messages = parse_messages(row)
+    asked = [message.content for message in messages if message.role == "user"]
+    return "\n".join(asked or [message.content for message in messages])
 
 
 def too_long(rows: Sequence[Row], settings: CleaningSettings) -> list[bool]:

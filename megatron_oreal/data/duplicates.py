@@ -60,6 +60,8 @@ def find_near(
     shingles: dict[int, frozenset[str]] = {}
     for index in candidates:
         text = words(questions[index].text)
+        if not text:  # nothing but punctuation
+            continue
         blocks.setdefault(numbers(text), []).append(index)
         shingles[index] = shingle_set(text)
     for block in blocks.values():

@@ -42,6 +42,7 @@ from megatron_oreal.types import Message, Prompt
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)")
+SURROGATE = re.compile("[\ud800-\udfff]")
 ORZ_ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -147,6 +148,8 @@ def import_rows(
     def convert(name: str, row: ForeignRow) -> Row:
         found = data_format.to_row(row.value)
         prompt = parse_prompt(found | {"id": f"{name}-{row.index}", "source": name})
+        if any(SURROGATE.search(text) for text in (prompt.answer, *(message.content for message in prompt.messages))):
+            raise ValueError("a text holds half of a surrogate pair, which no file can hold; correct the text")
         return prompt_row(prompt) | ({"tags": found["tags"]} if found.get("tags") else {})
 
     def check(row: Row) -> None:

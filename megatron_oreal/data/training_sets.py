@@ -104,7 +104,12 @@ def big_math_row(row: Any) -> Row:
 
 
 def parse_rate(value: object) -> object:
-    """NaN stands for a rate that was not measured."""
+    """NaN, and in a CSV file an empty text, stand for a rate that was not measured."""
+    if isinstance(value, str):
+        try:
+            value = float(value) if value.strip() else None
+        except ValueError:
+            return value  # refused where the prompt is parsed
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -140,7 +145,7 @@ class Columns:
         return {
             "prompt": prompt,
             "answer": parse_text({self.answer: answer}, self.answer),
-            "pass_rate": parse_rate(number(pick(found, self.pass_rate))) if self.pass_rate else None,
+            "pass_rate": parse_rate(pick(found, self.pass_rate)) if self.pass_rate else None,
             "tags": parse_tags({self.tags: pick(found, self.tags)}, self.tags) if self.tags else [],
         }
 
@@ -158,13 +163,3 @@ def pick(row: Row, name: str) -> Any:
         else:
             raise ValueError(f"there is no column {name!r}")
     return value
-
-
-def number(value: Any) -> Any:
-    """CSV files hold numbers as texts, and nothing as an empty one."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value) if value.strip() else None
-    except ValueError:
-        return value

@@ -120,7 +120,7 @@ def test_a_shared_run_of_words_is_contamination() -> None:
     index = ContaminationIndex(ngram=5)
     index.add("Two trains leave Rome at 9 and meet in Pisa.", "long")
     index.add("What is $2+3$?", "short")
-    assert index.find("Tomorrow two trains leave ROME, at nine") is None  # four words
+    assert index.find("Tomorrow two trains leave ROME around 9") is None  # four words
     assert index.find("Tomorrow two trains leave ROME at 9.") == "long"
     assert index.find("Compute: what is 2 + 3") == "short"  # five words and signs in a row
     assert index.find("What is $2-3$?") is None
@@ -204,12 +204,15 @@ def test_the_command_says_what_it_left_out(tmp_path: Path) -> None:
             "--decontaminate: none.jsonl does not exist",
         ),
         (["--answer", "a", "--question", "q", "--max-characters", "1"], "--out: nothing is left of 1 prompts"),
+        (["--summary", "{folder}/out.jsonl"], "--summary: "),
+        (["--out", "{folder}/in.jsonl"], "--out: "),
         (["--sft"], "--sft: fields holds answers without solutions"),
         (["--sft", "--drop-images"], "--drop-images works on prompts: drop it, or drop --sft"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, options: list[str], message: str) -> None:
     (tmp_path / "in.jsonl").write_text('{"q": "1+1?", "a": "2"}\n')
+    options = [option.format(folder=tmp_path) for option in options]
     done = run("fields", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", *options)
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
     assert done.stderr.startswith(f"Error: {message}")
@@ -219,3 +222,18 @@ def test_mistakes_are_one_line(tmp_path: Path, options: list[str], message: str)
 def test_column_options_are_for_fields_alone(tmp_path: Path) -> None:
     done = run("oreal", "--input", "x.jsonl", "--out", tmp_path / "out.jsonl", "--question", "q")
     assert done.exit_code == 2 and done.stderr.startswith("Error: --question is for fields: drop it")
+
+
+def test_questions_without_words_or_without_a_user_are_told_apart() -> None:
+    assert kept_ids(rows(("!!!", "1"), ("???", "1")), duplicates="near") == ["q0", "q1"]
+    systems = [
+        {"id": text, "prompt": [{"role": "system", "content": text}], "answer": answer}
+        for text, answer in (("a", "1"), ("b", "2"))
+    ]
+    assert kept_ids(systems, duplicates="near") == ["a", "b"]
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"question": "a \\ud800", "gold_answer": "1"}\n')
+    done = run("oreal", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    assert done.exit_code == 2 and "line 1: row 0 is not oreal: a text holds half of a surrogate pair" in done.stderr
