@@ -3,6 +3,9 @@
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout"]
+# What tools/prepare_data.py reads parquet files and hub data sets with, and finds near duplicates with. datasketch 2
+# proposes other pairs than 1.
+DATA = ["pyarrow>=16", "datasets>=3", "datasketch>=2"]
 
 setup(
     name="megatron_oreal",
@@ -38,7 +41,8 @@ setup(
         # For an environment of its own: SGLang pins other versions of torch and transformers than the trainer's.
         "sglang": ["sglang>=0.5.20; sys_platform == 'linux'"],
         "bench": ["trl", "datasets"],
-        "test": TEST,
-        "dev": [*TEST, "ruff", "mypy", "types-PyYAML", "types-tqdm", "pre-commit"],
+        "data": DATA,
+        "test": [*TEST, *DATA],
+        "dev": [*TEST, *DATA, "ruff", "mypy", "types-PyYAML", "types-tqdm", "pre-commit"],
     },
 )

@@ -93,6 +93,27 @@ def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+def passrate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Measures how often a model solves each prompt. The same command again continues.
+
+    CONFIG is a configuration of `eval`: eval.num_samples responses to each prompt of eval.prompts.NAME. The file
+    RUN_DIR/prompts/NAME.jsonl is that prompts file with "pass_rate", for data.repeats_by_pass_rate of `train`.
+    """
+
+    def run(resolved: EvalRunConfig) -> None:
+        from megatron_oreal.evaluation.pass_rates import measure_pass_rates
+
+        table = measure_pass_rates(resolved)
+        if table is not None:
+            click.echo(table)
+
+    start(EvalRunConfig, config, overrides, dry_run, run)
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 def serve(config: Path, overrides: tuple[str, ...]) -> None:
     """Starts only the SGLang servers of a training run, and stays until Ctrl-C.
 

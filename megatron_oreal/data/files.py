@@ -50,4 +50,5 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 def describe_type(value: object) -> str:
     """Returns the JSON name of a value's type, for errors."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    numbers = {int: "a number", float: "a number"}
+    return (names | numbers).get(type(value), f"a {type(value).__name__}")

@@ -2,20 +2,17 @@
 
 gsm8k: openai/grade-school-math, rows {"question", "answer"}; the answer has <<calculator>> marks and ends in "#### N".
 orz: Open-Reasoner-Zero, evaluation rows {"prompt": [{"from", "value"}], "final_answer"} and training rows
-[{"from", "value"}, {"ground_truth": {"value"}}].
+[{"from", "value"}, {"ground_truth": {"value"}}], or {"0", "1"} of these two, as the hub's tables hold them.
 oreal: OREAL-RL-Prompts, rows {"question", "gold_answer", "pass_rate"}.
+math, dapo, deepscaler, big_math, and fields for any columns: data/training_sets.py.
 Benchmarks, in their own formats (data/benchmarks.py) and in that of Open-Reasoner-Zero's evaluation rows: math500,
 aime24, aime25, olympiadbench, livemathbench, gpqa, mmlu_pro.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_oreal.data.benchmarks import (
@@ -27,31 +24,26 @@ from megatron_oreal.data.benchmarks import (
     olympiadbench_row,
 )
 from megatron_oreal.data.examples import Example
-from megatron_oreal.data.files import Row, read_jsonl
-from megatron_oreal.data.prompts import parse_prompt, parse_text
+from megatron_oreal.data.files import Row
+from megatron_oreal.data.importing import DataFormat, Imported, read_rows, refuse_bad
+from megatron_oreal.data.prompts import parse_prompt, parse_text, prompt_row
+from megatron_oreal.data.sources import ForeignRow, RawData, open_source
+from megatron_oreal.data.training_sets import (
+    big_math_row,
+    dapo_repeat_key,
+    dapo_row,
+    deepscaler_row,
+    math_example,
+    require_object,
+    solved_math_row,
+)
 from megatron_oreal.rewards.references import check_reference
 from megatron_oreal.types import Message, Prompt
 
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)")
+SURROGATE = re.compile("[\ud800-\udfff]")
 ORZ_ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
-
-
-@dataclass(slots=True, frozen=True)
-class DataFormat:
-    """Says how the rows of one public data set are converted; README.md shows how to add one."""
-
-    to_row: Callable[[Any], Row]  # a foreign row -> {"prompt", "answer"} and perhaps "pass_rate"
-    to_example: Callable[[Any], Example] | None = None  # where the rows hold solutions
-    hub_config: str | None = None  # the configuration that the hub's data set of this format has to be given
-
-
-@dataclass(slots=True, frozen=True)
-class RawData:
-    """Foreign rows; `name` becomes the prompts' source and the start of their ids."""
-
-    name: str
-    rows: list[Any]
 
 
 def gsm8k_row(row: Any) -> Row:
@@ -77,6 +69,8 @@ def split_gsm8k_answer(row: Any) -> tuple[str, str]:
 
 def orz_row(row: Any) -> Row:
     turns: Any
+    if isinstance(row, dict) and {"0", "1"} <= row.keys():
+        row = [row["0"], row["1"]]
     if isinstance(row, list):
         solution = require_object(row[-1] if row else None)
         turns, answer = row[:-1], require_object(solution.get("ground_truth")).get("value")
@@ -110,16 +104,14 @@ def benchmark(parse: Callable[[Row], Row]) -> Callable[[Any], Row]:
     return to_row
 
 
-def require_object(value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError("the row is not of this format; choose the FORMAT that fits the file")
-    return value
-
-
 FORMATS: dict[str, DataFormat] = {
     "gsm8k": DataFormat(gsm8k_row, gsm8k_example, hub_config="main"),
     "orz": DataFormat(orz_row),
     "oreal": DataFormat(oreal_row),
+    "math": DataFormat(solved_math_row, math_example, duplicates="near"),
+    "dapo": DataFormat(dapo_row, duplicates="near", repeat_key=dapo_repeat_key),
+    "deepscaler": DataFormat(deepscaler_row, duplicates="near"),
+    "big_math": DataFormat(big_math_row, duplicates="near"),
     "math500": DataFormat(benchmark(math_row)),
     "aime24": DataFormat(benchmark(aime_row)),
     "aime25": DataFormat(benchmark(aime_row)),
@@ -130,94 +122,64 @@ FORMATS: dict[str, DataFormat] = {
 }
 
 
-def import_prompts(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Prompt]:
-    """Reads a file (.json: a list; .csv; else JSONL) or a hub data set; `limit` keeps the first rows.
+FIELDS = "fields"  # the format of any table, made from the columns that the user names
 
-    Raises ValueError for an unknown format, an unreadable source and a row that does not fit, with its index; and for
-    reference answers that no response can be judged by, with their number and the first of them.
+
+def import_prompts(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Prompt]:
+    """Reads a file (.json: a list; .csv; .parquet; else JSONL), a folder of these or a hub data set.
+
+    `limit` keeps the first rows. Raises ValueError for an unknown format, an unreadable source and a row that does not
+    fit, with its index; and for reference answers that no response can be judged by, with their number and the first.
     """
     data_format = get_format(format_name)
-    data = read_source(source, data_format, split)
-    prompts = []
-    refused: list[str] = []
-    for index, row in enumerate(data.rows[:limit]):
-        try:
-            prompts.append(parse_prompt(data_format.to_row(row) | {"id": f"{data.name}-{index}", "source": data.name}))
-        except ValueError as error:
-            raise ValueError(f"--input: {source} row {index} is not {format_name}: {error}") from None
-        try:
-            check_reference(prompts[-1].answer)
-        except ValueError as error:
-            refused.append(f"row {index}: {error}")
-    if refused:
-        raise ValueError(
-            f"--input: {source}: {len(refused)} of {len(prompts)} answers cannot be judged; the first is {refused[0]}"
-        )
-    return prompts
+    sources = open_source(source, split, data_format.hub_config)
+    return [parse_prompt(row) for row in import_rows(data_format, format_name, sources, limit).items]
 
 
-def import_examples(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Example]:
-    """Reads the solutions of a format that has them as examples. Raises ValueError as `import_prompts` does."""
-    data_format = get_format(format_name)
-    if data_format.to_example is None:
+def import_rows(
+    data_format: DataFormat, format_name: str, sources: Sequence[RawData], limit: int | None = None, skip_bad: int = 0
+) -> Imported[Row]:
+    """Returns rows of a prompts file: {"id", "prompt", "answer", "source", "pass_rate"} and, where there are, "tags".
+
+    Up to `skip_bad` rows that do not fit, or whose answers cannot be judged, are skipped. Raises ValueError that names
+    them when there are more.
+    """
+
+    def convert(name: str, row: ForeignRow) -> Row:
+        found = data_format.to_row(row.value)
+        prompt = parse_prompt(found | {"id": f"{name}-{row.index}", "source": name})
+        if any(SURROGATE.search(text) for text in (prompt.answer, *(message.content for message in prompt.messages))):
+            raise ValueError("a text holds half of a surrogate pair, which no file can hold; correct the text")
+        return prompt_row(prompt) | ({"tags": found["tags"]} if found.get("tags") else {})
+
+    def check(row: Row) -> None:
+        check_reference(row["answer"])
+
+    imported = read_rows(sources, convert, check, data_format.repeat_key, limit)
+    refuse_bad(imported, format_name, skip_bad)
+    return imported
+
+
+def import_examples(
+    format_name: str,
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    skip_bad: int = 0,
+    hub_config: str | None = None,
+) -> list[Example]:
+    """Reads the solutions of a format that has them as examples. Raises ValueError as `import_rows` does."""
+    to_example = get_format(format_name).to_example if format_name != FIELDS else None
+    if to_example is None:
         known = ", ".join(name for name, candidate in FORMATS.items() if candidate.to_example)
         raise ValueError(f"--sft: {format_name} holds answers without solutions; formats with solutions: {known}")
-    examples = []
-    for index, row in enumerate(read_source(source, data_format, split).rows[:limit]):
-        try:
-            examples.append(data_format.to_example(row))
-        except ValueError as error:
-            raise ValueError(f"--input: {source} row {index} is not {format_name}: {error}") from None
-    return examples
+    sources = open_source(source, split, hub_config or get_format(format_name).hub_config)
+    imported = read_rows(sources, lambda _, row: to_example(row.value), lambda _: None, limit=limit)
+    refuse_bad(imported, format_name, skip_bad)
+    return imported.items
 
 
 def get_format(name: str) -> DataFormat:
     if name not in FORMATS:
         raise ValueError(f"FORMAT {name!r} is not known; known: {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-def read_source(source: str, data_format: DataFormat, split: str) -> RawData:
-    path = Path(source)
-    if not path.is_file():
-        if path.suffix in (".json", ".jsonl", ".csv") or path.exists():
-            raise ValueError(f"--input: {source} is not a file; give a file or the name of a hub data set")
-        return read_hub(source, data_format, split)
-    if path.suffix == ".csv":
-        return RawData(path.stem, read_csv(path))
-    if path.suffix != ".json":
-        return RawData(path.stem, [row for _, row in read_jsonl(path, "--input")])
-    try:
-        rows = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--input: {source} is not JSON ({error}); fix the file") from None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"--input: {source} must hold a non-empty list of rows")
-    return RawData(path.stem, rows)
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows under a header line, as strings."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: list[Row] = list(csv.DictReader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"--input: {path} is not CSV in UTF-8 ({error}); fix the file") from None
-    if not rows:
-        raise ValueError(f"--input: {path} has no row under its header")
-    return rows
-
-
-def read_hub(name: str, data_format: DataFormat, split: str) -> RawData:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise ValueError(
-            f"--input: {name} is not a file, and reading a hub data set needs a package: pip install datasets"
-        ) from None
-    try:
-        rows = list(load_dataset(name, data_format.hub_config, split=split))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--input: {name} split {split} cannot be read ({reason}); download it as a file") from None
-    return RawData(f"{name.rpartition('/')[2]}-{split}", rows)
