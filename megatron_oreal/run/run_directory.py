@@ -30,6 +30,7 @@ CONFIG = "config.yaml"
 CHANGEABLE_ANYWHERE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm",
+    "logging.",
 )  # fmt: skip
 CHANGEABLE = (*CHANGEABLE_ANYWHERE, "num_steps", "checkpoint.", "eval.")
 # An evaluation may be given more datasets, and be summed up in another way.
