@@ -76,9 +76,9 @@ function makeRow(sample, place) {
   facts.append(
     element("span", "badge " + statusClass(field("status", sample)), field("status", sample) || "no verdict"),
     element("span", "", shown(field("reward", sample))),
-    element("span", "", shown(field("tokens", sample)) + " tokens"),
+    element("span", "", shown(field("tokens", sample)) + " tok."),
   );
-  if (field("disagrees", sample)) facts.append(element("span", "warn", "judge: " + field("judge", sample)));
+  if (field("disagrees", sample)) facts.append(element("span", "warn", "judge " + field("judge", sample)));
   facts.append(element("span", "end", "step " + field("step", sample) + " row " + field("row", sample)));
   const extracted = field("extracted", sample);
   const found = extracted === null ? "no answer" : oneLine(extracted);
