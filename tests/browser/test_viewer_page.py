@@ -245,7 +245,7 @@ def test_a_page_without_samples_says_so(open_page: Open, tmp_path: Path) -> None
 
 
 def test_text_is_readable_on_every_colour(open_page: Open, page_file: Path) -> None:
-    """The contrast of text on the strongest colours is at least 4.5, as accessibility guidelines ask, in both themes."""
+    """Text on the strongest colours has a contrast of at least 4.5, as accessibility guidelines ask, in both themes."""
     page = open_page(page_file)
     for theme in ("light", "dark"):
         page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
