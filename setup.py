@@ -14,6 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),
+    package_data={"megatron_oreal.reports.viewer": ["page/*"]},
     entry_points={"console_scripts": ["megatron-oreal = megatron_oreal.cli:main"]},
     install_requires=[
         "torch>=2.8",
@@ -41,6 +42,8 @@ setup(
         # For an environment of its own: SGLang pins other versions of torch and transformers than the trainer's.
         "sglang": ["sglang>=0.5.20; sys_platform == 'linux'"],
         "bench": ["trl", "datasets"],
+        # Drives the Chromium that tests/browser needs; it brings no browser along.
+        "browser": ["playwright"],
         "data": DATA,
         "test": [*TEST, *DATA],
         "dev": [*TEST, *DATA, "ruff", "mypy", "types-PyYAML", "types-tqdm", "pre-commit"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -178,6 +179,41 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
     for found in objectives:
         for warning in found.warnings:
             click.echo(f"Warning: {warning}", err=True)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Write a page of HTML here instead of printing a table.")
+@click.option("--steps", metavar="A:B", default="", help="Steps: N, A:B, A: or :B.")
+@click.option("--source", "sources", multiple=True, help="A data set; may be given several times.")
+@click.option("--status", "statuses", multiple=True, help="A status of the verifier; may be given several times.")
+@click.option("--reward", metavar="A:B", default="", help="Rewards, as for --steps.")
+@click.option("--tokens", metavar="A:B", default="", help="Tokens of a response, as for --steps.")
+@click.option("--disagree", is_flag=True, help="Only samples about which the judge and the rules disagree.")
+@click.option("--search", default="", help="A part of a prompt, an answer or a response.")
+@click.option("--sort", default=None, help="Of the table: worst (default), run, newest, longest, shortest, ...")
+@click.option("--full", is_flag=True, help="Print whole responses instead of a table.")
+@click.option("--limit", type=click.IntRange(min=1), help="Samples: 20 in the terminal, the newest 20000 on a page.")
+def view(
+    run: Path, out: Path | None, sort: str | None, full: bool, limit: int | None, disagree: bool, **chosen: Any
+) -> None:
+    """Shows the samples of a training run, finished or not: a table, or with --out a page for the browser."""
+    from megatron_oreal.reports.viewer.command import read_filters, view_as_page, view_as_table
+
+    filters = read_filters(disagreements=disagree, **chosen)
+    if out is not None:
+        if full or sort is not None:
+            raise ValueError("--sort and --full are for the terminal: drop them, the page has its own controls")
+        click.echo("\n".join(view_as_page(run, filters, limit, out)))
+        return
+    text, notes = view_as_table(run, filters, limit, sort or "worst", full, shutil.get_terminal_size((140, 24)).columns)
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+    except BrokenPipeError:  # The reader, such as `head`, has seen enough; nothing is left to be flushed at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for note in notes:
+        click.echo(note, err=True)
 
 
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:

@@ -6,19 +6,21 @@ last record, number num_steps, is an evaluation alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
 from megatron_oreal.config import SftConfig, TrainConfig
 from megatron_oreal.evaluation.held_out import evaluate
+from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.rollout.metrics import rollout_metrics, staleness_metrics, text_metrics
 from megatron_oreal.rollout.prefetch import Collected
 from megatron_oreal.rollout.records import write_rollouts
+from megatron_oreal.rollout.token_records import sample_key, trained_values, write_token_records
 from megatron_oreal.run.open import open_sft, open_train
 from megatron_oreal.run.rollouts import build_collector
 from megatron_oreal.run.run import Run
-from megatron_oreal.types import Metrics
+from megatron_oreal.types import Group, Metrics
 
 
 def train(config: TrainConfig) -> None:
@@ -31,7 +33,7 @@ def train(config: TrainConfig) -> None:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", collected.sampled)
             record_rollout(run, collected, step)
             with run.devices.training(pushes=True):
-                with run.timer("update"), naming_the_step(step):
+                with run.timer("update"), naming_the_step(step), recording_tokens(run, collected.sampled, step):
                     run.record(measured(config, run.algorithm.update(collected.groups, step)))
                     run.complete_updates(step)
                 with run.timer("weight_sync"):
@@ -91,6 +93,24 @@ def record_rollout(run: Run[TrainConfig, Any, Any], collected: Collected, step: 
         run.record(text_metrics(collected.sampled))
     for note in collected.notes:
         run.progress.note(note)
+
+
+@contextmanager
+def recording_tokens(run: Run[TrainConfig, Any, Any], sampled: Sequence[Group], step: int) -> Iterator[None]:
+    """Writes the tokens of the step's first groups with what the update inside the block knows of them. Collective."""
+    groups = sampled[: run.config.logging.rollout_tokens]
+    if not groups:
+        yield
+        return
+    with run.models["policy"].keeping_batches() as batches:
+        yield
+    wanted = {sample_key(sample) for group in groups for sample in group.samples}
+    of_ranks = all_gather_object(trained_values(batches, wanted), run.layout.data_group)
+    if run.layout.is_main:
+        path = run.config.run_dir / "rollout_tokens" / f"step_{step:06d}.jsonl"
+        values = {key: value for found in of_ranks for key, value in found.items()}
+        decode, kind = run.sampler.tokenizer.decode, run.config.rollout.engine_logprobs
+        write_token_records(path, groups, values, decode, kind)
 
 
 def measured(config: TrainConfig, metrics: Metrics) -> Metrics:

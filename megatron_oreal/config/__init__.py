@@ -40,6 +40,7 @@ from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
 from megatron_oreal.config.runs import (
     CheckpointConfig,
     EvalRunConfig,
+    LoggingConfig,
     ModelRunConfig,
     PromptConfig,
     RunConfig,
@@ -64,6 +65,7 @@ __all__ = [
     "HeadPrecision",
     "HttpConfig",
     "JudgeConfig",
+    "LoggingConfig",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",

@@ -91,6 +91,13 @@ class CheckpointConfig(Section):
     )
 
 
+class LoggingConfig(Section):
+    """What a run records for `megatron-oreal view` besides its metrics and its samples."""
+
+    # The first so many groups of each step are recorded token by token, with log-probs and weights; 0: none.
+    rollout_tokens: int = Field(default=0, ge=0)
+
+
 class ModelRunConfig(Section):
     """What every command that runs a model has."""
 
@@ -153,6 +160,7 @@ class TrainConfig(RunConfig):
     algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = OrealConfig()
     policy: PolicyConfig = PolicyConfig()
     eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     effects: ClassVar[Effects] = (
         (

@@ -66,6 +66,7 @@ class TrainableModel:
         self.seconds: dict[str, float] = {}  # of forward passes and train steps since the last flush
         self.memory = DeviceMemory()
         self.num_updates_taken = 0  # in the step of the run that is under way
+        self.kept_batches: list[Batch] | None = None  # The batches whose streams were filled, inside `keeping_batches`.
         self.training: Training | None = None
         if training is not None:
             self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates, layout)
@@ -111,6 +112,15 @@ class TrainableModel:
         """`time/in_update/<name>_<forward or train>`: where the update's seconds went."""
         seconds, self.seconds = self.seconds, {}
         return {f"time/in_update/{self.name}_{kind}": value for kind, value in seconds.items()}
+
+    @contextmanager
+    def keeping_batches(self) -> Iterator[list[Batch]]:
+        """Collects the batches for which this model fills a stream inside the block, each once."""
+        self.kept_batches = []
+        try:
+            yield self.kept_batches
+        finally:
+            self.kept_batches = None
 
     @contextmanager
     def _pass(self, kind: str) -> Iterator[None]:
@@ -208,6 +218,8 @@ class TrainableModel:
         """Writes the last stage's values of each micro-batch to its stream, on every pipeline stage."""
         for microbatch, tensor in zip(batch.microbatches, self._share_with_stages(values, batch), strict=True):
             setattr(microbatch, stream, tensor)
+        if self.kept_batches is not None:
+            self.kept_batches.append(batch)
 
     def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""

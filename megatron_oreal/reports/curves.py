@@ -7,9 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_oreal.observability.files import write_atomically
-from megatron_oreal.observability.metrics import Metrics
+
+if TYPE_CHECKING:
+    from megatron_oreal.observability.metrics import Metrics  # It brings torch along, which a table does not need.
 
 Curves = Sequence[tuple[str, Sequence[str]]]  # (a panel's title, the metrics drawn in it)
 

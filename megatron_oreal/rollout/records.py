@@ -12,10 +12,18 @@ from megatron_oreal.types import Group, Sample
 
 
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """Writes one JSON object for each sample; readers never see a part of the file."""
+    """Writes one JSON object for each sample; readers never see a part of the file.
+
+    The number of the group tells two groups of one prompt apart.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        path, "".join(json.dumps(sample_row(group, sample)) + "\n" for group in groups for sample in group.samples)
+        path,
+        "".join(
+            json.dumps({"group": number} | sample_row(group, sample)) + "\n"
+            for number, group in enumerate(groups)
+            for sample in group.samples
+        ),
     )
 
 
@@ -24,6 +32,7 @@ def sample_row(group: Group, sample: Sample) -> dict[str, object]:
     judged = {"rules": verdict.rules, "judge": verdict.judge} if verdict is not None and verdict.judge else {}
     return {
         "prompt_id": sample.prompt_id,
+        "source": group.prompt.source,
         "prompt": group.prompt.messages[-1].content,
         "answer": group.prompt.answer,
         "response": sample.response_text,

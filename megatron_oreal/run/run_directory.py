@@ -35,6 +35,7 @@ VERIFIER_SERVERS = (
 CHANGEABLE_ANYWHERE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", *VERIFIER_SERVERS, "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm",
+    "logging.",
 )  # fmt: skip
 CHANGEABLE = (*CHANGEABLE_ANYWHERE, "num_steps", "checkpoint.", "eval.")
 # An evaluation may be given more datasets, and be summed up in another way.

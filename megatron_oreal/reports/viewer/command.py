@@ -1,0 +1,71 @@
+"""What `megatron-oreal view` does: it reads a run, and prints a table or writes a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_oreal.reports.viewer.page import check_out, write_page
+from megatron_oreal.reports.viewer.samples import ViewedRun, read_run
+from megatron_oreal.reports.viewer.selection import ANY, ORDERS, Filters, check_names, in_order, parse_bounds
+from megatron_oreal.reports.viewer.table import samples_table, whole_samples
+
+PAGE_LIMIT = 20000  # samples on a page, unless another limit is given
+TABLE_LIMIT = 20
+
+
+def read_filters(
+    *,
+    steps: str,
+    reward: str,
+    tokens: str,
+    sources: Sequence[str],
+    statuses: Sequence[str],
+    disagreements: bool,
+    search: str,
+) -> Filters:
+    """Reads what the command line gives; an empty interval is no bound. Raises ValueError naming the option."""
+    return Filters(
+        steps=parse_bounds(steps, "--steps") if steps else ANY,
+        rewards=parse_bounds(reward, "--reward") if reward else ANY,
+        tokens=parse_bounds(tokens, "--tokens") if tokens else ANY,
+        sources=tuple(sources),
+        statuses=tuple(statuses),
+        disagreements=disagreements,
+        search=search,
+    )
+
+
+def view_as_page(run_dir: Path, filters: Filters, limit: int | None, out: Path) -> list[str]:
+    """Writes the page with the newest samples that the filters take, and returns lines for the user."""
+    check_out(out)
+    run = read_filtered(run_dir, filters, limit or PAGE_LIMIT, keeps_tokens=True)
+    size = write_page(out, run)
+    return [*run.notes, f"{out}: {len(run.samples)} samples, {size / 1e6:.1f} MB"]
+
+
+def view_as_table(
+    run_dir: Path, filters: Filters, limit: int | None, order: str, full: bool, width: int
+) -> tuple[str, list[str]]:
+    """Returns the first samples in the order that is asked for, as text, and lines for the user beside it."""
+    if order not in ORDERS:
+        raise ValueError(f"--sort: {order!r} is no order; give one of {', '.join(ORDERS)}")
+    run = read_filtered(run_dir, filters, None, keeps_tokens=False)
+    chosen = in_order(run.samples, order)[: limit or TABLE_LIMIT]
+    notes = [*run.notes, f"{len(chosen)} of {len(run.samples)} samples that fit"]
+    if not chosen:
+        return "", notes
+    return whole_samples(chosen, width) if full else samples_table(chosen, width), notes
+
+
+def read_filtered(run_dir: Path, filters: Filters, limit: int | None, keeps_tokens: bool) -> ViewedRun:
+    """Raises ValueError where no sample is left, if a data set or a status is not known."""
+
+    def is_wanted(step: int) -> bool:
+        return filters.steps.holds(step)
+
+    run = read_run(run_dir, is_wanted, replace(filters, steps=ANY).hold, limit, keeps_tokens)
+    if not run.samples and run.statuses:
+        check_names(filters, run.sources, run.statuses)
+    return run

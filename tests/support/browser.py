@@ -1,0 +1,44 @@
+"""A real browser without a window for the tests of pages: Playwright drives a Chromium of the system or its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+INSTALL = "needs a browser: pip install -e '.[browser]', and apt-get install chromium or playwright install chromium"
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser | None]:
+    """Gives a browser, or None where Playwright or Chromium is missing."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        yield None
+        return
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox refuses to work for root, as in most containers; the pages here are ours.
+        arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+        found = next(filter(None, map(shutil.which, NAMES)), None)
+        try:
+            browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        except Error:
+            yield None
+            return
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def wait_until_ready(page: Page, timeout_seconds: float = 60) -> float:
+    """Waits until a page of the viewer can be used; returns the milliseconds since its navigation began."""
+    page.wait_for_selector("html[data-ready]", timeout=1000 * timeout_seconds)
+    return float(page.evaluate("document.documentElement.dataset.ready"))
