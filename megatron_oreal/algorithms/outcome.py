@@ -22,7 +22,7 @@ from megatron_oreal.algorithms.losses import PolicyTerms, bounded_exp, sequence_
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
 from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
-from megatron_oreal.config import OutcomeConfig, TrainConfig
+from megatron_oreal.config import Correction, OutcomeConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
@@ -37,7 +37,7 @@ class Outcome:
     policy: Model
     reference: Model | None = None  # None where no KL asks for it.
     policy_updates: int = 1  # Optimizer steps on one set of groups.
-    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
     tables: dict[int, Table] = field(default_factory=dict)  # The weights for each number of judged samples met so far.
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Outcome:
             policy=models.policy(run.num_steps * run.policy.updates_per_step),
             reference=models.reference() if config.uses_reference else None,
             policy_updates=run.policy.updates_per_step,
-            importance_cap=run.importance_cap,
+            correction=run.correction,
         )
 
     def update(self, groups: Sequence[Group], _step: int) -> Metrics:
@@ -105,7 +105,7 @@ class Outcome:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns the clipped, weighted log-prob loss, with the KL to the initial policy where it is asked for."""
-        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         assert microbatch.coefficients is not None
         coefficients = terms.corrected(microbatch.coefficients)
         ratio = self.ratio(terms.logprobs - terms.old_logprobs, microbatch)

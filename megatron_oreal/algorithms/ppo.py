@@ -20,7 +20,7 @@ from megatron_oreal.algorithms.losses import PolicyTerms
 from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.sample_selection import training_sequence
-from megatron_oreal.config import PpoConfig, TrainConfig
+from megatron_oreal.config import Correction, PpoConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream, TrainingSequence
 
@@ -35,7 +35,7 @@ class Ppo:
     policy: Model
     critic: Model
     reference: Model | None  # None where no KL asks for it.
-    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
@@ -55,7 +55,7 @@ class Ppo:
             policy=policy,
             critic=critic,
             reference=models.reference() if config.uses_reference else None,
-            importance_cap=run.importance_cap,
+            correction=run.correction,
         )
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -73,8 +73,7 @@ class Ppo:
         self.critic.forward(batch, "values")
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
-        # Where later mini-batches or the rewards need them; else the only pass over the batch keeps them.
-        needs_old_logprobs = self.num_policy_updates > 1 or self.config.kl_reward_coef > 0
+        needs_old_logprobs = self.needs_old_logprobs
         if needs_old_logprobs:
             self.policy.forward(batch, "old_logprobs")
         keep: TokenStream | None = None if needs_old_logprobs else "old_logprobs"
@@ -93,6 +92,7 @@ class Ppo:
             metrics |= over_minibatches(
                 [self.policy.train_step(part, partial(self.policy_loss, batch=part), keep) for part in minibatches]
             )
+            keep = None  # The first pass over each part has kept them.
         return metrics
 
     def planned_updates(self, step: int) -> dict[str, int]:
@@ -100,6 +100,15 @@ class Ppo:
             "critic": self.config.critic_epochs * self.config.critic_minibatches,
             "policy": 0 if step < self.config.policy_freeze_steps else self.num_policy_updates,
         }
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether a pass of its own keeps them, because later mini-batches or the rewards need them.
+
+        Else the first pass over each part keeps them. Ratios to the engine need only the engine's.
+        """
+        is_trainers = self.correction is None or self.correction.old_logprobs == "trainer"
+        return (self.num_policy_updates > 1 and is_trainers) or self.config.kl_reward_coef > 0
 
     @property
     def num_policy_updates(self) -> int:
@@ -126,7 +135,7 @@ class Ppo:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
-        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         ratio = terms.ratio
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
         advantages = terms.corrected(microbatch.advantages)

@@ -192,14 +192,6 @@ class PpoConfig(AlgorithmConfig):
     effects: ClassVar[Effects] = (
         (("kl_kind",), positive("kl_coef")),
         (
-            ("clip_low", "clip_high"),
-            condition(
-                lambda ppo: ppo.policy_minibatches * ppo.policy_epochs > 1,
-                "for a single update of the policy, whose ratio is 1: drop it, or raise {at}policy_minibatches or "
-                "{at}policy_epochs",
-            ),
-        ),
-        (
             ("value_clip",),
             condition(
                 lambda ppo: ppo.critic_minibatches * ppo.critic_epochs > 1,
@@ -209,6 +201,16 @@ class PpoConfig(AlgorithmConfig):
         ),
     )
     run_effects: ClassVar[Effects] = (
+        (
+            ("algorithm.clip_low", "algorithm.clip_high"),
+            condition(
+                lambda run: (
+                    run.algorithm.policy_minibatches * run.algorithm.policy_epochs > 1 or not run.has_fresh_ratios
+                ),
+                "for a single update of the policy, whose ratio is 1: drop it, or raise algorithm.policy_minibatches "
+                "or algorithm.policy_epochs, or set rollout.old_logprobs to engine",
+            ),
+        ),
         (
             ("policy.updates_per_step",),
             never("for algorithm.name=ppo: drop it, or set algorithm.policy_minibatches or algorithm.policy_epochs"),
@@ -239,6 +241,12 @@ OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # which objectives an option 
     "baseline": ("pass_at_n", "logit", "expression"),
     "num_correct": ("pure_rejection_sampling",),
 }
+
+
+SINGLE_UPDATE_WORDS = (
+    "for a single update of the policy, whose ratio is 1: drop it, or raise policy.updates_per_step, or set "
+    "rollout.old_logprobs to engine"
+)
 
 
 class OutcomeConfig(AlgorithmConfig):
@@ -284,8 +292,8 @@ class OutcomeConfig(AlgorithmConfig):
         (
             ("algorithm.clip_low", "algorithm.clip_high"),
             condition(
-                lambda run: run.policy.updates_per_step > 1,
-                "for a single update of the policy, whose ratio is 1: drop it, or raise policy.updates_per_step",
+                lambda run: run.policy.updates_per_step > 1 or not run.has_fresh_ratios,
+                SINGLE_UPDATE_WORDS,
             ),
         ),
     )

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.correction import CorrectionSettings
 from megatron_oreal.config.section import Section
 
 EngineLogprobs = Literal["model", "rollout", "unknown"]
@@ -70,7 +71,7 @@ class SglangConfig(Section):
         return self
 
 
-class RolloutConfig(SamplingConfig):
+class RolloutConfig(SamplingConfig, CorrectionSettings):
     engine: Literal["local", "sglang"] = "local"  # in the trainer's own processes, or servers beside it
     sglang: SglangConfig = SglangConfig()
     group_size: int = Field(default=16, ge=1)
@@ -80,7 +81,6 @@ class RolloutConfig(SamplingConfig):
     stop_strings: list[str] = []  # end a response too, and stay in it
     batch_size: PositiveInt = 512  # sequences decoded together in a process of the local engine
     staleness: int = Field(default=0, ge=0)  # steps a sample may be older than the policy it trains; > 0 needs servers
-    importance_cap: float | None = Field(default=2.0, gt=0)  # of the weights that correct for staleness > 0; null: none
     oversampling: float = Field(default=1.0, ge=1)  # prompts asked for each one needed; the slowest are given up
     unfinished: Literal["drop", "resume"] = "drop"  # responses that servers gave up
     ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated

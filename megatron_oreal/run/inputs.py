@@ -106,7 +106,7 @@ def note_sampling(notes: list[str], config: TrainConfig) -> None:
             "policy/mismatch are of the distribution before that (the mask is not applied)"
         )
     if rollout.engine_logprobs == "unknown":
-        unweighted = "" if config.importance_cap is None else ", and off-policy tokens have the weight 1"
+        unweighted = "" if config.correction is None else ", and off-policy tokens have the weight 1"
         parts.append(
             f"the engine's log-probs at temperature {rollout.temperature:g} before truncation are not known: "
             f"policy/mismatch is not measured{unweighted}"
