@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_oreal.algorithms.advantages import ADVANTAGES
 from megatron_oreal.algorithms.losses import PolicyTerms, outcome_cross_entropy
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
-from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
+from megatron_oreal.algorithms.sample_selection import is_mixed, is_overlong, training_sequence
 from megatron_oreal.config import Correction, OrealConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
@@ -157,11 +157,12 @@ def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.R
         if len(samples) < 2 or not (is_mixed(group) or config.selection == "all"):
             continue
         advantages = group_advantages(samples, config)
-        chosen = list(range(len(samples)))
+        chosen = [index for index, sample in enumerate(samples) if not (config.filter_overlong and is_overlong(sample))]
         if config.selection == "one_pair":
             correct = [index for index in chosen if samples[index].is_correct]
             incorrect = [index for index in chosen if not samples[index].is_correct]
-            chosen = [rng.choice(correct), rng.choice(incorrect)]
+            # The filter may have left one kind.
+            chosen = [rng.choice(correct), rng.choice(incorrect)] if correct and incorrect else []
         for index in chosen:
             weight = sequence_weight(samples[index], advantages[index], group.pass_rate, config)
             sequences.append(training_sequence(samples[index], weight))

@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_oreal.algorithms.advantages import gae
+from megatron_oreal.algorithms.advantages import gae, whiten
 from megatron_oreal.algorithms.losses import PolicyTerms
 from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
-from megatron_oreal.algorithms.sample_selection import training_sequence
+from megatron_oreal.algorithms.sample_selection import is_overlong, training_sequence
 from megatron_oreal.config import Correction, PpoConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream, TrainingSequence
@@ -60,7 +60,7 @@ class Ppo:
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
         """Takes all updates on these groups; it uses every judged sample, also of groups of one kind."""
-        sequences = [sequence for group in groups for sequence in judged_sequences(group)]
+        sequences = [sequence for group in groups for sequence in judged_sequences(group, self.config)]
         if not sequences:
             return {"train/skipped": 1.0}
         parts = pack_parts(split(sequences, self.num_parts, random.Random(f"{self.seed}-{step}")), self.plan)
@@ -79,7 +79,7 @@ class Ppo:
         keep: TokenStream | None = None if needs_old_logprobs else "old_logprobs"
         for microbatch in batch.microbatches:
             fill_advantages(microbatch, self.config)
-        metrics |= self.whiten(batch)
+        metrics |= whiten(batch, self.policy.sum_over_data, changes=self.config.whiten_advantages)
         for _ in range(self.config.critic_epochs):
             minibatches = grouped(parts, self.config.critic_minibatches)
             metrics |= over_minibatches(
@@ -120,19 +120,6 @@ class Ppo:
         """The finer of the two divisions into mini-batches; the configuration checks that one divides the other."""
         return max(self.config.critic_minibatches, self.config.policy_minibatches)
 
-    def whiten(self, batch: Batch) -> Metrics:
-        """Gives the advantages mean 0 and variance 1 over the step's tokens; the metrics are those from before."""
-        chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
-        sums = torch.stack([chosen.sum(), chosen.square().sum()])
-        total, squares = self.policy.sum_over_data(sums).tolist()
-        mean = total / batch.num_tokens
-        deviation = max(squares / batch.num_tokens - mean * mean, 0.0) ** 0.5
-        if self.config.whiten_advantages:
-            for microbatch in batch.microbatches:
-                whitened = (microbatch.advantages - mean) / (deviation + 1e-8)
-                microbatch.advantages = torch.where(microbatch.loss_mask, whitened, 0.0)
-        return {"train/advantage_mean": mean, "train/advantage_std": deviation}
-
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
         terms = PolicyTerms(outputs, microbatch, batch, self.correction)
@@ -172,9 +159,10 @@ class Ppo:
         return LossOutput(loss, metrics)
 
 
-def judged_sequences(group: Group) -> list[TrainingSequence]:
+def judged_sequences(group: Group, config: PpoConfig) -> list[TrainingSequence]:
     """Returns the group's sequences; `advantage` holds the reward, 1 or 0, until the critic has been asked."""
-    return [training_sequence(sample, float(sample.is_correct)) for sample in group.judged_samples]
+    samples = [sample for sample in group.judged_samples if not (config.filter_overlong and is_overlong(sample))]
+    return [training_sequence(sample, float(sample.is_correct)) for sample in samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:

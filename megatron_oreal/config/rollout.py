@@ -97,6 +97,10 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
             return "model"
         return "rollout" if self.engine == "local" and not self.is_truncated else "unknown"
 
+    def longest_response(self, num_prompt_tokens: int) -> int:
+        """Returns how many tokens the response to a prompt may have; 0 or less where there is no room for one."""
+        return longest_response(self.max_new_tokens, self.max_total_tokens, num_prompt_tokens)
+
     def longest_sequence(self, max_prompt_tokens: int) -> int:
         """Returns how many tokens a prompt and its response may have together."""
         longest = max_prompt_tokens + self.max_new_tokens
@@ -113,3 +117,8 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
         if self.staleness > 0 and self.sglang.placement == "colocated":
             raise ValueError("rollout.staleness > 0 needs rollout.sglang.placement=disaggregated: both work at once")
         return self
+
+
+def longest_response(max_new_tokens: int, max_total_tokens: int | None, num_prompt_tokens: int) -> int:
+    """Returns how many tokens the two limits leave for the response to a prompt of this length."""
+    return max_new_tokens if max_total_tokens is None else min(max_new_tokens, max_total_tokens - num_prompt_tokens)

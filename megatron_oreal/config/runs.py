@@ -239,6 +239,7 @@ class TrainConfig(RunConfig):
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
+        self.algorithm.check_rollout(self.rollout)
         check_best_metric(self.checkpoint, self.eval)
         return self
 

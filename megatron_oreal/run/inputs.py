@@ -15,7 +15,7 @@ from megatron_oreal.config import (
 )
 from megatron_oreal.config.model_files import read_end_tokens
 from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prompts
-from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_oreal.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
 from megatron_oreal.types import Int32Array
 from megatron_oreal.weights.families import Architecture, read_architecture, trainable_families
@@ -67,6 +67,33 @@ def check_initial_weights(config: TrainConfig, architecture: Architecture) -> No
                 f"algorithm.{name}.path: {path} is not a Hugging Face directory of the policy's architecture; give one "
                 "or drop it"
             )
+
+
+# Two tokenizers that spell this alike are taken for the same one.
+PROBE = "Solve 12x + 3.5 = -7/2 for x.\n\nStep 1: \\frac{a}{b}, so \\boxed{-0.58}. Wait, α ≤ 2!"
+
+
+def check_teacher(config: TrainConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
+    """Refuses a teacher that this layout cannot hold, or whose tokens are not the policy's."""
+    path = config.algorithm.reference_path
+    if path is None:
+        return
+    try:
+        theirs = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+        check_lengths(config, check_layout(theirs, trainable_families()))
+        teacher = read_architecture(path)
+    except ValueError as error:
+        raise ValueError(f"algorithm.teacher: {str(error).removeprefix('model.path: ')}") from None
+    if teacher.vocab_size < architecture.vocab_size:
+        raise ValueError(
+            f"algorithm.teacher: its vocab_size={teacher.vocab_size} is below the policy's {architecture.vocab_size}: "
+            "give a model that has all of the policy's tokens"
+        )
+    if has_tokenizer(path) and load_tokenizer(path).encode(PROBE) != tokenizer.encode(PROBE):
+        raise ValueError(
+            f"algorithm.teacher: the tokenizer in {path} is not that of {config.model.tokenizer_path}: give a model "
+            "that has the policy's tokens"
+        )
 
 
 def sampling_params(

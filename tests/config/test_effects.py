@@ -31,6 +31,8 @@ NO_REWARD_MODEL = ["algorithm.reward_model.enabled=false", "algorithm.policy_fre
 ONE = ["algorithm.positive_weight=one", "algorithm.negative_weight=one"]
 OBJECTIVES = {name: f"algorithm.objective={name}" for name in ("expression", "pass_at_n", "pure_rejection_sampling")}
 ALWAYS, TOKEN_MASK = "rollout.corrects=always", "rollout.mask_level=token"
+CLIP_COV, KL_COV = "algorithm.covariance=clip", "algorithm.covariance=kl"
+DISTILL = ["algorithm.objective=distillation", "algorithm.distill_coef=1"]
 STALE = ["rollout.engine=sglang", "rollout.staleness=1"]
 # (section, setting) -> a case for each of its rows
 CASES: dict[tuple[str, str], list[Case]] = {
@@ -152,6 +154,38 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ],
     ("OutcomeConfig", "constant_tokens"): [
         Case("algorithm.constant_tokens=9", [OUTCOME], [OUTCOME, "algorithm.normalisation=constant"])
+    ],
+    ("OutcomeConfig", "overlong_tokens"): [
+        Case("algorithm.overlong_tokens=9", [OUTCOME, "algorithm.objective=logit"], [OUTCOME]),
+    ],
+    ("OutcomeConfig", "overlong_penalty"): [
+        Case("algorithm.overlong_penalty=0.5", [OUTCOME], [OUTCOME, "algorithm.overlong_tokens=9"]),
+    ],
+    ("OutcomeConfig", "covariance_share"): [
+        Case("algorithm.covariance_share=0.1", [OUTCOME], [OUTCOME, CLIP_COV]),
+    ],
+    ("OutcomeConfig", "covariance_low"): [Case("algorithm.covariance_low=0.5", [OUTCOME], [OUTCOME, CLIP_COV])],
+    ("OutcomeConfig", "covariance_high"): [Case("algorithm.covariance_high=9", [OUTCOME], [OUTCOME, CLIP_COV])],
+    ("OutcomeConfig", "covariance_coef"): [
+        Case("algorithm.covariance_coef=2", [OUTCOME, CLIP_COV], [OUTCOME, KL_COV, "policy.updates_per_step=2"]),
+    ],
+    ("OutcomeConfig", "algorithm.covariance"): [
+        Case(KL_COV, [OUTCOME], [OUTCOME, "policy.updates_per_step=2"]),
+        Case(KL_COV, [OUTCOME], [OUTCOME, ALWAYS, "rollout.old_logprobs=engine"]),
+    ],
+    ("OutcomeConfig", "algorithm.surrogate"): [
+        Case("algorithm.surrogate=cispo", [OUTCOME], [OUTCOME, "policy.updates_per_step=2"]),
+        Case("algorithm.surrogate=cispo", [OUTCOME], [OUTCOME, ALWAYS, "rollout.old_logprobs=engine"]),
+    ],
+    ("OutcomeConfig", "teacher"): [
+        Case("algorithm.teacher=t", [OUTCOME], [OUTCOME, "algorithm.distill_coef=1"]),
+        Case("algorithm.teacher=t", [OUTCOME], [OUTCOME, "algorithm.kl_coef=1"]),
+    ],
+    ("OutcomeConfig", "covariance"): [Case(CLIP_COV, [OUTCOME, *DISTILL], [OUTCOME])],
+    ("OutcomeConfig", "dynamic_sampling"): [Case("algorithm.dynamic_sampling=true", [OUTCOME, *DISTILL], [OUTCOME])],
+    ("OutcomeConfig", "whiten_advantages"): [
+        Case("algorithm.whiten_advantages=true", [OUTCOME, *DISTILL], [OUTCOME]),
+        Case("algorithm.whiten_advantages=true", [OUTCOME, OBJECTIVES["pure_rejection_sampling"]], [OUTCOME]),
     ],
     ("OutcomeConfig", "kl_kind"): [Case("algorithm.kl_kind=mse", [OUTCOME], [OUTCOME, "algorithm.kl_coef=0.1"])],
     **{
