@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
 from megatron_oreal.config.correction import CorrectionSettings
+from megatron_oreal.config.effects import Effects, condition
 from megatron_oreal.config.section import Section
 
 EngineLogprobs = Literal["model", "rollout", "unknown"]
@@ -17,7 +18,8 @@ EngineLogprobs = Literal["model", "rollout", "unknown"]
 class SamplingConfig(Section):
     # Samples are drawn from softmax(logits / temperature), and that distribution is trained; 0 is greedy.
     temperature: float = Field(default=1.0, ge=0)
-    # Only the likeliest tokens of this mass, and only so many, are drawn (0: all). The losses do not apply this mask.
+    # Only the likeliest tokens of this mass, and only so many, are drawn (0: all). rollout.loss_support says whether
+    # losses are within them.
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     max_new_tokens: PositiveInt = 1024
@@ -83,16 +85,36 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
     staleness: int = Field(default=0, ge=0)  # steps a sample may be older than the policy it trains; > 0 needs servers
     oversampling: float = Field(default=1.0, ge=1)  # prompts asked for each one needed; the slowest are given up
     unfinished: Literal["drop", "resume"] = "drop"  # responses that servers gave up
+    # The policy's log-probs in the losses are those among all tokens, or among the tokens that top_p and top_k keep.
+    loss_support: Literal["all", "sampled"] = "all"
     ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated
     mismatch_alarm: float | None = Field(default=None, gt=0)  # mean |dlogp| of engine and trainer that is warned of
 
+    effects: ClassVar[Effects] = (
+        (
+            ("loss_support",),
+            condition(
+                lambda rollout: rollout.is_truncated,
+                "where {at}top_p and {at}top_k keep all tokens: drop it, or give one of them",
+            ),
+        ),
+    )
+
+    @property
+    def trains_truncated(self) -> bool:
+        """Whether the losses are within the tokens that top_p and top_k keep."""
+        return self.is_truncated and self.loss_support == "sampled"
+
     @property
     def engine_logprobs(self) -> EngineLogprobs:
-        """Which of the engine's log-probs are of the trained distribution: at the temperature, without truncation.
+        """Which of the engine's log-probs are of the trained distribution.
 
-        At temperature 1 these are the model's own. At another one they are those that were sampled from, if nothing was
-        truncated; of those, SGLang's answers say nothing.
+        Where the losses are within the kept tokens, they are those that were sampled from, which the local engine
+        tells. Else they are those without truncation: at temperature 1 the model's own, and at another one those that
+        were sampled from, if nothing was truncated. SGLang's answers tell neither.
         """
+        if self.trains_truncated:
+            return "rollout" if self.engine == "local" else "unknown"
         if self.temperature in (0, 1):  # Nothing is trained on greedy samples.
             return "model"
         return "rollout" if self.engine == "local" and not self.is_truncated else "unknown"
@@ -110,6 +132,16 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
     def check(self) -> Self:
         if "" in self.stop_strings:
             raise ValueError("rollout.stop_strings: an empty string is in every text; drop it")
+        if self.trains_truncated and (self.staleness > 0 or self.unfinished == "resume"):
+            raise ValueError(
+                "rollout.loss_support=sampled finds the kept tokens with the policy that sampled: drop it, or set "
+                "rollout.staleness to 0 and rollout.unfinished to drop"
+            )
+        if self.trains_truncated and self.engine == "sglang" and self.top_k > 0 and self.top_p < 1:
+            raise ValueError(
+                "rollout.loss_support=sampled: SGLang takes top_p of the mass of all tokens, not of the top_k: give "
+                "only one of rollout.top_p and rollout.top_k"
+            )
         # The local engine generates while the trainer waits, and begins no response that it does not finish.
         needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):

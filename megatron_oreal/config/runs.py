@@ -146,6 +146,7 @@ TRAINING_ROLLOUTS = tuple(
         "corrects",
         "oversampling",
         "unfinished",
+        "loss_support",
         "ledger",
         "mismatch_alarm",
     )
@@ -239,6 +240,10 @@ class TrainConfig(RunConfig):
             )
         if self.rollout.temperature == 0:
             raise ValueError("rollout.temperature must be > 0 in training: greedy samples of a group are all alike")
+        if self.rollout.trains_truncated and self.model.head_precision == "fp8_grad":
+            raise ValueError(
+                "rollout.loss_support=sampled has no FP8 products: set model.head_precision to bf16, or drop it"
+            )
         self.algorithm.check_rollout(self.rollout)
         check_best_metric(self.checkpoint, self.eval)
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_oreal.algorithms.model import GroupAlgorithm
@@ -11,7 +11,7 @@ from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.config import HeadInit, ScalarModelConfig, SftConfig, TrainableConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.models.fp8_layers import fp8_token_multiple
-from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead
+from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead, Truncation
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import Architecture, read_architecture
@@ -28,6 +28,9 @@ class ModelBuilder:
 
     def policy(self, num_updates: int) -> TrainableModel:
         head = self.logprob_head(self.architecture)
+        rollout = self.config.rollout
+        if isinstance(self.config, TrainConfig) and rollout.trains_truncated:
+            head = replace(head, truncation=Truncation(rollout.top_k, rollout.top_p))
         return self._build("policy", head, self.config.model.path, self.config.policy, num_updates)
 
     def reference(self) -> TrainableModel:

@@ -127,15 +127,21 @@ def sampling_params(
 def note_sampling(notes: list[str], config: TrainConfig) -> None:
     """Says, in one line, what of the sampled distribution the losses approximate or do not know."""
     rollout, parts = config.rollout, []
-    if rollout.is_truncated:
+    if rollout.trains_truncated:
+        parts.append(
+            f"losses are within the tokens that top_p={rollout.top_p:g}, top_k={rollout.top_k} keep, which the trainer "
+            "finds with its own logits; those of the reference are of all tokens"
+        )
+    elif rollout.is_truncated:
         parts.append(
             f"samples are truncated by top_p={rollout.top_p:g}, top_k={rollout.top_k}, but losses, KL and "
             "policy/mismatch are of the distribution before that (the mask is not applied)"
         )
     if rollout.engine_logprobs == "unknown":
         unweighted = "" if config.correction is None else ", and off-policy tokens have the weight 1"
+        place = "after" if rollout.trains_truncated else "before"
         parts.append(
-            f"the engine's log-probs at temperature {rollout.temperature:g} before truncation are not known: "
+            f"the engine's log-probs at temperature {rollout.temperature:g} {place} truncation are not known: "
             f"policy/mismatch is not measured{unweighted}"
         )
     if parts:

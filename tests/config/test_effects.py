@@ -87,6 +87,10 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("TrainConfig", "rollout.corrects"): [
         Case(ALWAYS, ["rollout.engine=sglang", "rollout.temperature=0.5"], ["rollout.temperature=0.5"]),
     ],
+    ("RolloutConfig", "loss_support"): [
+        Case("rollout.loss_support=sampled", [], ["rollout.top_p=0.9"]),
+        Case("rollout.loss_support=sampled", ["rollout.top_p=1"], ["rollout.top_k=5"]),
+    ],
     ("CorrectionSettings", "importance_level"): [
         Case("rollout.importance_level=sequence", [ALWAYS, "rollout.importance_cap=null"], [ALWAYS]),
         Case("rollout.importance_level=sequence", [ALWAYS, "rollout.old_logprobs=engine"], None),
@@ -213,6 +217,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
             "old_logprobs": "engine",
             "oversampling": 3,
             "unfinished": "resume",
+            "loss_support": "sampled",
             "ledger": "false",
             "mismatch_alarm": 3,
         }.items()
