@@ -137,6 +137,11 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
                 "rollout.loss_support=sampled finds the kept tokens with the policy that sampled: drop it, or set "
                 "rollout.staleness to 0 and rollout.unfinished to drop"
             )
+        if self.trains_truncated and self.old_logprobs == "engine":
+            raise ValueError(
+                "rollout.loss_support=sampled needs the pass over the old policy, which finds the kept tokens: drop "
+                "rollout.old_logprobs=engine"
+            )
         if self.trains_truncated and self.engine == "sglang" and self.top_k > 0 and self.top_p < 1:
             raise ValueError(
                 "rollout.loss_support=sampled: SGLang takes top_p of the mass of all tokens, not of the top_k: give "

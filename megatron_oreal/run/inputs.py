@@ -135,7 +135,7 @@ def note_sampling(notes: list[str], config: TrainConfig) -> None:
     elif rollout.is_truncated:
         parts.append(
             f"samples are truncated by top_p={rollout.top_p:g}, top_k={rollout.top_k}, but losses, KL and "
-            "policy/mismatch are of the distribution before that (the mask is not applied)"
+            "policy/mismatch are of the distribution before that (rollout.loss_support=sampled applies the mask)"
         )
     if rollout.engine_logprobs == "unknown":
         unweighted = "" if config.correction is None else ", and off-policy tokens have the weight 1"

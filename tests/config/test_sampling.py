@@ -12,7 +12,9 @@ from megatron_oreal.config import TrainConfig
 from megatron_oreal.run.inputs import note_sampling
 from megatron_oreal.train import measured
 
-MASK = "losses, KL and policy/mismatch are of the distribution before that (the mask is not applied)"
+MASK = (
+    "losses, KL and policy/mismatch are of the distribution before that (rollout.loss_support=sampled applies the mask)"
+)
 
 FOUND = "which the trainer finds with its own logits; those of the reference are of all tokens"
 
@@ -72,6 +74,7 @@ def test_what_is_trained_and_what_is_said(rollout: dict[str, Any], known: str, n
     [
         ({"engine": "sglang", "staleness": 1, "top_p": 0.9}, "finds the kept tokens with the policy that sampled"),
         ({"engine": "sglang", "unfinished": "resume", "top_p": 0.9}, "finds the kept tokens with the policy"),
+        ({"corrects": "always", "old_logprobs": "engine", "top_p": 0.9}, "drop rollout.old_logprobs=engine"),
         ({"engine": "sglang", "top_p": 0.9, "top_k": 5}, "give only one of rollout.top_p and rollout.top_k"),
     ],
 )
