@@ -258,8 +258,13 @@ class Microbatch:
     token_scores: Tensor | None = None  # [T] the reward model's, before its update
     token_weights: Tensor | None = None  # [T] in [0, 1], or of mean one
     coefficients: Tensor | None = None  # [T] what the policy's log-probs are weighted with
+    shares: Tensor | None = None  # [T] what a token weighs in the loss, before its sequence's weight
+    penalties: Tensor | None = None  # [T] the weights of |log ratio| of the tokens that are held back
     values: Tensor | None = None  # [T] the critic's
     returns: Tensor | None = None  # [T] what the critic is trained towards
+    # The tokens that top_p and top_k keep at each trained token (kernels.kept_logprob.KeptTokens), chosen by the first
+    # pass of a policy whose losses are within them.
+    kept_tokens: object | None = None
     packed: object | None = None  # what the attention derived from cu_seqlens, kept for the next pass
 
     @property

@@ -1,4 +1,4 @@
-"""Turns rewards into advantages: pure functions of tensors, in the dtype that they are given."""
+"""Turns rewards into advantages, in the dtype that they are given; `whiten` and `overlong_penalty` shape them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from megatron_oreal.types import Batch, Metrics
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -27,6 +29,44 @@ def grpo(rewards: Tensor) -> Tensor:
     check_group(rewards)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)
     return centred / (rewards.std(dim=-1, keepdim=True) + 1e-8)
+
+
+def normalised(rewards: Tensor, std: str = "population", epsilon: float = 0.0) -> Tensor:
+    """GRPO's advantages with its variants, also of rewards between 0 and 1; 0/0 is 0. rewards [G, M] -> [G, M].
+
+    std: "population", "bessel" or "none", as in objectives.grpo, which is this function for rewards 0 and 1.
+    """
+    check_group(rewards)
+    centred = rewards - rewards.mean(dim=-1, keepdim=True)
+    if std == "none":
+        return centred
+    scale = rewards.std(dim=-1, keepdim=True, correction=int(std == "bessel")) + epsilon
+    alike = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
+    return torch.where(alike, 0.0, centred / scale)
+
+
+def overlong_penalty(num_tokens: int, limit: int, interval: int) -> float:
+    """DAPO's soft punishment (Yu et al. 2025, eq. 13) as a number in [0, 1] to subtract from the reward.
+
+    It rises linearly over the last `interval` tokens before the limit, and is 0 before them.
+    """
+    return min(1.0, max(0.0, (num_tokens - (limit - interval)) / interval))
+
+
+def whiten(batch: Batch, sum_over_data: Callable[[Tensor], Tensor], *, changes: bool = True) -> Metrics:
+    """Gives the advantages mean 0 and variance 1 over the tokens of all ranks; the metrics are those from before.
+
+    changes: False only measures.
+    """
+    chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
+    sums = torch.stack([chosen.sum(), chosen.square().sum()])
+    total, squares = sum_over_data(sums).tolist()
+    mean = total / batch.num_tokens
+    deviation = max(squares / batch.num_tokens - mean * mean, 0.0) ** 0.5
+    for microbatch in batch.microbatches if changes else ():
+        whitened = (microbatch.advantages - mean) / (deviation + 1e-8)
+        microbatch.advantages = torch.where(microbatch.loss_mask, whitened, 0.0)
+    return {"train/advantage_mean": mean, "train/advantage_std": deviation}
 
 
 ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {"leave_one_out": leave_one_out, "grpo": grpo}

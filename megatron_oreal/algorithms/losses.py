@@ -9,11 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_oreal.algorithms.corrections import (
+    MAX_LOG_RATIO,
+    correction_metrics,
+    correction_weights,
+    largest,
+    log_ratio_to_engine,
+)
+from megatron_oreal.config import Correction
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
-
-# The logarithm of the largest ratio that is taken as it is. A single token that policy, target or engine finds
-# impossible must make neither a loss nor a metric infinite, for that would stop the run.
-MAX_LOG_RATIO = 20.0
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class PolicyTerms:
     outputs: TokenOutputs
     microbatch: Microbatch
     batch: Batch
-    importance_cap: float | None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    correction: Correction | None  # Of samples that are not the trained policy's own; None: nothing is corrected.
 
     def __post_init__(self) -> None:
         if self.microbatch.old_logprobs is None:
@@ -102,9 +106,12 @@ class PolicyTerms:
 
     @property
     def old_logprobs(self) -> Tensor:
-        """The log-probs of the policy before the step's first update, [T]."""
-        assert self.microbatch.old_logprobs is not None
-        return self.microbatch.old_logprobs
+        """The log-probs of the policy before the step's first update, [T]; or the engine's, where these are known."""
+        kept, known = self.microbatch.old_logprobs, self.microbatch.engine_logprobs
+        assert kept is not None
+        if self.correction is None or self.correction.old_logprobs == "trainer":
+            return kept
+        return torch.where(known.isnan(), kept, known)
 
     @property
     def ratio(self) -> Tensor:
@@ -112,10 +119,10 @@ class PolicyTerms:
         return bounded_exp(self.logprobs - self.old_logprobs)
 
     def corrected(self, coefficients: Tensor) -> Tensor:
-        """Returns the coefficients [T], times the importance weights where samples may be off-policy."""
-        if self.importance_cap is None:
+        """Returns the coefficients [T], times the weights that correct for where the samples come from."""
+        if self.correction is None:
             return coefficients
-        return coefficients * importance_weights(self.microbatch, self.importance_cap)
+        return coefficients * correction_weights(self.microbatch, self.correction)
 
     def mean(self, values: Tensor) -> Tensor:
         """Returns this micro-batch's share of the mean of values [T] over all trained tokens of the batch."""
@@ -132,8 +139,8 @@ class PolicyTerms:
     def output(self, loss: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
         """Returns the loss with its own metrics and with those that every policy has, detached."""
         metrics = metrics | {"loss": loss} | engine_mismatch(self.microbatch, self.batch)
-        if self.importance_cap is not None:
-            metrics |= importance_metrics(self.microbatch, self.batch, self.importance_cap)
+        if self.correction is not None:
+            metrics |= correction_metrics(self.microbatch, self.batch, self.correction)
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
 
 
@@ -155,36 +162,3 @@ def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
     }
     metrics = {name: values.sum() / batch.num_tokens for name, values in means.items()}
     return metrics | {"mismatch_max": largest(magnitude)}
-
-
-def importance_weights(microbatch: Microbatch, cap: float) -> Tensor:
-    """Returns min(pi_old / pi_engine, cap) of each trained token and 1 elsewhere: [T], detached.
-
-    This is truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
-    RL training"). It corrects for samples of other weights, or of other kernels, than those that are trained.
-    """
-    weights = torch.ones_like(microbatch.engine_logprobs)
-    ratios = log_ratio_to_engine(microbatch).exp().clamp_max(cap).to(weights.dtype)
-    return weights.index_copy_(0, microbatch.trained, ratios)
-
-
-def importance_metrics(microbatch: Microbatch, batch: Batch, cap: float) -> dict[str, Tensor]:
-    """Measures the weights: their mean as they are used, the largest before the cap, and the share that it cuts."""
-    ratio = log_ratio_to_engine(microbatch).exp()
-    return {
-        "importance_mean": ratio.clamp_max(cap).sum() / batch.num_tokens,
-        "importance_max": largest(ratio),
-        "importance_capped_share": (ratio > cap).sum() / batch.num_tokens,
-    }
-
-
-def log_ratio_to_engine(microbatch: Microbatch) -> Tensor:
-    """Returns log(pi_old / pi_engine) of the trained tokens, in nats; 0 where the engine's log-prob is unknown."""
-    assert microbatch.old_logprobs is not None, 'the first pass needs keep="old_logprobs"'
-    known = microbatch.engine_logprobs.index_select(0, microbatch.trained)
-    difference = microbatch.old_logprobs.index_select(0, microbatch.trained) - known
-    return torch.where(known.isnan(), 0.0, difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def largest(values: Tensor) -> Tensor:
-    return values.max() if values.numel() else values.new_zeros(())

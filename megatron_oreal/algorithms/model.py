@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -51,6 +52,9 @@ class ModelSource(Protocol):
 
     def reference(self) -> Model:
         """The frozen initial policy."""
+
+    def teacher(self, path: Path) -> Model:
+        """A frozen model that takes the reference's place; it may be of another architecture."""
 
     def scalar(self, name: str, training: ScalarModelConfig, num_updates: int, head_init: HeadInit = "zero") -> Model:
         """A model that gives one number a token: a reward model or a critic. `name` prefixes its metrics."""

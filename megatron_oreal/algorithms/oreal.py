@@ -23,8 +23,8 @@ from torch import Tensor
 from megatron_oreal.algorithms.advantages import ADVANTAGES
 from megatron_oreal.algorithms.losses import PolicyTerms, outcome_cross_entropy
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
-from megatron_oreal.algorithms.sample_selection import is_mixed, training_sequence
-from megatron_oreal.config import OrealConfig, TrainConfig
+from megatron_oreal.algorithms.sample_selection import is_mixed, is_overlong, training_sequence
+from megatron_oreal.config import Correction, OrealConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
 
@@ -41,7 +41,7 @@ class Oreal:
     reward_model: Model | None  # None: every token weight is 1.
     policy_updates: int = 1  # Optimizer steps on one set of groups.
     reward_model_updates: int = 1
-    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
@@ -67,7 +67,7 @@ class Oreal:
             reward_model=reward_model,
             policy_updates=run.policy.updates_per_step,
             reward_model_updates=config.reward_model.updates_per_step,
-            importance_cap=run.importance_cap,
+            correction=run.correction,
         )
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
@@ -121,7 +121,7 @@ class Oreal:
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Eq. 11: cloning of the correct, reshaped policy gradient of the incorrect, KL to the target."""
-        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         logprobs, old_logprobs = terms.logprobs, terms.old_logprobs
         assert microbatch.coefficients is not None
         coefficients = terms.corrected(microbatch.coefficients)
@@ -157,11 +157,12 @@ def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.R
         if len(samples) < 2 or not (is_mixed(group) or config.selection == "all"):
             continue
         advantages = group_advantages(samples, config)
-        chosen = list(range(len(samples)))
+        chosen = [index for index, sample in enumerate(samples) if not (config.filter_overlong and is_overlong(sample))]
         if config.selection == "one_pair":
             correct = [index for index in chosen if samples[index].is_correct]
             incorrect = [index for index in chosen if not samples[index].is_correct]
-            chosen = [rng.choice(correct), rng.choice(incorrect)]
+            # The filter may have left one kind.
+            chosen = [rng.choice(correct), rng.choice(incorrect)] if correct and incorrect else []
         for index in chosen:
             weight = sequence_weight(samples[index], advantages[index], group.pass_rate, config)
             sequences.append(training_sequence(samples[index], weight))

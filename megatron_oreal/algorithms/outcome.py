@@ -2,8 +2,10 @@
 
 The weights Z of the samples say what is optimised (objectives.py; Davis & Recht 2025, arXiv:2510.13651). Settings add
 PPO's clipped surrogate with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024), DAPO
-(Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), a KL to the initial policy,
-and DAPO's filter of groups that are all correct or all incorrect.
+(Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), CISPO's weighted log-probs
+(MiniMax 2025, arXiv:2506.13585), a KL to the initial policy, and DAPO's filters and its punishment of long responses.
+REINFORCE++ (Hu et al. 2025, arXiv:2501.03262) whitens the weights over the step's tokens. On-policy distillation adds
+log(teacher / old policy) to each token's weight, whose mean gradient is that of -KL(policy || teacher) at each token.
 
 The loss is -sum_i sum_t c_it min(ratio_it Z_i, clip(ratio_it) Z_i), where c_it is 1/(N |y_i|), 1/(number of tokens) or
 1/(N constant): N samples, over all ranks and all groups that are used, the samples of weight 0 too.
@@ -11,20 +13,31 @@ The loss is -sum_i sum_t c_it min(ratio_it Z_i, clip(ratio_it) Z_i), where c_it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron_oreal.algorithms.advantages import leave_one_out, normalised, overlong_penalty, whiten
+from megatron_oreal.algorithms.covariance import hold_back, seed_of_step
 from megatron_oreal.algorithms.losses import PolicyTerms, bounded_exp, sequence_mean, trained_tokens
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
 from megatron_oreal.algorithms.objectives import OBJECTIVES, Table, option_names, weights
-from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, training_sequence
-from megatron_oreal.config import OutcomeConfig, TrainConfig
+from megatron_oreal.algorithms.sample_selection import first_correct, is_mixed, is_overlong, training_sequence
+from megatron_oreal.config import Correction, OutcomeConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, pack
-from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, Sample, TokenOutputs, TrainingSequence
+from megatron_oreal.types import (
+    Batch,
+    Group,
+    LossOutput,
+    Microbatch,
+    Sample,
+    TokenOutputs,
+    TokenStream,
+    TrainingSequence,
+)
 
 
 @dataclass(slots=True)
@@ -37,48 +50,65 @@ class Outcome:
     policy: Model
     reference: Model | None = None  # None where no KL asks for it.
     policy_updates: int = 1  # Optimizer steps on one set of groups.
-    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    seed: int = 0
+    longest_response: Callable[[int], int] | None = None  # The length limit after a prompt of so many tokens.
+    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
     tables: dict[int, Table] = field(default_factory=dict)  # The weights for each number of judged samples met so far.
 
     def __post_init__(self) -> None:
-        assert self.reference is not None or self.config.kl_coef == 0, "a KL to the initial policy needs the reference"
+        assert self.reference is not None or not self.config.uses_reference, "a KL needs the reference"
+        assert self.longest_response is not None or self.config.overlong_tokens == 0, "long is what nears the limit"
         check_objective(self.config, self.group_size)
 
     @classmethod
     def build(cls, config: OutcomeConfig, run: TrainConfig, models: ModelSource) -> Outcome:
         """The objective with the models that its configuration asks for."""
+        reference = None
+        if config.uses_reference:
+            path = config.reference_path
+            reference = models.reference() if path is None else models.teacher(path)
         return cls(
             config=config,
             plan=models.plan,
             group_size=run.rollout.group_size,
             policy=models.policy(run.num_steps * run.policy.updates_per_step),
-            reference=models.reference() if config.uses_reference else None,
+            reference=reference,
             policy_updates=run.policy.updates_per_step,
-            importance_cap=run.importance_cap,
+            seed=run.seed,
+            longest_response=run.rollout.longest_response,
+            correction=run.correction,
         )
 
-    def update(self, groups: Sequence[Group], _step: int) -> Metrics:
+    def update(self, groups: Sequence[Group], step: int) -> Metrics:
         """Takes all optimizer steps on these groups; where no sample has a weight, only says that it skipped."""
         used = [group for group in groups if is_mixed(group) or not self.config.dynamic_sampling]
         sequences = [sequence for group in used for sequence in self.weigh(group)]
-        weighted = [sequence for sequence in sequences if sequence.advantage != 0]
-        if not weighted:
+        if not self.has_signal(sequences):
             return {"train/skipped": 1.0}
-        # A sample of weight 0 counts in the denominators; only a KL has something to say about its tokens.
-        batch = pack(sequences if self.config.kl_coef > 0 else weighted, self.plan)
+        # A sample of weight 0 counts in the denominators; it is packed where something else acts on its tokens.
+        weighted = [sequence for sequence in sequences if sequence.advantage != 0]
+        batch = pack(sequences if self.packs_all else weighted, self.plan)
         num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
-        for microbatch in batch.microbatches:
-            fill_coefficients(microbatch, len(sequences), num_tokens, self.config)
         metrics = {
             "train/skipped": 0.0,
             "train/num_groups": len(used),
             "train/num_sequences": batch.num_sequences,
             "train/num_tokens": batch.num_tokens,
         }
+        if self.config.whiten_advantages:
+            metrics |= whiten(batch, self.policy.sum_over_data)
+        for microbatch in batch.microbatches:
+            fill_coefficients(microbatch, len(sequences), num_tokens, self.config)
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
+        keep: TokenStream | None = "old_logprobs"
+        if self.config.covariance != "none":
+            self.policy.forward(batch, "old_logprobs")
+            keep = None
+            seed = seed_of_step(self.seed, step)
+            metrics |= hold_back(batch, self.config, self.plan, seed, self.policy.sum_over_data)
         policy_loss = partial(self.policy_loss, batch=batch)
-        metrics |= self.policy.train_step(batch, policy_loss, keep="old_logprobs")
+        metrics |= self.policy.train_step(batch, policy_loss, keep=keep)
         for _ in range(1, self.policy_updates):
             metrics |= self.policy.train_step(batch, policy_loss)
         return metrics
@@ -86,31 +116,71 @@ class Outcome:
     def planned_updates(self, _step: int) -> dict[str, int]:
         return {"policy": self.policy_updates}
 
+    @property
+    def packs_all(self) -> bool:
+        """Whether samples of weight 0 are in the passes too."""
+        config = self.config
+        return config.uses_reference or config.whiten_advantages or config.covariance != "none"
+
+    def has_signal(self, sequences: Sequence[TrainingSequence]) -> bool:
+        """Whether the step has something to learn from."""
+        if self.config.objective == "distillation" or self.config.distill_coef > 0:
+            return bool(sequences)
+        weights = {sequence.advantage for sequence in sequences}
+        return len(weights) > 1 if self.config.whiten_advantages else bool(weights - {0.0})
+
     def weigh(self, group: Group) -> list[TrainingSequence]:
-        """Returns the samples that count, each with its weight Z; samples without a verdict count nowhere."""
+        """Returns the samples that are trained on, each with its weight Z; without a verdict, one counts nowhere."""
         samples = group.judged_samples
         if self.config.objective == "pure_rejection_sampling":
-            return [training_sequence(sample, 1.0) for sample in first_correct(samples, self.config.num_correct)]
-        if len(samples) < min(2, self.group_size):  # Too few samples are left for what was configured.
-            return []
-        return [training_sequence(sample, weight) for sample, weight in zip(samples, self.z(samples), strict=True)]
+            samples = first_correct(samples, self.config.num_correct)
+            weighed = [(sample, 1.0) for sample in samples]
+        elif len(samples) < min(2, self.group_size):  # Too few samples are left for what was configured.
+            weighed = []
+        else:
+            weighed = list(zip(samples, self.z(samples), strict=True))
+        return [
+            training_sequence(sample, weight)
+            for sample, weight in weighed
+            if not (self.config.filter_overlong and is_overlong(sample))
+        ]
 
     def z(self, samples: Sequence[Sample]) -> list[float]:
         """Returns the weight Z of each sample of a group."""
+        if self.config.objective == "distillation":
+            return [0.0] * len(samples)
+        if self.config.overlong_tokens > 0:
+            return self.z_of_punished(samples)
         size, num_correct = len(samples), sum(sample.is_correct for sample in samples)
         if size not in self.tables:
             self.tables[size] = objective_table(self.config, size)
         a, b = self.tables[size]
         return [float(b[num_correct - 1] if sample.is_correct else a[num_correct]) for sample in samples]
 
+    def z_of_punished(self, samples: Sequence[Sample]) -> list[float]:
+        """Returns the weights for rewards from which long responses lose a part."""
+        assert self.longest_response is not None
+        config, rewards = self.config, []
+        for sample in samples:
+            limit = self.longest_response(len(sample.prompt_ids))
+            penalty = overlong_penalty(len(sample.response_ids), limit, config.overlong_tokens)
+            rewards.append(float(sample.is_correct) - config.overlong_penalty * penalty)
+        shaped = torch.tensor([rewards], dtype=torch.float64)
+        if config.objective == "rloo":
+            shaped = leave_one_out(shaped)
+        elif config.objective == "grpo":
+            shaped = normalised(shaped, config.std, config.epsilon)
+        found: list[float] = shaped[0].tolist()
+        return found
+
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns the clipped, weighted log-prob loss, with the KL to the initial policy where it is asked for."""
-        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
-        assert microbatch.coefficients is not None
-        coefficients = terms.corrected(microbatch.coefficients)
-        ratio = self.ratio(terms.logprobs - terms.old_logprobs, microbatch)
+        terms = PolicyTerms(outputs, microbatch, batch, self.correction)
+        coefficients = terms.corrected(self.coefficients(terms, microbatch))
+        difference = terms.logprobs - terms.old_logprobs
+        ratio = self.ratio(difference, microbatch)
         clipped = ratio.clamp(*self.clip_bounds)
-        gains = torch.minimum(coefficients * ratio, coefficients * clipped)
+        gains = SURROGATES[self.config.surrogate](coefficients, ratio, clipped, terms.logprobs)
         loss = surrogate = -gains.index_select(0, microbatch.trained).sum()
         metrics = {
             "loss_surrogate": surrogate,
@@ -118,10 +188,22 @@ class Outcome:
             "ratio_max": ratio.max(),
             "clip_share": terms.mean(ratio != clipped),
         }
+        if microbatch.penalties is not None:
+            metrics["covariance_penalty"] = penalty = (microbatch.penalties * difference.abs()).sum()
+            loss = loss + penalty
         if microbatch.reference_logprobs is not None:
             metrics["kl"] = kl = terms.kl(self.config.kl_kind, microbatch.reference_logprobs)
             loss = loss + self.config.kl_coef * kl
         return terms.output(loss, metrics)
+
+    def coefficients(self, terms: PolicyTerms, microbatch: Microbatch) -> Tensor:
+        """Returns what each token's gain is weighted with, [T]: the sample's weight, and the teacher's judgement."""
+        assert microbatch.coefficients is not None and microbatch.shares is not None
+        if self.config.distill_coef == 0:
+            return microbatch.coefficients
+        assert microbatch.reference_logprobs is not None
+        advantages = self.config.distill_coef * (microbatch.reference_logprobs - terms.old_logprobs)
+        return microbatch.coefficients + microbatch.shares * advantages
 
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
         """Returns each token's ratio to the old policy, or the geometric mean of those of its sequence: [T]."""
@@ -135,6 +217,22 @@ class Outcome:
         return 0.0 if low is None else 1.0 - low, float("inf") if high is None else 1.0 + high
 
 
+def clipped_gain(coefficients: Tensor, ratio: Tensor, clipped: Tensor, _logprobs: Tensor) -> Tensor:
+    """PPO's: a token that moved far enough in the direction of its weight has no gradient any more."""
+    return torch.minimum(coefficients * ratio, coefficients * clipped)
+
+
+def weighted_logprob(coefficients: Tensor, _ratio: Tensor, clipped: Tensor, logprobs: Tensor) -> Tensor:
+    """CISPO's: every token keeps its gradient, weighted with the clipped ratio."""
+    return coefficients * clipped.detach() * logprobs
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "clip": clipped_gain,
+    "cispo": weighted_logprob,
+}
+
+
 def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: int, config: OutcomeConfig) -> None:
     """Fills Z times the token's share in the loss. The counts are those of all ranks, samples of weight 0 included."""
     if config.normalisation == "token":
@@ -145,13 +243,14 @@ def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: in
         lengths = trained_tokens(microbatch).clamp_min(1)[microbatch.sequence_ids]
         share = 1.0 / (num_sequences * lengths)
     microbatch.coefficients = microbatch.advantages * share
+    microbatch.shares = microbatch.loss_mask * share
 
 
 def check_objective(config: OutcomeConfig, group_size: int) -> None:
     """Raises ValueError, one line, where the objective has no weights for groups of this size. Warns of a falling h."""
     if config.objective == "pass_at_n" and config.n > group_size:
         raise ValueError(f"algorithm.n={config.n} must be <= rollout.group_size={group_size}: lower it")
-    if config.objective != "pure_rejection_sampling":
+    if config.objective not in ("pure_rejection_sampling", "distillation"):
         try:
             objective_table(config, group_size)
         except ValueError as error:

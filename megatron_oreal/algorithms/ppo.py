@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_oreal.algorithms.advantages import gae
+from megatron_oreal.algorithms.advantages import gae, whiten
 from megatron_oreal.algorithms.losses import PolicyTerms
 from megatron_oreal.algorithms.metrics import over_minibatches
 from megatron_oreal.algorithms.model import Metrics, Model, ModelSource
-from megatron_oreal.algorithms.sample_selection import training_sequence
-from megatron_oreal.config import PpoConfig, TrainConfig
+from megatron_oreal.algorithms.sample_selection import is_overlong, training_sequence
+from megatron_oreal.config import Correction, PpoConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan, merge, pack_parts, pad_responses, unpad_responses
 from megatron_oreal.types import Batch, Group, LossOutput, Microbatch, TokenOutputs, TokenStream, TrainingSequence
 
@@ -35,7 +35,7 @@ class Ppo:
     policy: Model
     critic: Model
     reference: Model | None  # None where no KL asks for it.
-    importance_cap: float | None = None  # The cap of the weights of off-policy tokens; None: on-policy, no weights.
+    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
@@ -55,12 +55,12 @@ class Ppo:
             policy=policy,
             critic=critic,
             reference=models.reference() if config.uses_reference else None,
-            importance_cap=run.importance_cap,
+            correction=run.correction,
         )
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
         """Takes all updates on these groups; it uses every judged sample, also of groups of one kind."""
-        sequences = [sequence for group in groups for sequence in judged_sequences(group)]
+        sequences = [sequence for group in groups for sequence in judged_sequences(group, self.config)]
         if not sequences:
             return {"train/skipped": 1.0}
         parts = pack_parts(split(sequences, self.num_parts, random.Random(f"{self.seed}-{step}")), self.plan)
@@ -73,14 +73,13 @@ class Ppo:
         self.critic.forward(batch, "values")
         if self.reference is not None:
             self.reference.forward(batch, "reference_logprobs")
-        # Where later mini-batches or the rewards need them; else the only pass over the batch keeps them.
-        needs_old_logprobs = self.num_policy_updates > 1 or self.config.kl_reward_coef > 0
+        needs_old_logprobs = self.needs_old_logprobs
         if needs_old_logprobs:
             self.policy.forward(batch, "old_logprobs")
         keep: TokenStream | None = None if needs_old_logprobs else "old_logprobs"
         for microbatch in batch.microbatches:
             fill_advantages(microbatch, self.config)
-        metrics |= self.whiten(batch)
+        metrics |= whiten(batch, self.policy.sum_over_data, changes=self.config.whiten_advantages)
         for _ in range(self.config.critic_epochs):
             minibatches = grouped(parts, self.config.critic_minibatches)
             metrics |= over_minibatches(
@@ -93,6 +92,7 @@ class Ppo:
             metrics |= over_minibatches(
                 [self.policy.train_step(part, partial(self.policy_loss, batch=part), keep) for part in minibatches]
             )
+            keep = None  # The first pass over each part has kept them.
         return metrics
 
     def planned_updates(self, step: int) -> dict[str, int]:
@@ -100,6 +100,15 @@ class Ppo:
             "critic": self.config.critic_epochs * self.config.critic_minibatches,
             "policy": 0 if step < self.config.policy_freeze_steps else self.num_policy_updates,
         }
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether a pass of its own keeps them, because later mini-batches or the rewards need them.
+
+        Else the first pass over each part keeps them. Ratios to the engine need only the engine's.
+        """
+        is_trainers = self.correction is None or self.correction.old_logprobs == "trainer"
+        return (self.num_policy_updates > 1 and is_trainers) or self.config.kl_reward_coef > 0
 
     @property
     def num_policy_updates(self) -> int:
@@ -111,22 +120,9 @@ class Ppo:
         """The finer of the two divisions into mini-batches; the configuration checks that one divides the other."""
         return max(self.config.critic_minibatches, self.config.policy_minibatches)
 
-    def whiten(self, batch: Batch) -> Metrics:
-        """Gives the advantages mean 0 and variance 1 over the step's tokens; the metrics are those from before."""
-        chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
-        sums = torch.stack([chosen.sum(), chosen.square().sum()])
-        total, squares = self.policy.sum_over_data(sums).tolist()
-        mean = total / batch.num_tokens
-        deviation = max(squares / batch.num_tokens - mean * mean, 0.0) ** 0.5
-        if self.config.whiten_advantages:
-            for microbatch in batch.microbatches:
-                whitened = (microbatch.advantages - mean) / (deviation + 1e-8)
-                microbatch.advantages = torch.where(microbatch.loss_mask, whitened, 0.0)
-        return {"train/advantage_mean": mean, "train/advantage_std": deviation}
-
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
         """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
-        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         ratio = terms.ratio
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
         advantages = terms.corrected(microbatch.advantages)
@@ -163,9 +159,10 @@ class Ppo:
         return LossOutput(loss, metrics)
 
 
-def judged_sequences(group: Group) -> list[TrainingSequence]:
+def judged_sequences(group: Group, config: PpoConfig) -> list[TrainingSequence]:
     """Returns the group's sequences; `advantage` holds the reward until the critic has been asked."""
-    return [training_sequence(sample, sample.reward) for sample in group.judged_samples]
+    samples = [sample for sample in group.judged_samples if not (config.filter_overlong and is_overlong(sample))]
+    return [training_sequence(sample, sample.reward) for sample in samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:

@@ -12,6 +12,11 @@ def is_mixed(group: Group) -> bool:
     return 0.0 < group.pass_rate < 1.0
 
 
+def is_overlong(sample: Sample) -> bool:
+    """Whether the length limit cut the response. DAPO's filter (Yu et al. 2025) does not train on such a sample."""
+    return sample.finish_reason == "length"
+
+
 def first_correct(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Returns the first `count` correct samples in the order in which they were drawn, or all where there are fewer.
 

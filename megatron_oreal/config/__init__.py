@@ -14,6 +14,7 @@ from megatron_oreal.config.algorithms import (
     PpoConfig,
     SampleNeeds,
 )
+from megatron_oreal.config.correction import Correction
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.layout import (
     check_layout,
@@ -58,6 +59,7 @@ __all__ = [
     "AnswerRule",
     "BenchmarkConfig",
     "CheckpointConfig",
+    "Correction",
     "EvalRunConfig",
     "Fp8Recipe",
     "HeadFp8",

@@ -6,6 +6,7 @@ To add an algorithm, write its section here and name it in AnyAlgorithm; algorit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
@@ -13,6 +14,7 @@ from typing_extensions import Self
 
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.models import CriticConfig, RewardModelConfig, ScalarModelConfig
+from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
 
 
@@ -43,8 +45,16 @@ class AlgorithmConfig(Section):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether it holds the frozen initial policy."""
+        """Whether it holds the frozen initial policy, or a teacher in its place."""
         return False
+
+    @property
+    def reference_path(self) -> Path | None:
+        """The directory of the model in the reference's place; None for the initial policy."""
+        return None
+
+    def check_rollout(self, rollout: RolloutConfig) -> None:
+        """Raises ValueError for a setting that does not fit those of the rollouts."""
 
     @property
     def scalar_models(self) -> dict[str, ScalarModelConfig]:
@@ -77,6 +87,7 @@ class OrealConfig(AlgorithmConfig):
     policy_freeze_steps: int = Field(default=10, ge=0)  # The first steps train the reward model only.
     # Whether the policy's learning rate moves on while the policy is frozen, so that its warm-up passes meanwhile.
     freeze_advances_schedule: bool = True
+    filter_overlong: bool = False  # Samples cut at the length limit count in pass rates, but are not trained on.
     reward_model: RewardModelConfig = RewardModelConfig()  # The token-level reward model.
 
     min_group_size: ClassVar[int] = 2
@@ -188,19 +199,12 @@ class PpoConfig(AlgorithmConfig):
     kl_reward_coef: float = Field(default=0.0, ge=0)  # The weight of the same KL, subtracted from each token's reward.
     entropy_coef: float = Field(default=0.0, ge=0)  # The weight of the entropy bonus.
     policy_freeze_steps: int = Field(default=0, ge=0)  # The first steps train the critic only.
+    filter_overlong: bool = False  # Samples cut at the length limit are not trained on, neither policy nor critic.
     critic: CriticConfig = CriticConfig()  # The model that predicts the reward.
 
     takes_any_reward: ClassVar[bool] = True
     effects: ClassVar[Effects] = (
         (("kl_kind",), positive("kl_coef")),
-        (
-            ("clip_low", "clip_high"),
-            condition(
-                lambda ppo: ppo.policy_minibatches * ppo.policy_epochs > 1,
-                "for a single update of the policy, whose ratio is 1: drop it, or raise {at}policy_minibatches or "
-                "{at}policy_epochs",
-            ),
-        ),
         (
             ("value_clip",),
             condition(
@@ -211,6 +215,16 @@ class PpoConfig(AlgorithmConfig):
         ),
     )
     run_effects: ClassVar[Effects] = (
+        (
+            ("algorithm.clip_low", "algorithm.clip_high"),
+            condition(
+                lambda run: (
+                    run.algorithm.policy_minibatches * run.algorithm.policy_epochs > 1 or not run.has_fresh_ratios
+                ),
+                "for a single update of the policy, whose ratio is 1: drop it, or raise algorithm.policy_minibatches "
+                "or algorithm.policy_epochs, or set rollout.old_logprobs to engine",
+            ),
+        ),
         (
             ("policy.updates_per_step",),
             never("for algorithm.name=ppo: drop it, or set algorithm.policy_minibatches or algorithm.policy_epochs"),
@@ -243,6 +257,12 @@ OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # which objectives an option 
 }
 
 
+SINGLE_UPDATE_WORDS = (
+    "for a single update of the policy, whose ratio is 1: drop it, or raise policy.updates_per_step, or set "
+    "rollout.old_logprobs to engine"
+)
+
+
 class OutcomeConfig(AlgorithmConfig):
     """Any objective h(p) of the pass rate p over one weighted log-prob loss: GRPO, Dr. GRPO, DAPO, GSPO, RLOO ..."""
 
@@ -257,6 +277,7 @@ class OutcomeConfig(AlgorithmConfig):
         "pass_at_n",
         "logit",
         "expression",
+        "distillation",  # No reward counts: distill_coef or kl_coef says what is learnt.
     ] = "grpo"
     h: str = ""  # The function of expression: h(t), t the pass rate, for example "log(t / (1 - t))".
     smoothing: float = Field(default=0.0, ge=0)  # It keeps expression's h finite at 0 and 1, e.g. 1/(2 group_size).
@@ -266,6 +287,12 @@ class OutcomeConfig(AlgorithmConfig):
     baseline: Literal["leave_one_out", "none"] = "leave_one_out"  # leave_one_out has the same mean, and less variance.
     num_correct: PositiveInt = 1  # How many correct samples of each group pure_rejection_sampling takes (B).
     dynamic_sampling: bool = False  # Groups that are all correct or all incorrect are left out.
+    whiten_advantages: bool = False  # Weights get mean 0 and variance 1 over the step's tokens (REINFORCE++).
+    filter_overlong: bool = False  # Samples cut at the length limit count in advantages, but are not trained on.
+    # DAPO's soft punishment: in the last overlong_tokens before the length limit, a sample's reward falls linearly by
+    # overlong_penalty; 0 punishes nothing.
+    overlong_tokens: int = Field(default=0, ge=0)
+    overlong_penalty: float = Field(default=1.0, gt=0)  # What the longest responses lose of their reward, 1 or 0.
     # Each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each sequence's sum divided by
     # constant_tokens (Dr. GRPO; with 1, exactly the gradient of h). All count the samples of weight 0 too.
     normalisation: Literal["sequence", "token", "constant"] = "token"
@@ -273,21 +300,72 @@ class OutcomeConfig(AlgorithmConfig):
     ratio: Literal["token", "sequence"] = "token"  # The ratio to the old policy is a token's, or its sequence's (GSPO).
     clip_low: float | None = Field(default=0.2, gt=0, le=1)  # The ratio counts from 1 - clip_low; null does not clip.
     clip_high: float | None = Field(default=0.2, gt=0)  # The ratio counts to 1 + clip_high, DAPO: 0.28; null: no clip.
+    # What is made of the ratio: PPO's clipped gain, or log-probs weighted with the clipped ratio itself, so that no
+    # token loses its gradient (CISPO).
+    surrogate: Literal["clip", "cispo"] = "clip"
+    # What happens to the few tokens whose log-prob and weight vary together most, which cost the most entropy: nothing,
+    # some of them are left out at random (Clip-Cov), or they are held back by a KL to the old policy (KL-Cov).
+    covariance: Literal["none", "clip", "kl"] = "none"
+    covariance_share: float = Field(default=2e-4, gt=0, le=1)  # The share of the step's tokens that are chosen.
+    covariance_low: float = 1.0  # Clip-Cov chooses among the tokens whose covariance lies above this,
+    covariance_high: float = 5.0  # and below this.
+    covariance_coef: float = Field(default=1.0, gt=0)  # KL-Cov's weight of |log ratio|.
     kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
-    kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the initial policy, a mean over tokens.
+    kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the reference, a mean over tokens.
+    # The weight of log(reference / old policy), which is added to each token's weight: distillation on the policy's own
+    # samples, where the reference is a teacher.
+    distill_coef: float = Field(default=0.0, ge=0)
+    # The Hugging Face directory of a model that takes the initial policy's place as the reference: a teacher with the
+    # same tokens. It may be of another size.
+    teacher: Path | None = None
 
     effects: ClassVar[Effects] = (
         *(((name,), choice("objective", *objectives)) for name, objectives in OBJECTIVE_OPTIONS.items()),
+        (("overlong_tokens",), choice("objective", "reinforce", "rloo", "grpo")),
+        (("overlong_penalty",), positive("overlong_tokens")),
+        (("covariance_share",), choice("covariance", "clip", "kl")),
+        (("covariance_low", "covariance_high"), choice("covariance", "clip")),
+        (("covariance_coef",), choice("covariance", "kl")),
+        (
+            ("teacher",),
+            condition(
+                lambda outcome: outcome.uses_reference,
+                "for {at}distill_coef=0 and {at}kl_coef=0: drop it, or raise one of them",
+            ),
+        ),
+        (
+            ("dynamic_sampling", "covariance", "whiten_advantages"),
+            condition(
+                lambda outcome: outcome.objective != "distillation",
+                "for {at}objective=distillation, where no reward counts: drop it",
+            ),
+        ),
+        (
+            ("whiten_advantages",),
+            condition(
+                lambda outcome: outcome.objective != "pure_rejection_sampling",
+                "for {at}objective=pure_rejection_sampling, whose weights are all 1: drop it",
+            ),
+        ),
         (("epsilon",), choice("std", "population", "bessel")),
         (("constant_tokens",), choice("normalisation", "constant")),
         (("kl_kind",), positive("kl_coef")),
     )
     run_effects: ClassVar[Effects] = (
         (
-            ("algorithm.clip_low", "algorithm.clip_high"),
+            ("algorithm.clip_low", "algorithm.clip_high", "algorithm.surrogate"),
             condition(
-                lambda run: run.policy.updates_per_step > 1,
-                "for a single update of the policy, whose ratio is 1: drop it, or raise policy.updates_per_step",
+                lambda run: run.policy.updates_per_step > 1 or not run.has_fresh_ratios,
+                SINGLE_UPDATE_WORDS,
+            ),
+        ),
+        (
+            ("algorithm.covariance",),
+            condition(
+                lambda run: (
+                    run.algorithm.covariance != "kl" or run.policy.updates_per_step > 1 or not run.has_fresh_ratios
+                ),
+                SINGLE_UPDATE_WORDS,
             ),
         ),
     )
@@ -296,8 +374,25 @@ class OutcomeConfig(AlgorithmConfig):
     def check(self) -> Self:
         if self.objective == "expression" and not self.h.strip():
             raise ValueError("algorithm.h is required for algorithm.objective=expression: set h, e.g. log(t + 0.1)")
+        if self.objective == "distillation" and not self.uses_reference:
+            raise ValueError(
+                "algorithm.objective=distillation learns from the reference alone: raise algorithm.distill_coef or "
+                "algorithm.kl_coef"
+            )
+        if self.covariance_low >= self.covariance_high:
+            raise ValueError(
+                f"algorithm.covariance_low={self.covariance_low:g} must be below algorithm.covariance_high="
+                f"{self.covariance_high:g}: lower it"
+            )
         self.refuse_idle_settings("algorithm.")
         return self
+
+    def check_rollout(self, rollout: RolloutConfig) -> None:
+        if self.overlong_tokens > rollout.max_new_tokens:
+            raise ValueError(
+                f"algorithm.overlong_tokens={self.overlong_tokens} must be <= rollout.max_new_tokens="
+                f"{rollout.max_new_tokens}, for it counts back from the length limit: lower it"
+            )
 
     @property
     def sample_needs(self) -> SampleNeeds:
@@ -306,7 +401,11 @@ class OutcomeConfig(AlgorithmConfig):
 
     @property
     def uses_reference(self) -> bool:
-        return self.kl_coef > 0
+        return self.kl_coef > 0 or self.distill_coef > 0
+
+    @property
+    def reference_path(self) -> Path | None:
+        return self.teacher
 
 
 # Adding an algorithm: its section joins this union, and its row ALGORITHMS in algorithms/registry.py.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.correction import CorrectionSettings
+from megatron_oreal.config.effects import Effects, condition
 from megatron_oreal.config.section import Section
 
 EngineLogprobs = Literal["model", "rollout", "unknown"]
@@ -16,7 +18,8 @@ EngineLogprobs = Literal["model", "rollout", "unknown"]
 class SamplingConfig(Section):
     # Samples are drawn from softmax(logits / temperature), and that distribution is trained; 0 is greedy.
     temperature: float = Field(default=1.0, ge=0)
-    # Only the likeliest tokens of this mass, and only so many, are drawn (0: all). The losses do not apply this mask.
+    # Only the likeliest tokens of this mass, and only so many, are drawn (0: all). rollout.loss_support says whether
+    # losses are within them.
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     max_new_tokens: PositiveInt = 1024
@@ -77,7 +80,7 @@ class SglangConfig(Section):
         return self
 
 
-class RolloutConfig(SamplingConfig):
+class RolloutConfig(SamplingConfig, CorrectionSettings):
     engine: Literal["local", "sglang"] = "local"  # in the trainer's own processes, or servers beside it
     sglang: SglangConfig = SglangConfig()
     group_size: int = Field(default=16, ge=1)
@@ -87,22 +90,45 @@ class RolloutConfig(SamplingConfig):
     stop_strings: list[str] = []  # end a response too, and stay in it
     batch_size: PositiveInt = 512  # sequences decoded together in a process of the local engine
     staleness: int = Field(default=0, ge=0)  # steps a sample may be older than the policy it trains; > 0 needs servers
-    importance_cap: float | None = Field(default=2.0, gt=0)  # of the weights that correct for staleness > 0; null: none
     oversampling: float = Field(default=1.0, ge=1)  # prompts asked for each one needed; the slowest are given up
     unfinished: Literal["drop", "resume"] = "drop"  # responses that servers gave up
+    # The policy's log-probs in the losses are those among all tokens, or among the tokens that top_p and top_k keep.
+    loss_support: Literal["all", "sampled"] = "all"
     ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated
     mismatch_alarm: float | None = Field(default=None, gt=0)  # mean |dlogp| of engine and trainer that is warned of
 
+    effects: ClassVar[Effects] = (
+        (
+            ("loss_support",),
+            condition(
+                lambda rollout: rollout.is_truncated,
+                "where {at}top_p and {at}top_k keep all tokens: drop it, or give one of them",
+            ),
+        ),
+    )
+
+    @property
+    def trains_truncated(self) -> bool:
+        """Whether the losses are within the tokens that top_p and top_k keep."""
+        return self.is_truncated and self.loss_support == "sampled"
+
     @property
     def engine_logprobs(self) -> EngineLogprobs:
-        """Which of the engine's log-probs are of the trained distribution: at the temperature, without truncation.
+        """Which of the engine's log-probs are of the trained distribution.
 
-        At temperature 1 these are the model's own. At another one they are those that were sampled from, if nothing was
-        truncated; of those, SGLang's answers say nothing.
+        Where the losses are within the kept tokens, they are those that were sampled from, which the local engine
+        tells. Else they are those without truncation: at temperature 1 the model's own, and at another one those that
+        were sampled from, if nothing was truncated. SGLang's answers tell neither.
         """
+        if self.trains_truncated:
+            return "rollout" if self.engine == "local" else "unknown"
         if self.temperature in (0, 1):  # Nothing is trained on greedy samples.
             return "model"
         return "rollout" if self.engine == "local" and not self.is_truncated else "unknown"
+
+    def longest_response(self, num_prompt_tokens: int) -> int:
+        """Returns how many tokens the response to a prompt may have; 0 or less where there is no room for one."""
+        return longest_response(self.max_new_tokens, self.max_total_tokens, num_prompt_tokens)
 
     def longest_sequence(self, max_prompt_tokens: int) -> int:
         """Returns how many tokens a prompt and its response may have together."""
@@ -113,6 +139,21 @@ class RolloutConfig(SamplingConfig):
     def check(self) -> Self:
         if "" in self.stop_strings:
             raise ValueError("rollout.stop_strings: an empty string is in every text; drop it")
+        if self.trains_truncated and (self.staleness > 0 or self.unfinished == "resume"):
+            raise ValueError(
+                "rollout.loss_support=sampled finds the kept tokens with the policy that sampled: drop it, or set "
+                "rollout.staleness to 0 and rollout.unfinished to drop"
+            )
+        if self.trains_truncated and self.old_logprobs == "engine":
+            raise ValueError(
+                "rollout.loss_support=sampled needs the pass over the old policy, which finds the kept tokens: drop "
+                "rollout.old_logprobs=engine"
+            )
+        if self.trains_truncated and self.engine == "sglang" and self.top_k > 0 and self.top_p < 1:
+            raise ValueError(
+                "rollout.loss_support=sampled: SGLang takes top_p of the mass of all tokens, not of the top_k: give "
+                "only one of rollout.top_p and rollout.top_k"
+            )
         # The local engine generates while the trainer waits, and begins no response that it does not finish.
         needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):
@@ -120,3 +161,8 @@ class RolloutConfig(SamplingConfig):
         if self.staleness > 0 and self.sglang.placement == "colocated":
             raise ValueError("rollout.staleness > 0 needs rollout.sglang.placement=disaggregated: both work at once")
         return self
+
+
+def longest_response(max_new_tokens: int, max_total_tokens: int | None, num_prompt_tokens: int) -> int:
+    """Returns how many tokens the two limits leave for the response to a prompt of this length."""
+    return max_new_tokens if max_total_tokens is None else min(max_new_tokens, max_total_tokens - num_prompt_tokens)

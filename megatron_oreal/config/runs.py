@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
 from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, AnyAlgorithm, OrealConfig
+from megatron_oreal.config.correction import CORRECTION_SETTINGS, Correction
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
@@ -123,8 +124,9 @@ class RunConfig(ModelRunConfig):
 
 ON_POLICY_WORDS = (
     "while every sample comes from the policy that it trains: drop it, or raise rollout.staleness, or set "
-    "rollout.unfinished to resume"
+    "rollout.unfinished to resume, or rollout.corrects to always"
 )
+CORRECTIONS = tuple(f"rollout.{name}" for name in CORRECTION_SETTINGS)
 # The settings of rollouts that only the training on outcome rewards uses.
 TRAINING_ROLLOUTS = tuple(
     f"rollout.{name}"
@@ -133,9 +135,11 @@ TRAINING_ROLLOUTS = tuple(
         "draw_rounds",
         "prompt_rounds",
         "staleness",
-        "importance_cap",
+        *CORRECTION_SETTINGS,
+        "corrects",
         "oversampling",
         "unfinished",
+        "loss_support",
         "ledger",
         "mismatch_alarm",
     )
@@ -171,9 +175,17 @@ class TrainConfig(RunConfig):
                 "algorithm.objective=pure_rejection_sampling do: drop it",
             ),
         ),
-        (("rollout.importance_cap",), condition(lambda run: run.is_off_policy, ON_POLICY_WORDS)),
+        (CORRECTIONS, condition(lambda run: run.corrects_samples, ON_POLICY_WORDS)),
         (
-            ("rollout.importance_cap",),
+            ("rollout.corrects", "rollout.old_logprobs"),
+            condition(
+                lambda run: run.rollout.engine_logprobs != "unknown",
+                "where the engine's log-probs of the trained distribution are unknown: drop it, or set "
+                "rollout.temperature to 1",
+            ),
+        ),
+        (
+            ("rollout.corrects", *CORRECTIONS),
             condition(
                 lambda run: run.algorithm.takes_importance_weights,
                 "for an algorithm that does not correct for the age of samples: drop it",
@@ -191,9 +203,20 @@ class TrainConfig(RunConfig):
         return self.rollout.staleness > 0 or self.rollout.unfinished == "resume"
 
     @property
-    def importance_cap(self) -> float | None:
-        """The cap of the weights that correct for older samples; None where nothing is corrected."""
-        return self.rollout.importance_cap if self.is_off_policy and self.algorithm.takes_importance_weights else None
+    def corrects_samples(self) -> bool:
+        """Whether the settings of `rollout` ask for a correction of samples that are not of the trained policy."""
+        return self.is_off_policy or self.rollout.corrects == "always"
+
+    @property
+    def correction(self) -> Correction | None:
+        """How the losses correct for the distribution that was sampled from; None where nothing is corrected."""
+        is_asked_for = self.corrects_samples and self.algorithm.takes_importance_weights
+        return self.rollout.as_correction() if is_asked_for else None
+
+    @property
+    def has_fresh_ratios(self) -> bool:
+        """Whether the ratios of a step's first update are 1, as they are to the trainer's own policy before it."""
+        return self.correction is None or self.correction.old_logprobs == "trainer"
 
     @model_validator(mode="before")
     @classmethod
@@ -217,6 +240,11 @@ class TrainConfig(RunConfig):
                 f"verifier.rewards=any: algorithm.name={self.algorithm.name} is made for rewards of 0 and 1; set "
                 f"verifier.rewards=binary, or algorithm.name={' or '.join(able)}"
             )
+        if self.rollout.trains_truncated and self.model.head_precision == "fp8_grad":
+            raise ValueError(
+                "rollout.loss_support=sampled has no FP8 products: set model.head_precision to bf16, or drop it"
+            )
+        self.algorithm.check_rollout(self.rollout)
         check_best_metric(self.checkpoint, self.eval)
         return self
 

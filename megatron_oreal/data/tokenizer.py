@@ -229,9 +229,13 @@ def with_prefix(ids: list[int], prefix: list[int]) -> list[int]:
     return ids if not ids or ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
+def has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in VOCABULARY_FILES)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a tokenizer directory; never reaches out to a hub. Raises ValueError naming model.tokenizer."""
-    if not any((path / name).is_file() for name in VOCABULARY_FILES):
+    if not has_tokenizer(path):
         raise ValueError(f"model.tokenizer: {path} holds no tokenizer; give a directory with tokenizer.json")
     try:
         backend = load_backend(path)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_oreal.config.loading import describe
-from megatron_oreal.config.rollout import SamplingConfig
+from megatron_oreal.config.rollout import SamplingConfig, longest_response
 from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids
 
@@ -40,9 +40,7 @@ class SamplingParams:
 
     def longest_response(self, num_prompt_tokens: int) -> int:
         """Returns how many tokens the response to a prompt may have; 0 or less where there is no room for one."""
-        if self.max_total_tokens is None:
-            return self.max_new_tokens
-        return min(self.max_new_tokens, self.max_total_tokens - num_prompt_tokens)
+        return longest_response(self.max_new_tokens, self.max_total_tokens, num_prompt_tokens)
 
     def longest_sequence(self, num_prompt_tokens: int) -> int:
         """Returns how many tokens a prompt of this length and its response may have together."""

@@ -13,8 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_oreal.config import HeadFp8, HeadInit
+from megatron_oreal.engines.local.token_sampling import truncate
 from megatron_oreal.kernels import linear_logprob
 from megatron_oreal.kernels.fp8.scaled import Fp8Options
+from megatron_oreal.kernels.kept_logprob import KeptTokens, Vocabulary, choose_kept, kept_logprob
 from megatron_oreal.kernels.precision import check_fp8, make_arithmetic
 from megatron_oreal.kernels.products import Precision
 from megatron_oreal.parallel.layout import ParallelLayout
@@ -49,10 +51,23 @@ FP8_OPTIONS: dict[HeadFp8, Fp8Options] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """Gives what the samplers never draw the logit -inf: [t, V] -> [t, V]."""
+
+    top_k: int
+    top_p: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return truncate(logits, self.top_k, self.top_p)
+
+
+@dataclass(frozen=True, slots=True)
 class LogprobHead:
     """Log-probs and entropies of the labels in the loss mask, 0 elsewhere: only those tokens meet the head.
 
-    Both are those of the distribution at `temperature`, over the whole vocabulary: top_p and top_k are not applied.
+    Both are those of the distribution at `temperature`, over the whole vocabulary; or, with a `truncation`, within the
+    tokens that it keeps. The first pass over a micro-batch chooses these, with the policy that sampled, and later
+    passes take the same ones.
     """
 
     layout: ParallelLayout
@@ -61,6 +76,7 @@ class LogprobHead:
     precision: Precision = "bf16"  # of the products, see linear_logprob
     fp8: HeadFp8 = "torch"  # whose FP8 products, where the precision is fp8_grad
     temperature: float = 1.0  # of the distribution softmax(logits / temperature) that is trained: the sampled one
+    truncation: Truncation | None = None  # top_k and top_p of the sampled distribution, where the losses are within it
 
     def __post_init__(self) -> None:
         """Raises ValueError naming what FP8 lacks on this device."""
@@ -75,12 +91,21 @@ class LogprobHead:
         weight = model.shared_embedding_or_output_weight() if shared else model.output_layer.weight
         trained = microbatch.trained
         selected = whole_sequence(hidden, self.layout).index_select(0, trained)
-        hidden = selected.to(weight.dtype)
+        hidden, labels = selected.to(weight.dtype), microbatch.labels[trained]
+        group = self.layout.tensor_group if self.layout.tensor_size > 1 else None
+        if self.truncation is not None:
+            products = make_arithmetic(self.precision, hidden.device, hidden.dtype).products
+            vocabulary = Vocabulary(products, self.temperature, self.vocab_size, group)
+            if microbatch.kept_tokens is None:
+                microbatch.kept_tokens = choose_kept(hidden, weight, labels, vocabulary, self.truncation)
+            assert isinstance(microbatch.kept_tokens, KeptTokens)
+            logprobs, entropies = kept_logprob(hidden, weight, labels, microbatch.kept_tokens, vocabulary)
+            return spread_outputs(logprobs, entropies, microbatch)
         logprobs, _, entropy = linear_logprob(
             hidden,
             weight,
-            microbatch.labels[trained],
-            tp_group=self.layout.tensor_group if self.layout.tensor_size > 1 else None,
+            labels,
+            tp_group=group,
             temperature=self.temperature,
             valid_vocab=self.vocab_size,
             entropy=True,
@@ -90,10 +115,14 @@ class LogprobHead:
             placeholder_gradient=True,
         )
         assert entropy is not None
-        empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=hidden.device)
-        return TokenOutputs(
-            values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy)
-        )
+        return spread_outputs(logprobs, entropy, microbatch)
+
+
+def spread_outputs(logprobs: Tensor, entropy: Tensor, microbatch: Microbatch) -> TokenOutputs:
+    """Puts the values of the trained tokens in their places, with zeros elsewhere."""
+    empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=logprobs.device)
+    trained = microbatch.trained
+    return TokenOutputs(values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy))
 
 
 class ScalarProjection(torch.nn.Module):

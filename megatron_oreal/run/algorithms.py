@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_oreal.algorithms.model import GroupAlgorithm
@@ -11,7 +11,7 @@ from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.config import HeadInit, ScalarModelConfig, SftConfig, TrainableConfig, TrainConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.models.fp8_layers import fp8_token_multiple
-from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead
+from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead, Truncation
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import Architecture, read_architecture
@@ -27,11 +27,20 @@ class ModelBuilder:
     models: dict[str, TrainableModel] = field(default_factory=dict)  # The models built so far, by name.
 
     def policy(self, num_updates: int) -> TrainableModel:
-        return self._build("policy", self.logprob_head, self.config.model.path, self.config.policy, num_updates)
+        head = self.logprob_head(self.architecture)
+        rollout = self.config.rollout
+        if isinstance(self.config, TrainConfig) and rollout.trains_truncated:
+            head = replace(head, truncation=Truncation(rollout.top_k, rollout.top_p))
+        return self._build("policy", head, self.config.model.path, self.config.policy, num_updates)
 
     def reference(self) -> TrainableModel:
         """The frozen initial policy."""
-        return self._build("reference", self.logprob_head, self.config.model.path)
+        return self._build("reference", self.logprob_head(self.architecture), self.config.model.path)
+
+    def teacher(self, path: Path) -> TrainableModel:
+        """A frozen model of the same tokens that takes the reference's place."""
+        architecture = read_architecture(path)
+        return self._build("reference", self.logprob_head(architecture), path, architecture=architecture)
 
     def scalar(
         self, name: str, training: ScalarModelConfig, num_updates: int, head_init: HeadInit = "zero"
@@ -39,10 +48,8 @@ class ModelBuilder:
         head = ScalarHead(self.layout, head_init, self.config.seed)
         return self._build(name, head, training.path or self.config.model.path, training, num_updates)
 
-    @property
-    def logprob_head(self) -> LogprobHead:
-        model = self.config.model
-        vocab_size = self.architecture.vocab_size
+    def logprob_head(self, architecture: Architecture) -> LogprobHead:
+        model, vocab_size = self.config.model, architecture.vocab_size
         # Supervised training samples nothing: it is at temperature 1.
         temperature = self.config.rollout.temperature if isinstance(self.config, TrainConfig) else 1.0
         return LogprobHead(
@@ -65,9 +72,16 @@ class ModelBuilder:
         )
 
     def _build(
-        self, name: str, head: Head, path: Path, training: TrainableConfig | None = None, num_updates: int = 1
+        self,
+        name: str,
+        head: Head,
+        path: Path,
+        training: TrainableConfig | None = None,
+        num_updates: int = 1,
+        architecture: Architecture | None = None,  # The policy's, if it is not another one.
     ) -> TrainableModel:
-        model = TrainableModel(name, self.architecture, head, self.config.model, self.layout, training, num_updates)
+        architecture = architecture or self.architecture
+        model = TrainableModel(name, architecture, head, self.config.model, self.layout, training, num_updates)
         model.load_weights(path)
         self.models[name] = model
         return model

@@ -22,7 +22,12 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "chat_template.*",
 )  # fmt: skip
-WHAT = {"data.prompts": "the prompts", "data.examples": "the examples", "model.tokenizer": "the tokenizer"}
+WHAT = {
+    "data.prompts": "the prompts",
+    "data.examples": "the examples",
+    "model.tokenizer": "the tokenizer",
+    "algorithm.teacher": "the weights",
+}
 
 Digests = dict[str, str]  # The name of a file, or "lines", and its digest.
 Inputs = dict[str, Digests]  # By the setting that names the file or the folder.
@@ -36,6 +41,8 @@ def input_paths(config: ModelRunConfig) -> dict[str, Path]:
         paths["data.prompts"] = config.data.prompts
         for name, model in config.algorithm.scalar_models.items():
             paths[f"algorithm.{name}.path"] = model.path or config.model.path
+        if config.algorithm.reference_path is not None:
+            paths["algorithm.teacher"] = config.algorithm.reference_path
     elif isinstance(config, SftConfig):
         paths["data.examples"] = config.data.examples
     return paths

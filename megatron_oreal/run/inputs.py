@@ -15,7 +15,7 @@ from megatron_oreal.config import (
 )
 from megatron_oreal.config.model_files import read_end_tokens
 from megatron_oreal.data.prompts import EncodedPrompt, encode_prompts, read_prompts
-from megatron_oreal.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_oreal.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from megatron_oreal.engines.engine import SamplingParams
 from megatron_oreal.types import Int32Array
 from megatron_oreal.weights.families import Architecture, read_architecture, trainable_families
@@ -69,6 +69,33 @@ def check_initial_weights(config: TrainConfig, architecture: Architecture) -> No
             )
 
 
+# Two tokenizers that spell this alike are taken for the same one.
+PROBE = "Solve 12x + 3.5 = -7/2 for x.\n\nStep 1: \\frac{a}{b}, so \\boxed{-0.58}. Wait, α ≤ 2!"
+
+
+def check_teacher(config: TrainConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
+    """Refuses a teacher that this layout cannot hold, or whose tokens are not the policy's."""
+    path = config.algorithm.reference_path
+    if path is None:
+        return
+    try:
+        theirs = config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+        check_lengths(config, check_layout(theirs, trainable_families()))
+        teacher = read_architecture(path)
+    except ValueError as error:
+        raise ValueError(f"algorithm.teacher: {str(error).removeprefix('model.path: ')}") from None
+    if teacher.vocab_size < architecture.vocab_size:
+        raise ValueError(
+            f"algorithm.teacher: its vocab_size={teacher.vocab_size} is below the policy's {architecture.vocab_size}: "
+            "give a model that has all of the policy's tokens"
+        )
+    if has_tokenizer(path) and load_tokenizer(path).encode(PROBE) != tokenizer.encode(PROBE):
+        raise ValueError(
+            f"algorithm.teacher: the tokenizer in {path} is not that of {config.model.tokenizer_path}: give a model "
+            "that has the policy's tokens"
+        )
+
+
 def sampling_params(
     config: RolloutConfig, tokenizer: Tokenizer, architecture: Architecture, end_tokens: Mapping[int, str]
 ) -> SamplingParams:
@@ -100,15 +127,21 @@ def sampling_params(
 def note_sampling(notes: list[str], config: TrainConfig) -> None:
     """Says, in one line, what of the sampled distribution the losses approximate or do not know."""
     rollout, parts = config.rollout, []
-    if rollout.is_truncated:
+    if rollout.trains_truncated:
+        parts.append(
+            f"losses are within the tokens that top_p={rollout.top_p:g}, top_k={rollout.top_k} keep, which the trainer "
+            "finds with its own logits; those of the reference are of all tokens"
+        )
+    elif rollout.is_truncated:
         parts.append(
             f"samples are truncated by top_p={rollout.top_p:g}, top_k={rollout.top_k}, but losses, KL and "
-            "policy/mismatch are of the distribution before that (the mask is not applied)"
+            "policy/mismatch are of the distribution before that (rollout.loss_support=sampled applies the mask)"
         )
     if rollout.engine_logprobs == "unknown":
-        unweighted = "" if config.importance_cap is None else ", and off-policy tokens have the weight 1"
+        unweighted = "" if config.correction is None else ", and off-policy tokens have the weight 1"
+        place = "after" if rollout.trains_truncated else "before"
         parts.append(
-            f"the engine's log-probs at temperature {rollout.temperature:g} before truncation are not known: "
+            f"the engine's log-probs at temperature {rollout.temperature:g} {place} truncation are not known: "
             f"policy/mismatch is not measured{unweighted}"
         )
     if parts:

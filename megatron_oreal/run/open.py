@@ -34,6 +34,7 @@ from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     Inputs,
     check_initial_weights,
+    check_teacher,
     check_vocabulary,
     note_sampling,
     note_skipped,
@@ -63,6 +64,7 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
     note_sampling(inputs.notes, config)
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_initial_weights(config, architecture)
+    check_teacher(config, architecture, inputs.tokenizer)
     check_run_dir(config)
     return open_run(config, inputs, cursor, build_algorithm, keeps_responses=config.rollout.ledger)
 

@@ -45,7 +45,7 @@ CHANGEABLE_IN_EVAL = (
 )
 # How the replicas share the optimizer and sum gradients; a checkpoint that cannot be read so says it.
 CHANGEABLE_OF_OPTIMIZERS = (".optimizer.distributed", ".optimizer.overlap_grad_reduce")
-PATHS = re.compile(r"model\.path|model\.tokenizer|data\.prompts|data\.examples|algorithm\.\w+\.path")
+PATHS = re.compile(r"model\.path|model\.tokenizer|data\.prompts|data\.examples|algorithm\.\w+\.path|algorithm\.teacher")
 # What a folder may hold that no run has begun to fill: the files of `serve`, and what the user's shell writes there.
 EARLY_NAMES = re.compile(
     r"servers|servers\.json|log\.txt|inputs\.json|run\.lock|.*\.(log|out|err)"

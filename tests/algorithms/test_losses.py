@@ -4,19 +4,19 @@ from math import exp, isfinite, log
 import pytest
 import torch
 
+from megatron_oreal.algorithms.corrections import correction_metrics, correction_weights
 from megatron_oreal.algorithms.losses import (
     PolicyTerms,
     bounded_exp,
     cross_entropy,
     engine_mismatch,
-    importance_metrics,
-    importance_weights,
     kl_k3,
     kl_mse,
     outcome_cross_entropy,
     sequence_mean,
 )
 from megatron_oreal.algorithms.metrics import over_minibatches
+from megatron_oreal.config import Correction
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.types import Batch, TokenOutputs, TrainingSequence
 
@@ -145,12 +145,12 @@ def test_a_token_that_the_trainer_finds_impossible_keeps_metrics_finite() -> Non
     batch = make_batch()
     (microbatch,) = batch.microbatches
     microbatch.old_logprobs = spread([-200.0, -0.5, -1.0, -2.0, -3.0])
-    metrics = values(engine_mismatch(microbatch, batch) | importance_metrics(microbatch, batch, 2.0))
+    metrics = values(engine_mismatch(microbatch, batch) | correction_metrics(microbatch, batch, Correction(2.0)))
     assert all(map(isfinite, metrics.values()))
     assert metrics["mismatch_max"] == 20.0
 
 
-@pytest.mark.parametrize("measure", [engine_mismatch, lambda *batch: importance_metrics(*batch, 2.0)])
+@pytest.mark.parametrize("measure", [engine_mismatch, lambda *batch: correction_metrics(*batch, Correction(2.0))])
 def test_a_rank_with_only_filler_mismatches_nowhere(measure: Callable[..., dict[str, torch.Tensor]]) -> None:
     batch = filler_batch()
     (microbatch,) = batch.microbatches
@@ -164,9 +164,9 @@ def test_importance_weights_by_hand() -> None:
     (microbatch,) = batch.microbatches
     engine = [-0.25, -0.5, -1.0, -2.0, -3.0]
     microbatch.old_logprobs = spread([engine[i] + (i - 1) * log(2) for i in range(5)])
-    weights = importance_weights(microbatch, 3.0)
+    weights = correction_weights(microbatch, Correction(3.0))
     torch.testing.assert_close(weights.double(), spread([0.5, 1.0, 2.0, 3.0, 3.0], outside=1.0))
-    assert values(importance_metrics(microbatch, batch, 3.0)) == pytest.approx(
+    assert values(correction_metrics(microbatch, batch, Correction(3.0))) == pytest.approx(
         {"importance_mean": 9.5 / 5, "importance_max": 8.0, "importance_capped_share": 2 / 5}
     )
 
@@ -175,7 +175,7 @@ def test_tokens_of_unknown_log_prob_weigh_one() -> None:
     batch = pack([TrainingSequence([11, 12], [13, 14], 1.0, True)], PackingPlan(0, 1, microbatch_tokens=100))
     (microbatch,) = batch.microbatches
     microbatch.old_logprobs = torch.tensor([0.0, -5.0, -6.0, 0.0])
-    assert importance_weights(microbatch, 2.0).tolist() == [1.0] * 4
+    assert correction_weights(microbatch, Correction(2.0)).tolist() == [1.0] * 4
     assert values(engine_mismatch(microbatch, batch))["mismatch"] == 0.0
 
 
@@ -185,7 +185,7 @@ def test_the_terms_of_a_policy_loss_by_hand() -> None:
     logprobs = spread([-1.0, -2.0, -0.5, -1.5, -5.0], outside=0.0).requires_grad_()
     outputs = TokenOutputs(logprobs, spread([1.0, 2.0, 3.0, 4.0, 5.0], outside=0.0))
     microbatch.old_logprobs = spread([-1.0 - log(2), -2.0, -0.5, -1.5, -5.0], outside=0.0)
-    terms = PolicyTerms(outputs, microbatch, batch, importance_cap=1.5)
+    terms = PolicyTerms(outputs, microbatch, batch, correction=Correction(importance_cap=1.5))
     assert terms.old_logprobs is microbatch.old_logprobs
     assert terms.mean(spread([1.0, 2.0, 3.0, 4.0, 10.0])).item() == 4.0
     assert terms.kl("mse", microbatch.old_logprobs).item() == pytest.approx(log(2) ** 2 / 2 / 5)

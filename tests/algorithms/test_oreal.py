@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_oreal.algorithms.oreal import Oreal, select_sequences
-from megatron_oreal.config import OrealConfig
+from megatron_oreal.config import Correction, OrealConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict, VerdictStatus
 
@@ -130,7 +130,9 @@ def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
     """Ratios to the engine's -0.5 are exp(logprob + 0.5), cut at 0.5: nothing but the KL stays as it was."""
     tables = table_model("reference", REFERENCE), table_model("reward_model", SCORES, scores=True)
     policy = table_model("policy", LOGPROBS)
-    metrics = Oreal(make_config(), PLAN, 0, policy, *tables, importance_cap=0.5).update(GROUPS, 0)
+    metrics = Oreal(make_config(), PLAN, 0, policy, *tables, correction=Correction(importance_cap=0.5)).update(
+        GROUPS, 0
+    )
     ratio = {token: min(exp(logprob + 0.5), 0.5) for token, logprob in LOGPROBS.items()}
     (gradient,) = policy.gradients
     kl = 0.01 / 9

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_oreal.algorithms.objectives import h_prime, sample_weights, weights
 from megatron_oreal.algorithms.outcome import Outcome, check_objective, objective_table
 from megatron_oreal.algorithms.sample_selection import first_correct
-from megatron_oreal.config import OBJECTIVE_OPTIONS, OutcomeConfig
+from megatron_oreal.config import OBJECTIVE_OPTIONS, Correction, OutcomeConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict, VerdictStatus
 
@@ -83,7 +83,7 @@ def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
     """Twice as likely as the engine said, cut at 1.5; half as likely."""
     logprobs = LOGPROBS | {10: -0.5 + log(2), 11: -0.5 - log(2)}
     _, plain = update(table_model, make_config(), GROUPS, logprobs)
-    metrics, policy = update(table_model, make_config(), GROUPS, logprobs, importance_cap=1.5)
+    metrics, policy = update(table_model, make_config(), GROUPS, logprobs, correction=Correction(importance_cap=1.5))
     (gradient,), (before,) = policy.gradients, plain.gradients
     assert gradient[10] == pytest.approx(1.5 * before[10], rel=1e-6)
     assert gradient[11] == pytest.approx(0.5 * before[11], rel=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_oreal.algorithms.ppo import Ppo
-from megatron_oreal.config import PpoConfig
+from megatron_oreal.config import Correction, PpoConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
 
@@ -93,7 +93,7 @@ def test_learning_rates_follow_what_the_step_plans_not_what_it_takes(table_model
 def test_off_policy_tokens_are_weighed(table_model: Any) -> None:
     """The engine gave every token the log-prob 0: the ratio is the token's probability, cut at 0.7."""
     ppo, policy, _ = build(table_model)
-    ppo.importance_cap = 0.7
+    ppo.correction = Correction(importance_cap=0.7)
     metrics = ppo.update(GROUPS, 0)
     ratio = {token: math.exp(logprob) for token, logprob in LOGPROBS.items()}
     weights = {token: min(value, 0.7) for token, value in ratio.items()}

@@ -18,6 +18,7 @@ from megatron_oreal.algorithms.sample_selection import training_sequence
 from megatron_oreal.config import (
     ALGORITHM_SECTIONS,
     AlgorithmConfig,
+    Correction,
     HeadInit,
     SampleNeeds,
     ScalarModelConfig,
@@ -172,11 +173,11 @@ class Toy:
     config: ToyConfig
     plan: PackingPlan
     policy: Model
-    importance_cap: float | None
+    correction: Correction | None
 
     @classmethod
     def build(cls, config: ToyConfig, run: TrainConfig, models: ModelSource) -> Toy:
-        return cls(config, models.plan, models.policy(run.num_steps), run.importance_cap)
+        return cls(config, models.plan, models.policy(run.num_steps), run.correction)
 
     def update(self, groups: Sequence[Group], _step: int) -> Metrics:
         correct = [sample for group in groups for sample in group.judged_samples if sample.is_correct]
@@ -187,7 +188,7 @@ class Toy:
         return {"policy": 1}
 
     def loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        terms = PolicyTerms(outputs, microbatch, batch, self.importance_cap)
+        terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         return terms.output(
             -terms.mean(terms.ratio * terms.corrected(microbatch.advantages)), {"entropy": terms.entropy()}
         )

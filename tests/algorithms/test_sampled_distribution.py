@@ -6,6 +6,7 @@ Expectations are exact: every answer of a bandit is enumerated and weighed with 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from megatron_oreal.algorithms.ppo import Ppo
 from megatron_oreal.config import OrealConfig, OutcomeConfig, ParallelConfig, PpoConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.models import parallel
-from megatron_oreal.models.heads import LogprobHead
+from megatron_oreal.models.heads import LogprobHead, Truncation
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import (
     Batch,
@@ -163,6 +164,56 @@ def test_the_log_probs_of_another_temperature_would_sharpen_the_policy(layout: P
     gradient = expected_gradient(layout, 0.5, 1.0, OBJECTIVES[objective])
     logits = torch.tensor(LOGITS)
     assert gradient.tolist() == pytest.approx((logits.softmax(0) - (logits / 0.5).softmax(0)).tolist(), abs=1e-6)
+
+
+# Of LOGITS, in falling order: top_p 0.7 keeps three at temperature 1 and two at 0.5.
+TRUNCATIONS = [Truncation(0, 0.7), Truncation(3, 1.0), Truncation(4, 0.8), Truncation(1, 1.0)]
+
+
+def truncated_gradient(
+    layout: ParallelLayout, temperature: float, truncation: Truncation, applied: bool, objective: str
+) -> Tensor:
+    """The expectation over what the local engine's truncation leaves; `applied`: the head is within it too."""
+    total = torch.zeros(len(LOGITS))
+    for answer, probability in enumerate(truncation(torch.tensor([LOGITS]) / temperature)[0].softmax(0)):
+        if probability > 0:
+            head = LogprobHead(layout, len(LOGITS), precision="fp32", temperature=temperature)
+            bandit = Bandit(replace(head, truncation=truncation) if applied else head)
+            OBJECTIVES[objective](bandit, answer)
+            if bandit.weight.grad is not None:
+                total += probability * bandit.weight.grad[:, 0]
+    return total
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_nothing_is_learnt_either_from_truncated_samples(
+    layout: ParallelLayout, objective: str, temperature: float, truncation: Truncation
+) -> None:
+    gradient = truncated_gradient(layout, temperature, truncation, True, objective)
+    assert gradient.tolist() == pytest.approx([0.0] * len(LOGITS), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["reinforce", "ppo", "oreal"])
+def test_log_probs_among_all_tokens_would_sharpen_the_policy(layout: ParallelLayout, objective: str) -> None:
+    """What `rollout.loss_support=all` approximates: the gradient is the difference of the two distributions."""
+    gradient = truncated_gradient(layout, 1.0, TRUNCATIONS[0], False, objective)
+    logits = torch.tensor(LOGITS)
+    kept = TRUNCATIONS[0](logits[None])[0].softmax(0)
+    assert gradient.tolist() == pytest.approx((logits.softmax(0) - kept).tolist(), abs=1e-6)
+
+
+def test_later_updates_keep_the_tokens_of_the_first(layout: ParallelLayout) -> None:
+    """The kept tokens are those of the policy that sampled, however far the weights have moved."""
+    (microbatch,) = pack([TrainingSequence([0], [1], 1.0, True)], PLAN).microbatches
+    head = LogprobHead(layout, len(LOGITS), precision="fp32", truncation=Truncation(2, 1.0))
+    first = Bandit(head).outputs(microbatch).values[0].item()
+    assert first == pytest.approx(torch.tensor([2.0, 1.5]).log_softmax(0)[1].item(), abs=1e-6)
+    moved = Bandit(head)
+    moved.weight.data[:, 0] = torch.tensor([0.0, 1.0, 9.0, 9.0, 9.0, 9.0])
+    later = moved.outputs(microbatch).values[0].item()
+    assert later == pytest.approx(torch.tensor([0.0, 1.0]).log_softmax(0)[1].item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

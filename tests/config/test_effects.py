@@ -31,6 +31,10 @@ OWN_FUNCTION, OWN_SERVER = "verifier.function='package.module:function'", "verif
 NO_REWARD_MODEL = ["algorithm.reward_model.enabled=false", "algorithm.policy_freeze_steps=0"]
 ONE = ["algorithm.positive_weight=one", "algorithm.negative_weight=one"]
 OBJECTIVES = {name: f"algorithm.objective={name}" for name in ("expression", "pass_at_n", "pure_rejection_sampling")}
+ALWAYS, TOKEN_MASK = "rollout.corrects=always", "rollout.mask_level=token"
+CLIP_COV, KL_COV = "algorithm.covariance=clip", "algorithm.covariance=kl"
+DISTILL = ["algorithm.objective=distillation", "algorithm.distill_coef=1"]
+STALE = ["rollout.engine=sglang", "rollout.staleness=1"]
 # (section, setting) -> a case for each of its rows
 CASES: dict[tuple[str, str], list[Case]] = {
     ("OptimizerConfig", "min_lr"): [
@@ -64,7 +68,39 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("TrainConfig", "rollout.importance_cap"): [
         Case("rollout.importance_cap=3", ["rollout.engine=sglang"], ["rollout.engine=sglang", "rollout.staleness=1"]),
         Case("rollout.importance_cap=3", [PPO], [PPO, "rollout.engine=sglang", "rollout.unfinished=resume"]),
+        Case("rollout.importance_cap=3", [], [ALWAYS]),
     ],
+    **{
+        ("TrainConfig", f"rollout.{name}"): [Case(f"rollout.{name}={value}", [], [ALWAYS, *with_mask])]
+        for name, value, with_mask in (
+            ("correction", "icepop", []),
+            ("importance_level", "sequence", []),
+            ("mask_level", "geometric", []),
+            ("mask_low", 0.5, [TOKEN_MASK]),
+            ("mask_high", 3, [TOKEN_MASK]),
+            ("mask_veto", 0.1, []),
+        )
+    },
+    ("TrainConfig", "rollout.old_logprobs"): [
+        Case("rollout.old_logprobs=engine", [], [ALWAYS]),
+        Case("rollout.old_logprobs=engine", [*STALE, "rollout.temperature=0.5"], STALE),
+    ],
+    ("TrainConfig", "rollout.corrects"): [
+        Case(ALWAYS, ["rollout.engine=sglang", "rollout.temperature=0.5"], ["rollout.temperature=0.5"]),
+    ],
+    ("RolloutConfig", "loss_support"): [
+        Case("rollout.loss_support=sampled", [], ["rollout.top_p=0.9"]),
+        Case("rollout.loss_support=sampled", ["rollout.top_p=1"], ["rollout.top_k=5"]),
+    ],
+    ("CorrectionSettings", "importance_level"): [
+        Case("rollout.importance_level=sequence", [ALWAYS, "rollout.importance_cap=null"], [ALWAYS]),
+        Case("rollout.importance_level=sequence", [ALWAYS, "rollout.old_logprobs=engine"], None),
+    ],
+    ("CorrectionSettings", "importance_cap"): [
+        Case("rollout.importance_cap=3", [ALWAYS, "rollout.old_logprobs=engine"], [ALWAYS]),
+    ],
+    ("CorrectionSettings", "mask_low"): [Case("rollout.mask_low=0.5", [ALWAYS], [ALWAYS, TOKEN_MASK])],
+    ("CorrectionSettings", "mask_high"): [Case("rollout.mask_high=3", [ALWAYS], [ALWAYS, TOKEN_MASK])],
     ("OrealConfig", "rewards"): [
         Case("algorithm.rewards=zero_one", ONE, ["algorithm.positive_weight=one"]),
         Case("algorithm.rewards=plus_minus_one", ["algorithm.preset=paper"], None),
@@ -101,8 +137,10 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("PpoConfig", "kl_kind"): [
         Case("algorithm.kl_kind=mse", [PPO, "algorithm.kl_reward_coef=1"], [PPO, "algorithm.kl_coef=1"])
     ],
-    ("PpoConfig", "clip_low"): [Case("algorithm.clip_low=0.1", [PPO], [PPO, "algorithm.policy_epochs=2"])],
-    ("PpoConfig", "clip_high"): [Case("algorithm.clip_high=0.1", [PPO], [PPO, "algorithm.policy_minibatches=2"])],
+    ("PpoConfig", "algorithm.clip_low"): [Case("algorithm.clip_low=0.1", [PPO], [PPO, "algorithm.policy_epochs=2"])],
+    ("PpoConfig", "algorithm.clip_high"): [
+        Case("algorithm.clip_high=0.1", [PPO], [PPO, "algorithm.policy_minibatches=2"])
+    ],
     ("PpoConfig", "value_clip"): [Case("algorithm.value_clip=0.1", [PPO, "algorithm.critic_minibatches=1"], [PPO])],
     ("PpoConfig", "policy.updates_per_step"): [Case("policy.updates_per_step=2", [PPO], [OUTCOME])],
     ("OutcomeConfig", "h"): [Case("algorithm.h=t", [OUTCOME], [OUTCOME, OBJECTIVES["expression"]])],
@@ -122,6 +160,38 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("OutcomeConfig", "constant_tokens"): [
         Case("algorithm.constant_tokens=9", [OUTCOME], [OUTCOME, "algorithm.normalisation=constant"])
     ],
+    ("OutcomeConfig", "overlong_tokens"): [
+        Case("algorithm.overlong_tokens=9", [OUTCOME, "algorithm.objective=logit"], [OUTCOME]),
+    ],
+    ("OutcomeConfig", "overlong_penalty"): [
+        Case("algorithm.overlong_penalty=0.5", [OUTCOME], [OUTCOME, "algorithm.overlong_tokens=9"]),
+    ],
+    ("OutcomeConfig", "covariance_share"): [
+        Case("algorithm.covariance_share=0.1", [OUTCOME], [OUTCOME, CLIP_COV]),
+    ],
+    ("OutcomeConfig", "covariance_low"): [Case("algorithm.covariance_low=0.5", [OUTCOME], [OUTCOME, CLIP_COV])],
+    ("OutcomeConfig", "covariance_high"): [Case("algorithm.covariance_high=9", [OUTCOME], [OUTCOME, CLIP_COV])],
+    ("OutcomeConfig", "covariance_coef"): [
+        Case("algorithm.covariance_coef=2", [OUTCOME, CLIP_COV], [OUTCOME, KL_COV, "policy.updates_per_step=2"]),
+    ],
+    ("OutcomeConfig", "algorithm.covariance"): [
+        Case(KL_COV, [OUTCOME], [OUTCOME, "policy.updates_per_step=2"]),
+        Case(KL_COV, [OUTCOME], [OUTCOME, ALWAYS, "rollout.old_logprobs=engine"]),
+    ],
+    ("OutcomeConfig", "algorithm.surrogate"): [
+        Case("algorithm.surrogate=cispo", [OUTCOME], [OUTCOME, "policy.updates_per_step=2"]),
+        Case("algorithm.surrogate=cispo", [OUTCOME], [OUTCOME, ALWAYS, "rollout.old_logprobs=engine"]),
+    ],
+    ("OutcomeConfig", "teacher"): [
+        Case("algorithm.teacher=t", [OUTCOME], [OUTCOME, "algorithm.distill_coef=1"]),
+        Case("algorithm.teacher=t", [OUTCOME], [OUTCOME, "algorithm.kl_coef=1"]),
+    ],
+    ("OutcomeConfig", "covariance"): [Case(CLIP_COV, [OUTCOME, *DISTILL], [OUTCOME])],
+    ("OutcomeConfig", "dynamic_sampling"): [Case("algorithm.dynamic_sampling=true", [OUTCOME, *DISTILL], [OUTCOME])],
+    ("OutcomeConfig", "whiten_advantages"): [
+        Case("algorithm.whiten_advantages=true", [OUTCOME, *DISTILL], [OUTCOME]),
+        Case("algorithm.whiten_advantages=true", [OUTCOME, OBJECTIVES["pure_rejection_sampling"]], [OUTCOME]),
+    ],
     ("OutcomeConfig", "kl_kind"): [Case("algorithm.kl_kind=mse", [OUTCOME], [OUTCOME, "algorithm.kl_coef=0.1"])],
     **{
         ("OutcomeConfig", f"algorithm.{name}"): [
@@ -138,8 +208,17 @@ CASES: dict[tuple[str, str], list[Case]] = {
             "prompt_rounds": 3,
             "staleness": 3,
             "importance_cap": 3,
+            "correction": "icepop",
+            "corrects": "always",
+            "importance_level": "sequence",
+            "mask_level": "token",
+            "mask_low": 0.5,
+            "mask_high": 3,
+            "mask_veto": 0.1,
+            "old_logprobs": "engine",
             "oversampling": 3,
             "unfinished": "resume",
+            "loss_support": "sampled",
             "ledger": "false",
             "mismatch_alarm": 3,
         }.items()

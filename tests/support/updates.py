@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_oreal.algorithms.oreal import Oreal, fill_coefficients
-from megatron_oreal.config import ModelConfig, OrealConfig, TrainableConfig
+from megatron_oreal.config import Correction, ModelConfig, OrealConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.models.heads import LogprobHead, ScalarHead
 from megatron_oreal.models.trainable import TrainableModel
@@ -35,7 +35,7 @@ def passes_over_microbatches(
     reward_model = build("reward_model", ScalarHead(layout), TrainableConfig())
     policy, reference = build("policy", policy_head, TrainableConfig()), build("reference", policy_head, None)
     plan = PackingPlan(data_rank=0, data_size=1, microbatch_tokens=30, device=layout.device)
-    oreal = Oreal(OrealConfig(), plan, 0, policy, reference, reward_model, importance_cap=2.0)
+    oreal = Oreal(OrealConfig(), plan, 0, policy, reference, reward_model, correction=Correction(importance_cap=2.0))
     batch = pack(random_sequences(12), plan)
     assert len(batch.microbatches) >= 5
 
