@@ -12,7 +12,6 @@ from megatron_oreal.algorithms.sft import Sft
 from megatron_oreal.checkpoint.train_state import TrainState
 from megatron_oreal.config import (
     EvalRunConfig,
-    ModelRunConfig,
     RunConfig,
     SftConfig,
     TrainConfig,
@@ -116,7 +115,7 @@ def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
 
 
 @contextmanager
-def open_layout(config: ModelRunConfig) -> Iterator[ParallelLayout]:
+def open_layout(config: TrainConfig | SftConfig | EvalRunConfig) -> Iterator[ParallelLayout]:
     has_servers_elsewhere = config.rollout.engine == "sglang" and config.rollout.sglang.endpoints_file is not None
     layout = parallel.initialize(config.parallel, config.seed, config.deterministic, has_servers_elsewhere)
     try:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_oreal.rewards.worker_pool import JOBS_PER_PROCESS, Comparison, WorkerPool, WorkerProcess
+from megatron_oreal.rewards.process_pool import JOBS_PER_PROCESS
+from megatron_oreal.rewards.worker_pool import Comparison, WorkerPool, WorkerProcess
 from tests.support.hostile_answers import ENDLESS as ENDLESS_PREDICTION
 from tests.support.hostile_answers import ENDLESS_ANSWER, SLOW_REFERENCE
 from tests.support.paths import ROOT

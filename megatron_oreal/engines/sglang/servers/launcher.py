@@ -273,8 +273,7 @@ def listen_on_one_address() -> None:
 
     The ranks of a server meet in such a store, also when there is one rank. It runs in each process of the server.
     """
-    from torch.distributed import rendezvous
-
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
     original: Callable[..., Any] = rendezvous.TCPStore
 
     def bound(host_name: str, port: int, *arguments: Any, is_master: bool = False, **options: Any) -> Any:
@@ -283,7 +282,7 @@ def listen_on_one_address() -> None:
             options["master_listen_fd"] = socket.create_server((host_name, port), family=family).detach()
         return original(host_name, port, *arguments, is_master=is_master, **options)
 
-    rendezvous.TCPStore = bound  # type: ignore[assignment,misc]
+    rendezvous.TCPStore = bound
 
 
 def is_cpu() -> bool:

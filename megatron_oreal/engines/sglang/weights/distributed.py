@@ -172,7 +172,7 @@ class BroadcastGroup:
             options._timeout = timeout
             self.backend = dist.ProcessGroupNCCL(store, 0, self.world_size, options)
         else:
-            gloo = dist.ProcessGroupGloo._Options()
+            gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]  # not on all interfaces
             self.backend = dist.ProcessGroupGloo(store, 0, self.world_size, gloo)
