@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository's root and installs the package for development, unless that was done before.
-# PYTHON chooses the interpreter that .venv is made with.
+# PYTHON chooses the interpreter that .venv is made with. REQUIRE_HASHES=1 installs only files whose SHA-256 is in
+# tools/requirements.txt, into a new .venv; torch, whose builds differ, and the package itself are not among them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,6 +24,11 @@ if [ -x "$python" ]; then
 else
     check_version "$base_python" "choose another with PYTHON=..."
 fi
+hashed=.venv/.hashed
+if [ "${REQUIRE_HASHES:-0}" = 1 ] && [ -e "$stamp" ] && [ ! -e "$hashed" ]; then
+    echo "setup_env: REQUIRE_HASHES=1: .venv holds files that were installed without hashes; remove .venv first" >&2
+    exit 2
+fi
 # Without pip, .venv was left half made: making it again completes it.
 if ! "$python" -m pip --version >/dev/null 2>&1; then
     echo "setup_env: making .venv"
@@ -38,6 +44,11 @@ echo "setup_env: installing into .venv"
 # First and by itself, so that no other requirement chooses the build of torch.
 if ! "$python" -c 'import torch' 2>/dev/null; then
     "$python" -m pip install --quiet torch==2.13.0
+fi
+if [ "${REQUIRE_HASHES:-0}" = 1 ]; then
+    # Nothing is left to be fetched afterwards but what builds the package itself.
+    "$python" -m pip install --quiet --require-hashes --no-deps -r tools/requirements.txt
+    touch "$hashed"
 fi
 "$python" -m pip install --quiet -e '.[dev]'
 echo "$key" >"$stamp"

@@ -46,6 +46,7 @@ CHANGEABLE_IN_EVAL = (
 # How the replicas share the optimizer and sum gradients; a checkpoint that cannot be read so says it.
 CHANGEABLE_OF_OPTIMIZERS = (".optimizer.distributed", ".optimizer.overlap_grad_reduce")
 PATHS = re.compile(r"model\.path|model\.tokenizer|data\.prompts|data\.examples|algorithm\.\w+\.path|algorithm\.teacher")
+EXPORTED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # What a folder may hold that no run has begun to fill: the files of `serve`, and what the user's shell writes there.
 EARLY_NAMES = re.compile(
     r"servers|servers\.json|log\.txt|inputs\.json|run\.lock|.*\.(log|out|err)"
@@ -134,7 +135,7 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
 
 def keep_users_files(out: Path) -> None:
     """Renames an older export in which somebody has put files or folders of their own; an export replaces the rest."""
-    if out.is_symlink() or (out.exists() and any(not is_exported(path) for path in out.iterdir())):
+    if out.is_symlink() or out.is_file() or (out.exists() and any(not is_exported(path) for path in out.iterdir())):
         number = 1
         while (kept := out.with_name(f"{out.name}.kept_{number}")).exists() or kept.is_symlink():
             number += 1
@@ -142,8 +143,9 @@ def keep_users_files(out: Path) -> None:
 
 
 def is_exported(path: Path) -> bool:
-    patterns = (*input_files.MODEL_FILES, *input_files.TOKENIZER_FILES, "*.safetensors")
-    return path.is_file() and any(path.match(pattern) for pattern in patterns)
+    patterns = (*input_files.MODEL_FILES, *input_files.TOKENIZER_FILES)
+    is_known = EXPORTED_WEIGHTS.fullmatch(path.name) or any(path.match(pattern) for pattern in patterns)
+    return bool(is_known) and path.is_file() and not path.is_symlink()
 
 
 def prepare_folder(run_dir: Path) -> None:

@@ -293,3 +293,30 @@ def test_an_export_keeps_the_users_files(tmp_path: Path) -> None:
     (out / "notes.txt").write_text("mine")
     keep_users_files(out)
     assert not out.exists() and (tmp_path / "hf.kept_1" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mine", ["adapter.safetensors", "model-mine.safetensors", "optimizer.pt", "link", "folder"])
+def test_an_export_keeps_what_looks_like_a_models(tmp_path: Path, mine: str) -> None:
+    out = tmp_path / "hf"
+    write_model(out, 1.0)
+    (out / "model-00001-of-00002.safetensors").write_text("ours")
+    keep_users_files(out)
+    assert out.is_dir()
+    if mine == "folder":
+        (out / "config.json").unlink()
+        (out / "config.json").mkdir()
+    elif mine == "link":
+        (out / "tokenizer.json").unlink()
+        (out / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    else:
+        (out / mine).write_text("mine")
+    keep_users_files(out)
+    assert not out.exists() and len([*(tmp_path / "hf.kept_1").iterdir()]) >= 4
+
+
+def test_an_export_keeps_a_file_of_the_user(tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    (tmp_path / "hf.kept_1").symlink_to(tmp_path / "nowhere")
+    out.write_text("mine")
+    keep_users_files(out)
+    assert not out.exists() and (tmp_path / "hf.kept_2").read_text() == "mine"
