@@ -76,7 +76,7 @@ def read_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def call(function: RewardFunction, prompt: Prompt, response: str) -> str:
-    """Returns a reply as JSON. The function's random numbers depend on the response alone, not on earlier ones."""
+    """One reply, as JSON. Random numbers depend on the response alone, not on what this process did before."""
     seed_random_numbers(f"{prompt.id}\0{response}")
     try:
         value = function(prompt, response)

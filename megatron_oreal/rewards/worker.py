@@ -65,7 +65,7 @@ class CpuBudget:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def confine(parent_pid: int, memory_bytes: int) -> None:
+def confine(parent_pid: int, memory_bytes: int, readable: list[str]) -> None:
     """Limits of this process: memory, no files written, no processes, no network; it ends with its parent's thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -76,7 +76,7 @@ def confine(parent_pid: int, memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         system = ctypes.CDLL(None)
         system.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        restrict_files(system, needed_files())
+        restrict_files(system, readable)
         system.unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it: no network
         system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last: other credentials clear it
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
@@ -139,7 +139,9 @@ def main() -> None:
     replies = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    confine(options.parent_pid, options.memory_bytes)
+    # A function of the user's own may lie, and read, in the working directory and wherever Python looks for modules.
+    readable = needed_files() + ([str(Path.cwd()), *sys.path] if options.function else [])
+    confine(options.parent_pid, options.memory_bytes, readable)
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
     load_package()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_oreal.rewards.process_pool import JOBS_PER_PROCESS as JOBS_PER_PROCESS
 from megatron_oreal.rewards.process_pool import NUM_ATTEMPTS, ProcessPool
 
 WORKER_SCRIPT = Path(__file__).with_name("worker.py")

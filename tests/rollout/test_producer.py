@@ -1,5 +1,6 @@
 """Over-sampling, what becomes of what is given up, and runs that are killed, on an engine without a model."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 from megatron_oreal.data.prompts import PromptCursor
 from megatron_oreal.data.tokenizer import Tokenizer
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch
+from megatron_oreal.rewards import MathVerifier
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest, StopCondition, sample_seed
 from megatron_oreal.rollout.producer import GroupProducer, Produced
-from megatron_oreal.types import Group, Sample
+from megatron_oreal.types import Group, Prompt, Sample, Verdict
 from tests.support.memory_engine import END, MemoryEngine, make_producer, make_prompts, make_tokenizer
 
 
@@ -317,6 +319,37 @@ def test_a_harvest_takes_nothing_after_its_end() -> None:
     assert pending(3, whole)
     assert list(pending.groups()) == [0]
     pending.close()
+
+
+class CountingVerifier(MathVerifier):
+    num_groups = 0
+
+    def verify_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
+        verdicts = super().verify_responses(prompt, responses)
+        self.num_groups += 1
+        return verdicts
+
+
+def test_groups_are_verified_while_others_are_generated(tokenizer: Tokenizer) -> None:
+    """Before each token, the engine waits for the verdicts of the groups that are complete: it would wait for ever."""
+    engine = MemoryEngine()
+    producer = make_producer(engine, tokenizer, Ledger(None), prompts_per_step=6)
+    producer.sampler.verifier = verifier = CountingVerifier()
+    num_verified: list[int] = []
+
+    def tick() -> None:
+        deadline = time.monotonic() + 60
+        while producer.pending is not None and verifier.num_groups < len(producer.pending.judged):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        num_verified.append(verifier.num_groups)
+
+    engine.tick = tick
+    metrics = producer.produce(0).metrics
+    assert 0 < num_verified[-1] < verifier.num_groups == 6
+    assert 1 <= metrics["time/verifier/longest_queue"] <= 6
+    assert metrics["time/verifier/seconds"] > 0
+    assert 0 <= metrics["time/verifier/seconds_after_generation"] <= metrics["time/verifier/seconds"] + 1
 
 
 def test_an_error_of_the_verifier_comes_out(tokenizer: Tokenizer) -> None:
