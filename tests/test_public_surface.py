@@ -86,7 +86,7 @@ def test_a_verdict_is_made_by_position() -> None:
 
 
 def test_commands_exist() -> None:
-    assert {"train", "sft", "eval", "passrate", "serve", "compare", "objective"} <= set(cli.commands)
+    assert {"train", "sft", "eval", "passrate", "serve", "compare", "objective", "view"} <= set(cli.commands)
 
 
 def test_configurations_are_loaded_from_their_face() -> None:

@@ -14,11 +14,12 @@ from click.testing import CliRunner
 
 from megatron_oreal.cli import cli
 from megatron_oreal.launch import is_ours
-from megatron_oreal.reports.viewer.opinions import opinion_of
+from megatron_oreal.reports.viewer.command import keep_what_fits
 from megatron_oreal.reports.viewer.page import write_page
-from megatron_oreal.reports.viewer.samples import ViewedRun, read_run
+from megatron_oreal.reports.viewer.samples import UNDECIDED, ViewedRun, opinion_of, read_run
 from megatron_oreal.reports.viewer.selection import Bounds, Filters, in_order, parse_bounds
 from megatron_oreal.reports.viewer.table import printable, samples_table, shortened
+from megatron_oreal.types import UNJUDGED
 from tests.support.paths import ROOT
 from tests.support.viewed_runs import row, write_rows, write_run
 
@@ -88,6 +89,10 @@ def test_judge_and_rules_disagree_only_where_both_decided(tmp_path: Path) -> Non
     )
     disagreeing = [sample.judge_disagrees for sample in read_run(tmp_path).samples]
     assert disagreeing == [True, True, False, False, False, False]
+
+
+def test_statuses_without_a_decision_are_those_of_the_verifier() -> None:
+    assert set(UNDECIDED) == set(UNJUDGED)
 
 
 def test_worst_first_by_hand(tmp_path: Path) -> None:
@@ -165,6 +170,7 @@ def test_tokens_come_with_their_sample_and_misfits_are_named(tmp_path: Path) -> 
     misfits = [
         {"row": 9, "texts": []}, {"row": "1", "texts": []}, {"row": 0, "texts": "ab"},
         {"row": 0, "texts": ["a"], "weights": [1.0, 2.0]}, {"row": 0}, {"row": 0, "texts": ["a"], "weights": 3},
+        {"row": 0, "texts": ["a"], "advantages": []},
     ]  # fmt: skip
     write_rows(tmp_path / "rollout_tokens/step_000000.jsonl", [*misfits, fitting])
     run = read_run(tmp_path)
@@ -181,6 +187,21 @@ def test_the_newest_samples_are_kept(tmp_path: Path) -> None:
     assert [(sample.step, sample.row) for sample in run.samples] == [(2, 1), (3, 0), (3, 1)]
     assert run.notes == ["only the newest 3 samples are shown: --limit N shows more"]
     assert read_run(tmp_path, limit=8).notes == []
+
+
+def test_a_page_holds_what_a_browser_opens(tmp_path: Path) -> None:
+    """Each sample has 20 characters: prompt 14, answer 1, response 5; each record two tokens."""
+    make_run(tmp_path, *(row(response="12345") for _ in range(4)))
+    write_rows(tmp_path / "rollout_tokens/step_000000.jsonl", [{"row": n, "texts": ["a", "b"]} for n in range(4)])
+    run = read_run(tmp_path)
+    keep_what_fits(run, 80, 8)
+    assert len(run.samples) == 4 and not run.notes
+    keep_what_fits(run, 79, 5)
+    assert [sample.row for sample in run.samples] == [1, 2, 3]
+    assert [sample.tokens is not None for sample in run.samples] == [False, True, True]
+    assert [note.split(" fit")[0] for note in run.notes] == [
+        "only the newest 3 samples", "only the tokens of the newest 2 samples",
+    ]  # fmt: skip
 
 
 def test_nothing_on_the_page_ends_its_element(tmp_path: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from megatron_oreal.reports.viewer.page import check_out, write_page
-from megatron_oreal.reports.viewer.samples import ViewedRun, read_run
+from megatron_oreal.reports.viewer.samples import ViewedRun, ViewedSample, read_run
 from megatron_oreal.reports.viewer.selection import ANY, ORDERS, Filters, check_names, in_order, parse_bounds
 from megatron_oreal.reports.viewer.table import samples_table, whole_samples
 
 PAGE_LIMIT = 20000  # samples on a page, unless another limit is given
 TABLE_LIMIT = 20
+# Bounds of what browsers open in a moment; V8 reads no text of more than 512 million characters.
+PAGE_CHARACTERS = 200_000_000
+PAGE_TOKENS = 3_000_000
 
 
 def read_filters(
@@ -41,8 +46,31 @@ def view_as_page(run_dir: Path, filters: Filters, limit: int | None, out: Path) 
     """Writes the page with the newest samples that the filters take, and returns lines for the user."""
     check_out(out)
     run = read_filtered(run_dir, filters, limit or PAGE_LIMIT, keeps_tokens=True)
+    keep_what_fits(run)
     size = write_page(out, run)
     return [*run.notes, f"{out}: {len(run.samples)} samples, {size / 1e6:.1f} MB"]
+
+
+def keep_what_fits(run: ViewedRun, most_characters: int = PAGE_CHARACTERS, most_tokens: int = PAGE_TOKENS) -> None:
+    """Leaves out the oldest samples, and the tokens of older ones, where a page would be too large for a browser."""
+    lengths = [len(sample.prompt) + len(sample.answer) + len(sample.response) for sample in reversed(run.samples)]
+    num_fitting = bisect.bisect_right(list(accumulate(lengths)), most_characters)
+    if num_fitting < len(run.samples):
+        run.samples = run.samples[len(run.samples) - num_fitting :]
+        run.notes.append(f"only the newest {num_fitting} samples fit on a page: choose others with --steps")
+    recorded = [sample for sample in reversed(run.samples) if sample.tokens is not None]
+    num_fitting = bisect.bisect_right(list(accumulate(map(num_recorded_tokens, recorded))), most_tokens)
+    for sample in recorded[num_fitting:]:
+        sample.tokens = None
+    if num_fitting < len(recorded):
+        run.notes.append(
+            f"only the tokens of the newest {num_fitting} samples fit on a page: choose others with --steps"
+        )
+
+
+def num_recorded_tokens(sample: ViewedSample) -> int:
+    texts = (sample.tokens or {}).get("texts")
+    return len(texts) if isinstance(texts, list) else 0
 
 
 def view_as_table(

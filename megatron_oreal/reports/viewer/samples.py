@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_oreal.reports.viewer.opinions import opinion_of
-
 STEP_FILE = re.compile(r"step_(\d{1,15})\.jsonl")
-UNDECIDED = ("timeout", "crash")  # Statuses with which the verifier could not decide.
+OPINION_KEYS = ("status", "verdict", "is_correct", "correct", "reward")
+# Statuses with which nobody could decide: those of types.UNJUDGED, which torch comes with.
+UNDECIDED = ("timeout", "crash", "judge_failed", "reward_failed")
 
 
 @dataclass(slots=True)
@@ -176,11 +176,34 @@ def read_sample(step: int, row: int, record: Mapping[str, object]) -> ViewedSamp
     )
 
 
+def opinion_of(value: object) -> str | None:
+    """Reads what a judge, or the rules beside a judge, said about a response, in any of the forms that a row may have.
+
+    Returns a status such as "correct" or "incorrect"; None where nothing was said.
+
+    Example: `"correct"`, `true`, `1.0`, `{"status": "correct"}` and `{"is_correct": true}` all say "correct". A status
+    of another name, for example "timeout", stays as it is.
+    """
+    if isinstance(value, Mapping):
+        return next((found for key in OPINION_KEYS if (found := opinion_of(value.get(key))) is not None), None)
+    if isinstance(value, bool):
+        return "correct" if value else "incorrect"
+    if isinstance(value, int | float):
+        return "correct" if value > 0 else "incorrect"
+    if isinstance(value, str) and value.strip():
+        word = value.strip()
+        return word.lower() if word.lower() in ("correct", "incorrect") else word
+    return None
+
+
 def text(record: Mapping[str, object], name: str) -> str:
     value = record.get(name)
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return ""
 
 
 def number(record: Mapping[str, object], name: str) -> float | None:
@@ -226,7 +249,10 @@ def is_token_row(record: Mapping[str, object]) -> bool:
     if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
         return False
     columns = [record[name] for name in ("logprobs", "differences", "weights") if name in record]
-    return all(isinstance(values, list) and len(values) == len(texts) for values in columns)
+    if not all(isinstance(values, list) and len(values) == len(texts) for values in columns):
+        return False
+    advantages = record.get("advantages", [None])
+    return isinstance(advantages, list) and len(advantages) in (1, len(texts))
 
 
 def add_pass_rates(samples: list[ViewedSample]) -> None:

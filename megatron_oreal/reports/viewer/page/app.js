@@ -277,9 +277,18 @@ function onKey(event) {
   }
 }
 
+// Shows in empty fields what the samples have.
+function showRange(name) {
+  const values = (COLUMNS[name] || []).filter((value) => value !== null);
+  if (values.length === 0) return;
+  at(name + "-low").placeholder = shown(values.reduce((one, other) => Math.min(one, other)));
+  at(name + "-high").placeholder = shown(values.reduce((one, other) => Math.max(one, other)));
+}
+
 function start() {
   makeBoxes("status", "no verdict");
   makeBoxes("source", "not named");
+  RANGES.forEach(showRange);
   at("source-set").hidden = known.source.length < 2 && (known.source[0] || "") === "";
   at("disagrees-label").hidden = !(COLUMNS.judge || []).some((judge) => judge !== null);
   at("notes").textContent = visible(DATA.notes.join("; "));

@@ -90,6 +90,7 @@ function visible(text) {
 
 const shown = (value, digits = 4) => {
   if (value === null || value === undefined) return "-";
+  if (value !== 0 && Math.abs(value) < 0.001) return value.toExponential(digits - 1);
   return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(digits)));
 };
 
@@ -103,5 +104,5 @@ function element(tag, className = "", content = "") {
 
 function statusClass(status) {
   if (status === "correct") return "good";
-  return ["", "timeout", "crash"].includes(status) ? "warn" : "bad";
+  return ["", "timeout", "crash", "judge_failed", "reward_failed"].includes(status) ? "warn" : "bad";
 }
