@@ -220,9 +220,12 @@ def test_what_datasets_saved(tmp_path: Path) -> None:
         import_prompts("math", str(tmp_path / "math"), "test")
 
 
-def test_a_hub_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"^--input: nobody/nothing is no file here, and as a hub data set its split"):
         import_prompts("math", "nobody/nothing")
+    for path in ("some/longer/path", "/nowhere", "./nowhere"):
+        with pytest.raises(ValueError, match=f"^--input: {path} is not a file; give a file, a folder or the name of"):
+            import_prompts("math", path)
