@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from megatron_oreal.data.examples import Example
@@ -71,11 +71,12 @@ def read_rows(
     """Converts the first `limit` rows; a row that `convert` or `check` refuses with ValueError goes to `bad`."""
     imported: Imported[Item] = Imported()
     seen: set[object] = set()
+    has_misfit = False
     for name, origin, row in named_rows(sources):
         if imported.num_rows == limit:
             break
         if repeat_key is not None and row.fault is None:
-            key = hash(repeat_key(row.value))
+            key = repeat_key(row.value)
             if key in seen:
                 imported.num_repeats += 1
                 continue
@@ -87,12 +88,14 @@ def read_rows(
         try:
             item = convert(name, row)
         except ValueError as error:
-            imported.bad.append(BadRow(origin, row, str(error)))
+            # The error shows the first one's columns; the values of a million would fill the memory.
+            imported.bad.append(BadRow(origin, replace(row, value=None) if has_misfit else row, str(error)))
+            has_misfit = True
             continue
         try:
             check(item)
         except ValueError as error:
-            imported.bad.append(BadRow(origin, row, str(error), is_unjudgeable=True))
+            imported.bad.append(BadRow(origin, replace(row, value=None), str(error), is_unjudgeable=True))
             continue
         imported.items.append(item)
     return imported
