@@ -118,16 +118,17 @@ def refuse_bad(imported: Imported[Item], format_name: str, skip_bad: int) -> Non
         return
     misfits = [row for row in bad if not row.is_unjudgeable]
     first = (misfits or bad)[0]
-    places = f"{shortened(list(map(place_among(bad), bad)))}"
+    places = shortened(list(map(place_among(bad), bad)))
+    advice = f"; --skip-bad {len(bad)} would skip them" if imported.items else ""
     if skip_bad:
         more = f", more than --skip-bad {skip_bad}" if len(bad) > skip_bad else ", and there is no other"
         raise ValueError(f"--input: {len(bad)} bad rows{more}: {places}; the first is {first.describe(format_name)}")
     if misfits:
-        others = f"; {len(bad)} rows are bad: {places}; --skip-bad {len(bad)} would skip them" if len(bad) > 1 else ""
+        others = f"; {len(bad)} rows are bad: {places}{advice}" if len(bad) > 1 else advice.replace("them", "it")
         raise ValueError(f"--input: {first.describe(format_name)}{others}")
     raise ValueError(
         f"--input: {first.origin}: {len(bad)} of {imported.num_rows} answers cannot be judged; the first is "
-        f"row {first.row.index}: {first.reason} ({places}; --skip-bad {len(bad)} would skip them)"
+        f"row {first.row.index}: {first.reason} ({places}{advice})"
     )
 
 
