@@ -94,7 +94,7 @@ def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the parallel layout, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def passrate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     """Measures how often a model solves each prompt. The same command again continues.
 

@@ -16,7 +16,7 @@ import megatron_oreal.rewards
 
 PACKAGES = (megatron_oreal.config, megatron_oreal.data, megatron_oreal.rewards)
 SCRIPTS = {"megatron_oreal.rewards.worker"}  # runs as a script and changes sys.path; it has no regular expression
-UNITS = (
+UNITS = (  # noqa: RUF005  # lists in rows are shorter
     ["1", "a", "A", " ", "\t", "\n", "~", ".", ",", "1,", "1 ", "a ", "1.", "1,111", "+", "-", "/", "^", "_", "=", "|"]
     + ["!", "'", '"', "$", "%", "#", ":", ";", "(", ")", "[", "]", "{", "}", "()", "{}", "\\", r"\a", r"\a ", r"\frac"]
     + [r"\text{", r"\text{a}", r"\boxed{", r"\begin{", r"\left(", r"\%", r"\,", "1e", "x+", "a=1,", "a1", "{1}", "1/"]

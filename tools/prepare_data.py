@@ -18,9 +18,9 @@ import click
 from megatron_oreal.data.cleaning import CleaningSettings, clean, summarize
 from megatron_oreal.data.examples import write_examples
 from megatron_oreal.data.files import write_jsonl
-from megatron_oreal.data.importers import FIELDS, FORMATS, get_format, import_examples, import_rows
+from megatron_oreal.data.importers import FIELDS, FORMATS, get_example_format, get_format, import_rows, import_solutions
 from megatron_oreal.data.importing import DataFormat, Imported
-from megatron_oreal.data.sources import open_source
+from megatron_oreal.data.sources import RawData, open_source
 from megatron_oreal.data.training_sets import Columns
 from megatron_oreal.observability.files import write_atomically
 
@@ -89,8 +89,7 @@ def check_outputs(out: Path, summary: Path | None, sources: tuple[str, ...]) -> 
 def prepare_prompts(format_name: str, sources: tuple[str, ...], out: Path, options: dict[str, Any]) -> str:
     data_format = choose_format(format_name, options)
     settings = cleaning_settings(data_format, options)
-    hub_config = options["hub_config"] or data_format.hub_config
-    data = [found for source in sources for found in open_source(source, options["split"], hub_config)]
+    data = open_sources(data_format, sources, options)
     imported = import_rows(data_format, format_name, data, options["limit"], options["skip_bad"])
     kept, findings = clean(imported.items, settings)
     if not kept:
@@ -105,12 +104,16 @@ def prepare_prompts(format_name: str, sources: tuple[str, ...], out: Path, optio
 
 def prepare_examples(format_name: str, sources: tuple[str, ...], out: Path, options: dict[str, Any]) -> str:
     refuse(options, ("limit", "split", "skip_bad", "hub_config"), "works on prompts: drop it, or drop --sft")
-    examples = []
-    for source in sources:
-        examples += import_examples(
-            format_name, source, options["split"], options["limit"], options["skip_bad"], options["hub_config"]
-        )
-    return f"{out}: {write_examples(out, examples)} examples"
+    data_format = get_example_format(format_name)
+    data = open_sources(data_format, sources, options)
+    imported = import_solutions(data_format, format_name, data, options["limit"], options["skip_bad"])
+    skipped = f" ({len(imported.bad)} bad rows skipped)" if imported.bad else ""
+    return f"{out}: {write_examples(out, imported.items)} examples{skipped}"
+
+
+def open_sources(data_format: DataFormat, sources: tuple[str, ...], options: dict[str, Any]) -> list[RawData]:
+    hub_config = options["hub_config"] or data_format.hub_config
+    return [found for source in sources for found in open_source(source, options["split"], hub_config)]
 
 
 def choose_format(format_name: str, options: dict[str, Any]) -> DataFormat:

@@ -160,23 +160,31 @@ def import_rows(
     return imported
 
 
-def import_examples(
-    format_name: str,
-    source: str,
-    split: str = "train",
-    limit: int | None = None,
-    skip_bad: int = 0,
-    hub_config: str | None = None,
-) -> list[Example]:
-    """Reads the solutions of a format that has them as examples. Raises ValueError as `import_rows` does."""
-    to_example = get_format(format_name).to_example if format_name != FIELDS else None
-    if to_example is None:
-        known = ", ".join(name for name, candidate in FORMATS.items() if candidate.to_example)
-        raise ValueError(f"--sft: {format_name} holds answers without solutions; formats with solutions: {known}")
-    sources = open_source(source, split, hub_config or get_format(format_name).hub_config)
-    imported = read_rows(sources, lambda _, row: to_example(row.value), lambda _: None, limit=limit)
+def import_examples(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Example]:
+    """Reads the solutions of a format that has them as examples. Raises ValueError as `import_prompts` does."""
+    data_format = get_example_format(format_name)
+    sources = open_source(source, split, data_format.hub_config)
+    return import_solutions(data_format, format_name, sources, limit).items
+
+
+def import_solutions(
+    data_format: DataFormat, format_name: str, sources: Sequence[RawData], limit: int | None = None, skip_bad: int = 0
+) -> Imported[Example]:
+    """Returns examples. Up to `skip_bad` rows that do not fit are skipped; more raise ValueError that names them."""
+    to_example = data_format.to_example
+    assert to_example is not None
+    imported = read_rows(sources, lambda _, row: to_example(row.value), lambda _: None, data_format.repeat_key, limit)
     refuse_bad(imported, format_name, skip_bad)
-    return imported.items
+    return imported
+
+
+def get_example_format(name: str) -> DataFormat:
+    """Raises ValueError for a format whose rows hold no solutions."""
+    data_format = FORMATS.get(name) if name == FIELDS else get_format(name)
+    if data_format is None or data_format.to_example is None:
+        known = ", ".join(known for known, candidate in FORMATS.items() if candidate.to_example)
+        raise ValueError(f"--sft: {name} holds answers without solutions; formats with solutions: {known}")
+    return data_format
 
 
 def get_format(name: str) -> DataFormat:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from megatron_oreal.data.examples import Example
@@ -71,11 +71,12 @@ def read_rows(
     """Converts the first `limit` rows; a row that `convert` or `check` refuses with ValueError goes to `bad`."""
     imported: Imported[Item] = Imported()
     seen: set[object] = set()
+    has_misfit = False
     for name, origin, row in named_rows(sources):
         if imported.num_rows == limit:
             break
         if repeat_key is not None and row.fault is None:
-            key = hash(repeat_key(row.value))
+            key = repeat_key(row.value)
             if key in seen:
                 imported.num_repeats += 1
                 continue
@@ -87,12 +88,14 @@ def read_rows(
         try:
             item = convert(name, row)
         except ValueError as error:
-            imported.bad.append(BadRow(origin, row, str(error)))
+            # The error shows the first one's columns; the values of a million would fill the memory.
+            imported.bad.append(BadRow(origin, replace(row, value=None) if has_misfit else row, str(error)))
+            has_misfit = True
             continue
         try:
             check(item)
         except ValueError as error:
-            imported.bad.append(BadRow(origin, row, str(error), is_unjudgeable=True))
+            imported.bad.append(BadRow(origin, replace(row, value=None), str(error), is_unjudgeable=True))
             continue
         imported.items.append(item)
     return imported
@@ -115,16 +118,17 @@ def refuse_bad(imported: Imported[Item], format_name: str, skip_bad: int) -> Non
         return
     misfits = [row for row in bad if not row.is_unjudgeable]
     first = (misfits or bad)[0]
-    places = f"{shortened(list(map(place_among(bad), bad)))}"
+    places = shortened(list(map(place_among(bad), bad)))
+    advice = f"; --skip-bad {len(bad)} would skip them" if imported.items else ""
     if skip_bad:
         more = f", more than --skip-bad {skip_bad}" if len(bad) > skip_bad else ", and there is no other"
         raise ValueError(f"--input: {len(bad)} bad rows{more}: {places}; the first is {first.describe(format_name)}")
     if misfits:
-        others = f"; {len(bad)} rows are bad: {places}; --skip-bad {len(bad)} would skip them" if len(bad) > 1 else ""
+        others = f"; {len(bad)} rows are bad: {places}{advice}" if len(bad) > 1 else advice.replace("them", "it")
         raise ValueError(f"--input: {first.describe(format_name)}{others}")
     raise ValueError(
         f"--input: {first.origin}: {len(bad)} of {imported.num_rows} answers cannot be judged; the first is "
-        f"row {first.row.index}: {first.reason} ({places}; --skip-bad {len(bad)} would skip them)"
+        f"row {first.row.index}: {first.reason} ({places}{advice})"
     )
 
 

@@ -158,7 +158,10 @@ def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, 
     if not rules:
         return list(prompts)
     if all(prompt.pass_rate is None for prompt in prompts):
-        raise ValueError("data.repeats_by_pass_rate has no effect: no prompt has a pass_rate; measure them, or drop it")
+        raise ValueError(
+            "data.repeats_by_pass_rate has no effect: no prompt has a pass_rate; measure them with `megatron-oreal "
+            "passrate`, or drop it"
+        )
     repeated: list[Prompt] = []
     for prompt in prompts:
         repeats = 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,6 +18,7 @@ from typing import Any
 from megatron_oreal.data.files import Row
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INSTALL_DATASETS = "pip install datasets"
 INSTALL_PARQUET = "pip install pyarrow"
 
@@ -63,7 +65,7 @@ def open_source(source: str, split: str = "train", hub_config: str | None = None
             RawData("-".join(file.relative_to(path).with_suffix("").parts), str(file), read_file(file))
             for file in files
         ]
-    if path.suffix in SUFFIXES or path.exists():
+    if path.suffix in SUFFIXES or path.exists() or not HUB_NAME.fullmatch(source):
         raise ValueError(f"--input: {source} is not a file; give a file, a folder or the name of a hub data set")
     return [RawData(f"{source.rpartition('/')[2]}-{split}", source, numbered(load_hub(source, split, hub_config)))]
 
@@ -185,13 +187,16 @@ def load_saved(path: Path, split: str) -> Iterator[Row]:
 def load_hub(name: str, split: str, hub_config: str | None) -> Iterator[Row]:
     try:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub.utils import logging
     except ImportError:
         raise ValueError(
             f"--input: {name} is not a file, and reading a hub data set needs a package: {INSTALL_DATASETS}"
         ) from None
+    logging.set_verbosity_error()  # a warning for every retry would hide the error
     try:
         return map(plain, load_dataset(name, hub_config, split=split))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"--input: {name} is no file here, and as a hub data set its split {split} cannot be read "
             f"({first_line(error)}); check the name, --split and --config, or download it as a file"

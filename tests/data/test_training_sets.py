@@ -166,7 +166,9 @@ def test_bad_rows_are_skipped_up_to_a_number(tmp_path: Path) -> None:
     assert [row["id"] for row in import_fields(columns, str(path), skip_bad=4)] == ["rows-0", "rows-2", "rows-6"]
     with pytest.raises(ValueError, match=r"4 bad rows, more than --skip-bad 3: line 2, line 5, line 6, line 7; the"):
         import_fields(columns, str(path), skip_bad=3)
-    with pytest.raises(ValueError, match=r"rows\.jsonl line 2 is not JSON \(.*; 4 rows are bad: line 2, line 5"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl line 2 is not JSON \(.*; 4 rows are bad: line 2, line 5.*; --skip-bad 4 would"
+    ):
         import_fields(columns, str(path))
 
 
@@ -176,7 +178,7 @@ def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
 
 
 def test_many_bad_rows_are_named_in_one_short_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"line 12 and 988 more; --skip-bad 1000 would skip them$"):
+    with pytest.raises(ValueError, match=r"line 12 and 988 more$"):
         import_fields(Columns("q", "a"), write_rows(tmp_path, [{"q": "?"}] * 1000))
 
 
@@ -220,9 +222,12 @@ def test_what_datasets_saved(tmp_path: Path) -> None:
         import_prompts("math", str(tmp_path / "math"), "test")
 
 
-def test_a_hub_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"^--input: nobody/nothing is no file here, and as a hub data set its split"):
         import_prompts("math", "nobody/nothing")
+    for path in ("some/longer/path", "/nowhere", "./nowhere"):
+        with pytest.raises(ValueError, match=f"^--input: {path} is not a file; give a file, a folder or the name of"):
+            import_prompts("math", path)
