@@ -15,7 +15,7 @@ import torch
 from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig, data_parallel_size
 from megatron_oreal.models.build import resolved_for
 from megatron_oreal.models.trainable import TrainableModel
-from megatron_oreal.weights.families import Architecture
+from megatron_oreal.weights.families import Architecture, read_architecture
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, SftConfig, EvalRunConfig)
 # The share of a GPU's memory to plan with; the rest is for CUDA's context, NCCL, generation's cache and fragments.
@@ -59,7 +59,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     model_size = parallel.tensor * parallel.pipeline
     num_parameters = parameter_count(architecture)
     item = 4 if config.model.dtype == "float32" else 2
-    num_trained, num_frozen = model_counts(config)
+    num_trained, num_frozen = model_counts(config, num_parameters)
     shard = data_parallel_size(parallel)  # the number of ranks over which optimizer states are split
     trained_bytes = (item + 4) + (12 if item == 2 else 8) / shard
     states = num_parameters / model_size * (num_trained * trained_bytes + num_frozen * item)
@@ -96,11 +96,14 @@ def parameter_count(architecture: Architecture) -> int:
     return shape.num_layers * (attention + mlp) + vocabulary
 
 
-def model_counts(config: TrainConfig | SftConfig) -> tuple[int, int]:
-    """Returns upper bounds for the numbers of models that learn and of frozen models."""
+def model_counts(config: TrainConfig | SftConfig, num_parameters: int) -> tuple[int, float]:
+    """Returns upper bounds for the numbers of models that learn and of frozen ones, in models of the policy's size."""
     if isinstance(config, SftConfig):
         return 1, 0
-    return 1 + len(config.algorithm.scalar_models), int(config.algorithm.uses_reference)
+    num_frozen: float = int(config.algorithm.uses_reference)
+    if (path := config.algorithm.reference_path) is not None:
+        num_frozen = parameter_count(read_architecture(path)) / num_parameters
+    return 1 + len(config.algorithm.scalar_models), num_frozen
 
 
 def describe(config: TrainConfig | SftConfig, model: TrainableModel) -> str:

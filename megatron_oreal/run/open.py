@@ -50,6 +50,7 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
     """Opens a reinforcement learning run, resumed from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
+    check_teacher(config, architecture, inputs.tokenizer)
     config = with_device_defaults(config, architecture)
     prompts = repeat_by_pass_rate(read_prompts(config.data.prompts, "data.prompts"), config.data.repeats_by_pass_rate)
     encoded, num_skipped = encode_prompts(prompts, inputs.tokenizer, config.data)
@@ -63,7 +64,6 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
     note_sampling(inputs.notes, config)
     cursor = PromptCursor(encoded, config.data.shuffle, config.seed)
     check_initial_weights(config, architecture)
-    check_teacher(config, architecture, inputs.tokenizer)
     check_run_dir(config)
     return open_run(config, inputs, cursor, build_algorithm, keeps_responses=config.rollout.ledger)
 

@@ -9,8 +9,12 @@ import pytest
 import yaml
 
 from megatron_oreal.config import SftConfig, TrainConfig, to_yaml
-from megatron_oreal.run.inputs import check_initial_weights
+from megatron_oreal.data.tokenizer import load_tokenizer
+from megatron_oreal.run.inputs import check_initial_weights, check_teacher
 from megatron_oreal.run.run_directory import check_run_dir
+from megatron_oreal.weights.families import read_architecture
+from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_task import VOCABULARY, write_tokenizer
 
 PPO = {"name": "ppo", "critic": {"optimizer": {"lr": 5e-6}}}
 OUTCOME = {"name": "outcome", "objective": "rloo"}
@@ -196,3 +200,32 @@ def test_initial_weights_of_another_model_are_named_with_their_section(tmp_path:
     ):
         check_initial_weights(config, architecture=None)  # type: ignore[arg-type]
     check_initial_weights(configured(tmp_path, algorithm={"name": "outcome"}), architecture=None)  # type: ignore[arg-type]
+
+
+def test_a_teacher_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    tokenizer_path, policy = tmp_path / "policy", tmp_path / "policy"
+    write_tokenizer(tokenizer_path)
+    sizes: dict[str, Any] = {"vocab_size": len(VOCABULARY), "tied": True}
+    write_tiny_model(policy, num_layers=2, **sizes)
+    tokenizer, architecture = load_tokenizer(tokenizer_path), read_architecture(policy)
+
+    def check(teacher: Path, **settings: Any) -> None:
+        algorithm = {"name": "outcome", "objective": "distillation", "distill_coef": 1.0, "teacher": str(teacher)}
+        run = {"model": {"path": str(policy)}, "algorithm": algorithm, "rollout": {"max_new_tokens": 8}}
+        run |= {"data": {"prompts": "p", "max_prompt_tokens": 8}}
+        check_teacher(configured(tmp_path / "run", **(run | settings)), architecture, tokenizer)
+
+    check(write_tiny_model(tmp_path / "larger", num_layers=3, **(sizes | {"vocab_size": len(VOCABULARY) + 4})))
+    with pytest.raises(ValueError, match=r"^algorithm\.teacher: .*config\.json does not exist; give a Hugging Face"):
+        check(tmp_path / "nowhere")
+    smaller = write_tiny_model(tmp_path / "smaller", num_layers=2, **(sizes | {"vocab_size": len(VOCABULARY) - 1}))
+    with pytest.raises(ValueError, match=r"^algorithm\.teacher: its vocab_size=\d+ is below the policy's"):
+        check(smaller)
+    with pytest.raises(ValueError, match=r"^algorithm\.teacher: parallel\.pipeline=2 .* num_hidden_layers=3"):
+        check(tmp_path / "larger", parallel={"pipeline": 2})
+    write_tokenizer(tmp_path / "other")
+    other = write_tiny_model(tmp_path / "other", num_layers=2, **sizes)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"1"', '"swap"').replace('"2"', '"1"').replace('"swap"', '"2"'))
+    with pytest.raises(ValueError, match=r"^algorithm\.teacher: the tokenizer in .* is not that of"):
+        check(other)
