@@ -81,7 +81,6 @@ class MemoryEngine:
     def close(self) -> None:
         self.is_closed = True
 
-
     @property
     def num_unfinished(self) -> int:
         """Tokens of the newest call's responses that have no end yet."""
