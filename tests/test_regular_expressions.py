@@ -16,8 +16,8 @@ import megatron_oreal.rewards
 
 PACKAGES = (megatron_oreal.config, megatron_oreal.data, megatron_oreal.rewards)
 SCRIPTS = {"megatron_oreal.rewards.worker"}  # runs as a script and changes sys.path; it has no regular expression
-UNITS = (  # noqa: RUF005  # lists in rows are shorter
-    ["1", "a", "A", " ", "\t", "\n", "~", ".", ",", "1,", "1 ", "a ", "1.", "1,111", "+", "-", "/", "^", "_", "=", "|"]
+UNITS = (
+    ["1", "a", "A", " ", "\t", "\n", "~", ".", ",", "1,", "1 ", "a ", "1.", "1,111", "+", "-", "/", "^", "_", "=", "|"]  # noqa: RUF005  # lists in rows are shorter
     + ["!", "'", '"', "$", "%", "#", ":", ";", "(", ")", "[", "]", "{", "}", "()", "{}", "\\", r"\a", r"\a ", r"\frac"]
     + [r"\text{", r"\text{a}", r"\boxed{", r"\begin{", r"\left(", r"\%", r"\,", "1e", "x+", "a=1,", "a1", "{1}", "1/"]
     + ["1:", "a.", "a-", "中", "²", "°", "1/2 ", "and ", " or ", "\r\n", "#### ", "{}(", "<b>", "./", "\x00"]
