@@ -122,6 +122,18 @@ class OrealConfig(AlgorithmConfig):
         (("top_k_ratio",), choice("token_weights", "top_k")),
         (("kl_kind", "kl_target"), positive("kl_coef")),
     )
+    run_effects: ClassVar[Effects] = (
+        (
+            ("algorithm.kl_target",),
+            condition(
+                lambda run: (
+                    run.algorithm.kl_target == "initial" or run.policy.updates_per_step > 1 or not run.has_fresh_ratios
+                ),
+                "(old) for a single update of the policy, which is its own old policy: drop it, or raise "
+                "policy.updates_per_step",
+            ),
+        ),
+    )
 
     @model_validator(mode="before")
     @classmethod

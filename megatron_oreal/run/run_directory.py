@@ -209,8 +209,8 @@ def reason(differences: list[str]) -> str:
     """Says why a setting may not change, where that is not plain: nearly all of them change what the run computes."""
     if any(difference.startswith("num_steps: ") for difference in differences):
         return (
-            " (a decay without optimizer.decay_steps ends with the run, so num_steps changes it; to train on, start "
-            "another run_dir with model.path=RUN_DIR/hf, and set decay_steps in runs that may become longer)"
+            " (the decay of a learning rate without decay_steps ends with the run: num_steps changes it; to train on, "
+            "start another run_dir with model.path=RUN_DIR/hf, and set decay_steps in runs that may become longer)"
         )
     layout = ("parallel.tensor", "parallel.pipeline", "parallel.virtual")
     if all(difference.startswith(layout) for difference in differences):

@@ -131,9 +131,18 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ],
     ("OrealConfig", "kl_kind"): [Case("algorithm.kl_kind=mse", ["algorithm.kl_coef=0"])],
     ("OrealConfig", "kl_target"): [
-        Case("algorithm.kl_target=old", ["algorithm.kl_coef=0"]),
-        Case("algorithm.kl_target=old", ["algorithm.kl_coef=0", "algorithm.preset=paper"]),
+        Case(
+            "algorithm.kl_target=old",
+            ["algorithm.kl_coef=0", "policy.updates_per_step=2"],
+            ["policy.updates_per_step=2"],
+        ),
+        Case(
+            "algorithm.kl_target=old",
+            ["algorithm.kl_coef=0", "policy.updates_per_step=2", "algorithm.preset=paper"],
+            ["policy.updates_per_step=2", "algorithm.preset=paper"],
+        ),
     ],
+    ("OrealConfig", "algorithm.kl_target"): [Case("algorithm.kl_target=old", [], ["policy.updates_per_step=2"])],
     ("PpoConfig", "kl_kind"): [
         Case("algorithm.kl_kind=mse", [PPO, "algorithm.kl_reward_coef=1"], [PPO, "algorithm.kl_coef=1"])
     ],
