@@ -25,12 +25,11 @@ from megatron_oreal.config import (
 from megatron_oreal.launch import (
     adopt_slurm_task,
     end_with_launcher,
-    fail,
     interrupted,
     is_lost_connection,
-    is_ours,
     launch,
     on_interrupt,
+    one_line_errors,
     set_threads,
     use_expandable_segments,
 )
@@ -241,20 +240,10 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
 def main() -> None:
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        fail(error.format_message(), error.exit_code)
+        with one_line_errors():
+            cli(standalone_mode=False)
     except click.Abort:
         interrupted(signal.SIGINT)
-    except ValueError as error:
-        if not is_ours(error):
-            raise
-        fail(str(error), 2)
-    except (FloatingPointError, OSError) as error:  # the run diverged; a disk is full or a file not ours to write
-        fail(str(error), 1)
     except RuntimeError as error:
         if is_lost_connection(error):
             time.sleep(60)  # a process that fails takes the connections of the others with it: let it speak first

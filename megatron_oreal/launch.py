@@ -10,6 +10,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -101,6 +103,27 @@ def end_with_launcher() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the command with one line on stderr for a user's mistake (exit code 2) and a failing machine (1).
+
+    Other errors are defects and keep their traceback.
+    """
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        fail(error.format_message(), error.exit_code)
+    except ValueError as error:
+        if not is_ours(error):
+            raise
+        fail(str(error), 2)
+    except (FloatingPointError, OSError) as error:  # the run diverged; a disk is full or a file not ours to write
+        fail(str(error), 1)
 
 
 def is_ours(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ import torch
 from megatron_oreal.conversion import conversion
 from megatron_oreal.conversion.conversion import ConversionOptions, ConversionReport
 from megatron_oreal.conversion.processes import available_cores
-from megatron_oreal.launch import fail, is_ours
+from megatron_oreal.launch import fail, one_line_errors
 from megatron_oreal.weights.families import HeadKind, parameters, read_architecture
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
@@ -144,20 +144,10 @@ def num_workers(wanted: int | None) -> int:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # the output's folder is cleared away
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        fail(error.format_message(), error.exit_code)
+        with one_line_errors():
+            cli(standalone_mode=False)
     except click.Abort:
         fail("interrupted; nothing was written", 130)
-    except ValueError as error:
-        if not is_ours(error):
-            raise
-        fail(str(error), 2)
-    except OSError as error:
-        fail(str(error), 1)
 
 
 if __name__ == "__main__":
