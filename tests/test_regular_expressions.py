@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import re
@@ -30,6 +31,7 @@ NUM_ATTEMPTS = 4
 WHOLE = {"match", "fullmatch"}  # these begin at the text's first character alone
 
 
+@functools.cache
 def patterns() -> dict[str, tuple[re.Pattern[str], bool]]:
     """All compiled expressions of the packages' modules, by name, and whether they look everywhere in a text."""
     found: dict[str, tuple[re.Pattern[str], bool]] = {}
@@ -40,15 +42,11 @@ def patterns() -> dict[str, tuple[re.Pattern[str], bool]]:
             if info.name in SCRIPTS:
                 continue
             for name, value in vars(importlib.import_module(info.name)).items():
-                methods = set(re.findall(rf"\b{name}\.(\w+)", source))
+                methods = set(re.findall(rf"\b{name}\.(\w+)", source)) if parts_of(value) else set()
                 for number, part in enumerate(parts_of(value)):
-                    looks_everywhere = not methods or bool(methods - WHOLE)
-                    found.setdefault(part.pattern, (part, looks_everywhere))
-                    names.setdefault(part.pattern, f"{info.name}.{name}[{number}]")
-    return {names[pattern]: each for pattern, each in found.items()}
-
-
-names: dict[str, str] = {}
+                    if part not in {known for known, _ in found.values()}:  # another module may have imported it
+                        found[f"{info.name}.{name}[{number}]"] = part, not methods or bool(methods - WHOLE)
+    return found
 
 
 def parts_of(value: object) -> list[re.Pattern[str]]:

@@ -30,7 +30,7 @@ DAPO_HEAD = re.compile(
     r"\s*Solve the following math problem step by step\.\s+The last line of your response should be of the form "
     r"Answer: .{1,60}? is the answer to the problem\.\s*"
 )
-DAPO_TAIL = re.compile(r"\s*Remember to put your answer on its own line after \"Answer:\"[^\n]*\s*\Z")
+DAPO_TAIL = re.compile(r"(?<!\s)\s*Remember to put your answer on its own line after \"Answer:\"[^\n]*(?:\n\s*)?\Z")
 
 
 def require_object(value: Any) -> Row:

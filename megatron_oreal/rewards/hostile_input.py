@@ -24,7 +24,7 @@ FACTORIAL = re.compile(r"(?P<argument>(?<!\d)\d+|[)\]}])\s?!")
 COMBINATORIAL = re.compile(r"\\[dt]?binom|\\choose|\bbinom|\\atop|\)\s*_|(?<![a-zA-Z])[CP]\s*\(|[CP]_|\\Gamma|\\zeta")
 MATRIX_POWER = re.compile(r"\\end\{[a-z]*matrix\*?\}[^0-9a-zA-Z]{0,20}\^[^0-9a-zA-Z]{0,5}(\d+)")
 ROOT_INDEX = re.compile(r"\\sqrt\s*\[([^\]]*)\]")
-PLAIN_POWER = re.compile(r"\d+\^\d+")
+PLAIN_POWER = re.compile(r"(?<!\d)\d+\^\d+")
 
 
 def refusal(text: str, may_be_unevaluated: bool = False) -> str | None:

@@ -181,7 +181,7 @@ spec = importlib.util.spec_from_file_location("worker", sys.argv[1])
 sys.path.insert(0, "")  # the script takes its own folder away
 worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
-worker.confine(os.getppid(), 2**31)
+worker.confine(os.getppid(), 2**31, worker.needed_files())
 done = []
 def attempt(name, action):
     try:

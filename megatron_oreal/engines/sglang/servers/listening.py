@@ -33,7 +33,10 @@ class Listener:
 
 
 def listeners(process: int | None = None) -> list[Listener] | None:
-    """Returns all listening TCP sockets of the network that the process is in; None where the system does not say."""
+    """Returns all listening TCP sockets of the network that the process is in; None where the system does not say.
+
+    For a process that has ended there are none.
+    """
     found = []
     folder = Path(f"/proc/{'self' if process is None else process}/net")
     try:
@@ -41,7 +44,7 @@ def listeners(process: int | None = None) -> list[Listener] | None:
             if (folder / name).exists() or name == "tcp":  # a kernel without IPv6 has no tcp6
                 found += [row for line in (folder / name).read_text().splitlines()[1:] if (row := read_row(line))]
     except OSError:
-        return None
+        return [] if Path("/proc/self/net/tcp").exists() else None
     return found
 
 

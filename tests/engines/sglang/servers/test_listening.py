@@ -76,6 +76,16 @@ def test_a_tree_listens_itself(host: str) -> None:
     assert not tree_listens(os.getpid(), "127.0.0.1", port)
 
 
+def test_a_tree_that_has_ended_listens_nowhere() -> None:
+    """A server that crashed while it started must not pass for one on a system that cannot tell."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended, socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert tree_listens(ended.pid, "127.0.0.1", port) is False  # nobody has waited for it yet
+        ended.wait()
+        assert tree_listens(ended.pid, "127.0.0.1", port) is False
+
+
 def test_all_listeners_are_found() -> None:
     with socket.create_server(("127.0.0.1", 0)) as ours:
         port = ours.getsockname()[1]
