@@ -220,7 +220,5 @@ def test_the_reward_may_be_any_number() -> None:
     half = sample([17], False)
     half.verdict = Verdict(0.5, "incorrect", None)
     unjudged = sample([16], False, "reward_failed")
-    assert [sequence.advantage for sequence in judged_sequences(group(half, sample([18], True), unjudged))] == [
-        0.5,
-        1.0,
-    ]
+    sequences = judged_sequences(group(half, sample([18], True), unjudged), PpoConfig(name="ppo"))
+    assert [sequence.advantage for sequence in sequences] == [0.5, 1.0]
