@@ -10,6 +10,7 @@ import asyncio
 import email.utils
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -67,16 +68,19 @@ class JsonClient(Closing):
         self.counts: Counter[str] = Counter()  # since the last flush
         self.seconds = 0.0  # of all requests, retries and pauses included
         self.is_closed = False
+        self.lock = threading.Lock()
         self.thread = EventLoopThread(setting)
         self.session: aiohttp.ClientSession | None = None  # it must be made on the loop that uses it
         self.slots: asyncio.Semaphore | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Returns the coroutine's result; after `close` it raises RuntimeError."""
-        if self.is_closed:
-            coroutine.close()
-            raise RuntimeError("the client of a reward server is closed")
-        return self.thread.run(coroutine)
+        with self.lock:  # what is handed in before `close` is cancelled by it
+            if self.is_closed:
+                coroutine.close()
+                raise RuntimeError("the client of a reward server is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.thread.loop)
+        return future.result()
 
     async def post(self, body: object) -> Any:
         """Returns the JSON that the server answers with status 200. Raises RequestError after the last attempt."""
@@ -111,9 +115,10 @@ class JsonClient(Closing):
 
     def close(self) -> None:
         """Cancels what is under way; a thread that waits for it gets CancelledError."""
-        if self.is_closed:
-            return
-        self.is_closed = True
+        with self.lock:
+            if self.is_closed:
+                return
+            self.is_closed = True
         self.thread.run(self._end())
         self.thread.close()
 

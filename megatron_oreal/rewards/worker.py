@@ -25,6 +25,7 @@ import logging
 import os
 import resource
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 # Landlock's system calls, alike on all processors, and two of its rights of its first version.
@@ -65,7 +66,7 @@ class CpuBudget:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def confine(parent_pid: int, memory_bytes: int, readable: list[str]) -> None:
+def confine(parent_pid: int, memory_bytes: int, more_readable: Sequence[str] = ()) -> None:
     """Limits of this process: memory, no files written, no processes, no network; it ends with its parent's thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -76,7 +77,7 @@ def confine(parent_pid: int, memory_bytes: int, readable: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         system = ctypes.CDLL(None)
         system.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        restrict_files(system, readable)
+        restrict_files(system, [*needed_files(), *more_readable])
         system.unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it: no network
         system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last: other credentials clear it
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
@@ -140,8 +141,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     # A function of the user's own may lie, and read, in the working directory and wherever Python looks for modules.
-    readable = needed_files() + ([str(Path.cwd()), *sys.path] if options.function else [])
-    confine(options.parent_pid, options.memory_bytes, readable)
+    confine(options.parent_pid, options.memory_bytes, [str(Path.cwd()), *sys.path] if options.function else [])
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
     load_package()

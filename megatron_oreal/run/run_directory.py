@@ -26,8 +26,9 @@ from megatron_oreal.run.run_lock import RunLock, take_lock
 
 CONFIG = "config.yaml"
 # Where a judge or a reward server is and how it is asked; what it is asked may not change.
+VERIFIER_ADDRESSES = ("verifier.url", "verifier.judge.url")
 VERIFIER_SERVERS = (
-    "verifier.url", "verifier.judge.url", "verifier.judge.cache",
+    "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
 )  # fmt: skip
 # Beginnings of settings that may change between a run and its continuation, because they do not change the result.
@@ -192,6 +193,8 @@ def may_change(
     """Says whether a run may go on with another value of a setting. `settings`: all of them now."""
     if PATHS.fullmatch(name):  # The contents count, where they are known.
         return name in fingerprinted or is_same_path(old, new)
+    if name in VERIFIER_ADDRESSES:  # Another address, but not one where there was none.
+        return bool(old) and bool(new)
     if name == "num_steps" and moves_with_num_steps(settings):
         return False
     return name.startswith(changeable) or name.endswith(CHANGEABLE_OF_OPTIMIZERS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_oreal.algorithms.ppo import Ppo
+from megatron_oreal.algorithms.ppo import Ppo, judged_sequences
 from megatron_oreal.config import Correction, PpoConfig
 from megatron_oreal.data.packing import PackingPlan
 from megatron_oreal.types import Group, Message, Prompt, Sample, Verdict
@@ -214,3 +214,11 @@ def test_the_order_of_samples_in_minibatches_depends_on_seed_and_step_alone(tabl
         firsts.append([batch.microbatches[0].input_ids.tolist() for batch in critic.batches[-4:]])
     assert firsts[0] == firsts[1]
     assert torch.tensor([len(ids) for ids in firsts[0]]).sum() == 16
+
+
+def test_the_reward_may_be_any_number() -> None:
+    half = sample([17], False)
+    half.verdict = Verdict(0.5, "incorrect", None)
+    unjudged = sample([16], False, "reward_failed")
+    sequences = judged_sequences(group(half, sample([18], True), unjudged), PpoConfig(name="ppo"))
+    assert [sequence.advantage for sequence in sequences] == [0.5, 1.0]

@@ -35,6 +35,16 @@ def test_a_string_is_one_user_message_and_optional_keys_have_defaults(tmp_path: 
     assert read_rows(tmp_path, ROW | {"ignored": 1}) == [Prompt("a", (Message("user", "1+1="),), "2", None, "")]
 
 
+def test_metadata_is_an_object_and_is_written_back(tmp_path: Path) -> None:
+    prompts = read_rows(tmp_path, ROW | {"meta": {"limit": [1, {"a": None}]}}, ROW | {"id": "b", "meta": None})
+    assert [prompt.metadata for prompt in prompts] == [{"limit": [1, {"a": None}]}, {}]
+    write_prompts(tmp_path / "out.jsonl", prompts)
+    assert read_prompts(tmp_path / "out.jsonl", "data.prompts") == prompts
+    assert "meta" not in json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])
+    with pytest.raises(ValueError, match="line 1: meta must be an object, not "):
+        read_rows(tmp_path, ROW | {"meta": "x"})
+
+
 def test_numbers_are_read_as_their_text(tmp_path: Path) -> None:
     prompt = read_rows(tmp_path, {"id": 7, "prompt": "1+1=", "answer": 2.5, "pass_rate": 1})[0]
     assert (prompt.id, prompt.answer, prompt.pass_rate) == ("7", "2.5", 1.0)

@@ -88,6 +88,24 @@ def test_settings_that_do_not_change_the_result_may_change(root: Path, settings:
     assert start(configured(root, **settings)) == []
 
 
+def test_a_judge_may_move_but_not_appear(root: Path) -> None:
+    here = {"url": "http://a/v1", "model": "m"}
+    start(configured(root, verifier={"judge": here}))
+    moved = configured(
+        root, verifier={"judge": here | {"url": "http://b/v1", "timeout_seconds": 9, "api_key_env": "K"}}
+    )
+    (note,) = start(moved)
+    assert "verifier.judge.url: 'http://a/v1' -> 'http://b/v1'" in note
+    for judge, difference in (
+        (here | {"model": "other"}, "verifier.judge.model: 'm' -> 'other'"),
+        (here | {"audit_share": 0.5}, "verifier.judge.audit_share: 0.0 -> 0.5"),
+        (here | {"extra": {"seed": 1}}, "verifier.judge.extra.seed: None -> 1"),
+        ({"model": "m"}, "verifier.judge.url: 'http://b/v1' -> ''"),
+    ):
+        assert difference in refusal(configured(root, verifier={"judge": judge}))
+    assert "verifier.url: '' -> 'http://c'" in refusal(configured(root, verifier={"url": "http://c"}))
+
+
 @pytest.mark.parametrize(
     "settings", [{"model": {"recompute": "full"}}, {"policy": {"optimizer": {"overlap_grad_reduce": False}}}]
 )
