@@ -254,6 +254,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     code, out, _ = view(run, "--out", tmp_path / "page.html", "--source", "gsm8k")
     assert code == 0 and set(embedded(tmp_path / "page.html")["columns"]["source"]) == {"gsm8k"}  # type: ignore[index]
     assert view(run, "--search", "no such text")[:2] == (0, "\n")
+    assert "none of these steps has samples: there are steps 0 to 1" in view(run, "--steps", "7:")[2]
 
 
 @pytest.mark.parametrize(
