@@ -293,13 +293,10 @@ def assert_refused(run: Path, arguments: list[str], message: str) -> None:
 
 def test_a_mistake_ends_with_one_line_and_without_torch(tmp_path: Path) -> None:
     script = "import sys; from megatron_oreal.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    for arguments, code in [
-        ([make_run(tmp_path, row())], 0),
-        ([tmp_path / "missing"], 2),
-        ([tmp_path, "--limit=0"], 2),
-    ]:
+    run = str(make_run(tmp_path, row()))
+    for arguments, code in [([run], 0), ([f"{run}/missing"], 2), ([run, "--limit=0"], 2)]:
         done = subprocess.run(
-            [sys.executable, "-c", script, "view", *map(str, arguments)],
+            [sys.executable, "-c", script, "view", *arguments],
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr
