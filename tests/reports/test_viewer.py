@@ -167,7 +167,7 @@ def test_a_damaged_line_before_the_last_is_named(tmp_path: Path, damage: bytes) 
 def test_tokens_come_with_their_sample_and_misfits_are_named(tmp_path: Path) -> None:
     make_run(tmp_path, row(), row())
     fitting = {"row": 1, "texts": ["a", "b"], "differences": [0.5, None], "advantages": [1.0]}
-    misfits = [
+    misfits: list[dict[str, object]] = [
         {"row": 9, "texts": []}, {"row": "1", "texts": []}, {"row": 0, "texts": "ab"},
         {"row": 0, "texts": ["a"], "weights": [1.0, 2.0]}, {"row": 0}, {"row": 0, "texts": ["a"], "weights": 3},
         {"row": 0, "texts": ["a"], "advantages": []},
