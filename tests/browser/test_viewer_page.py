@@ -233,6 +233,20 @@ def test_the_list_holds_only_what_is_in_sight(open_page: Open, page_file: Path, 
     assert page.locator(".row").count() < 40
 
 
+def test_the_rest_of_a_long_response_is_shown_on_demand(open_page: Open, tmp_path: Path) -> None:
+    write_rows(tmp_path / "run/rollouts/step_000000.jsonl", [row(), row(response="x" * 20_001)])
+    write_rows(tmp_path / "run/rollout_tokens/step_000000.jsonl", [{"row": 0, "texts": ["y "] * 2001}])
+    write_page(tmp_path / "page.html", read_run(tmp_path / "run"))
+    page = open_page(tmp_path / "page.html")
+    page.select_option("#order", "run")
+    page.keyboard.press("g")
+    assert page.locator(".token").count() == 2000
+    page.locator("button", has_text="show 1 more tokens").click()
+    page.locator("button", has_text="show 1 more characters").click()
+    assert page.locator(".token").count() == 2001
+    assert page.locator(".card").last.locator(".text").inner_text() == "x" * 20_001
+
+
 def test_a_page_without_samples_says_so(open_page: Open, tmp_path: Path) -> None:
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts/step_000000.jsonl").write_text("")

@@ -167,7 +167,7 @@ def test_a_damaged_line_before_the_last_is_named(tmp_path: Path, damage: bytes) 
 def test_tokens_come_with_their_sample_and_misfits_are_named(tmp_path: Path) -> None:
     make_run(tmp_path, row(), row())
     fitting = {"row": 1, "texts": ["a", "b"], "differences": [0.5, None], "advantages": [1.0]}
-    misfits = [
+    misfits: list[dict[str, object]] = [
         {"row": 9, "texts": []}, {"row": "1", "texts": []}, {"row": 0, "texts": "ab"},
         {"row": 0, "texts": ["a"], "weights": [1.0, 2.0]}, {"row": 0}, {"row": 0, "texts": ["a"], "weights": 3},
         {"row": 0, "texts": ["a"], "advantages": []},
@@ -254,6 +254,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     code, out, _ = view(run, "--out", tmp_path / "page.html", "--source", "gsm8k")
     assert code == 0 and set(embedded(tmp_path / "page.html")["columns"]["source"]) == {"gsm8k"}  # type: ignore[index]
     assert view(run, "--search", "no such text")[:2] == (0, "\n")
+    assert "none of these steps has samples: there are steps 0 to 1" in view(run, "--steps", "7:")[2]
 
 
 @pytest.mark.parametrize(
@@ -292,13 +293,10 @@ def assert_refused(run: Path, arguments: list[str], message: str) -> None:
 
 def test_a_mistake_ends_with_one_line_and_without_torch(tmp_path: Path) -> None:
     script = "import sys; from megatron_oreal.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    for arguments, code in [
-        ([make_run(tmp_path, row())], 0),
-        ([tmp_path / "missing"], 2),
-        ([tmp_path, "--limit=0"], 2),
-    ]:
+    run = str(make_run(tmp_path, row()))
+    for arguments, code in [([run], 0), ([f"{run}/missing"], 2), ([run, "--limit=0"], 2)]:
         done = subprocess.run(
-            [sys.executable, "-c", script, "view", *map(str, arguments)],
+            [sys.executable, "-c", script, "view", *arguments],
             env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr

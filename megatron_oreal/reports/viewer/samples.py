@@ -82,7 +82,10 @@ def read_run(
     Raises ValueError, one line, for what is no run, for a run without samples, and for a damaged row before the last.
     """
     run = ViewedRun(run_dir.resolve().name, [], [], set(), set())
-    files = [(step, path) for step, path in step_files(run_dir) if is_wanted(step)]
+    known = step_files(run_dir)
+    files = [(step, path) for step, path in known if is_wanted(step)]
+    if not files:
+        run.notes.append(f"none of these steps has samples: there are steps {known[0][0]} to {known[-1][0]}")
     steps: list[list[ViewedSample]] = []
     num_taken = num_groups = 0
     while files and (limit is None or num_taken < limit):

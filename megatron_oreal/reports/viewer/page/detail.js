@@ -2,8 +2,8 @@
 
 // A response with its tokens, or the responses of its group side by side.
 
-const MOST_CHARACTERS = { response: 400000, group: 20000 }; // shown at once; a button shows the rest
-const MOST_TOKENS = { response: 40000, group: 3000 };
+const MOST_CHARACTERS = { response: 300000, group: 20000 }; // shown at once; a button shows the rest
+const MOST_TOKENS = { response: 20000, group: 2000 };
 
 function facts(sample) {
   const list = element("dl");
@@ -40,7 +40,6 @@ function facts(sample) {
 // The text of a response; with recorded tokens each token is an element.
 function body(sample, mode, colour) {
   const text = element("div", "text");
-  text.dir = "auto";
   const write = (most) => {
     text.replaceChildren();
     if (tokensOf(sample)) {
