@@ -39,7 +39,11 @@ from tools.mutation.operators import Mutant, mutants_of  # noqa: E402
 
 ACCEPTED = ROOT / "tools" / "mutation" / "accepted.json"
 TRACER = "tools.mutation.tracer"
-HEAVY = ("torch", "numpy", "transformers", "safetensors.torch", "pydantic", "sympy", "yaml", "aiohttp", "pytest")
+HEAVY = (
+    "torch", "numpy", "transformers", "safetensors.torch", "pydantic", "sympy", "yaml", "aiohttp", "pytest",
+    "megatron.core.models.gpt", "megatron.core.optimizer", "megatron.core.distributed", "torch.distributed.checkpoint",
+    "megatron.core.optimizer_param_scheduler", "transformers.models.qwen2.modeling_qwen2",
+)  # fmt: skip
 SECONDS, FACTOR = 60.0, 6.0  # a mutant's tests may take so long, or so many times what they took before
 CHOSEN = "not sglang and not slow and not gpu"
 # Which tests judge which modules. What starts processes of its own is left out where tests in this process do as well.

@@ -264,6 +264,25 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
         state.load_latest()
 
 
+def test_a_step_is_saved_again(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    """Over what is there, and over what a killed process has left half written; folders are made as needed."""
+    folder = tmp_path / "run" / "checkpoints"
+    model = build(path, layout)
+    state = state_of(model, layout, folder)
+    for number, step in enumerate((5, 5)):
+        (folder / f".step_{step:06d}.tmp" / "policy").mkdir(parents=True) if number else None
+        (folder / f".step_{step:06d}.tmp" / "policy" / "left").write_text("") if number else None
+        state.save(Progress(step, CURSOR, num_skipped_steps=number))
+        assert state.load_latest() == Progress(step, CURSOR, number)
+    assert [entry.name for entry in folder.iterdir()] == ["step_000005"]
+    assert {file.name for file in (folder / "step_000005" / "policy").iterdir()} == {
+        "parameters_t00_p00.safetensors", "optimizer_t00_p00_d000.pt",
+    }  # fmt: skip
+    record = json.loads((folder / "step_000005" / "run.json").read_text())
+    assert record["progress"] == {"step": 5, "cursor": CURSOR, "num_skipped_steps": 1, "evaluation": {}}
+    assert Progress(1, CURSOR).num_skipped_steps == 0
+
+
 def test_another_layout_is_refused_and_other_replicas_are_not(
     path: Path, layout: ParallelLayout, tmp_path: Path
 ) -> None:

@@ -108,8 +108,9 @@ def test_steps_are_those_of_adamw(path: Path, layout: ParallelLayout, clip_grad:
     norms, expected = reference_steps(path, clip_grad)
     assert min(norms) > 4 * SETTINGS["clip_grad"]
     before = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
-    model = trained(path, layout, clip_grad=clip_grad, distributed=distributed)
+    model = trained(path, layout, clip_grad=clip_grad, distributed=distributed, overlap_grad_reduce=distributed)
     batch = batch_of(layout)
+    assert len(batch.microbatches) > 1
     metrics = [model.train_step(batch, weighted_loss) for _ in RATES]
     assert [step["policy/lr"] for step in metrics] == pytest.approx(RATES)
     assert [step["policy/grad_norm"] for step in metrics] == pytest.approx(norms, rel=1e-4)
@@ -125,6 +126,8 @@ def test_bfloat16_keeps_float32_masters_and_resumes_from_them(path: Path, layout
     settings = {"lr": 2e-4, "min_lr": 0.0, "warmup_steps": 0, "decay": "cosine", "distributed": False}
     batch = batch_of(layout)
     unbroken = trained(path, layout, "bfloat16", **settings)
+    assert all(parameter.dtype is torch.bfloat16 for _, parameter in unbroken.parameters())
+    assert all(parameter.main_grad.dtype is torch.float32 for _, parameter in unbroken.parameters())  # type: ignore[attr-defined]
     for _ in range(2):
         unbroken.train_step(batch, weighted_loss)
     file = io.BytesIO()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_oreal.engines.engine import BatchIndex, Generation, GenerationRequest, SamplingParams
-from megatron_oreal.rollout.ledger import Ledger, Record, read_records, response_key
+from megatron_oreal.rollout.ledger import Ledger, Record, read_records, read_weights, response_key
 from megatron_oreal.rollout.pending_groups import PromptRequest
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.types import Group
@@ -29,6 +29,20 @@ def test_weights_are_on_disk_before_anything_is_generated_with_them(
     with recorded_disk(monkeypatch) as disk, Ledger(tmp_path) as ledger:
         ledger.set_weights(4, "four")
         assert disk.contents[tmp_path / "weights.jsonl"].endswith(b'{"version": 4, "fingerprint": "four"}\n')
+
+
+def test_versions_that_will_be_made_again_are_forgotten(tmp_path: Path) -> None:
+    """The weights of version 4 may be others after a resume from step 4: the file must not say otherwise."""
+    with Ledger(tmp_path) as ledger:
+        for version in (3, 4):
+            ledger.set_weights(version, f"weights {version}")
+    with Ledger(tmp_path, start_step=4) as ledger:
+        assert ledger.weights == {3: "weights 3"}
+        assert read_weights(tmp_path / "weights.jsonl") == {3: "weights 3"}
+    with (tmp_path / "weights.jsonl").open("a") as file:
+        file.write('{"version": 4, "finger')
+    assert read_weights(tmp_path / "weights.jsonl") == {3: "weights 3"}
+    assert read_weights(tmp_path / "none.jsonl") == {}
 
 
 def test_a_response_is_in_the_file_at_once_and_on_disk_after_sync(

@@ -141,7 +141,7 @@ def changes_of(node: ast.expr, source: Source) -> Iterator[tuple[int, int, str, 
         case ast.Compare(left=left, ops=[operator], comparators=[right]) if type(operator) in COMPARISONS:
             yield from between(left, right, COMPARISONS[type(operator)], node, source)
         case ast.BinOp(left=left, op=operator, right=right) if type(operator) in ARITHMETIC:
-            if not any(isinstance(side, ast.Constant) and isinstance(side.value, str) for side in (left, right)):
+            if not any(is_text(side) for side in (left, right)):  # of texts and paths, anything else is an error
                 yield from between(left, right, ARITHMETIC[type(operator)], node, source)
         case ast.BoolOp(op=operator, values=values):
             words = ("and", "or") if isinstance(operator, ast.And) else ("or", "and")
@@ -168,6 +168,10 @@ def between(
     gap = source.text[begin:end].decode()
     if words[0] in gap:
         yield begin, end, gap.replace(words[0], words[1], 1), node
+
+
+def is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
 def is_none(node: ast.expr) -> bool:

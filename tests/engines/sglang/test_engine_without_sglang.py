@@ -219,6 +219,22 @@ def test_answers_without_a_token_have_an_end(sglang_model: Path) -> None:
         assert engine.flush_metrics()["rollout/num_continued"] == 2
 
 
+async def acquired(pool: ServerPool, count: int, avoid: int | None = None) -> list[int]:
+    """The indices of the servers that so many callers get, one after the other, before any is given back."""
+    servers = [await pool.acquire(None if avoid is None else pool.servers[avoid]) for _ in range(count)]
+    for server in servers:
+        pool.release(server)
+    return [server.index for server in servers]
+
+
+def test_the_least_busy_server_is_chosen(sglang_model: Path) -> None:
+    with stub_servers(sglang_model, 3) as servers, opened(servers, max_concurrent_requests=2) as engine:
+        assert engine.thread.run(acquired(engine.pool, 5)) == [0, 1, 2, 0, 1]
+        assert engine.thread.run(acquired(engine.pool, 5, avoid=0)) == [1, 2, 1, 2, 0]  # only where there is no other
+        engine.thread.run(marked_dead(engine.pool))
+        assert engine.thread.run(acquired(engine.pool, 3)) == [1, 2, 1]
+
+
 def test_servers_share_the_requests(sglang_model: Path) -> None:
     """The least busy one comes first, and none has more than max_concurrent_requests."""
     with stub_servers(sglang_model, 2) as servers, opened(servers, max_concurrent_requests=3) as engine:
