@@ -38,7 +38,7 @@ from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
 from megatron_oreal.engines.sglang.client import EventLoopThread
 from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints
 from megatron_oreal.engines.sglang.engine import SglangEngine
-from megatron_oreal.engines.sglang.generate_api import Response
+from megatron_oreal.engines.sglang.generate_api import PartialResponse
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
 from megatron_oreal.engines.sglang.servers.process import ServerSettings
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
@@ -145,7 +145,7 @@ def bare_rival(
             async def one(index: int, request: GenerationRequest) -> int:
                 endpoint = endpoints[index % len(endpoints)]
                 headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-                body = Response.of(request, params).body(uuid.uuid4().hex)
+                body = PartialResponse.of(request, params).body(uuid.uuid4().hex)
                 async with session.post(f"{endpoint.url}/generate", json=body, headers=headers) as answer:
                     return len((await answer.json())["output_ids"])
 

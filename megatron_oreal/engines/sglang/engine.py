@@ -26,12 +26,12 @@ from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.generate_api import (
-    UNSTAMPED,
-    Answer,
-    Response,
+    WEIGHTS_FROM_DISK,
+    Chunk,
+    PartialResponse,
     backoff_seconds,
     may_ask_again,
-    read_answer,
+    read_chunk,
 )
 from megatron_oreal.engines.sglang.request_statistics import RequestStatistics
 from megatron_oreal.engines.sglang.server_checks import ServerFacts, check_server
@@ -55,7 +55,7 @@ REPEAT_ABORT_SECONDS = 1.0  # a server forgets the abort of a request that it ha
 class Call:
     """One call of `generate` that is under way, as the event loop sees it."""
 
-    responses: list[Response]
+    responses: list[PartialResponse]
     finished: SimpleQueue[tuple[int, Generation] | None]  # for the thread that called; None: nothing follows
     is_watched: bool
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -112,7 +112,7 @@ class SglangEngine:
     def check_unchanged(self) -> None:
         """Raises ValueError for a server that has received weights: it no longer has those of `model_path`."""
         for server, facts in zip(self.pool.servers, self.server_facts, strict=True):
-            if facts.weight_version != UNSTAMPED:
+            if facts.weight_version != WEIGHTS_FROM_DISK:
                 raise ValueError(
                     f"rollout.sglang.endpoints_file: SGLang server {server} has weights of version "
                     f"{facts.weight_version} from a training run, not those of model.path: start serve again"
@@ -132,7 +132,9 @@ class SglangEngine:
             raise RuntimeError(f"the SGLang engine is {problem}: it cannot generate")
         self._check(requests, params)
         finished: SimpleQueue[tuple[int, Generation] | None] = SimpleQueue()
-        call = Call([Response.of(request, params, self.decode) for request in requests], finished, watch is not None)
+        call = Call(
+            [PartialResponse.of(request, params, self.decode) for request in requests], finished, watch is not None
+        )
         future = asyncio.run_coroutine_threadsafe(self._run(call), self.thread.loop)
         future.add_done_callback(lambda _: finished.put(None))
         try:
@@ -224,7 +226,7 @@ class SglangEngine:
             if num_failures and response.num_missing:
                 await asyncio.sleep(backoff_seconds(num_failures, index))
 
-    async def _ask(self, call: Call, index: int, server: Server, attempt: int) -> Answer:
+    async def _ask(self, call: Call, index: int, server: Server, attempt: int) -> Chunk:
         response = call.responses[index]
         # All ids have one length, because a server aborts every request whose id begins with the given one.
         request_id = f"{call.name}-{index:08d}-{attempt:06d}"
@@ -252,11 +254,11 @@ class SglangEngine:
         is_routed = router is not None and attempt == 0 and len(self.pool.living) == len(self.pool.servers)
         return router if router is not None and is_routed else server.client
 
-    async def _generate(self, client: SglangClient, response: Response, request_id: str) -> Answer:
+    async def _generate(self, client: SglangClient, response: PartialResponse, request_id: str) -> Chunk:
         """Asks one server. The answer is read here, before the next one is parsed, to keep few objects alive."""
         body, seconds, version = response.body(request_id), self.pool.config.request_timeout_seconds, self.version
         given = await client.generate(body, seconds)
-        answer = read_answer(given, response.num_missing, client.endpoint, self.vocab_size)
+        answer = read_chunk(given, response.num_missing, client.endpoint, self.vocab_size)
         if (answer.policy_versions < version).any():
             raise ServerError(f"SGLang server {client.endpoint} has weights older than version {version}")
         return answer

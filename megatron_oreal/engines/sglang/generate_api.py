@@ -23,11 +23,11 @@ from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenDa
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.25, 8.0
 BUSY_STATUSES = (408, 429)  # of a server that only has too much to do
 LARGEST_ID = np.iinfo(np.int32).max
-UNSTAMPED = "default"  # what a server calls the weights that it has read from disk
+WEIGHTS_FROM_DISK = "default"  # what a server calls the weights that it has read from disk
 
 
 @dataclass(slots=True, frozen=True, eq=False)
-class Answer(TokenData):
+class Chunk(TokenData):
     """What one request added to a response: three arrays of one length."""
 
     token_ids: Int32Array
@@ -38,7 +38,7 @@ class Answer(TokenData):
 
 
 @dataclass(slots=True, eq=False)
-class Response:
+class PartialResponse:
     """A response under way: what `begun` and the answers so far have given, arrays of one length.
 
     Each answer replaces the arrays by longer ones, so that a `Generation` made before keeps its own.
@@ -56,7 +56,7 @@ class Response:
     ends_with_token_of_server: bool = False
 
     @classmethod
-    def of(cls, request: GenerationRequest, params: SamplingParams, decode: Decode | None = None) -> Response:
+    def of(cls, request: GenerationRequest, params: SamplingParams, decode: Decode | None = None) -> PartialResponse:
         begun = request.begun
         if begun is None:
             return cls(request, params, decode=decode)
@@ -111,7 +111,7 @@ class Response:
             "return_logprob": True,
         }
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: Chunk) -> None:
         if not len(answer.token_ids):
             return
         self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
@@ -138,7 +138,7 @@ class Response:
         return Generation(self.token_ids, rollout_logprobs, self.model_logprobs, finish_reason, self.policy_versions)
 
 
-def read_answer(answer: Any, num_asked: int, server: object, vocab_size: int = LARGEST_ID) -> Answer:
+def read_chunk(answer: Any, num_asked: int, server: object, vocab_size: int = LARGEST_ID) -> Chunk:
     """Raises MalformedAnswer naming the server, and FloatingPointError for log-probs that are not finite.
 
     num_asked: the tokens asked for, which a response of finish reason "length" must have. vocab_size: the model's.
@@ -171,7 +171,7 @@ def read_answer(answer: Any, num_asked: int, server: object, vocab_size: int = L
         )
     if not np.isfinite(logprobs).all():
         raise FloatingPointError(f"the log-probs of SGLang server {server} are not finite: its weights are broken")
-    return Answer(token_ids, logprobs, policy_versions, finish_reason, matched_token)
+    return Chunk(token_ids, logprobs, policy_versions, finish_reason, matched_token)
 
 
 def read_ids(values: Any, vocab_size: int = LARGEST_ID) -> Int32Array:
@@ -192,7 +192,7 @@ def versions_of_tokens(spans: Any, num_tokens: int) -> Int32Array:
     versions: list[int] = []
     counts: list[int] = []
     for span in spans:
-        versions.append(0 if span["version"] == UNSTAMPED else int(span["version"]))
+        versions.append(0 if span["version"] == WEIGHTS_FROM_DISK else int(span["version"]))
         counts.append(max(0, span["end"] - max(span["start"], sum(counts))))
     if sum(counts) != num_tokens:
         raise ValueError(f"weight versions of {sum(counts)} tokens, there are {num_tokens}")

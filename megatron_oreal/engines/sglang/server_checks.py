@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
-from megatron_oreal.engines.sglang.generate_api import UNSTAMPED
+from megatron_oreal.engines.sglang.generate_api import WEIGHTS_FROM_DISK
 
 CHECK_SECONDS = 120.0  # a server's first request may compile
 NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation")
@@ -26,7 +26,7 @@ class ServerFacts:
 
     max_tokens: int  # that a prompt and its response may have together
     has_tempered_logprobs: bool  # False: its log-probs are those of the untempered model
-    weight_version: str  # as the last push has named it, or UNSTAMPED
+    weight_version: str  # as the last push has named it, or WEIGHTS_FROM_DISK
 
 
 async def check_server(client: SglangClient, model_path: Path, vocab_size: int) -> ServerFacts:
@@ -44,7 +44,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
         await check_vocabulary(client, vocab_size, model_path, name)
         sizes = [models["data"][0]["max_model_len"], details.get("max_total_num_tokens")]
         max_tokens = min(size for size in sizes if size is not None) - SPARE_TOKENS
-        version = str(info.get("weight_version", UNSTAMPED))
+        version = str(info.get("weight_version", WEIGHTS_FROM_DISK))
         return ServerFacts(max_tokens, await has_tempered_logprobs(client, vocab_size), version)
     except ServerRefusal as refusal:
         if refusal.status in (401, 403):

@@ -28,9 +28,9 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.sglang.generate_api import (
     MalformedAnswer,
-    Response,
+    PartialResponse,
     backoff_seconds,
-    read_answer,
+    read_chunk,
     versions_of_tokens,
 )
 from megatron_oreal.engines.sglang.server_checks import differ
@@ -133,12 +133,12 @@ def answer(token_ids: list[int], finish: str = "length", **meta: Any) -> dict[st
 
 
 def test_answers_are_read() -> None:
-    assert read_answer(answer([4, 5]), 2, "s").policy_versions.tolist() == [0, 0]
-    assert read_answer(answer([4], "stop"), 2, "s").finish_reason == "stop"
+    assert read_chunk(answer([4, 5]), 2, "s").policy_versions.tolist() == [0, 0]
+    assert read_chunk(answer([4], "stop"), 2, "s").finish_reason == "stop"
     nothing = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}, "weight_version": "3"}}
-    assert read_answer(nothing, 2, "s").token_ids.tolist() == []
+    assert read_chunk(nothing, 2, "s").token_ids.tolist() == []
     older = answer([4, 5], weight_versions=None, weight_version="7")
-    assert read_answer(older, 2, "s").policy_versions.tolist() == [7, 7]
+    assert read_chunk(older, 2, "s").policy_versions.tolist() == [7, 7]
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_answers_are_read() -> None:
 )
 def test_malformed_answers_name_the_server(given: Any, reason: str) -> None:
     with pytest.raises(MalformedAnswer, match=f"http://server.*{reason}"):
-        read_answer(given, 2, "http://server")
+        read_chunk(given, 2, "http://server")
 
 
 @pytest.mark.parametrize("value", [None, float("inf"), float("nan")])
 def test_logprobs_that_are_not_finite(value: float | None) -> None:
     with pytest.raises(FloatingPointError, match="http://server are not finite"):
-        read_answer(answer([4], output_token_logprobs=[[value, 4, None]]), 1, "http://server")
+        read_chunk(answer([4], output_token_logprobs=[[value, 4, None]]), 1, "http://server")
 
 
 def test_versions_follow_each_other() -> None:
@@ -180,16 +180,16 @@ def test_versions_follow_each_other() -> None:
 def test_a_begun_response_is_joined() -> None:
     begun = Generation([4, 5], [-1.0, -2.0], [-1.0, -2.0], "abort", [3, 3])
     request = GenerationRequest([9], 2**64 + 5, begun)
-    response = Response.of(request, SamplingParams(max_new_tokens=5, stop_token_ids=(1,)))
+    response = PartialResponse.of(request, SamplingParams(max_new_tokens=5, stop_token_ids=(1,)))
     body = response.body("id")
     assert body["input_ids"] == [9, 4, 5] and body["sampling_params"]["max_new_tokens"] == 3
     assert body["sampling_params"]["sampling_seed"] == 5
     added = answer([6, 1], "stop", weight_versions=[{"version": "4", "start": 0, "end": 2}])
-    response.add(read_answer(added, 3, "s"))
+    response.add(read_chunk(added, 3, "s"))
     expected = [-1.0, -2.0, -0.5, -0.5]
     assert response.generation() == Generation([4, 5, 6, 1], expected, expected, "stop", [3, 3, 4, 4])
-    unknown = Response.of(request, SamplingParams(temperature=0.5, max_new_tokens=5))
-    unknown.add(read_answer(added, 3, "s"))
+    unknown = PartialResponse.of(request, SamplingParams(temperature=0.5, max_new_tokens=5))
+    unknown.add(read_chunk(added, 3, "s"))
     assert not len(unknown.generation().rollout_logprobs) and unknown.generation().finish_reason == "abort"
     assert begun.response_ids.tolist() == [4, 5]
 
