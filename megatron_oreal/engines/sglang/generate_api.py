@@ -117,7 +117,7 @@ class PartialResponse:
         self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
         self.model_logprobs = np.concatenate([self.model_logprobs, answer.model_logprobs])
         self.policy_versions = np.concatenate([self.policy_versions, answer.policy_versions])
-        if answer.finish_reason == "stop":
+        if answer.finish_reason == "stop" and self.params.stop_token_ids:  # without any, end tokens were to be ignored
             self.ends_with_token_of_server = answer.matched_token or not self.sends_stop_strings
         if answer.finish_reason == "stop" and self.params.stop_strings and self.decode is not None:
             # The server looks at the text of special tokens too, which ours may leave out: then the response goes on.
