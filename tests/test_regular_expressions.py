@@ -34,19 +34,21 @@ WHOLE = {"match", "fullmatch"}  # these begin at the text's first character alon
 @functools.cache
 def patterns() -> dict[str, tuple[re.Pattern[str], bool]]:
     """All compiled expressions of the packages' modules, by name, and whether they look everywhere in a text."""
-    found: dict[str, tuple[re.Pattern[str], bool]] = {}
-    folders = [Path(package.__path__[0]) for package in PACKAGES]
-    source = "".join(file.read_text() for folder in folders for file in folder.glob("*.py"))
+    names: dict[re.Pattern[str], str] = {}
+    methods: dict[re.Pattern[str], set[str]] = {}
     for package in PACKAGES:
         for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             if info.name in SCRIPTS:
                 continue
-            for name, value in vars(importlib.import_module(info.name)).items():
-                methods = set(re.findall(rf"\b{name}\.(\w+)", source)) if parts_of(value) else set()
+            module = importlib.import_module(info.name)
+            source = Path(str(module.__file__)).read_text()
+            for name, value in vars(module).items():
                 for number, part in enumerate(parts_of(value)):
-                    if part not in {known for known, _ in found.values()}:  # another module may have imported it
-                        found[f"{info.name}.{name}[{number}]"] = part, not methods or bool(methods - WHOLE)
-    return found
+                    names.setdefault(part, f"{info.name}.{name}[{number}]")
+                    uses = re.findall(rf"\b{name}\.(\w+)", source)
+                    # A table's expressions are called by other names.
+                    methods.setdefault(part, set()).update(uses if isinstance(value, re.Pattern) else {"search"})
+    return {name: (part, bool(methods[part] - WHOLE)) for part, name in names.items()}
 
 
 def parts_of(value: object) -> list[re.Pattern[str]]:

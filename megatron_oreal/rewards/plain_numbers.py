@@ -17,7 +17,7 @@ POWER = rf"{DECIMAL}(?:\s*\^\s*(?:-?\d|\{{\s*-?\d{{1,6}}\s*\}}))?"
 SIGNED = rf"[+-]?\s*{POWER}"
 NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:"
-    rf"(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<over>{SIGNED})\s*\}}\s*\{{\s*(?P<under>{SIGNED})\s*\}}"
+    rf"(?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<over>{SIGNED})\s*\}}\s*\{{\s*(?P<under>{SIGNED})\s*\}}"
     rf"|(?:(?P<plain_whole>\d+)\s+)?(?P<plain_over>{POWER})\s*/\s*(?P<plain_under>{POWER})"
     rf"|(?P<factor>{DECIMAL})\s*(?:\\cdot|x)\s*(?P<scale>10\s*\^\s*(?:-?\d|\{{\s*-?\d{{1,6}}\s*\}}))"
     r"|(?P<mantissa>\d+(?:\.\d+)?)[eE](?P<exponent>[+-]?\d{1,4})"
