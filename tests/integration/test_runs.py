@@ -138,8 +138,8 @@ def test_two_processes_are_started_and_learn_the_same(
     learnt and the policy learns, so that every reduction over the ranks shows in a number.
     """
     alone = records(unbroken)
-    assert alone[1]["reward_model/loss"] != pytest.approx(math.log(2), rel=1e-3) and alone[1]["policy/grad_norm"] > 1e-3
-    assert abs(alone[1]["policy/loss"]) > 1e-3 and abs(alone[1]["reward_model/score_correct"]) > 1e-3
+    assert abs(alone[1]["reward_model/loss"] - math.log(2)) > 2e-4 and alone[1]["policy/grad_norm"] > 1e-3
+    assert abs(alone[1]["policy/loss"]) > 1e-5
     for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}}.items():
         settings = train_config | {"run_dir": str(tmp_path / name), "parallel": layout, "num_steps": 2}
         done = command_line("train", settings, tmp_path / f"{name}.yaml")
@@ -153,7 +153,7 @@ def test_two_processes_are_started_and_learn_the_same(
             for metric, value in learnt.items():
                 # The mismatch is rounding alone.
                 tolerance = 1e-4 if "mismatch" in metric else 1e-6
-                assert together[step][metric] == pytest.approx(value, rel=1e-3, abs=tolerance), (step, metric)
+                assert together[step][metric] == pytest.approx(value, rel=1e-4, abs=tolerance), (step, metric)
             sampled = Path("rollouts") / f"step_{step:06d}.jsonl"
             assert texts((tmp_path / name / sampled).read_text()) == texts((unbroken / sampled).read_text())
 
