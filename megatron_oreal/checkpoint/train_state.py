@@ -100,7 +100,8 @@ class TrainState:
             raise
         try:
             if self.layout.is_main:
-                remove(final)
+                if final.is_symlink() or not final.is_file():  # a file of this name is not ours: renaming fails
+                    remove(final)
                 temporary.rename(final)
                 sync_folder(self.folder)
                 self._prune()
