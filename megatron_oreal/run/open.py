@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -140,7 +141,10 @@ def open_run(
         layout = stack.enter_context(open_layout(config))
         directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
-        announce(f"loading {config.model.path} on {layout.world_size} process{'es' if layout.world_size > 1 else ''}")
+        if sys.stderr.isatty():  # somebody waits; elsewhere a mistake stays the only line
+            announce(
+                f"loading {config.model.path} on {layout.world_size} process{'es' if layout.world_size > 1 else ''}"
+            )
         for line in clear_traffic():
             announce(line)
         verifier = stack.enter_context(open_verifier(config.verifier, config.run_dir, layout.is_main, announce))
