@@ -100,10 +100,12 @@ def address_to_listen_on(host: str) -> str:
     """Returns the address of this node that `host` names.
 
     A node may know its own name as a loopback address, as Debian's /etc/hosts has it, which the other nodes cannot
-    reach: then it is the address on the interface that leads outside.
+    reach: then it is the address on the interface that leads outside. A loopback address that is written as such, or
+    as localhost, is meant: all ranks reach it.
     """
     address: str = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]  # type: ignore[assignment]
-    if is_on_one_node() or not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+    is_meant = host in (address, "localhost")
+    if is_on_one_node() or is_meant or not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 1))  # sends nothing; an address of the documentation, beyond every local network

@@ -67,7 +67,7 @@ def test_the_configured_precision_reaches_the_gradients(path: Path, layout: Para
     for precision in PRECISIONS:
         config = ModelConfig(path=path, dtype="bfloat16", head_precision=precision)
         run = RunConfig(run_dir=path, num_steps=1, model=config)
-        head = ModelBuilder(run, layout, architecture).logprob_head
+        head = ModelBuilder(run, layout, architecture).logprob_head(architecture)
         (of_weight,) = torch.autograd.grad(head(model, hidden[:, None], microbatch).values.sum(), [weight])
         logprobs = linear_logprob(hidden[trained], weight, microbatch.labels[trained], precision=precision)[0]
         (wanted,) = torch.autograd.grad(logprobs.sum(), [weight])

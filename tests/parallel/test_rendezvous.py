@@ -80,7 +80,15 @@ def test_a_nodes_own_name_may_be_a_loopback_address(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 1))
-        assert address_to_listen_on("127.0.1.1") == probe.getsockname()[0]
+        outside = probe.getsockname()[0]
+    # What is written as loopback is meant: all ranks of this "node" and the next are on one machine.
+    assert address_to_listen_on("127.0.0.1") == "127.0.0.1" and address_to_listen_on("localhost") in (
+        "127.0.0.1",
+        "::1",
+    )
+    entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", lambda *_args, **_options: [entry])
+    assert address_to_listen_on("node1") == outside
 
 
 RANK = """

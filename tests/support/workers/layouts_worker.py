@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from megatron_oreal.algorithms.advantages import whiten
 from megatron_oreal.algorithms.oreal import Oreal, fill_coefficients
 from megatron_oreal.algorithms.ppo import Ppo, fill_advantages
 from megatron_oreal.config import ModelConfig, OptimizerConfig, OrealConfig, ParallelConfig, PpoConfig, TrainableConfig
@@ -248,7 +249,7 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
     for microbatch in batch.microbatches:
         microbatch.values = (microbatch.labels % 3).float() / 4
         fill_advantages(microbatch, config)
-    ppo.whiten(batch)
+    whiten(batch, policy.sum_over_data)
     gradients = {}
     for model, loss, keep in ((policy, ppo.policy_loss, "old_logprobs"), (critic, ppo.value_loss, None)):
         model.accumulate_gradients(batch, partial(loss, batch=batch), keep)
