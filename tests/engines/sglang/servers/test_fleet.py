@@ -337,6 +337,7 @@ def test_serve_until_sigterm(sglang_model: Path, tmp_path: Path, loop: EventLoop
         serving.wait()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.sglang
 @pytest.mark.slow
 def test_a_port_that_is_taken_during_the_start_is_replaced(sglang_model: Path, tmp_path: Path) -> None:
