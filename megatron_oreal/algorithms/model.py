@@ -61,7 +61,7 @@ class ModelSource(Protocol):
 
 
 class GroupAlgorithm(Protocol):
-    """What the training loop asks of an algorithm."""
+    """The methods of an algorithm that the training loop calls."""
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
         """Takes all optimizer steps on these groups; {"train/skipped": 1.0} where there is nothing to learn from."""

@@ -43,7 +43,7 @@ READ_ERRORS = (*WRITE_ERRORS, ValueError, KeyError, TypeError, EOFError, pickle.
 
 
 class Trainable(Protocol):
-    """What is saved of a models.trainable.TrainableModel."""
+    """The part of models.trainable.TrainableModel that a checkpoint saves."""
 
     @property
     def optimizer_is_sharded(self) -> bool: ...
@@ -58,12 +58,12 @@ class CheckpointError(OSError):
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands, besides its tensors."""
+    """The state of a run besides its tensors: its step, its position in the data, its evaluation."""
 
     step: int
     cursor: CursorState
     num_skipped_steps: int = 0  # without any group to train on
-    evaluation: dict[str, float] = field(default_factory=dict)  # of this step's policy, where it was measured
+    evaluation: dict[str, float] = field(default_factory=dict)  # Scores of this step's policy, if evaluated.
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ class SampleNeeds:
 
 
 class AlgorithmConfig(Section):
-    """What the rest of a run asks of an algorithm. Each algorithm has a subclass with a `name` and its settings."""
+    """The settings that every algorithm has. Each algorithm has a subclass with a `name` and its settings."""
 
     name: str
     min_group_size: ClassVar[int] = 1

@@ -103,7 +103,7 @@ class CorrectionSettings(Section):
         return CORRECTION_PRESETS.get(self.correction, {}).get(name, super().default_of(name))
 
     def as_correction(self) -> Correction | None:
-        """What the losses get; None where nothing is corrected."""
+        """Returns the correction that the losses apply; None where nothing is corrected."""
         found = Correction(
             importance_cap=self.importance_cap if self.old_logprobs == "trainer" else None,
             importance_level=self.importance_level,

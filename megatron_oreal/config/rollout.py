@@ -23,7 +23,7 @@ class SamplingConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     max_new_tokens: PositiveInt = 1024
-    max_total_tokens: PositiveInt | None = None  # of prompt and response together; null: no limit of its own
+    max_total_tokens: PositiveInt | None = None  # The limit of prompt and response together; null: there is none.
 
     @property
     def is_truncated(self) -> bool:
@@ -34,12 +34,12 @@ class SamplingConfig(Section):
 class SglangConfig(Section):
     """SGLang servers: started by the run, or named in `endpoints_file`."""
 
-    python: Path = Path(".venv-sglang/bin/python")  # of the servers' own environment (tools/setup_sglang.sh makes it)
+    python: Path = Path(".venv-sglang/bin/python")  # The servers' interpreter (tools/setup_sglang.sh makes it)
     num_servers: PositiveInt = 1  # colocated: on each node
     tensor: PositiveInt = 1  # GPUs a server
     # disaggregated: on GPUs of their own; colocated: on the trainer's, where each gives way to the other
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    gpus: list[int] = []  # of this node, dealt out in order; empty: behind the trainer's, or the trainer's own
+    gpus: list[int] = []  # GPUs of this node in order; empty: those after the trainer's, or the trainer's own
     host: str = "127.0.0.1"  # address of the interface that servers listen on; colocated: leave it to several nodes
     ports: tuple[int, int] = (31000, 31999)  # first and last to choose from
     flags: dict[str, bool | int | float | str] = {}  # of SGLang, e.g. {mem-fraction-static: 0.8}; true: without a value
