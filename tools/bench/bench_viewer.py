@@ -1,7 +1,7 @@
 """How long a browser takes to open the page of `megatron-oreal view`, and to answer a search.
 
     pip install -e '.[browser]' && apt-get install chromium
-    python tools/bench/bench_viewer.py
+    python -m tools.bench.bench_viewer
 
 The samples are drawn: 500 words a response on average, from 20 steps. "tokens" records the tokens of an eighth of them.
 Opening ends when the first rows are painted and the keys work. The bound is 3 s for 10,000 samples.
