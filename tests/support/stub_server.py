@@ -94,6 +94,7 @@ class StubServer:
             return web.Response(text="{", content_type="application/json")
         if fault == "hang":
             await self.closing.wait()
+            return web.Response(status=503)
         if fault == "cut":
             assert request.transport is not None
             request.transport.close()
