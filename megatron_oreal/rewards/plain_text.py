@@ -43,7 +43,8 @@ def mark_plain_text(text: str) -> str:
         parts.append(text[end : found.start()])
         end = found.end()
         if found["run"]:
-            parts.append(run_text(found["run"], text[max(0, found.start() - 2) : found.start()], text[end : end + 2], num_words > 1))
+            before, after = text[max(0, found.start() - 2) : found.start()], text[end : end + 2]
+            parts.append(run_text(found["run"], before, after, num_words > 1))
         else:
             parts.append(translate_text(found[0]))
     return "".join([*parts, text[end:]])
