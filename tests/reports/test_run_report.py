@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from megatron_oreal.reports.run_report.throughput import phase_seconds, update_f
 from tests.support.reported_runs import PHASES, write_training_run
 from tests.support.viewed_runs import row, write_rows
 
+UPLOT = {"uPlot.iife.min.js": "19c8d4c6ad88929a", "uPlot.min.css": "df630c6a8d6f8eea"}
 HOSTILE = "</script><script>alert(1)</script><img src=x> {{charts}} \u202e"
 
 
@@ -50,7 +52,7 @@ def test_a_report_shows_what_the_run_logged(tmp_path: Path) -> None:
         phase.replace("_", " "): seconds for phase, seconds in PHASES.items()
     }
     assert "best by eval/math/greedy" in text and "finished" in text and "math/greedy 0.75 at step 10" in text
-    assert "NVIDIA H100" in text and "No alarm has fired" in text
+    assert "NVIDIA H100" in text and "<h3>Alarms" not in text  # this run keeps no record of alarms
     shown = {one["title"] for one in charts_of(page)}
     assert {"Share of correct samples by data set", "Share of correct samples by difficulty", "Verdicts"} <= shown
     assert "judge/set_0/agreed" in shown  # what has no chart of its own comes last
@@ -104,6 +106,9 @@ def test_alarms_are_listed_and_marked(tmp_path: Path) -> None:
     write_report([run], tmp_path / "out.html")
     assert chart(tmp_path / "out.html", "Entropy of the policy (nats a token)")["marks"] == [[4, "alarm entropy"]]
     text = (tmp_path / "out.html").read_text("ascii")
+    (run / "alarms.jsonl").write_text("")
+    write_report([run], tmp_path / "quiet.html")
+    assert "No alarm has fired" in (tmp_path / "quiet.html").read_text("ascii")
     assert "1 fired, 1 still on" in text and "entropy is low &lt;/script&gt;" in text and "<img src=x>" not in text
 
 
@@ -200,3 +205,10 @@ def test_a_run_without_samples_has_the_other_sections(tmp_path: Path) -> None:
     drawer = Drawer.of(group_by_seed(runs))
     assert drawer.layers("x", lambda run: run.rollouts.by_source) is None
     assert drawer.metrics("x", [("no/such", "a")]) is None
+
+
+def test_uplot_is_the_published_file() -> None:
+    """SHA-256 of dist/uPlot.iife.min.js and dist/uPlot.min.css of uplot 1.6.32 in npm's registry."""
+    page = Path(write_report.__code__.co_filename).parent / "page"
+    digests = {name: hashlib.sha256((page / name).read_bytes()).hexdigest()[:16] for name in UPLOT}
+    assert digests == UPLOT

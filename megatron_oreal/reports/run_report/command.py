@@ -53,8 +53,8 @@ def render(runs: Sequence[ReportedRun]) -> str:
 
 def overview(runs: Sequence[ReportedRun], drawer: Drawer) -> Section:
     section = Section("Runs", tables=[runs_table(runs)])
-    alarms = alarms_table(runs)
-    section.tables.append(f"<h3>Alarms</h3>{alarms or f'<p>{NO_ALARMS}</p>'}")
+    if any(run.alarms is not None for run in runs):
+        section.tables.append(f"<h3>Alarms</h3>{alarms_table(runs) or f'<p>{NO_ALARMS}</p>'}")
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
     section.introduction = " ".join(notes)
     return section
@@ -79,7 +79,7 @@ def closing_tables(runs: Sequence[ReportedRun]) -> list[Section]:
 def mark_alarms(charts: Sequence[Chart], runs: Sequence[ReportedRun]) -> None:
     """Draws a line where an alarm fires, in the charts of the metric that it watches."""
     for run in runs:
-        for event in run.alarms:
+        for event in run.alarms or ():
             for chart in charts:
                 if event.is_firing and event.metric in chart.metrics:
                     owner = f"{run.name}: " if len(runs) > 1 else ""

@@ -43,7 +43,7 @@ class ReportedRun:
     path: Path
     settings: dict[str, object]  # {"rollout.group_size": 8, ...}
     records: list[Metrics]
-    alarms: list[alarm_log.AlarmEvent]
+    alarms: list[alarm_log.AlarmEvent] | None  # None: the run keeps no record of alarms
     starts: list[dict[str, Any]]  # the lines of environment.jsonl
     checkpoints: list[SavedCheckpoint]
     rollouts: RolloutSummary
@@ -95,7 +95,7 @@ def read_reported_run(path: Path, name: str) -> ReportedRun:
         path=path,
         settings=read_settings(path, notes),
         records=records,
-        alarms=alarm_log.read_alarms(path),
+        alarms=alarm_log.read_alarms(path) if (path / alarm_log.FILE).is_file() else None,
         starts=read_json_lines(path / environment.FILE),
         checkpoints=read_checkpoints(path),
         rollouts=summarize_rollouts(path, notes),

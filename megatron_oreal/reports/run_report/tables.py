@@ -45,8 +45,6 @@ def run_row(run: ReportedRun) -> list[object]:
     rewards = list(run.curve("reward/mean").values())
     tail = rewards[-max(1, int(len(rewards) * SHARE_AT_THE_END)) :]
     best = best_evaluation(run)
-    active = firing(run.alarms)
-    num_fired = sum(event.is_firing for event in run.alarms)
     seconds = sum(record.get("time/step_seconds", 0.0) for record in run.records)
     return [
         run.name,
@@ -56,8 +54,15 @@ def run_row(run: ReportedRun) -> list[object]:
         best,
         int(sum(run.curve("train/num_tokens").values())),
         round(seconds / 3600, 2),
-        f"{num_fired} fired, {len(active)} still on" if num_fired else "none",
+        alarms_cell(run),
     ]
+
+
+def alarms_cell(run: ReportedRun) -> str | None:
+    if run.alarms is None:
+        return None
+    num_fired = sum(event.is_firing for event in run.alarms)
+    return f"{num_fired} fired, {len(firing(run.alarms))} still on" if num_fired else "none"
 
 
 def evaluates(run: ReportedRun) -> bool:
@@ -78,7 +83,7 @@ def alarms_table(runs: Sequence[ReportedRun]) -> str | None:
     rows = [
         [run.name, event.step, event.alarm, "fires" if event.is_firing else "clears", event.text]
         for run in runs
-        for event in run.alarms
+        for event in run.alarms or ()
     ]
     return html_table(("run", "step", "alarm", "", "what was measured"), rows) if rows else None
 
