@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_oreal", "megatron_oreal.*"]),
-    package_data={"megatron_oreal.reports.viewer": ["page/*"]},
+    package_data={"megatron_oreal.reports.viewer": ["page/*"], "megatron_oreal.reports.run_report": ["page/*"]},
     entry_points={"console_scripts": ["megatron-oreal = megatron_oreal.cli:main"]},
     install_requires=[
         "torch>=2.8",

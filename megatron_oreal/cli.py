@@ -181,6 +181,16 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
 
 
 @cli.command()
+@click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The page of HTML to write.")
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Writes one page about runs of train or sft, finished or not: curves, pass rates, times, alarms, differences."""
+    from megatron_oreal.reports.run_report.command import write_report
+
+    click.echo("\n".join(write_report(runs, out)))
+
+
+@cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write a page of HTML here instead of printing a table.")
 @click.option("--steps", metavar="A:B", default="", help="Steps: N, A:B, A: or :B.")

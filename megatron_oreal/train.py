@@ -17,6 +17,7 @@ from megatron_oreal.rollout.metrics import rollout_metrics, staleness_metrics, t
 from megatron_oreal.rollout.prefetch import Collected
 from megatron_oreal.rollout.records import write_rollouts
 from megatron_oreal.rollout.token_records import sample_key, trained_values, write_token_records
+from megatron_oreal.run.final_report import write_final_report
 from megatron_oreal.run.open import open_sft, open_train
 from megatron_oreal.run.rollouts import build_collector
 from megatron_oreal.run.run import Run
@@ -84,6 +85,7 @@ def finish(run: Run[Any, Any, Any]) -> None:
     begin_step(run, num_steps)
     if run.metrics:
         run.finish_step(num_steps)
+    write_final_report(run)
     run.export()
 
 

@@ -30,6 +30,7 @@ def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
 def sample_row(group: Group, sample: Sample) -> dict[str, object]:
     verdict = sample.verdict
     judged = {"rules": verdict.rules, "judge": verdict.judge} if verdict is not None and verdict.judge else {}
+    measured = {} if group.prompt.pass_rate is None else {"prompt_pass_rate": group.prompt.pass_rate}
     return {
         "prompt_id": sample.prompt_id,
         "source": group.prompt.source,
@@ -43,5 +44,6 @@ def sample_row(group: Group, sample: Sample) -> dict[str, object]:
         "logprob": round(logprob_sum(sample), 6) if len(sample.rollout_logprobs) else None,
         "finish_reason": sample.finish_reason,
         "policy_version": sample.policy_version,
+        **measured,
         **judged,
     }

@@ -15,6 +15,7 @@ import torch
 from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig, data_parallel_size
 from megatron_oreal.models.build import resolved_for
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import Architecture, read_architecture
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, SftConfig, EvalRunConfig)
@@ -86,14 +87,32 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     )
 
 
-def parameter_count(architecture: Architecture) -> int:
+def parameter_count(architecture: Architecture, only_active: bool = False) -> int:
+    """Returns the parameters of a model, or those that one token meets: of a layer's experts, the chosen ones."""
     shape, experts = architecture, architecture.experts
     attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
     mlp = 3 * shape.hidden_size * shape.intermediate_size
     if experts:
-        mlp = 3 * shape.hidden_size * experts.intermediate_size * experts.count
+        mlp = (
+            3
+            * shape.hidden_size
+            * experts.intermediate_size
+            * (experts.num_per_token if only_active else experts.count)
+        )
     vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
     return shape.num_layers * (attention + mlp) + vocabulary
+
+
+def facts_of_start(architecture: Architecture, layout: ParallelLayout) -> dict[str, object]:
+    """What environment.jsonl says of the model and the devices; the report computes the utilization from it."""
+    facts: dict[str, object] = {
+        "num_processes": layout.world_size,
+        "parameters": parameter_count(architecture),
+        "active_parameters": parameter_count(architecture, only_active=True),
+    }
+    if layout.device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(layout.device), "cuda": str(torch.version.cuda)}
+    return facts
 
 
 def model_counts(config: TrainConfig | SftConfig, num_parameters: int) -> tuple[int, float]:

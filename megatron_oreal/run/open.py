@@ -22,13 +22,14 @@ from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prom
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models import parallel
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.environment import record_environment
 from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.rendezvous import clear_traffic
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
-from megatron_oreal.run.device_defaults import describe, with_device_defaults
+from megatron_oreal.run.device_defaults import describe, facts_of_start, with_device_defaults
 from megatron_oreal.run.devices import device_sharing, make_room_for_models
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
@@ -161,6 +162,7 @@ def open_run(
         log, keeps_responses = MetricsLog.silent(), keeps_responses and layout.is_main
         if layout.is_main:
             directory.write(config)
+            record_environment(config.run_dir, start_step, facts_of_start(inputs.architecture, layout))
             log = stack.enter_context(MetricsLog(config.run_dir, start_step))
         ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
         progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))

@@ -57,6 +57,9 @@ def test_a_run_leaves_its_records(unbroken: Path, train_config: Metrics) -> None
     resolved = yaml.safe_load((unbroken / "config.yaml").read_text())
     assert resolved["algorithm"]["negative_coef"] == 0.5
     assert any((unbroken / "tensorboard").iterdir())
+    assert "Held-out accuracy: heldout" in (unbroken / "report.html").read_text()
+    (start,) = [json.loads(line) for line in (unbroken / "environment.jsonl").read_text().splitlines()]
+    assert start["start_step"] == 0 and start["num_processes"] == 1 and start["parameters"] > 0
     assert len((unbroken / "evaluations" / "step_000000.jsonl").read_text().splitlines()) == 3
 
 

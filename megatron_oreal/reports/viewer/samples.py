@@ -46,6 +46,7 @@ class ViewedSample:
     pass_rate: float | None = None  # of its group; None where no sample of the group was decided
     difference: float | None = None  # mean |log-prob of the trainer - that of the engine| of a token, where recorded
     tokens: Mapping[str, object] | None = None  # the row of rollout_tokens/
+    difficulty: float | None = None  # the pass rate of its prompt that was measured before training, where known
 
     @property
     def is_decided(self) -> bool:
@@ -176,6 +177,7 @@ def read_sample(step: int, row: int, record: Mapping[str, object]) -> ViewedSamp
         policy_version=whole_number(record, "policy_version"),
         rules=opinion_of(record.get("rules")) or status,
         judge=opinion_of(record.get("judge")),
+        difficulty=number(record, "prompt_pass_rate"),
     )
 
 

@@ -1,0 +1,86 @@
+"""What `megatron-oreal report` does: it reads runs, and writes one page about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.reports.run_report.charts import Chart
+from megatron_oreal.reports.run_report.experiments import Drawer, group_by_seed
+from megatron_oreal.reports.run_report.page import render_report
+from megatron_oreal.reports.run_report.runs import ReportedRun, read_reported_run, run_names
+from megatron_oreal.reports.run_report.sections import Section, chart_sections
+from megatron_oreal.reports.run_report.tables import (
+    alarms_table,
+    checkpoints_table,
+    differences_table,
+    environment_table,
+    runs_table,
+    settings_details,
+)
+from megatron_oreal.reports.viewer.page import check_out
+
+NO_ALARMS = "No alarm has fired."
+BANDS = (
+    "Runs that differ in their seeds alone are one curve, their mean; the band reaches from the lowest to the highest."
+)
+
+
+def write_report(paths: Sequence[Path], out: Path) -> list[str]:
+    """Writes the page and returns lines for the user. Raises ValueError, one line, for what is no run."""
+    check_out(out)
+    runs = [read_reported_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+    page = render(runs).encode("ascii")
+    write_atomically(out, page)
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    return [*notes, f"{out}: report of {count}, {len(page) / 1e6:.1f} MB"]
+
+
+def render(runs: Sequence[ReportedRun]) -> str:
+    drawer = Drawer.of(group_by_seed(runs))
+    sections = [overview(runs, drawer), *chart_sections(drawer), *closing_tables(runs)]
+    mark_alarms([chart for section in sections for chart in section.charts], runs)
+    lead = f"Written {datetime.now():%Y-%m-%d %H:%M}."
+    if drawer.width > 1:
+        lead += f" Each point of a curve is the mean of {drawer.width} steps."
+    if any(len(one.runs) > 1 for one in drawer.experiments):
+        lead += f" {BANDS}"
+    return render_report(", ".join(run.name for run in runs), lead, sections)
+
+
+def overview(runs: Sequence[ReportedRun], drawer: Drawer) -> Section:
+    section = Section("Runs", tables=[runs_table(runs)])
+    if any(run.alarms is not None for run in runs):
+        section.tables.append(f"<h3>Alarms</h3>{alarms_table(runs) or f'<p>{NO_ALARMS}</p>'}")
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
+    section.introduction = " ".join(notes)
+    return section
+
+
+def closing_tables(runs: Sequence[ReportedRun]) -> list[Section]:
+    checkpoints, environment = checkpoints_table(runs), environment_table(runs)
+    sections = []
+    if checkpoints is not None:
+        sections.append(Section("Checkpoints", tables=[checkpoints]))
+    settings = Section("Settings", tables=[settings_details(runs)])
+    if len(runs) > 1:
+        differences = differences_table(runs)
+        settings.introduction = "These settings differ." if differences else "All settings are the same but run_dir."
+        settings.tables.insert(0, differences or "")
+    sections.append(settings)
+    if environment is not None:
+        sections.append(Section("Environment", "Each start of a run has a column.", [environment]))
+    return sections
+
+
+def mark_alarms(charts: Sequence[Chart], runs: Sequence[ReportedRun]) -> None:
+    """Draws a line where an alarm fires, in the charts of the metric that it watches."""
+    for run in runs:
+        for event in run.alarms or ():
+            for chart in charts:
+                if event.is_firing and event.metric in chart.metrics:
+                    owner = f"{run.name}: " if len(runs) > 1 else ""
+                    chart.marks.append((event.step, f"{owner}alarm {event.alarm}"))

@@ -1,0 +1,155 @@
+"""Reads everything that the report shows of a run, finished, killed or still going on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_oreal.config import flatten
+from megatron_oreal.observability import alarm_log, environment
+from megatron_oreal.observability.metrics import Metrics, metrics_path, read_metrics
+from megatron_oreal.reports.run_report.charts import Curve
+from megatron_oreal.reports.run_report.rollouts import RolloutSummary, summarize_rollouts
+
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+# Settings in which the seeds of one experiment differ, and those that do not change what a run computes.
+NOT_OF_THE_EXPERIMENT = (
+    "run_dir",
+    "seed",
+    "logging.",
+    "verifier.num_workers",
+    "rollout.sglang.ports",
+    "observability.",
+)
+
+
+@dataclass(slots=True)
+class SavedCheckpoint:
+    step: int
+    path: Path
+    evaluation: dict[str, float]
+
+
+@dataclass(slots=True)
+class ReportedRun:
+    name: str
+    path: Path
+    settings: dict[str, object]  # {"rollout.group_size": 8, ...}
+    records: list[Metrics]
+    alarms: list[alarm_log.AlarmEvent] | None  # None: the run keeps no record of alarms
+    starts: list[dict[str, Any]]  # the lines of environment.jsonl
+    checkpoints: list[SavedCheckpoint]
+    rollouts: RolloutSummary
+    notes: list[str] = field(default_factory=list)
+
+    def curve(self, metric: str) -> Curve:
+        """Returns the finite values of a metric by step."""
+        return {
+            record["step"]: record[metric]
+            for record in self.records
+            if metric in record and math.isfinite(record[metric])
+        }
+
+    @property
+    def metric_names(self) -> set[str]:
+        return {name for record in self.records for name in record} - {"step"}
+
+    @property
+    def last_step(self) -> int:
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def experiment(self) -> str:
+        """Runs with the same value differ in their seeds alone."""
+        kept = {name: value for name, value in self.settings.items() if not name.startswith(NOT_OF_THE_EXPERIMENT)}
+        return json.dumps(kept, sort_keys=True, default=str)
+
+
+def read_reported_run(path: Path, name: str) -> ReportedRun:
+    """Raises ValueError, one line, for what is no training run and for one that has not finished a step."""
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} {'is a file' if path.exists() else 'does not exist'}: give the run_dir of a training run"
+        )
+    if not (path / "config.yaml").is_file():
+        raise ValueError(
+            f"{path} is not a run's: it has no config.yaml; give the run_dir of `megatron-oreal train` or `sft`"
+        )
+    if not metrics_path(path).is_file():
+        raise ValueError(
+            f"{path} has no metrics.jsonl: `train` and `sft` write it, `eval` does not; give another run_dir"
+        )
+    records = read_metrics(path)
+    if not records:
+        raise ValueError(f"{path} has not finished a step yet: make the report again later")
+    notes: list[str] = []
+    return ReportedRun(
+        name=name,
+        path=path,
+        settings=read_settings(path, notes),
+        records=records,
+        alarms=alarm_log.read_alarms(path) if (path / alarm_log.FILE).is_file() else None,
+        starts=read_json_lines(path / environment.FILE),
+        checkpoints=read_checkpoints(path),
+        rollouts=summarize_rollouts(path, notes),
+        notes=notes,
+    )
+
+
+def read_settings(path: Path, notes: list[str]) -> dict[str, object]:
+    try:
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        notes.append("config.yaml cannot be read: settings are missing")
+        return {}
+    return flatten(settings)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole objects of a file; lines that are torn or damaged are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found
+
+
+def read_checkpoints(path: Path) -> list[SavedCheckpoint]:
+    folder = path / "checkpoints"
+    found = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = STEP_FOLDER.fullmatch(entry.name)
+        if match is None:
+            continue
+        try:
+            evaluation = json.loads((entry / "run.json").read_text())["progress"]["evaluation"]
+            scores = {str(name): float(value) for name, value in evaluation.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            scores = {}  # A run that goes on may have just removed it.
+        found.append(SavedCheckpoint(int(match[1]), entry, scores))
+    return found
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Returns short names that tell the runs apart: the folder's name, with its parents where two have the same."""
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError("a run is given twice: give each run once")
+    for depth in range(1, 1 + max(len(path.parts) for path in resolved)):
+        names = ["/".join(path.parts[-depth:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in resolved]
