@@ -184,7 +184,7 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The page of HTML to write.")
 def report(runs: tuple[Path, ...], out: Path) -> None:
-    """Writes one page about runs of train or sft, finished or not: curves, pass rates, times, alarms, differences."""
+    """Writes one page about runs of train or sft, finished or not: curves, pass rates, times, differences."""
     from megatron_oreal.reports.run_report.command import write_report
 
     click.echo("\n".join(write_report(runs, out)))

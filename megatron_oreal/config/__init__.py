@@ -39,6 +39,7 @@ from megatron_oreal.config.models import (
 )
 from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
 from megatron_oreal.config.runs import (
+    WITHOUT_INFLUENCE,
     CheckpointConfig,
     EvalRunConfig,
     LoggingConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "ALGORITHM_SECTIONS",
     "OBJECTIVE_OPTIONS",
     "OREAL_PRESETS",
+    "WITHOUT_INFLUENCE",
     "AlgorithmConfig",
     "AnswerRule",
     "BenchmarkConfig",

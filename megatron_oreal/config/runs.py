@@ -19,7 +19,7 @@ from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
-from megatron_oreal.config.verifier import VerifierConfig
+from megatron_oreal.config.verifier import HttpConfig, VerifierConfig
 
 
 class PromptConfig(Section):
@@ -316,3 +316,13 @@ def check_best_metric(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> N
     known = [f"eval/{name}/{kind}" for name in evaluation.prompts for kind in ("greedy", "pass@1")]
     if checkpoint.best_metric and checkpoint.best_metric not in known:
         raise ValueError(f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured here; known: {known}")
+
+
+# Beginnings of the settings that do not change what a run computes. How a judge or a reward server is asked is one of
+# them. So is the number of replicas, unless the replicas share the optimizer, which the checkpoint knows.
+WITHOUT_INFLUENCE = (
+    "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
+    "verifier.num_workers", "verifier.judge.cache",
+    *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
+    "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "logging.",
+)  # fmt: skip

@@ -15,16 +15,19 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_oreal.observability.files import write_atomically
+
 FILE = "environment.jsonl"
 PACKAGES = ("megatron_oreal", "torch", "megatron-core", "transformers", "transformer-engine", "numpy", "math-verify")
 GIT_SECONDS = 5.0
 
 
 def record_environment(run_dir: Path, start_step: int, facts: dict[str, object]) -> None:
-    """Appends the line of this start; `facts` are what only the run knows. Only the first rank calls it."""
+    """Adds the line of this start; `facts` are what only the run knows. Only the first rank calls it."""
     line = {"started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "start_step": start_step} | read_environment() | facts
-    with (run_dir / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    path = run_dir / FILE
+    earlier = path.read_bytes() if path.is_file() else b""
+    write_atomically(path, earlier + json.dumps(line).encode() + b"\n")
 
 
 def read_environment() -> dict[str, object]:

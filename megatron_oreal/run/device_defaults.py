@@ -88,23 +88,22 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
 
 
 def parameter_count(architecture: Architecture, only_active: bool = False) -> int:
-    """Returns the parameters of a model, or those that one token meets: of a layer's experts, the chosen ones."""
+    """Returns the number of a model's parameters, or of those that one token is multiplied with.
+
+    The latter leave out the experts that were not chosen, and the input embedding, which is looked up.
+    """
     shape, experts = architecture, architecture.experts
     attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
     mlp = 3 * shape.hidden_size * shape.intermediate_size
     if experts:
-        mlp = (
-            3
-            * shape.hidden_size
-            * experts.intermediate_size
-            * (experts.num_per_token if only_active else experts.count)
-        )
-    vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
+        num_experts = experts.num_per_token if only_active else experts.count
+        mlp = 3 * shape.hidden_size * experts.intermediate_size * num_experts
+    vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings or only_active else 2)
     return shape.num_layers * (attention + mlp) + vocabulary
 
 
 def facts_of_start(architecture: Architecture, layout: ParallelLayout) -> dict[str, object]:
-    """What environment.jsonl says of the model and the devices; the report computes the utilization from it."""
+    """Returns what environment.jsonl says of the model and the devices; the report computes the MFU from it."""
     facts: dict[str, object] = {
         "num_processes": layout.world_size,
         "parameters": parameter_count(architecture),

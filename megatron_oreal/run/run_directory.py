@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from megatron_oreal.checkpoint.train_state import saved_steps
-from megatron_oreal.config import HttpConfig, ModelRunConfig, RunConfig, flatten, read_resolved, to_yaml
+from megatron_oreal.config import WITHOUT_INFLUENCE, ModelRunConfig, RunConfig, flatten, read_resolved, to_yaml
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.parallel.collectives import raise_on_all
 from megatron_oreal.run import input_files
@@ -25,23 +25,13 @@ from megatron_oreal.run.input_files import Inputs, check_inputs, fingerprint_inp
 from megatron_oreal.run.run_lock import RunLock, take_lock
 
 CONFIG = "config.yaml"
-# Where a judge or a reward server is and how it is asked; what it is asked may not change.
+# Where a judge or a reward server is; what it is asked may not change.
 VERIFIER_ADDRESSES = ("verifier.url", "verifier.judge.url")
-VERIFIER_SERVERS = (
-    "verifier.judge.cache",
-    *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-)  # fmt: skip
-# Beginnings of settings that may change between a run and its continuation, because they do not change the result.
-# The number of replicas is one of them unless the replicas share the optimizer, which the checkpoint knows.
-CHANGEABLE_ANYWHERE = (
-    "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
-    "verifier.num_workers", *VERIFIER_SERVERS, "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm",
-    "logging.",
-)  # fmt: skip
-CHANGEABLE = (*CHANGEABLE_ANYWHERE, "num_steps", "checkpoint.", "eval.")
+# Beginnings of settings that may change between a run and its continuation.
+CHANGEABLE = (*WITHOUT_INFLUENCE, "num_steps", "checkpoint.", "eval.")
 # An evaluation may be given more datasets, and be summed up in another way.
 CHANGEABLE_IN_EVAL = (
-    *CHANGEABLE_ANYWHERE,
+    *WITHOUT_INFLUENCE,
     *(f"eval.{name}" for name in ("prompts.", "pass_at", "majority_at", "confidence", "num_resamples")),
 )
 # How the replicas share the optimizer and sum gradients; a checkpoint that cannot be read so says it.

@@ -11,7 +11,7 @@ import pytest
 from megatron_oreal.reports.viewer.page import write_page
 from megatron_oreal.reports.viewer.samples import ViewedRun, read_run
 from megatron_oreal.reports.viewer.selection import ORDERS, Filters, in_order, parse_bounds
-from tests.support.browser import INSTALL, open_browser, wait_until_ready
+from tests.support.browser import INSTALL, open_browser, open_watched, wait_until_ready
 from tests.support.viewed_runs import row, write_rows, write_run
 
 if TYPE_CHECKING:
@@ -42,16 +42,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
     context = browser.new_context(viewport={"width": 1300, "height": 800}, offline=True)
     problems: list[str] = []
 
-    def opened(path: Path) -> Page:
-        page = context.new_page()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("request", lambda request: problems.append(request.url) if request.url != path.as_uri() else None)
-        page.goto(path.as_uri())
-        wait_until_ready(page)
-        return page
-
-    yield opened
+    yield lambda path: open_watched(context, path, problems)
     context.close()
     assert not problems
 

@@ -116,9 +116,11 @@ def test_killed_runs_resume_bit_for_bit(unbroken: Path, train_config: Metrics, t
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", lines_to_wait_for, process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+    (tmp_path / "run" / "report.html").mkdir()  # A report that cannot be written costs the run one line.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resumed at step" in done.stderr
+    assert sum("the report was not written" in line for line in done.stderr.splitlines()) == 1
     assert without_times(tmp_path / "run") == without_times(unbroken)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from megatron_oreal.observability.alarm_log import AlarmEvent
 from megatron_oreal.reports.run_report.charts import Chart, Series, bucket_width, histogram, over_seeds, thinned
 from megatron_oreal.reports.run_report.command import write_report
 from megatron_oreal.reports.run_report.experiments import Drawer, group_by_seed
@@ -52,11 +51,14 @@ def test_a_report_shows_what_the_run_logged(tmp_path: Path) -> None:
         phase.replace("_", " "): seconds for phase, seconds in PHASES.items()
     }
     assert "best by eval/math/greedy" in text and "finished" in text and "math/greedy 0.75 at step 10" in text
-    assert "NVIDIA H100" in text and "<h3>Alarms" not in text  # this run keeps no record of alarms
+    assert "NVIDIA H100" in text
     shown = {one["title"] for one in charts_of(page)}
     assert {"Share of correct samples by data set", "Share of correct samples by difficulty", "Verdicts"} <= shown
     assert "judge/set_0/agreed" in shown  # what has no chart of its own comes last
     assert [one["label"] for one in chart(page, "Share of correct samples by data set")["series"]] == ["gsm8k", "math"]
+    lengths = chart(page, "Histogram of lengths: run")
+    assert lengths["kind"] == "bars" and [one["label"] for one in lengths["series"]] == ["step 0", "step 4", "step 9"]
+    assert all(sum(one["values"]) == pytest.approx(1.0, abs=1e-3) for one in lengths["series"])
 
 
 def test_seeds_become_one_curve_with_a_band(tmp_path: Path) -> None:
@@ -99,17 +101,13 @@ def test_the_utilization_is_that_of_its_formula(tmp_path: Path) -> None:
     assert set(phase_seconds(run)) == {phase.replace("_", " ") for phase in PHASES}
 
 
-def test_alarms_are_listed_and_marked(tmp_path: Path) -> None:
-    run = write_training_run(tmp_path / "run", 10)
-    fired = AlarmEvent(4, "entropy", True, "policy/entropy", 0.01, 0.05, f"entropy is low {HOSTILE}")
-    (run / "alarms.jsonl").write_text(fired.encode() + '{"step": 5, "torn')
+def test_recorded_token_weights_become_a_histogram(tmp_path: Path) -> None:
+    run = write_training_run(tmp_path / "run", 3)
+    (run / "rollout_tokens").mkdir()
+    write_rows(run / "rollout_tokens" / "step_000001.jsonl", [{"weights": [0.0, 3.0]}, {"weights": [3.0, None, 3.0]}])
     write_report([run], tmp_path / "out.html")
-    assert chart(tmp_path / "out.html", "Entropy of the policy (nats a token)")["marks"] == [[4, "alarm entropy"]]
-    text = (tmp_path / "out.html").read_text("ascii")
-    (run / "alarms.jsonl").write_text("")
-    write_report([run], tmp_path / "quiet.html")
-    assert "No alarm has fired" in (tmp_path / "quiet.html").read_text("ascii")
-    assert "1 fired, 1 still on" in text and "entropy is low &lt;/script&gt;" in text and "<img src=x>" not in text
+    (series,) = chart(tmp_path / "out.html", "Histogram of token weights: run")["series"]
+    assert [value for value in series["values"] if value] == [0.25, 0.75] and series["label"] == "step 1"
 
 
 def test_a_run_that_goes_on_is_read_up_to_its_torn_line(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from megatron_oreal.run.device_defaults import (
     parameter_count,
     with_device_defaults,
 )
-from megatron_oreal.weights.families import Architecture
+from megatron_oreal.weights.families import Architecture, Experts
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 QWEN_1_5B = Architecture(
@@ -75,6 +75,14 @@ def test_a_run_on_a_cpu_is_deterministic_and_float32() -> None:
 def test_parameters_of_qwen_1_5b() -> None:
     assert parameter_count(QWEN_1_5B) == pytest.approx(1.544e9, rel=1e-3)
     assert parameter_count(dataclasses.replace(QWEN_1_5B, tied_embeddings=False)) == pytest.approx(1.777e9, rel=1e-3)
+
+
+def test_a_token_is_not_multiplied_with_the_input_embedding_nor_with_idle_experts() -> None:
+    untied = dataclasses.replace(QWEN_1_5B, tied_embeddings=False)
+    assert parameter_count(untied, only_active=True) == parameter_count(QWEN_1_5B)
+    mixture = dataclasses.replace(QWEN_1_5B, experts=Experts(8, 2, 100, True))
+    idle = QWEN_1_5B.num_layers * 3 * QWEN_1_5B.hidden_size * 100 * (8 - 2)
+    assert parameter_count(mixture) - parameter_count(mixture, only_active=True) == idle
 
 
 def test_the_estimate_of_memory_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 INSTALL = "needs a browser: pip install -e '.[browser]', and apt-get install chromium or playwright install chromium"
@@ -36,6 +37,17 @@ def open_browser() -> Iterator[Browser | None]:
             yield browser
         finally:
             browser.close()
+
+
+def open_watched(context: BrowserContext, path: Path, problems: list[str]) -> Page:
+    """Opens a file; what its scripts complain of, and every request for another file, is added to `problems`."""
+    page = context.new_page()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("request", lambda request: problems.append(request.url) if request.url != path.as_uri() else None)
+    page.goto(path.as_uri())
+    wait_until_ready(page)
+    return page
 
 
 def wait_until_ready(page: Page, timeout_seconds: float = 60) -> float:

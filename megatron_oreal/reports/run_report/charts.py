@@ -1,4 +1,4 @@
-"""What a chart of the report is, and how it is written for the page's script."""
+"""Describes the charts of the report, and writes them as JSON for the page's script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-MAX_POINTS = 2000  # of a curve; a longer run is drawn as means over several steps
+MAX_POINTS = 2000  # A curve has at most so many points; those of a longer run are means over several steps.
 
 Curve = dict[float, float]  # step -> value
 
@@ -31,8 +31,7 @@ class Chart:
     kind: Literal["lines", "stacked", "bars"] = "lines"
     note: str = ""
     x_label: str = "step"
-    metrics: tuple[str, ...] = ()  # What is drawn, so that alarms about it can be marked.
-    marks: list[tuple[float, str]] = field(default_factory=list)  # (step, text) of vertical lines
+    metrics: tuple[str, ...] = ()  # The names of the metrics that are drawn.
 
     def as_json(self) -> dict[str, object]:
         """Returns the chart with all its curves over one common axis; null where a curve has no value."""
@@ -52,7 +51,6 @@ class Chart:
                 }
                 for one in self.series
             ],
-            "marks": [[rounded(step), text] for step, text in self.marks],
         }
 
 

@@ -1,4 +1,4 @@
-"""What `megatron-oreal report` does: it reads runs, and writes one page about them."""
+"""Reads runs and writes one page about them, which is what `megatron-oreal report` does."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_oreal.observability.files import write_atomically
-from megatron_oreal.reports.run_report.charts import Chart
 from megatron_oreal.reports.run_report.experiments import Drawer, group_by_seed
 from megatron_oreal.reports.run_report.page import render_report
 from megatron_oreal.reports.run_report.runs import ReportedRun, read_reported_run, run_names
 from megatron_oreal.reports.run_report.sections import Section, chart_sections
 from megatron_oreal.reports.run_report.tables import (
-    alarms_table,
     checkpoints_table,
     differences_table,
     environment_table,
@@ -22,7 +20,6 @@ from megatron_oreal.reports.run_report.tables import (
 )
 from megatron_oreal.reports.viewer.page import check_out
 
-NO_ALARMS = "No alarm has fired."
 BANDS = (
     "Runs that differ in their seeds alone are one curve, their mean; the band reaches from the lowest to the highest."
 )
@@ -41,8 +38,7 @@ def write_report(paths: Sequence[Path], out: Path) -> list[str]:
 
 def render(runs: Sequence[ReportedRun]) -> str:
     drawer = Drawer.of(group_by_seed(runs))
-    sections = [overview(runs, drawer), *chart_sections(drawer), *closing_tables(runs)]
-    mark_alarms([chart for section in sections for chart in section.charts], runs)
+    sections = [overview(runs), *chart_sections(drawer), *closing_tables(runs)]
     lead = f"Written {datetime.now():%Y-%m-%d %H:%M}."
     if drawer.width > 1:
         lead += f" Each point of a curve is the mean of {drawer.width} steps."
@@ -51,13 +47,9 @@ def render(runs: Sequence[ReportedRun]) -> str:
     return render_report(", ".join(run.name for run in runs), lead, sections)
 
 
-def overview(runs: Sequence[ReportedRun], drawer: Drawer) -> Section:
-    section = Section("Runs", tables=[runs_table(runs)])
-    if any(run.alarms is not None for run in runs):
-        section.tables.append(f"<h3>Alarms</h3>{alarms_table(runs) or f'<p>{NO_ALARMS}</p>'}")
+def overview(runs: Sequence[ReportedRun]) -> Section:
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
-    section.introduction = " ".join(notes)
-    return section
+    return Section("Runs", " ".join(notes), [runs_table(runs)])
 
 
 def closing_tables(runs: Sequence[ReportedRun]) -> list[Section]:
@@ -74,13 +66,3 @@ def closing_tables(runs: Sequence[ReportedRun]) -> list[Section]:
     if environment is not None:
         sections.append(Section("Environment", "Each start of a run has a column.", [environment]))
     return sections
-
-
-def mark_alarms(charts: Sequence[Chart], runs: Sequence[ReportedRun]) -> None:
-    """Draws a line where an alarm fires, in the charts of the metric that it watches."""
-    for run in runs:
-        for event in run.alarms or ():
-            for chart in charts:
-                if event.is_firing and event.metric in chart.metrics:
-                    owner = f"{run.name}: " if len(runs) > 1 else ""
-                    chart.marks.append((event.step, f"{owner}alarm {event.alarm}"))

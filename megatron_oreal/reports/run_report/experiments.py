@@ -9,7 +9,7 @@ from functools import partial
 from megatron_oreal.reports.run_report.charts import Chart, Curve, Series, bucket_width, over_seeds, thinned
 from megatron_oreal.reports.run_report.runs import ReportedRun
 
-Layers = Callable[[ReportedRun], dict[str, Curve]]  # of a run: {label: curve}
+Layers = Callable[[ReportedRun], dict[str, Curve]]  # Returns {label: curve} for a run.
 
 
 @dataclass(slots=True, frozen=True)

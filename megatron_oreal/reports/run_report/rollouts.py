@@ -33,14 +33,14 @@ GROUP_KINDS = ("none correct", "up to a quarter", "up to half", "up to three qua
 
 @dataclass(slots=True)
 class RolloutSummary:
-    num_steps: int = 0  # with samples
-    steps: list[int] = field(default_factory=list)  # that were read
+    num_steps: int = 0  # the number of steps whose samples are on disk
+    steps: list[int] = field(default_factory=list)  # the steps whose samples were read
     by_source: dict[str, Curve] = field(default_factory=dict)  # pass rate by data set
     by_difficulty: dict[str, Curve] = field(default_factory=dict)  # pass rate by measured difficulty
     group_kinds: dict[str, Curve] = field(default_factory=dict)  # share of the groups by their own pass rate
     statuses: dict[str, Curve] = field(default_factory=dict)  # share of the samples by verdict
-    lengths: dict[int, list[float]] = field(default_factory=dict)  # tokens of each response, of a few steps
-    weights: dict[int, list[float]] = field(default_factory=dict)  # of each recorded token, of a few steps
+    lengths: dict[int, list[float]] = field(default_factory=dict)  # {step: tokens of each response}, for a few steps
+    weights: dict[int, list[float]] = field(default_factory=dict)  # {step: weight of each token}, for a few steps
 
 
 def summarize_rollouts(run_dir: Path, notes: list[str]) -> RolloutSummary:

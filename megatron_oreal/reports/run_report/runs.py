@@ -12,22 +12,15 @@ from typing import Any
 
 import yaml
 
-from megatron_oreal.config import flatten
-from megatron_oreal.observability import alarm_log, environment
+from megatron_oreal.config import WITHOUT_INFLUENCE, flatten
+from megatron_oreal.observability import environment
 from megatron_oreal.observability.metrics import Metrics, metrics_path, read_metrics
 from megatron_oreal.reports.run_report.charts import Curve
 from megatron_oreal.reports.run_report.rollouts import RolloutSummary, summarize_rollouts
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
-# Settings in which the seeds of one experiment differ, and those that do not change what a run computes.
-NOT_OF_THE_EXPERIMENT = (
-    "run_dir",
-    "seed",
-    "logging.",
-    "verifier.num_workers",
-    "rollout.sglang.ports",
-    "observability.",
-)
+# Beginnings of the settings in which runs of one experiment may differ.
+NOT_OF_THE_EXPERIMENT = ("seed", *WITHOUT_INFLUENCE)
 
 
 @dataclass(slots=True)
@@ -43,7 +36,6 @@ class ReportedRun:
     path: Path
     settings: dict[str, object]  # {"rollout.group_size": 8, ...}
     records: list[Metrics]
-    alarms: list[alarm_log.AlarmEvent] | None  # None: the run keeps no record of alarms
     starts: list[dict[str, Any]]  # the lines of environment.jsonl
     checkpoints: list[SavedCheckpoint]
     rollouts: RolloutSummary
@@ -95,7 +87,6 @@ def read_reported_run(path: Path, name: str) -> ReportedRun:
         path=path,
         settings=read_settings(path, notes),
         records=records,
-        alarms=alarm_log.read_alarms(path) if (path / alarm_log.FILE).is_file() else None,
         starts=read_json_lines(path / environment.FILE),
         checkpoints=read_checkpoints(path),
         rollouts=summarize_rollouts(path, notes),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_oreal.reports.run_report.charts import Chart, Series, histogram
+from megatron_oreal.reports.run_report.charts import Chart, histogram
 from megatron_oreal.reports.run_report.experiments import Drawer
-from megatron_oreal.reports.run_report.rollouts import DIFFICULTIES, GROUP_KINDS
+from megatron_oreal.reports.run_report.rollouts import DIFFICULTIES, GROUP_KINDS, RolloutSummary
 from megatron_oreal.reports.run_report.throughput import MFU_FORMULA, NO_PEAK, phase_seconds, update_flops, utilization
 
 Metrics = Sequence[tuple[str, str]]  # (name, label)
@@ -130,13 +130,7 @@ def token_weights(drawer: Drawer) -> Section:
         "OREAL's reward model gives each token a weight. Histograms need logging.rollout_tokens, which records tokens.",
     )
     section.add(drawer.metrics("Token weights", parts(drawer, "policy/weight_")))
-    for one in drawer.experiments:
-        found = one.runs[0].rollouts.weights
-        values = [value for weights in found.values() for value in weights]
-        if values:
-            low, high = min(values), max(values)
-            series = [histogram(f"step {step}", weights, low, high) for step, weights in found.items() if weights]
-            section.add(bars(f"Histogram of token weights: {one.runs[0].name}", series, "weight"))
+    section.add(*histograms(drawer, "Histogram of token weights", lambda summary: summary.weights, "weight"))
     return section
 
 
@@ -156,12 +150,7 @@ def lengths(drawer: Drawer) -> Section:
         drawer.metrics("Length by correctness", named("rollout/length_", "correct_mean", "incorrect_mean")),
         drawer.metrics("Repetition", named("rollout/repetition_", "mean", "max")),
     )
-    for one in drawer.experiments:
-        found = {step: values for step, values in one.runs[0].rollouts.lengths.items() if values}
-        if found:
-            high = max(max(values) for values in found.values())
-            series = [histogram(f"step {step}", values, 0, high) for step, values in found.items()]
-            section.add(bars(f"Histogram of lengths: {one.runs[0].name}", series, "tokens"))
+    section.add(*histograms(drawer, "Histogram of lengths", lambda summary: summary.lengths, "tokens", low=0.0))
     return section
 
 
@@ -192,7 +181,6 @@ def seconds(drawer: Drawer) -> Section:
         ),
         drawer.layers("Model FLOPs utilization of the update", utilization, f"{MFU_FORMULA} {NO_PEAK}"),
         drawer.layers("Teraflops a second of the update, a process", update_flops, MFU_FORMULA),
-        drawer.metrics("Memory (GiB, first rank)", named("time/memory/", "host_gib", "gpu_peak_gib")),
     )
     return section
 
@@ -207,10 +195,30 @@ def everything_else(drawer: Drawer, drawn: set[str]) -> Section:
     return section
 
 
-def bars(title: str, series: list[Series], x_label: str) -> Chart:
-    for number, one in enumerate(series):
-        one.colour = number
-    return Chart(title, series, "bars", "Share of each of 30 equal parts.", x_label)
+def histograms(
+    drawer: Drawer,
+    title: str,
+    values_of: Callable[[RolloutSummary], dict[int, list[float]]],
+    x_label: str,
+    low: float | None = None,
+) -> list[Chart]:
+    """Draws one chart for each experiment, of its first run, with a histogram for each step of `values_of`.
+
+    All histograms of a chart reach from `low`, or from the smallest value, to the largest value.
+    """
+    charts = []
+    for experiment in drawer.experiments:
+        run = experiment.runs[0]
+        found = {step: values for step, values in values_of(run.rollouts).items() if values}
+        if found:
+            everything = [value for values in found.values() for value in values]
+            limits = (min(everything) if low is None else low, max(everything))
+            series = [histogram(f"step {step}", values, *limits) for step, values in found.items()]
+            for number, one in enumerate(series):
+                one.colour = number
+            note = "Share of each of 30 equal parts."
+            charts.append(Chart(f"{title}: {run.name}", series, "bars", note, x_label))
+    return charts
 
 
 def sampled_steps(drawer: Drawer) -> str:
@@ -224,7 +232,7 @@ def named(prefix: str, *names: str) -> Metrics:
 
 
 def parts(drawer: Drawer, prefix: str) -> Metrics:
-    """All metrics whose names begin with the prefix, with the rest of the name as label."""
+    """Returns all metrics whose names begin with the prefix, with the rest of the name as label."""
     rest = names_of(drawer, f"{re.escape(prefix)}(.*)")
     return [(f"{prefix}{name}", name.strip("_").replace("_", " ") or "value") for name in sorted(rest)]
 

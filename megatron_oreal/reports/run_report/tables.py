@@ -1,11 +1,10 @@
-"""The report's tables: the runs, their alarms, checkpoints, differences, and where they ran."""
+"""Writes the report's tables: the runs, their checkpoints, the settings that differ, and where the runs took place."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
 
-from megatron_oreal.observability.alarm_log import firing
 from megatron_oreal.reports.curves import format_cell
 from megatron_oreal.reports.run_report.runs import ReportedRun, SavedCheckpoint
 
@@ -34,7 +33,6 @@ def runs_table(runs: Sequence[ReportedRun]) -> str:
         "best held-out accuracy",
         "trained tokens",
         "hours",
-        "alarms",
     )
     return html_table(header, [run_row(run) for run in runs])
 
@@ -54,15 +52,7 @@ def run_row(run: ReportedRun) -> list[object]:
         best,
         int(sum(run.curve("train/num_tokens").values())),
         round(seconds / 3600, 2),
-        alarms_cell(run),
     ]
-
-
-def alarms_cell(run: ReportedRun) -> str | None:
-    if run.alarms is None:
-        return None
-    num_fired = sum(event.is_firing for event in run.alarms)
-    return f"{num_fired} fired, {len(firing(run.alarms))} still on" if num_fired else "none"
 
 
 def evaluates(run: ReportedRun) -> bool:
@@ -79,15 +69,6 @@ def best_evaluation(run: ReportedRun) -> str | None:
     return "; ".join(found) or None
 
 
-def alarms_table(runs: Sequence[ReportedRun]) -> str | None:
-    rows = [
-        [run.name, event.step, event.alarm, "fires" if event.is_firing else "clears", event.text]
-        for run in runs
-        for event in run.alarms or ()
-    ]
-    return html_table(("run", "step", "alarm", "", "what was measured"), rows) if rows else None
-
-
 def checkpoints_table(runs: Sequence[ReportedRun]) -> str | None:
     rows = [checkpoint_row(run, saved) for run in runs for saved in run.checkpoints]
     return html_table(("run", "step", "evaluation", "", "folder"), rows) if rows else None
@@ -102,7 +83,7 @@ def checkpoint_row(run: ReportedRun, saved: SavedCheckpoint) -> list[object]:
 
 
 def differences_table(runs: Sequence[ReportedRun]) -> str | None:
-    """The settings that are not the same in all runs."""
+    """Lists the settings that are not the same in all runs; None where there are none."""
     names = sorted({name for run in runs for name in run.settings} - {"run_dir"})
     rows = []
     for name in names:
@@ -117,7 +98,7 @@ def setting(run: ReportedRun, name: str) -> str:
 
 
 def environment_table(runs: Sequence[ReportedRun]) -> str | None:
-    """One column for each start of each run; a resumed run has several."""
+    """Gives each start of each run a column; a resumed run has several."""
     starts = [(run, start) for run in runs for start in run.starts]
     names = list(dict.fromkeys(name for _, start in starts for name in start))
     rows = [[name, *(str(start.get(name, "")) for _, start in starts)] for name in names]
@@ -126,7 +107,7 @@ def environment_table(runs: Sequence[ReportedRun]) -> str | None:
 
 
 def settings_details(runs: Sequence[ReportedRun]) -> str:
-    """All settings of each run, folded away."""
+    """Lists all settings of each run, folded away."""
     parts = []
     for run in runs:
         text = "\n".join(f"{name}: {value!r}" for name, value in run.settings.items())

@@ -37,13 +37,13 @@ class ViewedSample:
     extracted: str | None
     reward: float | None
     num_tokens: int | None
-    logprob: float | None  # of the whole response, the engine's
+    logprob: float | None  # the engine's log-probability of the whole response
     finish_reason: str
     policy_version: int | None
     rules: str  # the status that the rules gave, before a judge had a say
     judge: str | None  # the judge's status; None where no judge was asked
     group: int = 0  # the number of its group among all that were read
-    pass_rate: float | None = None  # of its group; None where no sample of the group was decided
+    pass_rate: float | None = None  # the pass rate of its group; None where no sample of the group was decided
     difference: float | None = None  # mean |log-prob of the trainer - that of the engine| of a token, where recorded
     tokens: Mapping[str, object] | None = None  # the row of rollout_tokens/
     difficulty: float | None = None  # the pass rate of its prompt that was measured before training, where known
@@ -67,7 +67,7 @@ class ViewedRun:
     name: str
     samples: list[ViewedSample]
     notes: list[str]  # what could not be read, and what was left out
-    sources: set[str]  # of all samples that were read, also those that were not taken
+    sources: set[str]  # the data sets of all samples that were read, also of those that were not taken
     statuses: set[str]
 
 

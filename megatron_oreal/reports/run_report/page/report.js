@@ -52,26 +52,6 @@
     return { columns, options, bands, places };
   }
 
-  function drawMarks(plot, chart) {
-    const { ctx, bbox } = plot;
-    ctx.save();
-    ctx.strokeStyle = ctx.fillStyle = style("--warn");
-    ctx.setLineDash([4 * devicePixelRatio, 4 * devicePixelRatio]);
-    ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
-    chart.marks.forEach(([step, text], number) => {
-      const x = plot.valToPos(step, "x", true);
-      if (!(x >= bbox.left && x <= bbox.left + bbox.width)) return;
-      ctx.beginPath();
-      ctx.moveTo(x, bbox.top);
-      ctx.lineTo(x, bbox.top + bbox.height);
-      ctx.stroke();
-      ctx.textAlign = x > bbox.left + bbox.width / 2 ? "right" : "left";
-      const gap = ctx.textAlign === "left" ? 4 : -4;
-      ctx.fillText(text, x + gap * devicePixelRatio, bbox.top + (12 + 12 * (number % 4)) * devicePixelRatio);
-    });
-    ctx.restore();
-  }
-
   function addLegend(figure, chart, plotOf, places) {
     const list = document.createElement("ul");
     list.className = "legend";
@@ -131,7 +111,7 @@
         { ...axis, label: chart.xLabel, labelSize: 18, size: 34, values: (_, ticks) => ticks.map(shown) },
         { ...axis, size: 72, values: (_, ticks) => ticks.map(shown) },
       ],
-      hooks: { draw: [(self) => drawMarks(self, chart)], setCursor: [(self) => tell(self.cursor.idx)] },
+      hooks: { setCursor: [(self) => tell(self.cursor.idx)] },
     }, columns, place);
     tell(null);
     place.setAttribute("role", "img");
