@@ -121,6 +121,8 @@ TAIL_TOKEN = re.compile(
     r"\\text\{(?P<words>[^{}]*)\}|\^(?P<digit>\d)|\^\{(?P<exponent>-?\d)\}|(?P<slash>/)|(?P<dot>\\cdot)|(?P<degree>\^\\circ)"
     r"|(?P<open>\()|(?P<close>\))| "
 )
+TEXT_NEXT = re.compile(r"\s*\\text")
+MAX_TAIL_TOKENS = 32  # No unit has more tokens, so that a long text of many candidates takes linear time.
 TAIL_START = re.compile(
     r"/ ?\\text\{|\\text\{|\^\\circ|\\cdot ?\\text\{|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}\}$"
 )
@@ -146,28 +148,34 @@ def parse_quantity(text: str) -> Quantity:
             leading = (units[0] or ()) if is_currency and units else ()
             text = found["sign"] + found["rest"]
     text = UNIT_FRACTION.sub(r"\1/\2", text)
+    begin = len(text) - len(text.lstrip())
+    function = ANGLE_FUNCTION.search(text)
+    depth, end = 0, 0  # The depth of brackets before `end`; no candidate reads again what lies before it.
     for start in TAIL_START.finditer(text):
-        value = text[: start.start()].strip()
-        is_argument = start[0].startswith("^") and ANGLE_FUNCTION.search(value) is not None
-        if value and depth_at_end(value) == 0 and not is_argument:
+        depth += depth_change(text[end : start.start()])
+        end = start.start()
+        is_argument = start[0].startswith("^") and function is not None and function.end() <= end
+        if end > begin and depth == 0 and not is_argument:
             try:
-                multiplier, factors = parse_tail(text[start.start() :])
+                multiplier, factors = parse_tail(text, end)
             except NotAUnit:
                 continue
-            return Quantity(value, merge([*leading, *factors]) or None, multiplier)
+            return Quantity(text[:end].strip(), merge([*leading, *factors]) or None, multiplier)
     return Quantity(text, leading or None)
 
 
-def depth_at_end(text: str) -> int:
+def depth_change(text: str) -> int:
     return sum(text.count(mark) for mark in "{([") - sum(text.count(mark) for mark in "})]")
 
 
-def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:
-    """Returns scale and units of the text behind a value. Errors: NotAUnit."""
+def parse_tail(text: str, start: int = 0) -> tuple[Fraction, list[tuple[str, int]]]:
+    """Returns scale and units of the text behind a value, which begins at `start`. Errors: NotAUnit."""
     multiplier, factors = Fraction(1), []
     sign, power = 1, 1  # of the next unit
-    end = 0
-    while end < len(text):
+    end = start
+    for _ in range(MAX_TAIL_TOKENS):
+        if end == len(text):
+            break
         found = TAIL_TOKEN.match(text, end)
         if found is None:
             raise NotAUnit
@@ -175,7 +183,7 @@ def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:
         if found["slash"]:
             sign = -1
         elif found["dot"]:
-            if text[end:].lstrip()[:5] != r"\text":
+            if not TEXT_NEXT.match(text, end):
                 raise NotAUnit
         elif found["degree"]:
             factors.append(("degree", 1))
@@ -200,7 +208,7 @@ def parse_tail(text: str) -> tuple[Fraction, list[tuple[str, int]]]:
                 else:
                     factors += [(name, sign * power * count) for name, count in word_factors(word, factors, words)]
                     sign, power = 1, 1
-    if sign == -1 or power != 1:
+    if sign == -1 or power != 1 or end < len(text):
         raise NotAUnit
     if factors and factors[0] == ("degree", 1) and len(factors) > 1 and factors[1][0] in DEGREE_SCALES.values():
         del factors[0]

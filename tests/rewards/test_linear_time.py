@@ -12,6 +12,7 @@ from megatron_oreal.rewards.answer import extract_answer
 from megatron_oreal.rewards.hostile_input import refusal
 from megatron_oreal.rewards.references import check_reference, prepare_reference
 from megatron_oreal.rewards.spelling import normalize
+from megatron_oreal.rewards.units import parse_quantity
 
 UNITS = [
     "~",
@@ -114,6 +115,16 @@ def test_normalisation_and_screen_are_linear(unit: str, frame: str) -> None:
     for run in (normalize.__wrapped__, refusal):
         short, long = (frame.format(unit * (length // len(unit))) for length in (SHORT, LONG))
         assert_linear(run, short, long)
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [*UNITS, "^\\circ", ".^\\circ", r"\text{cm}", r"\text{m m }", r"\cdot\text{m}", r"/\text{s}", r"\text{million}"],
+)
+@pytest.mark.parametrize("end", ["", "+"])
+def test_units_are_read_in_linear_time(unit: str, end: str) -> None:
+    short, long = (f"3 {unit * (length // len(unit))}{end}" for length in (SHORT, LONG))
+    assert_linear(parse_quantity, short, long)
 
 
 @pytest.mark.parametrize("unit", UNITS)
