@@ -58,9 +58,9 @@ def test_the_local_engine_gives_on_cuda_what_it_gives_on_a_cpu(tmp_path: Path) -
     path = write_tiny_model(tmp_path, tied=True)
     requests = [GenerationRequest([3 + number % 4] * (2 + number % 4), seed=number) for number in range(40)]
     for params in (
-        SamplingParams(0, 1.0, 0, 30, (1, 2, 3)),
-        SamplingParams(1.0, 1.0, 0, 100, (1, 2)),
-        SamplingParams(0.9, 0.8, 20, 30, (1,)),
+        SamplingParams(0, 1.0, 0, 30, stop_token_ids=(1, 2, 3)),
+        SamplingParams(1.0, 1.0, 0, 100, stop_token_ids=(1, 2)),
+        SamplingParams(0.9, 0.8, 20, 30, stop_token_ids=(1,)),
     ):
         found, wanted = (
             LocalEngine(path, torch.device(device), torch.float32, 16).generate(requests, params)

@@ -51,7 +51,7 @@ def test_packed_attention_agrees_with_float32(heads: tuple[int, int]) -> None:
 
     results = []
     for function, dtype in ((packed, torch.bfloat16), (exact, torch.float32)):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (query, key, value)]
         out = function(*leaves)
         (out.float() * weights.float()).sum().backward()
         results.append([out.float(), *(leaf.grad.float() for leaf in leaves)])

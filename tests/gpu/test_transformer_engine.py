@@ -68,7 +68,7 @@ def test_layers_agree_with_torch_layers(layout: ParallelLayout, tmp_path: Path, 
     assert engine_model.transformer_engine
     engine = results(engine_model)
     assert (engine[0] - exact[0]).abs().max() <= 2 * (ours[0] - exact[0]).abs().max() + 1e-2
-    assert list(engine[1]) == list(exact[1])
+    assert set(engine[1]) == set(exact[1])  # fused layers give theirs in another order
     for name, wanted in exact[1].items():
         allowed = 2 * relative_error(ours[1][name], wanted) + 1e-2
         assert relative_error(engine[1][name], wanted) <= allowed, name

@@ -51,7 +51,7 @@ STEPS = (
         (("loss", "--out", "{work}/hopper.json", "--seconds", "20", "--method", "torch.mm", "--method", HOPPER),),
         with_libraries=True,
     ),
-    Step("quickstart", 140, (("quickstart", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
+    Step("quickstart", 240, (("quickstart", "--work", "{work}", "--out", "{out}/quickstart_metrics.jsonl"),)),
     Step("update_0.5b", 60, (("update", "--size", "0.5b", "--work", "{work}"),)),
     Step("update_1.5b", 90, (("update", "--size", "1.5b", "--work", "{work}"),)),
     Step("profile", 70, (("profile_update", "--size", "0.5b", "--work", "{work}", "--out", "{out}/profile.txt"),)),
@@ -83,7 +83,7 @@ STEPS = (
     ),
     Step("te_update_0.5b", 60, (("update", "--size", "0.5b", "--work", "{work}"),), with_te=True),
     Step("te_update_1.5b", 90, (("update", "--size", "1.5b", "--work", "{work}"),), with_te=True),
-    Step("te_fp8", 60, (("update", "--size", "0.5b", "--work", "{work}", "model.fp8=tensorwise"),), with_te=True),
+    Step("te_fp8", 90, (("update", "--size", "0.5b", "--work", "{work}", "model.fp8=tensorwise"),), with_te=True),
 )
 # On a CPU: the same programs with sizes that say nothing about speed, to see that they run.
 TINY_STEPS = (
