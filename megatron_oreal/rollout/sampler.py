@@ -148,9 +148,11 @@ class RequestIndexMap:
         if len(generation.policy_versions):
             return generation
         begun = self.requests[index][1]
-        before = no_ids() if begun is None else begun.policy_versions
-        added = np.full(len(generation.response_ids) - len(before), self.version, dtype=np.int32)
-        return replace(generation, policy_versions=np.concatenate([before, added]))
+        num_begun = 0 if begun is None else len(begun.policy_versions)
+        versions = np.full(len(generation.response_ids) - num_begun, self.version, dtype=np.int32)
+        if begun is not None:
+            versions = np.concatenate([begun.policy_versions, versions])
+        return replace(generation, policy_versions=versions)
 
 
 def continuation(request: GenerationRequest, generation: Generation) -> GenerationRequest:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_oreal.weights.stream_filters import Stream
 
 COLUMNS = 1024  # words in a row of the matrix that a tensor's bits are summed in
+SMALL_BYTES = 2**16  # up to here numpy's few calls are faster on a CPU than torch's many
 
 
 class MeasuredStream:
@@ -75,6 +78,8 @@ def bit_sums(tensor: Tensor) -> Tensor:
     the first sum, and two values that change places change the second one.
     """
     octets = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if octets.device.type == "cpu" and len(octets) <= SMALL_BYTES:
+        return torch.from_numpy(small_bit_sums(octets.numpy()))
     num_words = len(octets) // 8
     whole = octets[: 8 * num_words]
     if whole.storage_offset() % 8:  # a slice of a flat buffer may begin in the middle of a word
@@ -90,3 +95,9 @@ def bit_sums(tensor: Tensor) -> Tensor:
     weighted = (by_row * rows).sum() + (by_column * positions[:COLUMNS]).sum()
     weighted = weighted + (tail * (COLUMNS * num_rows + positions[: len(tail)])).sum()
     return torch.stack([by_row.sum() + tail.sum(), weighted])
+
+
+def small_bit_sums(octets: NDArray[np.uint8]) -> NDArray[np.int64]:
+    num_words = len(octets) // 8
+    words = np.concatenate([octets[: 8 * num_words].view(np.int64), octets[8 * num_words :].astype(np.int64)])
+    return np.array([words.sum(), words @ np.arange(1, len(words) + 1)])

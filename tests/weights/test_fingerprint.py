@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_oreal.weights.fingerprint import MeasuredStream, bit_sums, drain
+from megatron_oreal.weights.fingerprint import SMALL_BYTES, MeasuredStream, bit_sums, drain
 
 
 def digest(weights: list[tuple[str, Tensor]]) -> str:
@@ -58,12 +58,14 @@ def test_the_fingerprint_is_that_of_the_values_however_they_lie_in_memory() -> N
     assert digest([("b", b), ("a", a)]) == expected
 
 
-def test_bit_sums_by_hand() -> None:
-    """Words 1, 2, ..., 2000, and three octets at positions 2001 to 2003."""
-    words = torch.arange(1, 2001)
+@pytest.mark.parametrize("num_words", [0, 5, 2000, SMALL_BYTES // 8, SMALL_BYTES])
+def test_bit_sums_by_hand(num_words: int) -> None:
+    """Words 1, 2, 3, ..., and three octets behind them; tensors of both kinds, small and large."""
+    words = torch.arange(1, num_words + 1)
     octets = torch.cat([words.view(torch.uint8), torch.tensor([9, 0, 4], dtype=torch.uint8)])
-    weighted = sum(n * n for n in range(1, 2001)) + 9 * 2001 + 4 * 2003
-    assert bit_sums(octets).tolist() == [2000 * 2001 // 2 + 13, weighted]
+    weighted = sum(n * n for n in range(1, num_words + 1)) + 9 * (num_words + 1) + 4 * (num_words + 3)
+    assert bit_sums(octets).tolist() == [num_words * (num_words + 1) // 2 + 13, weighted]
+    assert bit_sums(-torch.ones(num_words, dtype=torch.int64)).tolist()[0] == -num_words
 
 
 def test_the_fingerprint_is_the_one_that_ledgers_on_disk_hold() -> None:
