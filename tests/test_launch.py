@@ -102,25 +102,34 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["policy/loss"]) for row in rows if "policy/loss" in row]
 
 
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    "parallel", [pytest.param({}, marks=pytest.mark.slow, id="alone"), pytest.param({"data": 2}, id="two processes")]
-)
-def test_usr1_saves_and_asks_for_another_start(tmp_path: Path, parallel: dict[str, int]) -> None:
-    """The signal goes to the command alone; checkpoint.every is longer than the run, so only the signal saves."""
-    command = [sys.executable, "-m", "megatron_oreal.cli", "sft"]
-    unbroken = write_run(tmp_path, "unbroken", parallel=parallel)
-    subprocess.run([*command, str(unbroken)], check=True, capture_output=True)
-    file = write_run(tmp_path, "stopped", parallel=parallel)
-    process = subprocess.Popen([*command, str(file)], stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "stopped" / "metrics.jsonl"
+SFT = [sys.executable, "-m", "megatron_oreal.cli", "sft"]
+
+
+def stop_early(file: Path, run_dir: Path) -> int:
+    """Sends SIGUSR1 to the command alone after three steps; returns the step of the one checkpoint that it leaves."""
+    process = subprocess.Popen([*SFT, str(file)], stderr=subprocess.DEVNULL)
+    metrics = run_dir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75, process.stderr.read() if process.stderr else ""
-    saved = sorted((tmp_path / "stopped" / "checkpoints").iterdir())
-    assert len(saved) == 1 and 3 <= int(saved[0].name.removeprefix("step_")) < 200
-    again = subprocess.run([*command, str(file)], check=False, capture_output=True, text=True)
+    assert process.wait(60) == 75
+    saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert len(saved) == 1, "checkpoint.every is longer than the run, so only the signal saves"
+    return int(saved[0].removeprefix("step_"))
+
+
+def test_usr1_saves_and_asks_for_another_start(tmp_path: Path) -> None:
+    file = write_run(tmp_path, "stopped", parallel={"data": 2})
+    assert 3 <= stop_early(file, tmp_path / "stopped") < 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path) -> None:
+    subprocess.run([*SFT, str(write_run(tmp_path, "unbroken"))], check=True, capture_output=True)
+    file = write_run(tmp_path, "stopped")
+    step = stop_early(file, tmp_path / "stopped")
+    again = subprocess.run([*SFT, str(file)], check=False, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert f"resumed at step {int(saved[0].name.removeprefix('step_'))} of 200" in again.stderr
+    assert f"resumed at step {step} of 200" in again.stderr
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
