@@ -71,8 +71,10 @@ def begin_step(run: Run[Any, Any, Any], step: int) -> None:
         with run.timer("evaluation"), naming_the_step(step):
             run.record(evaluate(run, step))
     is_last = step == run.config.num_steps
-    is_stopped = not is_last and broadcast_object(is_asked_to_stop())
-    if step > run.start_step and (step % run.config.checkpoint.every == 0 or is_last or is_stopped):
+    # Each start makes a step at least: a job whose time is too short for one must not go around in the queue for ever.
+    has_worked = step > run.start_step
+    is_stopped = has_worked and not is_last and broadcast_object(is_asked_to_stop())
+    if has_worked and (step % run.config.checkpoint.every == 0 or is_last or is_stopped):
         with run.timer("checkpoint"):
             run.save(step)
     if is_stopped:

@@ -123,6 +123,19 @@ def test_usr1_saves_and_asks_for_another_start(tmp_path: Path) -> None:
     assert 3 <= stop_early(file, tmp_path / "stopped") < 200
 
 
+def test_a_signal_before_the_first_step_ends_the_run_after_it(tmp_path: Path) -> None:
+    """A job whose time limit is shorter than the signal's lead must not go around in the queue without any step."""
+    file = write_run(tmp_path, "hurried")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # The command inherits it, as if it had begun already.
+    try:
+        process = subprocess.Popen([*SFT, str(file)], stderr=subprocess.DEVNULL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    assert [path.name for path in (tmp_path / "hurried" / "checkpoints").iterdir()] == ["step_000001"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_stopped_run_ends_with_the_numbers_of_an_unbroken_one(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash tools/setup_env.sh
-.venv/bin/python -m pip install --quiet 'datasets>=3' # reads the hub's data sets
 .venv/bin/hf download Qwen/Qwen2.5-0.5B-Instruct --local-dir models/Qwen2.5-0.5B-Instruct
 for split in train test; do
     .venv/bin/python tools/prepare_data.py gsm8k --input openai/gsm8k --config main --split "$split" --out "data/gsm8k_$split.jsonl"

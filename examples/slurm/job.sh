@@ -14,6 +14,12 @@ fail() {
 [ -f examples/slurm/job.sh ] || fail "submit from the root of the checkout, not from $PWD"
 command=$1
 shift
+case $command in
+    train | sft | eval | passrate | convert) ;;
+    *) fail "no command $command; there are train, sft, eval, passrate and convert" ;;
+esac
+max_restarts=${MAX_RESTARTS:-3}
+case $max_restarts in '' | *[!0-9]*) fail "MAX_RESTARTS must be a whole number >= 0, got $max_restarts" ;; esac
 
 # The command, in the image or from this checkout.
 container=()
@@ -28,7 +34,7 @@ fi
 
 # A member of an array trains with its number as the seed, in a run directory of its own.
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && { [ "$command" = train ] || [ "$command" = sft ]; }; then
-    run_dir=$(sed -n 's/^run_dir: *\([^ #]*\).*/\1/p' "${1:-/dev/null}")
+    run_dir=$(sed -n "s/^run_dir: *[\"']\{0,1\}\([^ #\"']*\).*/\1/p" "${1:-/dev/null}")
     for argument in "$@"; do
         case $argument in run_dir=*) run_dir=${argument#run_dir=} ;; esac
     done
@@ -43,7 +49,8 @@ else
     tasks=()
 fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # where the first rank runs
+MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" | head -n 1) # where the first rank runs
+[ -n "$MASTER_ADDR" ] || fail "scontrol show hostnames names no node for SLURM_JOB_NODELIST=${SLURM_JOB_NODELIST:-}"
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))                            # below the ports that Linux gives out itself
 export MASTER_ADDR MASTER_PORT
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # tensor parallelism overlaps in Megatron's order
@@ -58,29 +65,54 @@ job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TAS
 step=0
 stopping=0
 terminated=0
-trap 'stopping=1; [ "$step" = 0 ] || kill -USR1 "$step"' USR1
+# Only training saves when it is asked to stop; the other commands have to work until they are done.
+case $command in
+    train | sft) trap 'stopping=1; [ "$step" = 0 ] || kill -USR1 "$step"' USR1 ;;
+    *) trap '' USR1 ;;
+esac
 trap 'terminated=1' TERM
 
 again() { # back into the queue, where the same job number continues
-    echo "job.sh: $(date -Is) job $job is put back into the queue" >&2
+    echo "job.sh: $(date -Is) the step ended with $status; job $job is put back into the queue" >&2
     scontrol requeue "$SLURM_JOB_ID" || exit 75
     sleep 600 # Slurm ends this job within seconds; ending by itself would count as done
+    exit 75
 }
 
-for ((attempt = 0; attempt <= ${MAX_RESTARTS:-3}; attempt++)); do
+# Steps that the signal ended before they could save. A line each, for a job that always fails must leave the queue.
+unsaved=$LOG_DIR/${SLURM_JOB_NAME:-job}_$job.unsaved
+
+for ((attempt = 0; attempt <= max_restarts; attempt++)); do
     log=$LOG_DIR/${SLURM_JOB_NAME:-job}_${job}_${command}_r${SLURM_RESTART_COUNT:-0}.$attempt
-    echo "job.sh: $(date -Is) $command on $SLURM_JOB_NODELIST, logs $log""_RANK_NODE.log" >&2
+    echo "job.sh: $(date -Is) $command on $SLURM_JOB_NODELIST, logs ${log}_RANK_NODE.log" >&2
     srun --kill-on-bad-exit=1 ${tasks[@]+"${tasks[@]}"} ${container[@]+"${container[@]}"} --output="${log}_%t_%N.log" \
         "${work[@]}" &
     step=$!
+    if [ "$stopping" = 1 ]; then kill -USR1 "$step"; fi    # the signal came before there was a step to pass it to
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done # A signal ends `wait`, not the step.
     wait "$step"
     status=$?
     step=0
-    if [ "$status" = 75 ] || { [ "$stopping" = 1 ] && [ "$status" != 0 ]; }; then again; fi
-    if [ "$terminated" = 1 ]; then sleep 600; fi # cancelled or preempted: Slurm decides which when it ends this script
-    if [ "$status" = 0 ] || [ "$status" = 2 ]; then break; fi # done, or a mistake that starting again would repeat
+    case $status in
+        0 | 2) break ;; # done, or a mistake that starting again would repeat
+        75) # saved
+            rm -f "$unsaved"
+            again
+            ;;
+    esac
+    if [ "$stopping" = 1 ]; then
+        echo "$(date -Is) $status" >>"$unsaved"
+        if [ "$(wc -l <"$unsaved")" -le "$max_restarts" ]; then again; fi
+        break
+    fi
+    if [ "$terminated" = 1 ]; then # cancelled or preempted: Slurm decides which when it ends this script
+        sleep 600
+        break
+    fi
     echo "job.sh: the step ended with $status; it starts again from the last checkpoint" >&2
 done
-if [ "$status" != 0 ]; then tail -n 3 "$log"_*.log >&2; fi
+rm -f "$unsaved"
+if [ "$status" != 0 ]; then # the first rank says what is wrong; srun's own line names the rank that failed first
+    tail -n 3 "$log"_0_*.log >&2
+fi
 exit "$status"

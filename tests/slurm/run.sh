@@ -35,6 +35,7 @@ submit() { # [SBATCH OPTION...] -- JOB.SH ARGUMENT...: prints the job's number
         --output="$folder/%x_%j.out" "${options[@]}" examples/slurm/job.sh "$@"
 }
 state() { scontrol show job "$1" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p' | head -n 1; }
+exit_code() { scontrol show job "$1" 2>/dev/null | sed -n 's/.*ExitCode=\([0-9:]*\).*/\1/p' | head -n 1; }
 wait_for_end() { # JOB: until it is over for good
     for ((second = 0; second < 240; second++)); do
         case $(state "$1") in COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | "") break ;; esac
@@ -71,6 +72,7 @@ wait_for_step "$folder/stopped" 5
 scancel --batch --signal=USR1 "$job" # what --signal=B:USR1@SECONDS sends before the time limit
 wait_for_end "$job"
 check "USR1: saved, put back into the queue, same losses" same "$folder/stopped" "$folder/task/tensor"
+check "USR1: the step saved and said so" grep -q "the step ended with 75; job" "$folder"/*_"$job".out
 check "USR1: the job was started again" grep -q "resumed at step" "$folder/stopped/log.txt"
 
 job=$(submit -- sft "$folder/task/tensor.yaml" run_dir="$folder/killed" checkpoint.every=5)
@@ -95,5 +97,7 @@ check "scancel leaves no process" nothing_left
 
 job=$(submit -- sft "$folder/task/tensor.yaml" run_dir="$folder/mistake" num_stepz=3)
 wait_for_end "$job"
-check "a mistake ends the job at once with its line" grep -q "did you mean 'num_steps'" "$folder"/*_"$job".out
+check "a mistake is named in the job's output" grep -q "did you mean 'num_steps'" "$folder"/*_"$job".out
+check "a mistake ends the job with 2" test "$(exit_code "$job")" = 2:0
+check "a mistake is not tried again" test "$(grep -c ", logs " "$folder"/*_"$job".out)" = 1
 exit "$failed"

@@ -35,3 +35,15 @@ def test_a_setting_that_changes_the_function_is_refused(tmp_path: Path, key: str
 
 def test_other_settings_may_differ(tmp_path: Path) -> None:
     check(tmp_path, transformers_version="5.0", torch_dtype="bfloat16", use_cache=False, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_window_counts_where_it_is_used(tmp_path: Path, is_used: bool) -> None:
+    window: dict[str, Any] = {"use_sliding_window": is_used, "sliding_window": 4096, "max_window_layers": 28}
+    ours = write(tmp_path / "ours", OURS | window)
+    served = write(tmp_path / "served", OURS | window | {"sliding_window": None})
+    if is_used:
+        with pytest.raises(ValueError, match=r"sliding_window None, model\.path has 4096"):
+            check_model({"model_type": "qwen2", "model_path": str(served)}, ours, "server 1")
+    else:
+        check_model({"model_type": "qwen2", "model_path": str(served)}, ours, "server 1")
