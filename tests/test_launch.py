@@ -112,7 +112,7 @@ def stop_early(file: Path, run_dir: Path) -> int:
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75
+    assert process.wait(150) == 75
     saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert len(saved) == 1, "checkpoint.every is longer than the run, so only the signal saves"
     return int(saved[0].removeprefix("step_"))
@@ -132,7 +132,7 @@ def test_a_signal_before_the_first_step_ends_the_run_after_it(tmp_path: Path) ->
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75
+    assert process.wait(150) == 75
     assert [path.name for path in (tmp_path / "hurried" / "checkpoints").iterdir()] == ["step_000001"]
 
 

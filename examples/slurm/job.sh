@@ -86,13 +86,17 @@ for ((attempt = 0; attempt <= max_restarts; attempt++)); do
     log=$LOG_DIR/${SLURM_JOB_NAME:-job}_${job}_${command}_r${SLURM_RESTART_COUNT:-0}.$attempt
     echo "job.sh: $(date -Is) $command on $SLURM_JOB_NODELIST, logs ${log}_RANK_NODE.log" >&2
     srun --kill-on-bad-exit=1 ${tasks[@]+"${tasks[@]}"} ${container[@]+"${container[@]}"} --output="${log}_%t_%N.log" \
-        "${work[@]}" &
+        "${work[@]}" 2>"${log}_srun.log" &
     step=$!
     if [ "$stopping" = 1 ]; then kill -USR1 "$step"; fi    # the signal came before there was a step to pass it to
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done # A signal ends `wait`, not the step.
     wait "$step"
     status=$?
     step=0
+    cat "${log}_srun.log" >&2
+    # srun ends the other tasks at the first code that is not 0, and then reports their deaths instead of that code.
+    first=$(sed -n 's/.*: Exited with exit code \([0-9]*\)$/\1/p' "${log}_srun.log" | head -n 1)
+    status=${first:-$status}
     case $status in
         0 | 2) break ;; # done, or a mistake that starting again would repeat
         75) # saved

@@ -12,7 +12,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
     for name, parallel in (("tensor", {"tensor": 2}), ("data", {"data": 2})):
-        write_run(folder, name, parallel=parallel, num_steps=400)
+        write_run(folder, name, parallel=parallel, num_steps=150)
 
 
 if __name__ == "__main__":
