@@ -34,6 +34,7 @@ from megatron_oreal.launch import (
     use_expandable_segments,
 )
 from megatron_oreal.observability.printable import printable
+from megatron_oreal.parallel.stopping import REQUEUE, RunStopped, block_stop_signal
 from megatron_oreal.weights.families import trainable_families
 
 
@@ -244,11 +245,16 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
             use_expandable_segments()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_launcher()
-        run(config)
+        is_first = os.environ.get("RANK", "0") == "0"
+        try:
+            run(config)
+        except RunStopped:  # One process alone says so, for a launcher ends the others at the first code that is not 0.
+            sys.exit(REQUEUE if is_first else 0)
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, on_interrupt)
+    block_stop_signal()
     try:
         with one_line_errors():
             cli(standalone_mode=False)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -19,22 +20,46 @@ import click
 
 from megatron_oreal.config import ModelRunConfig, num_processes
 from megatron_oreal.observability.printable import printable
+from megatron_oreal.parallel.stopping import REQUEUE, pass_on_stop_signal
 
 PR_SET_PDEATHSIG = 1
+# What torchrun tells each process.
+TORCH_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 RESUME = "the same command continues from the last checkpoint"
 INTERRUPTED = "Interrupted by {}: " + RESUME
 
 
 def adopt_slurm_task() -> None:
-    """Sets torch's variables (RANK, WORLD_SIZE, ...) from those by which srun numbers its tasks."""
-    count = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" in os.environ or count == "1":
+    """Sets torch's variables (RANK, WORLD_SIZE, ...) from those by which srun numbers its tasks.
+
+    Under torchrun they are there. Without it, Slurm's numbers count: in containers of some images pyxis sets RANK and
+    LOCAL_RANK of every task, and nothing else. Of a single task they are removed, for it starts its own processes.
+    """
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    count = environment["SLURM_STEP_NUM_TASKS"]
+    if count == "1":
+        if environment.get("WORLD_SIZE", "1") == "1":
+            for name in TORCH_RANKS:
+                environment.pop(name, None)
+        return
+    if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         raise ValueError("srun: export MASTER_ADDR (the first node) and MASTER_PORT (a free port) before it")
-    per_node = os.environ["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0].partition(",")[0]  # "8(x16)"
-    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": count}
-    os.environ |= {"LOCAL_RANK": os.environ["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": per_node}
+    per_node = tasks_of_node(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment.get("SLURM_NODEID", "0")))
+    environment |= {"RANK": environment["SLURM_PROCID"], "WORLD_SIZE": count}
+    environment |= {"LOCAL_RANK": environment["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(per_node)}
+
+
+def tasks_of_node(counts: str, node: int) -> int:
+    """Reads SLURM_STEP_TASKS_PER_NODE: "8(x16),4" means 16 nodes of 8 tasks, then one of 4."""
+    for part in counts.split(","):
+        tasks, _, repeats = part.partition("(x")
+        num_nodes = int(repeats.rstrip(")") or "1")
+        if node < num_nodes:
+            return int(tasks)
+        node -= num_nodes
+    raise ValueError(f"SLURM_STEP_TASKS_PER_NODE={counts} has too few nodes for SLURM_NODEID: start the step with srun")
 
 
 def launch(config: ModelRunConfig) -> None:
@@ -71,10 +96,13 @@ def launch(config: ModelRunConfig) -> None:
                 monitor_interval=0.1,
                 logs_specs=DefaultLogsSpecs(log_dir=folder),  # the workers' error files
             )
+            pass_on_stop_signal(Path(folder) / "stop")
             os.environ |= {STORE_FILE: f"{folder}/workers", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
             elastic_launch(settings, sys.executable)("-m", "megatron_oreal.cli", *sys.argv[1:])
     except ChildFailedError as error:
         exit_codes = [failure.exitcode for failure in error.failures.values()]
+        if REQUEUE in exit_codes:
+            sys.exit(REQUEUE)
         if all(code < 0 for code in exit_codes):  # All processes were killed by signals: none could report an error.
             fail(f"a process of the run was ended by {signal.Signals(-exit_codes[0]).name}; {RESUME}", 1)
         sys.exit(2 if 2 in exit_codes else 1)

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_oreal.config import SftConfig, TrainConfig
 from megatron_oreal.evaluation.held_out import evaluate
-from megatron_oreal.parallel.collectives import all_gather_object
+from megatron_oreal.parallel.collectives import all_gather_object, broadcast_object, wait_for_all_ranks
+from megatron_oreal.parallel.stopping import RunStopped, is_asked_to_stop
 from megatron_oreal.rollout.metrics import rollout_metrics, staleness_metrics, text_metrics
 from megatron_oreal.rollout.prefetch import Collected
 from megatron_oreal.rollout.records import write_rollouts
@@ -62,14 +63,24 @@ def sft(config: SftConfig) -> None:
 
 
 def begin_step(run: Run[Any, Any, Any], step: int) -> None:
-    """Evaluates and saves the policy that the steps before have made, where the configuration asks for it now."""
+    """Evaluates and saves the policy that the steps before have made, where the configuration asks for it now.
+
+    Raises RunStopped, after saving, where the first rank was asked to stop.
+    """
     if evaluation_due(run, step):
         with run.timer("evaluation"), naming_the_step(step):
             run.record(evaluate(run, step))
     is_last = step == run.config.num_steps
-    if step > run.start_step and (step % run.config.checkpoint.every == 0 or is_last):
+    # Each start makes a step at least: a job whose time is too short for one must not go around in the queue for ever.
+    has_worked = step > run.start_step
+    is_stopped = has_worked and not is_last and broadcast_object(is_asked_to_stop())
+    if has_worked and (step % run.config.checkpoint.every == 0 or is_last or is_stopped):
         with run.timer("checkpoint"):
             run.save(step)
+    if is_stopped:
+        run.progress.note(f"stopped before step {step} by SIGUSR1; the same command continues there")
+        wait_for_all_ranks()  # Nobody leaves while others still write the checkpoint.
+        raise RunStopped
 
 
 def finish_step(run: Run[Any, Any, Any], step: int) -> None:

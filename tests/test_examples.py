@@ -15,7 +15,7 @@ FILES = pytest.mark.parametrize(
 def kind_of(file: Path) -> type[ModelRunConfig]:
     if "sft" in file.name:
         return SftConfig
-    return EvalRunConfig if file.name == "generate.yaml" else TrainConfig
+    return EvalRunConfig if file.name in ("generate.yaml", "eval.yaml") else TrainConfig
 
 
 @FILES

@@ -87,14 +87,32 @@ async def check_admin_key(client: SglangClient) -> None:
         ) from None
 
 
+# What config.json says about the program that wrote it, about training and about generation, not about the function.
+WITHOUT_EFFECT = {
+    *("_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map", "transformers_version"),
+    *("torch_dtype", "dtype", "quantization_config", "pretraining_tp", "use_cache", "_attn_implementation"),
+    *("eos_token_id", "bos_token_id", "pad_token_id", "max_position_embeddings", "gradient_checkpointing"),
+    *("attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range"),
+    *("router_aux_loss_coef", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
+    *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "unsloth_fixed", "unsloth_version"),
+}
+WINDOW = ("sliding_window", "max_window_layers")  # they mean nothing where use_sliding_window is false
+
+
 def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
-    """Compares the kind of model, and also its size when the server's files can be read from here."""
+    """Compares the kind of model, and when the server's files can be read from here, all that its outputs depend on.
+
+    A setting that one of the two files leaves out is not compared: it may have the other's value as its default.
+    """
     ours = read_model_settings(model_path)
     theirs = {"model_type": info["model_type"]} if info.get("model_type") else {}
     served = Path(info["model_path"])
     if (served / "config.json").is_file():
         config = read_model_settings(served)
-        theirs |= {key: config[key] for key in ("hidden_size", "num_hidden_layers") if key in config}
+        unused = WITHOUT_EFFECT
+        if config.get("use_sliding_window") is False and ours.get("use_sliding_window") is False:
+            unused = WITHOUT_EFFECT | {*WINDOW}
+        theirs |= {key: value for key, value in config.items() if key not in unused}
     for key, value in theirs.items():
         if key in ours and ours[key] != value:
             raise ValueError(
