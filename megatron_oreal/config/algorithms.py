@@ -32,7 +32,7 @@ class SampleNeeds:
 class AlgorithmConfig(Section):
     """The settings that every algorithm has. Each algorithm has a subclass with a `name` and its settings."""
 
-    name: str
+    name: str  # Which algorithm it is; its section has the settings below.
     min_group_size: ClassVar[int] = 1
     takes_importance_weights: ClassVar[bool] = True  # Whether it corrects for samples that are older than the policy.
     takes_any_reward: ClassVar[bool] = False  # Whether rewards may be other numbers than 0 and 1.
