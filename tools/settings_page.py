@@ -72,13 +72,13 @@ SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
 INTRODUCTION = f"""\
 # Settings
 
-Every setting of `megatron-oreal train`, `sft` and `eval`, as the YAML file or `section.key=value` on the command line gives
-it. `{COMMAND}` writes this page from the sections in
-[`megatron_oreal/config`](../megatron_oreal/config/README.md); that page says what is refused, and what may change when a run
-is resumed.
+Every setting of `megatron-oreal train`, `sft` and `eval`, as the YAML file or `section.key=value` on the command line
+gives it. `{COMMAND}` writes this page from the sections in
+[`megatron_oreal/config`](../megatron_oreal/config/README.md); that page says what is refused, and what may change when a
+run is resumed.
 
-A setting that is given where it has no effect is an error; its row says when it acts. *required* settings have no default.
-`megatron-oreal train CONFIG.yaml --dry-run` prints all settings of a run with their values.
+A setting that is given where it has no effect is an error; its row says when it acts. *required* settings have no
+default. `megatron-oreal train CONFIG.yaml --dry-run` prints all settings of a run with their values.
 """
 
 
@@ -102,7 +102,7 @@ def anchor(heading: str) -> str:
 
 
 def section_text(where: str, owners: str, section: type[Section]) -> str:
-    rows = [setting_row(where, name, section) for name in own_settings(where, section)]
+    rows = [setting_row(where, name, section) for name in own_settings(section)]
     sentence = inspect.getdoc(section) or ""
     return "\n".join(
         [f"## {title(where, owners)}", "", " ".join(sentence.split()), "", *table(HEADER, rows), ""],
@@ -112,14 +112,11 @@ def section_text(where: str, owners: str, section: type[Section]) -> str:
 HEADER = ("setting", "type", "default", "meaning")
 
 
-def own_settings(where: str, section: type[Section]) -> list[str]:
-    """The section's settings without the sections within it. The training's own part of the run is only num_steps."""
+def own_settings(section: type[Section]) -> list[str]:
+    """The section's settings, without the sections within it and without those that another table has."""
     names = [name for name, field in section.model_fields.items() if not is_nested(field)]
-    return [name for name in names if name not in config.ModelRunConfig.model_fields] if is_training(section) else names
-
-
-def is_training(section: type[Section]) -> bool:
-    return section is config.RunConfig
+    shown_before = config.ModelRunConfig.model_fields if section is config.RunConfig else ()
+    return [name for name in names if name not in shown_before]
 
 
 def is_nested(field: FieldInfo) -> bool:
@@ -144,19 +141,20 @@ def when_it_acts(where: str, name: str, section: type[Section]) -> Iterator[str]
             if any(setting == name for setting in settings) and not in_commands(owner):
                 yield acts.sentence(at)
     path = f"{at}{name}"
-    sentences = [
-        (command, acts.sentence(""))
-        for command, kind in COMMANDS.items()
-        for settings, acts in kind.__dict__.get("effects", ())
-        if path in settings and is_part_of(section, where, kind)
-    ]
-    yield from dict.fromkeys(sentence_of_command(command, sentence) for command, sentence in sentences)
-    algorithms = config.ALGORITHM_SECTIONS.items()
-    for algorithm, kind in algorithms:
-        is_own = not (where == "algorithm" and section is not kind)
-        for settings, acts in kind.run_effects:
-            if path in settings and is_own:
-                yield sentence_of_command(f"algorithm.name={algorithm}", acts.sentence(""))
+    owners_of: dict[str, list[str]] = {}
+    for command, kind in COMMANDS.items():
+        for settings, acts in kind.__dict__.get("effects", ()):
+            if path in settings and is_part_of(section, where, kind):
+                owners_of.setdefault(acts.sentence(""), []).append(command)
+    if {"sft", "eval"} <= {sentence.partition(",")[0].removeprefix("Has no effect for ") for sentence in owners_of}:
+        owners_of = {sentence: owners for sentence, owners in owners_of.items() if owners == ["train"]}
+        yield "Acts for `train` only."
+    yield from (sentence_about(owners, sentence) for sentence, owners in owners_of.items())
+    for algorithm, kind in config.ALGORITHM_SECTIONS.items():
+        if where != "algorithm" or section is kind:
+            for settings, acts in kind.run_effects:
+                if path in settings:
+                    yield sentence_about([] if where == "algorithm" else [algorithm], acts.sentence(""))
 
 
 def in_commands(owner: type) -> bool:
@@ -171,18 +169,18 @@ def is_part_of(section: type[Section], where: str, command: type[Section]) -> bo
     return "." in where or where == "algorithm" or field.annotation is section
 
 
-def sentence_of_command(owner: str, sentence: str) -> str:
-    """Names the command or the algorithm that a sentence is about, unless it says so itself."""
-    name = owner.rpartition("=")[2]
-    if f"for {name}" in sentence or f"for {owner}" in sentence:
+def sentence_about(owners: Sequence[str], sentence: str) -> str:
+    """Names the commands that have the rule, unless all have it or the sentence says so itself."""
+    says_so = any(f"for {owner}," in sentence or f"={owner}" in sentence for owner in owners)
+    if not owners or says_so or len(owners) == len(COMMANDS) or owners == ["train"]:
         return sentence
-    return f"{sentence.removesuffix('.')} ({owner})."
+    return f"{sentence.removesuffix('.')} ({', '.join(owners)})."
 
 
 def meaning(section: type[Section], name: str) -> str:
     """The comment of a field in the class that has it. Raises ValueError where there is none."""
     for owner in section.__mro__:
-        if name in owner.__dict__.get("__annotations__", {}):
+        if name in inspect.get_annotations(owner):
             text = comments(owner).get(name, "")
             if text:
                 return text
@@ -243,14 +241,14 @@ def words_of_type(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 def bounds_of(metadata: Sequence[Any]) -> list[str]:
     """Words such as ">= 1", of pydantic's and annotated_types' limits."""
-    signs = ((annotated_types.Gt, "gt", ">"), (annotated_types.Ge, "ge", ">="))
-    signs += ((annotated_types.Lt, "lt", "<"), (annotated_types.Le, "le", "<="))  # type: ignore[assignment]
-    return [
-        f"{sign} {getattr(limit, name):g}"
-        for limit in metadata
-        for kind, name, sign in signs
-        if isinstance(limit, kind)
-    ]
+    signs: dict[type, tuple[str, str]] = {
+        annotated_types.Gt: ("gt", ">"),
+        annotated_types.Ge: ("ge", ">="),
+        annotated_types.Lt: ("lt", "<"),
+        annotated_types.Le: ("le", "<="),
+    }
+    found = [(limit, *signs[type(limit)]) for limit in metadata if type(limit) in signs]
+    return [f"{sign} {getattr(limit, name):g}" for limit, name, sign in found]
 
 
 def default_text(field: FieldInfo) -> str:
@@ -279,8 +277,8 @@ def presets() -> str:
     oreal = preset_table("algorithm", config.OrealConfig, config.OREAL_PRESETS | without)
     correction = preset_table("rollout", CorrectionSettings, CORRECTION_PRESETS)
     rows = ["## What presets choose", "", "A preset chooses the settings that are not given themselves."]
-    rows += ["An empty place is the setting's default.", "", *oreal, "", *correction, ""]
-    return "\n".join(rows)
+    rows += ["An empty place is the setting's default; without a reward model, it is what the preset chooses."]
+    return "\n".join([*rows, "", *oreal, "", *correction, ""])
 
 
 def preset_table(where: str, section: type[Section], chosen: dict[str, dict[str, Any]]) -> list[str]:

@@ -64,7 +64,7 @@ class DataConfig(PromptConfig):
 class EvalConfig(Section):
     """The evaluation on held-out prompts during training."""
 
-    prompts: dict[str, Path] = {}  # Name of a dataset -> its file of JSON lines; without any, nothing is evaluated.
+    prompts: dict[str, Path] = {}  # Each dataset's name and its file of JSON lines; {} evaluates nothing.
     every: PositiveInt = 10  # Steps between two evaluations; the first one comes before the first step.
     num_samples: int = Field(default=1, ge=0)  # Responses to a prompt at rollout's temperature; 0: greedy only.
     max_prompts: PositiveInt | None = None  # Only the first so many prompts of each dataset are used; null: all.
@@ -77,7 +77,8 @@ class CheckpointConfig(Section):
     every: PositiveInt = 50  # Steps between two checkpoints.
     keep_last: PositiveInt = 2  # The newest checkpoints that are kept.
     keep_best: int = Field(default=1, ge=0)  # The checkpoints with the highest best_metric that are kept besides.
-    best_metric: str = ""  # For example "eval/gsm8k/greedy"; empty: only the last ones are kept.
+    # The metric that says which checkpoints are best, e.g. "eval/gsm8k/greedy"; empty keeps only the last ones.
+    best_metric: str = ""
     export_hf: bool = True  # The final policy is written to RUN_DIR/hf.
 
     effects: ClassVar[Effects] = (
