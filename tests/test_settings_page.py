@@ -96,7 +96,7 @@ def train_sections() -> list[tuple[str, type[Section]]]:
 def test_a_stale_page_is_refused_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings_page, "PAGE", tmp_path / "settings.md")
     (tmp_path / "settings.md").write_text("old")
-    with pytest.raises(SystemExit, match="run `python tools/settings_page.py`"):
+    with pytest.raises(SystemExit, match=r"run `python tools/settings_page\.py`"):
         settings_page.main(["--check"], standalone_mode=False)
     assert (tmp_path / "settings.md").read_text() == "old"
     settings_page.main([], standalone_mode=False)

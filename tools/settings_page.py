@@ -74,8 +74,8 @@ INTRODUCTION = f"""\
 
 Every setting of `megatron-oreal train`, `sft` and `eval`, as the YAML file or `section.key=value` on the command line
 gives it. `{COMMAND}` writes this page from the sections in
-[`megatron_oreal/config`](../megatron_oreal/config/README.md); that page says what is refused, and what may change when a
-run is resumed.
+[`megatron_oreal/config`](../megatron_oreal/config/README.md); that page says what is refused, and what may change when
+a run is resumed.
 
 A setting that is given where it has no effect is an error; its row says when it acts. *required* settings have no
 default. `megatron-oreal train CONFIG.yaml --dry-run` prints all settings of a run with their values.
