@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from megatron_oreal.commands.tools import TOOLS
 from megatron_oreal.config import (
     EvalRunConfig,
     SftConfig,
@@ -77,8 +79,19 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
-def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Measures a model on datasets. The same command again continues after the last finished dataset."""
+@click.option("--run", "trained", type=click.Path(path_type=Path), help="Take the model of this run_dir of training.")
+@click.option("--checkpoint", help="For --run: best (default), last, or the number of a step.")
+def evaluate(
+    config: Path, overrides: tuple[str, ...], dry_run: bool, trained: Path | None, checkpoint: str | None
+) -> None:
+    """Measures a model on datasets. The same command again continues after the last finished dataset.
+
+    With --run RUN_DIR, the model is a checkpoint of that run: its policy is written to RUN_DIR/exports/step_NUMBER.
+    """
+    if trained is None and checkpoint is not None:
+        raise ValueError("--checkpoint chooses a checkpoint of --run: give that too, or drop it")
+    if trained is not None:
+        overrides = (*overrides, f"model.path={json.dumps(str(exported_model(trained, checkpoint or 'best')))}")
 
     def run(resolved: EvalRunConfig) -> None:
         from megatron_oreal.evaluation.benchmark import evaluate_datasets
@@ -225,6 +238,23 @@ def view(
         click.echo(note, err=True)
 
 
+def exported_model(run_dir: Path, checkpoint: str) -> Path:
+    """Returns the Hugging Face directory of a run's checkpoint; the first process of the evaluation writes it."""
+    from megatron_oreal.conversion.run_checkpoints import exported_policy, find_checkpoint
+
+    if "RANK" in os.environ:
+        found = find_checkpoint(run_dir, checkpoint)
+        if not (found.export / "config.json").is_file():
+            raise ValueError(
+                f"--run: {found.export} is not there yet; write it before torchrun or srun: `megatron-oreal export "
+                f"{run_dir} {checkpoint}`"
+            )
+        return found.export
+    path, found = exported_policy(run_dir, checkpoint)
+    click.echo(f"{path}: the policy of step {found.step} ({found.words})", err=True)
+    return path
+
+
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     adopt_slurm_task()
@@ -245,6 +275,10 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         if "TORCHELASTIC_RUN_ID" in os.environ:
             end_with_launcher()
         run(config)
+
+
+for tool in TOOLS:
+    cli.add_command(tool.command())
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Reads the weights that a run starts from: a Hugging Face directory, or a torch_dist one that tools/convert.py wrote.
+"""Reads the weights that a run starts from: a Hugging Face directory, or one of torch_dist (`megatron-oreal convert`).
 
 Both are read by name and slice: each tensor- and pipeline-parallel rank reads its own part, without collectives.
 """

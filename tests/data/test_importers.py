@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from megatron_oreal.commands import prepare_data
 from megatron_oreal.data.examples import Example, read_examples
 from megatron_oreal.data.importers import import_examples, import_prompts
 from megatron_oreal.data.prompts import read_prompts
 from megatron_oreal.types import Message, Prompt
-from tools import prepare_data
 
 GSM8K_ROW = {
     "question": "Two boxes hold 500 pens each, and 24 are sold. How many are left?",
