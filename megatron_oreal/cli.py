@@ -182,11 +182,13 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
     if law is not None:
         if out is not None:
             plot_law(law, group_size, out)
+            click.echo(f"the plot is {out}", err=True)
         click.echo(law.describe(group_size))
         return
     objectives = read_objectives(names, group_size, given)
     if out is not None:
         plot_objectives(objectives, out)
+        click.echo(f"the plot is {out}; dashed: what large groups approach", err=True)
     click.echo("\n\n".join(map(describe_objective, objectives)))
     for found in objectives:
         for warning in found.warnings:

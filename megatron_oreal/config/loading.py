@@ -113,13 +113,16 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def parse_scalar(text: str) -> Any:
-    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings."""
+    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings.
+
+    Blanks around a text that has no quotes stay: data.suffix=" Answer:" begins with one.
+    """
     value = read_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
-            return value
+            return text if value == text.strip() else value
     return value
 
 

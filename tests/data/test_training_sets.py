@@ -85,7 +85,7 @@ def test_a_dapo_question_without_instructions_stays_as_it_is(tmp_path: Path) -> 
     [
         (dapo_row("", "5", "a"), "prompt holds no question between its instructions"),
         (dapo_row("x", ["5"], "a"), "ground_truth must be a string, not a list"),
-        (dapo_row("x", None, "a"), "ground_truth is missing"),
+        (dapo_row("x", None, "a"), "ground_truth is null"),
         (dapo_row("x", "5", "a") | {"reward_model": "5"}, "reward_model must be .* not a string"),
         ({"problem": "x", "answer": "5"}, "prompt is missing; .* the columns found are problem, answer"),
         ([1], "the row is not of this format"),
