@@ -20,7 +20,7 @@ from megatron_oreal.config import (
     read_model_shape,
     to_yaml,
 )
-from megatron_oreal.config.loading import apply_override
+from megatron_oreal.config.loading import apply_override, parse_scalar
 from megatron_oreal.config.model_files import copy_model_file
 
 TRAIN = """
@@ -438,4 +438,8 @@ def test_blanks_around_a_text_on_the_command_line_stay() -> None:
     ):
         apply_override(settings, override)
     assert settings["data"] == {"suffix": " Answer:", "system_prompt": " two "}
+    for text in (" Problem #1:", "Answer: put it in \\boxed{}", "last line: ", "a # b", "it's"):
+        assert parse_scalar(text) == text
+    assert parse_scalar("{heldout: a.jsonl}") == {"heldout": "a.jsonl"} and parse_scalar(" [1, 2]") == [1, 2]
+    assert parse_scalar("3 # three") == 3 and parse_scalar("") is None and parse_scalar("'#1'") == "#1"
     assert settings["rollout"]["top_k"] == 5 and settings["policy"]["optimizer"]["lr"] == 1e-6
