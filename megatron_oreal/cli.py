@@ -38,6 +38,11 @@ from megatron_oreal.launch import (
 from megatron_oreal.observability.printable import printable
 from megatron_oreal.weights.families import trainable_families
 
+SETTINGS = (
+    "--dry-run prints every setting with its value; docs/settings.md in the repository says what each means. An "
+    "example is examples/quickstart/config.yaml."
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="megatron_oreal")
@@ -45,7 +50,7 @@ def cli() -> None:
     """Outcome-reward reinforcement learning for mathematical reasoning."""
 
 
-@cli.command()
+@cli.command(epilog=SETTINGS)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
@@ -60,7 +65,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     start(TrainConfig, config, overrides, dry_run, run)
 
 
-@cli.command()
+@cli.command(epilog=SETTINGS)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
@@ -75,7 +80,7 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     start(SftConfig, config, overrides, dry_run, run)
 
 
-@cli.command("eval")
+@cli.command("eval", epilog=SETTINGS)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")

@@ -113,7 +113,7 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 # What a value begins with that is more than a plain text: quotes, braces, brackets, and signs of YAML.
-MARKS_OF_YAML = ("'", '"', "{", "[", "|", ">", "&", "*", "!", "?", "- ", "#")
+MARKS_OF_YAML = ("'", '"', "{", "[", "|", ">", "&", "*", "!", "?", "- ")
 
 
 def parse_scalar(text: str) -> Any:
@@ -127,7 +127,8 @@ def parse_scalar(text: str) -> Any:
             return float(value)
         except ValueError:
             return value if text.lstrip().startswith(MARKS_OF_YAML) else text
-    if isinstance(value, dict) and not text.lstrip().startswith(MARKS_OF_YAML):
+    is_comment = value is None and text.lstrip().startswith("#")
+    if is_comment or (isinstance(value, dict) and not text.lstrip().startswith(MARKS_OF_YAML)):
         return text
     return value
 

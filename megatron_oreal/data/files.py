@@ -18,7 +18,9 @@ def read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
     Raises ValueError, naming `setting` and the line, for a missing or empty file and for a line that is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"{setting}: {path} does not exist; give a JSONL file")
+        below = "" if path.is_absolute() else f" below {Path.cwd()}"
+        what = "is a folder" if path.is_dir() else f"does not exist{below}"
+        raise ValueError(f"{setting}: {path} {what}; give a JSONL file")
     num_rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

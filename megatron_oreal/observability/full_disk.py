@@ -11,7 +11,7 @@ WAY_OUT = "the disk is full; free space there and give the same command again"
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether the error, or the one that it was raised for, comes of a disk or a quota that is full."""
+    """Whether the error comes of a disk or a quota that is full."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error).lower()

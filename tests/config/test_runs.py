@@ -438,7 +438,7 @@ def test_blanks_around_a_text_on_the_command_line_stay() -> None:
     ):
         apply_override(settings, override)
     assert settings["data"] == {"suffix": " Answer:", "system_prompt": " two "}
-    for text in (" Problem #1:", "Answer: put it in \\boxed{}", "last line: ", "a # b", "it's"):
+    for text in (" Problem #1:", " #1:", "Answer: put it in \\boxed{}", "last line: ", "a # b", "it's"):
         assert parse_scalar(text) == text
     assert parse_scalar("{heldout: a.jsonl}") == {"heldout": "a.jsonl"} and parse_scalar(" [1, 2]") == [1, 2]
     assert parse_scalar("3 # three") == 3 and parse_scalar("") is None and parse_scalar("'#1'") == "#1"
