@@ -22,7 +22,6 @@ PACKAGE = ROOT / "megatron_oreal"
 READERS = {
     "reports",
     "config/runs.py",
-    "observability/alarm_log.py",
     "run/inputs.py",
     "types.py",
     "algorithms/metrics.py",
