@@ -3,8 +3,8 @@
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-timeout"]
-# What tools/prepare_data.py reads parquet files and hub data sets with, and finds near duplicates with. datasketch 2
-# proposes other pairs than 1.
+# What megatron-oreal prepare-data reads parquet files and hub data sets with, and finds near duplicates with.
+# datasketch 2 proposes other pairs than 1.
 DATA = ["pyarrow>=16", "datasets>=3", "datasketch>=2"]
 
 setup(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from megatron_oreal.commands.tools import TOOLS
 from megatron_oreal.config import (
     EvalRunConfig,
     SftConfig,
@@ -37,6 +39,11 @@ from megatron_oreal.observability.printable import printable
 from megatron_oreal.parallel.stopping import REQUEUE, RunStopped, block_stop_signal
 from megatron_oreal.weights.families import trainable_families
 
+SETTINGS = (
+    "--dry-run prints every setting with its value; docs/settings.md in the repository says what each means. An "
+    "example is examples/quickstart/config.yaml."
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="megatron_oreal")
@@ -44,7 +51,7 @@ def cli() -> None:
     """Outcome-reward reinforcement learning for mathematical reasoning."""
 
 
-@cli.command()
+@cli.command(epilog=SETTINGS)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
@@ -59,7 +66,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     start(TrainConfig, config, overrides, dry_run, run)
 
 
-@cli.command()
+@cli.command(epilog=SETTINGS)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
@@ -74,12 +81,23 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
     start(SftConfig, config, overrides, dry_run, run)
 
 
-@cli.command("eval")
+@cli.command("eval", epilog=SETTINGS)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
-def evaluate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Measures a model on datasets. The same command again continues after the last finished dataset."""
+@click.option("--run", "trained", type=click.Path(path_type=Path), help="Take the model of this run_dir of training.")
+@click.option("--checkpoint", help="For --run: best (default), last, or the number of a step.")
+def evaluate(
+    config: Path, overrides: tuple[str, ...], dry_run: bool, trained: Path | None, checkpoint: str | None
+) -> None:
+    """Measures a model on datasets. The same command again continues after the last finished dataset.
+
+    With --run RUN_DIR, the model is a checkpoint of that run: its policy is written to RUN_DIR/exports/step_NUMBER.
+    """
+    if trained is None and checkpoint is not None:
+        raise ValueError("--checkpoint chooses a checkpoint of --run: give that too, or drop it")
+    if trained is not None:
+        overrides = (*overrides, f"model.path={json.dumps(str(exported_model(trained, checkpoint or 'best')))}")
 
     def run(resolved: EvalRunConfig) -> None:
         from megatron_oreal.evaluation.benchmark import evaluate_datasets
@@ -170,11 +188,13 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
     if law is not None:
         if out is not None:
             plot_law(law, group_size, out)
+            click.echo(f"the plot is {out}", err=True)
         click.echo(law.describe(group_size))
         return
     objectives = read_objectives(names, group_size, given)
     if out is not None:
         plot_objectives(objectives, out)
+        click.echo(f"the plot is {out}; dashed: what large groups approach", err=True)
     click.echo("\n\n".join(map(describe_objective, objectives)))
     for found in objectives:
         for warning in found.warnings:
@@ -226,6 +246,23 @@ def view(
         click.echo(note, err=True)
 
 
+def exported_model(run_dir: Path, checkpoint: str) -> Path:
+    """Returns the Hugging Face directory of a run's checkpoint; the first process of the evaluation writes it."""
+    from megatron_oreal.conversion.run_checkpoints import exported_policy, find_checkpoint
+
+    if "RANK" in os.environ:
+        found = find_checkpoint(run_dir, checkpoint)
+        if not (found.export / "config.json").is_file():
+            raise ValueError(
+                f"--run: {found.export} is not there yet; write it before torchrun or srun: `megatron-oreal export "
+                f"{run_dir} {checkpoint}`"
+            )
+        return found.export
+    path, found = exported_policy(run_dir, checkpoint)
+    click.echo(f"{path}: the policy of step {found.step} ({found.words})", err=True)
+    return path
+
+
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     adopt_slurm_task()
@@ -250,6 +287,10 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
             run(config)
         except RunStopped:  # One process alone says so, for a launcher ends the others at the first code that is not 0.
             sys.exit(REQUEUE if is_first else 0)
+
+
+for tool in TOOLS:
+    cli.add_command(tool.command())
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from typing import NoReturn
 import click
 
 from megatron_oreal.config import ModelRunConfig, num_processes
+from megatron_oreal.observability.full_disk import describe_os_error, is_full_disk
 from megatron_oreal.observability.printable import printable
 from megatron_oreal.parallel.stopping import REQUEUE, pass_on_stop_signal
 
@@ -151,7 +152,11 @@ def one_line_errors() -> Iterator[None]:
             raise
         fail(str(error), 2)
     except (FloatingPointError, OSError) as error:  # the run diverged; a disk is full or a file not ours to write
-        fail(str(error), 1)
+        fail(describe_os_error(error), 1)
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        fail(describe_os_error(error), 1)
 
 
 def is_ours(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from megatron_oreal import cli
+from tests.support.tiny_task import write_tokenizer
 
 SHAPE = {
     "model_type": "qwen2",
@@ -230,7 +232,7 @@ def test_a_dry_run_shows_the_layout_and_checks_the_data(command_line: CommandLin
     outcome = command_line("train", "train.yaml", "--dry-run", "model.path=models/later")
     assert (
         outcome.exit_code == 2
-        and outcome.stderr == "Error: data.prompts: train.jsonl does not exist; give a JSONL file\n"
+        and outcome.stderr == f"Error: data.prompts: train.jsonl does not exist below {tmp_path}; give a JSONL file\n"
     )
     assert "parallel layout: 1 processes" in outcome.stdout
     assert (
@@ -240,11 +242,28 @@ def test_a_dry_run_shows_the_layout_and_checks_the_data(command_line: CommandLin
     (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "1+1=", "answer": "2"}\n' * 1)
     outcome = command_line("train", "train.yaml", "--dry-run", "data.prompts_per_step=4")
     assert outcome.exit_code == 0, outcome.stderr
-    assert outcome.stdout.endswith("data.prompts: 1 prompts, enough for 0.25 steps without repetition\n")
+    assert outcome.stdout.endswith(
+        "data.prompts: 1 prompts, enough for 0.25 steps without repetition\n"
+        "model.tokenizer: model holds no tokenizer yet, so no prompt was encoded\n"
+    )
 
     algorithm = "algorithm={name: outcome, objective: expression, h: 'foo(t)'}"
     outcome = command_line("train", "train.yaml", "--dry-run", algorithm)
     assert outcome.exit_code == 2 and outcome.stderr.startswith("Error: algorithm.h: 'foo' at character 1 is not in")
+
+
+def test_a_dry_run_shows_the_first_prompt_as_the_model_reads_it(command_line: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"id": "1", "prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "2+2=", "response": "4"}\n')
+    write_tokenizer(tmp_path / "tokens")
+    arguments = ["--dry-run", "model.tokenizer=tokens", "data.format=plain", "data.suffix= #1:"]
+    outcome = command_line("train", "train.yaml", *arguments)
+    assert outcome.exit_code == 0, outcome.stderr
+    assert re.fullmatch(r"the first prompt, \d+ tokens: '1\+1= #1:'", outcome.stdout.splitlines()[-1])
+    outcome = command_line("sft", "sft.yaml", *arguments)
+    assert outcome.exit_code == 0 and outcome.stdout.endswith(": '2+2= #1:'\n"), outcome.stderr
+    outcome = command_line("train", "train.yaml", "--dry-run", "model.tokenizer=tokens")
+    assert outcome.exit_code == 2 and "chat template" in outcome.stderr, outcome.stderr
 
 
 def test_help_names_the_commands(command_line: CommandLine) -> None:

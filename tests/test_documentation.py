@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("megatron_oreal", "examples", "tools", "docker", "tests", ".github")
+FOLDERS = ("megatron_oreal", "docs", "examples", "tools", "docker", "tests", ".github")
 PAGES = sorted([ROOT / "README.md", *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

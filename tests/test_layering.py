@@ -24,7 +24,7 @@ LAYERS = (
     ("run",),
     ("evaluation",),
     ("train",),
-    ("launch", "cli"),
+    ("launch", "commands", "cli"),
 )
 LAYER_OF = {part: index for index, parts in enumerate(LAYERS) for part in parts}
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -13,6 +13,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class Result:
 
 
 @click.command()
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(2, 8))
+@click.option("--seeds", default=3, show_default=True, type=int, help="2 to 8: an interval needs two.")
 @click.option("--table", default="algorithms", show_default=True, type=click.Choice(list(TABLES)))
 @click.option("--only", multiple=True, help="These rows of the table; repeatable.")
 @click.option("--steps", default=100, show_default=True, type=click.IntRange(min=1))
@@ -80,13 +81,24 @@ def main(seeds: int, table: str, only: tuple[str, ...], steps: int, out: Path) -
     rows = TABLES[table]
     if unknown := [name for name in only if name not in rows]:
         raise click.BadParameter(f"{unknown[0]!r} is no row of {table}; it has {', '.join(rows)}", param_hint="--only")
-    for seed in range(seeds):
-        if not (quickstart(seed) / "sft" / "hf").is_dir():
-            run([sys.executable, "examples/quickstart/quickstart.py", "--seed", str(seed)])
-    results = []
-    for name in only or rows:
+    if seeds not in T_95:
+        raise click.BadParameter(
+            f"an interval over seeds needs 2 to {max(T_95)} of them, got {seeds}", param_hint="--seeds"
+        )
+    cold = [seed for seed in range(seeds) if not (quickstart(seed) / "sft" / "hf").is_dir()]
+    names = only or tuple(rows)
+    click.echo(
+        f"{len(cold)} warm-ups, then {len(names) * seeds} runs of {steps} steps: {len(names)} rows, {seeds} seeds"
+    )
+    for seed in cold:
+        run([sys.executable, "examples/quickstart/quickstart.py", "--seed", str(seed), "--warm-up-only"])
+    results, begin, num_done = [], time.monotonic(), 0
+    for name in names:
         for seed in range(seeds):
             train(name, rows[name], seed, steps, run_dir(out, name, seed))
+            num_done += 1
+            minutes_left = (time.monotonic() - begin) / num_done * (len(names) * seeds - num_done) / 60
+            click.echo(f"{num_done} of {len(names) * seeds} runs, about {minutes_left:.0f} minutes left")
         results.append(collect(name, [run_dir(out, name, seed) for seed in range(seeds)]))
     report(results, out)
 

@@ -36,7 +36,8 @@ TABLE = (
 @click.option("--seed", default=0, show_default=True, help="Of the data, the model and the runs.")
 @click.option("--engine", type=click.Choice(["local", "sglang"]), default="local", help="What generates the samples.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Default: runs/quickstart, -SEED added.")
-def main(seed: int, engine: str, out: Path | None) -> None:
+@click.option("--warm-up-only", is_flag=True, help="Stop before OREAL, with the model that it starts from.")
+def main(seed: int, engine: str, out: Path | None, warm_up_only: bool) -> None:
     """Trains a tiny model to do arithmetic, on a CPU or a GPU, in a few minutes."""
     start = time.monotonic()
     out = out or Path("runs") / ("quickstart" if seed == 0 else f"quickstart-{seed}")
@@ -49,6 +50,8 @@ def main(seed: int, engine: str, out: Path | None) -> None:
         *[f"model.path={data}/model", f"data.examples={data}/sft.jsonl", f"eval.prompts.heldout={data}/heldout.jsonl"],
         *layout("data"),
     )
+    if warm_up_only:
+        return
     run(
         "3/3 OREAL on outcome rewards",
         *[*MEGATRON_OREAL, "train", str(HERE / "config.yaml"), f"run_dir={oreal}", f"seed={seed}"],

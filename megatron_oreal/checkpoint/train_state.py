@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_oreal.config import CheckpointConfig
 from megatron_oreal.data.prompts import CursorState
 from megatron_oreal.observability.files import save_tensors, sync_file, sync_folder
+from megatron_oreal.observability.full_disk import WAY_OUT, is_full_disk
 from megatron_oreal.parallel.collectives import broadcast_object, raise_on_all, wait_for_all_ranks
 from megatron_oreal.parallel.layout import ParallelLayout
 
@@ -89,9 +90,7 @@ class TrainState:
         try:
             self._write(temporary, progress)
         except WRITE_ERRORS as error:
-            failure = CheckpointError(
-                f"checkpoint {final} could not be written ({describe(error)}); the ones before it stay"
-            )
+            failure = CheckpointError(f"checkpoint {final} could not be written: {self._what_stays(error)}")
         try:
             raise_on_all(failure)
         except CheckpointError:
@@ -109,6 +108,12 @@ class TrainState:
             failure = CheckpointError(f"checkpoint {final} could not be put in its place ({describe(error)})")
         raise_on_all(failure)
         return final
+
+    def _what_stays(self, error: Exception) -> str:
+        """Says why a checkpoint was not written, and where the run is when it starts again."""
+        reason = WAY_OUT if is_full_disk(error) else describe(error)
+        steps = saved_steps(self.folder)
+        return f"{reason}; the run then " + (f"goes on after step {steps[-1]}" if steps else "begins again")
 
     def load_latest(self) -> Progress | None:
         """Collective. Restores the newest checkpoint and returns where the run stood; None when there is no checkpoint.

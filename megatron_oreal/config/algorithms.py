@@ -32,7 +32,7 @@ class SampleNeeds:
 class AlgorithmConfig(Section):
     """The settings that every algorithm has. Each algorithm has a subclass with a `name` and its settings."""
 
-    name: str
+    name: str  # Which algorithm it is; its section has the settings below.
     min_group_size: ClassVar[int] = 1
     takes_importance_weights: ClassVar[bool] = True  # Whether it corrects for samples that are older than the policy.
     takes_any_reward: ClassVar[bool] = False  # Whether rewards may be other numbers than 0 and 1.
@@ -319,8 +319,8 @@ class OutcomeConfig(AlgorithmConfig):
     # some of them are left out at random (Clip-Cov), or they are held back by a KL to the old policy (KL-Cov).
     covariance: Literal["none", "clip", "kl"] = "none"
     covariance_share: float = Field(default=2e-4, gt=0, le=1)  # The share of the step's tokens that are chosen.
-    covariance_low: float = 1.0  # Clip-Cov chooses among the tokens whose covariance lies above this,
-    covariance_high: float = 5.0  # and below this.
+    covariance_low: float = 1.0  # Clip-Cov chooses among the tokens above this covariance.
+    covariance_high: float = 5.0  # Clip-Cov chooses among the tokens below this covariance.
     covariance_coef: float = Field(default=1.0, gt=0)  # KL-Cov's weight of |log ratio|.
     kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
     kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the reference, a mean over tokens.

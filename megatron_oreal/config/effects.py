@@ -23,10 +23,13 @@ class Condition:
     holds: is called with the section whose table has the row.
     words: is called with the section and with where it stands ("algorithm."), and says what is the case instead and
         what would help, for example "for algorithm.kl_coef=0: drop it, or raise algorithm.kl_coef".
+    sentence: is called with where it stands, and says for the reference of settings when the settings act, for example
+        "Acts where algorithm.kl_coef > 0."
     """
 
     holds: Callable[[Any], bool]
     words: Callable[[Any, str], str]
+    sentence: Callable[[str], str]
 
 
 Effects = tuple[tuple[tuple[str, ...], Condition], ...]  # rows of (settings, when they act)
@@ -48,7 +51,10 @@ def choice(setting: str, *values: Any) -> Condition:
         name, fitting = f"{where}{setting}", " or ".join(map(as_yaml, values))
         return f"for {name}={as_yaml(value_at(section, setting))}: drop it, or set {name} to {fitting}"
 
-    return Condition(lambda section: value_at(section, setting) in values, words)
+    def sentence(where: str) -> str:
+        return f"Acts where {where}{setting} is {' or '.join(map(as_yaml, values))}."
+
+    return Condition(lambda section: value_at(section, setting) in values, words, sentence)
 
 
 def positive(setting: str) -> Condition:
@@ -57,12 +63,18 @@ def positive(setting: str) -> Condition:
     def words(_section: Any, where: str) -> str:
         return f"for {where}{setting}=0: drop it, or raise {where}{setting}"
 
-    return Condition(lambda section: value_at(section, setting) > 0, words)
+    return Condition(
+        lambda section: value_at(section, setting) > 0, words, lambda where: f"Acts where {where}{setting} > 0."
+    )
 
 
 def condition(holds: Callable[[Any], bool], words: str) -> Condition:
     """A condition in words of its own, which follow "SETTING has no meaning "; {at} in them is where it stands."""
-    return Condition(holds, lambda _section, where: words.replace("{at}", where))
+
+    def sentence(where: str) -> str:
+        return f"Has no effect {words.partition(': ')[0].replace('{at}', where)}."
+
+    return Condition(holds, lambda _section, where: words.replace("{at}", where), sentence)
 
 
 def never(words: str) -> Condition:

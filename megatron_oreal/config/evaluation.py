@@ -14,16 +14,19 @@ DATASET_NAME = re.compile(r"\w[\w.+-]*")  # it names a file
 
 
 class BenchmarkConfig(Section):
-    prompts: dict[str, Path]  # dataset name -> JSONL of {"id", "prompt", "answer"}
-    greedy: bool = True  # one answer a question at temperature 0
-    num_samples: int = Field(default=16, ge=0)  # n: answers a question at rollout's temperature
-    pass_at: list[PositiveInt] | None = None  # the k of pass@k; None: 2, 4, ... and n
-    majority_at: list[PositiveInt] | None = None  # the k of maj@k; None: n
-    max_prompts: PositiveInt | None = None  # the first ones of each dataset
-    prompts_per_batch: PositiveInt = 128  # questions handed to the engine together; the samples' seeds depend on it
-    confidence: float = Field(default=0.95, gt=0, lt=1)  # of the intervals
-    num_resamples: PositiveInt = 10_000  # bootstrap draws of the questions
-    keep_responses: bool = True  # write the answers' texts beside their verdicts
+    """What `megatron-oreal eval` measures, and on which data sets."""
+
+    prompts: dict[str, Path]  # The name of each data set and its file of JSON lines {"id", "prompt", "answer"}.
+    greedy: bool = True  # Each question gets one answer at temperature 0.
+    num_samples: int = Field(default=16, ge=0)  # The number n of answers to a question at rollout's temperature.
+    pass_at: list[PositiveInt] | None = None  # The k of pass@k; null takes 2, 4, ... and n.
+    majority_at: list[PositiveInt] | None = None  # The k of maj@k; null takes n.
+    max_prompts: PositiveInt | None = None  # Only the first so many questions of each data set are used; null: all.
+    # The questions that are handed to the engine together; the samples' seeds depend on it.
+    prompts_per_batch: PositiveInt = 128
+    confidence: float = Field(default=0.95, gt=0, lt=1)  # The confidence of the intervals.
+    num_resamples: PositiveInt = 10_000  # The number of bootstrap draws of the questions.
+    keep_responses: bool = True  # The answers' texts are written beside their verdicts.
 
     @model_validator(mode="after")
     def check(self) -> Self:

@@ -112,14 +112,24 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {error}") from None
 
 
+# What a value begins with that is more than a plain text: quotes, braces, brackets, and signs of YAML.
+MARKS_OF_YAML = ("'", '"', "{", "[", "|", ">", "&", "*", "!", "?", "- ")
+
+
 def parse_scalar(text: str) -> Any:
-    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings."""
+    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings.
+
+    A text without quotes stays as it is, with blanks, colons and number signs: data.suffix=" Problem #1:".
+    """
     value = read_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
-            return value
+            return value if text.lstrip().startswith(MARKS_OF_YAML) else text
+    is_comment = value is None and text.lstrip().startswith("#")
+    if is_comment or (isinstance(value, dict) and not text.lstrip().startswith(MARKS_OF_YAML)):
+        return text
     return value
 
 

@@ -109,7 +109,7 @@ class OptimizerConfig(Section):
 class TrainableConfig(Section):
     """A model that is trained."""
 
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()  # Its optimizer.
 
 
 class PolicyConfig(TrainableConfig):

@@ -16,13 +16,15 @@ EngineLogprobs = Literal["model", "rollout", "unknown"]
 
 
 class SamplingConfig(Section):
+    """How a response is drawn, token by token."""
+
     # Samples are drawn from softmax(logits / temperature), and that distribution is trained; 0 is greedy.
     temperature: float = Field(default=1.0, ge=0)
-    # Only the likeliest tokens of this mass, and only so many, are drawn (0: all). rollout.loss_support says whether
-    # losses are within them.
+    # Only the likeliest tokens that together have this probability are drawn. rollout.loss_support says whether losses
+    # are within them.
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    max_new_tokens: PositiveInt = 1024
+    top_k: int = Field(default=0, ge=0)  # Only so many of the likeliest tokens are drawn; 0 draws from all.
+    max_new_tokens: PositiveInt = 1024  # The length limit of a response; one that reaches it is cut.
     max_total_tokens: PositiveInt | None = None  # The limit of prompt and response together; null: there is none.
 
     @property
@@ -34,29 +36,38 @@ class SamplingConfig(Section):
 class SglangConfig(Section):
     """SGLang servers: started by the run, or named in `endpoints_file`."""
 
-    python: Path = Path(".venv-sglang/bin/python")  # The servers' interpreter (tools/setup_sglang.sh makes it)
-    num_servers: PositiveInt = 1  # colocated: on each node
-    tensor: PositiveInt = 1  # GPUs a server
-    # disaggregated: on GPUs of their own; colocated: on the trainer's, where each gives way to the other
+    python: Path = Path(".venv-sglang/bin/python")  # The servers' interpreter; tools/setup_sglang.sh makes it.
+    num_servers: PositiveInt = 1  # The number of servers that the run starts; with colocated, on each node.
+    tensor: PositiveInt = 1  # The GPUs that one server uses.
+    # disaggregated puts servers on GPUs of their own; colocated puts them on the trainer's, where each gives way to the
+    # other.
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    gpus: list[int] = []  # GPUs of this node in order; empty: those after the trainer's, or the trainer's own
-    host: str = "127.0.0.1"  # address of the interface that servers listen on; colocated: leave it to several nodes
-    ports: tuple[int, int] = (31000, 31999)  # first and last to choose from
-    flags: dict[str, bool | int | float | str] = {}  # of SGLang, e.g. {mem-fraction-static: 0.8}; true: without a value
-    tls: bool | Literal["auto"] = "auto"  # https with a certificate of its own; auto: where host is no loopback address
-    secrets: list[str] = []  # environment variables that servers get although they look like secrets, e.g. [HF_TOKEN]
-    endpoints_file: Path | None = None  # of `megatron-oreal serve`: servers that run elsewhere; none are started
-    router: bool = False  # sglang-router between the trainer and its servers
-    start_timeout_seconds: PositiveFloat = 900
-    request_timeout_seconds: PositiveFloat = 3600  # of one response
-    max_concurrent_requests: PositiveInt = 256  # a server
-    max_failures: PositiveInt = 3  # one after the other, then a server counts as dead
-    max_restarts: int = Field(default=3, ge=0)  # of all servers together, in one run
+    # The GPUs of this node that servers take, in order; an empty list takes those after the trainer's, or with
+    # colocated the trainer's own.
+    gpus: list[int] = []
+    # The address of the interface that servers listen on. With colocated on several nodes, leave it as it is.
+    host: str = "127.0.0.1"
+    ports: tuple[int, int] = (31000, 31999)  # The first and the last port that servers may take.
+    # More options of SGLang's server, for example {mem-fraction-static: 0.8}; true gives an option without a value.
+    flags: dict[str, bool | int | float | str] = {}
+    # Servers speak https with a certificate of their own; auto does so where host is no loopback address.
+    tls: bool | Literal["auto"] = "auto"
+    # The environment variables that servers get although they look like secrets, for example [HF_TOKEN].
+    secrets: list[str] = []
+    # The file that `megatron-oreal serve` wrote: the run uses those servers and starts none.
+    endpoints_file: Path | None = None
+    router: bool = False  # The run puts sglang-router between the trainer and its servers.
+    start_timeout_seconds: PositiveFloat = 900  # How long a server may take to start.
+    request_timeout_seconds: PositiveFloat = 3600  # How long one response may take.
+    max_concurrent_requests: PositiveInt = 256  # The requests that a server gets at the same time.
+    max_failures: PositiveInt = 3  # A server with so many failures one after the other counts as dead.
+    max_restarts: int = Field(default=3, ge=0)  # How often the run restarts a server, all servers together.
+    # How weights reach the servers: through files, over a process group, or (colocated only) as shared GPU memory.
     weight_transport: Literal["disk", "distributed", "tensor"] = "distributed"
-    weight_senders: PositiveInt = 1  # trainer ranks that share the servers out to send them weights
-    weight_timeout_seconds: PositiveFloat = 600  # of one synchronisation
-    bucket_bytes: PositiveInt = 512 * 2**20  # weights that travel together
-    check_weights: bool = False  # compare the servers' checksums after each synchronisation
+    weight_senders: PositiveInt = 1  # So many trainer ranks share the servers out to send them weights.
+    weight_timeout_seconds: PositiveFloat = 600  # How long one synchronisation of weights may take.
+    bucket_bytes: PositiveInt = 512 * 2**20  # The bytes of weights that travel together.
+    check_weights: bool = False  # The servers' checksums are compared after each synchronisation.
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -81,21 +92,31 @@ class SglangConfig(Section):
 
 
 class RolloutConfig(SamplingConfig, CorrectionSettings):
-    engine: Literal["local", "sglang"] = "local"  # in the trainer's own processes, or servers beside it
-    sglang: SglangConfig = SglangConfig()
-    group_size: int = Field(default=16, ge=1)
-    draw_rounds: PositiveInt = 1  # times that a prompt is sampled, until pure_rejection_sampling has its num_correct
-    prompt_rounds: PositiveInt = 1  # batches of prompts a step, until prompts_per_step groups are mixed (DAPO)
-    stop_tokens: list[str] = []  # besides the end tokens of tokenizer, config.json and generation_config.json
-    stop_strings: list[str] = []  # end a response too, and stay in it
-    batch_size: PositiveInt = 512  # sequences decoded together in a process of the local engine
-    staleness: int = Field(default=0, ge=0)  # steps a sample may be older than the policy it trains; > 0 needs servers
-    oversampling: float = Field(default=1.0, ge=1)  # prompts asked for each one needed; the slowest are given up
-    unfinished: Literal["drop", "resume"] = "drop"  # responses that servers gave up
+    """How responses are generated: by which engine, how many, and how long."""
+
+    engine: Literal["local", "sglang"] = "local"  # The trainer's own processes generate, or servers beside them.
+    sglang: SglangConfig = SglangConfig()  # The servers of engine=sglang.
+    group_size: int = Field(default=16, ge=1)  # The number of samples of each prompt.
+    # How often a prompt is sampled at most, until pure_rejection_sampling has its num_correct correct samples.
+    draw_rounds: PositiveInt = 1
+    # How many batches of prompts a step samples at most, until prompts_per_step groups are mixed (DAPO).
+    prompt_rounds: PositiveInt = 1
+    # Tokens that end a response, besides the end tokens of tokenizer, config.json and generation_config.json.
+    stop_tokens: list[str] = []
+    stop_strings: list[str] = []  # Texts that end a response too, and stay in it.
+    batch_size: PositiveInt = 512  # The sequences that a process of the local engine decodes together.
+    # How many steps a sample may be older than the policy that it trains; more than 0 needs servers.
+    staleness: int = Field(default=0, ge=0)
+    # So many prompts are asked for each one that is needed; the slowest are given up.
+    oversampling: float = Field(default=1.0, ge=1)
+    # What happens to the responses that were given up: they are dropped, or a later step resumes them.
+    unfinished: Literal["drop", "resume"] = "drop"
     # The policy's log-probs in the losses are those among all tokens, or among the tokens that top_p and top_k keep.
     loss_support: Literal["all", "sampled"] = "all"
-    ledger: bool = True  # keep every response at once: after a kill, only the missing ones are generated
-    mismatch_alarm: float | None = Field(default=None, gt=0)  # mean |dlogp| of engine and trainer that is warned of
+    # Every response is kept on disk at once, so that after a kill only the missing ones are generated.
+    ledger: bool = True
+    # The mean difference of the engine's and the trainer's log-probs from which the log warns; null never warns.
+    mismatch_alarm: float | None = Field(default=None, gt=0)
 
     effects: ClassVar[Effects] = (
         (

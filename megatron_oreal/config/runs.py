@@ -64,7 +64,7 @@ class DataConfig(PromptConfig):
 class EvalConfig(Section):
     """The evaluation on held-out prompts during training."""
 
-    prompts: dict[str, Path] = {}  # Name of a dataset -> its file of JSON lines; without any, nothing is evaluated.
+    prompts: dict[str, Path] = {}  # Each dataset's name and its file of JSON lines; {} evaluates nothing.
     every: PositiveInt = 10  # Steps between two evaluations; the first one comes before the first step.
     num_samples: int = Field(default=1, ge=0)  # Responses to a prompt at rollout's temperature; 0: greedy only.
     max_prompts: PositiveInt | None = None  # Only the first so many prompts of each dataset are used; null: all.
@@ -77,7 +77,8 @@ class CheckpointConfig(Section):
     every: PositiveInt = 50  # Steps between two checkpoints.
     keep_last: PositiveInt = 2  # The newest checkpoints that are kept.
     keep_best: int = Field(default=1, ge=0)  # The checkpoints with the highest best_metric that are kept besides.
-    best_metric: str = ""  # For example "eval/gsm8k/greedy"; empty: only the last ones are kept.
+    # The metric that says which checkpoints are best, e.g. "eval/gsm8k/greedy"; empty keeps only the last ones.
+    best_metric: str = ""
     export_hf: bool = True  # The final policy is written to RUN_DIR/hf.
 
     effects: ClassVar[Effects] = (
@@ -106,8 +107,8 @@ class ModelRunConfig(Section):
     seed: int = 0  # Everything that is drawn at random depends on it.
     # Updates give the same numbers each time; auto: on a CPU, where that costs little, and not on CUDA.
     deterministic: bool | Literal["auto"] = "auto"
-    model: ModelConfig
-    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig  # The model, and how it computes.
+    parallel: ParallelConfig = ParallelConfig()  # How the processes share the model and the batch.
 
     @model_validator(mode="after")
     def check_effects(self) -> Self:
@@ -119,7 +120,7 @@ class RunConfig(ModelRunConfig):
     """What every kind of training has."""
 
     num_steps: PositiveInt  # The length of the run.
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()  # What is written, and how often.
 
 
 ON_POLICY_WORDS = (
@@ -158,13 +159,13 @@ GREEDY_ONLY: Effects = (
 class TrainConfig(RunConfig):
     """`megatron-oreal train`: reinforcement learning on outcome rewards."""
 
-    data: DataConfig
-    rollout: RolloutConfig = RolloutConfig()
-    verifier: VerifierConfig = VerifierConfig()
-    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = OrealConfig()
-    policy: PolicyConfig = PolicyConfig()
-    eval: EvalConfig = EvalConfig()
-    logging: LoggingConfig = LoggingConfig()
+    data: DataConfig  # The prompts.
+    rollout: RolloutConfig = RolloutConfig()  # How responses are generated.
+    verifier: VerifierConfig = VerifierConfig()  # How responses are rewarded.
+    algorithm: Annotated[AnyAlgorithm, Field(discriminator="name")] = OrealConfig()  # How the policy learns.
+    policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
+    eval: EvalConfig = EvalConfig()  # The evaluation during training.
+    logging: LoggingConfig = LoggingConfig()  # What is recorded besides metrics and samples.
 
     effects: ClassVar[Effects] = (
         (
@@ -254,20 +255,19 @@ class SftDataConfig(PromptConfig):
 
     examples: Path  # A file of JSON lines {"prompt", "response"}.
     sequences_per_step: PositiveInt = 64  # The number of examples that a step trains on.
-    max_tokens: PositiveInt = (
-        4096  # The limit of prompt and response together; longer examples are counted, logged and skipped.
-    )
+    # The limit of prompt and response together; longer examples are counted, logged and skipped.
+    max_tokens: PositiveInt = 4096
     shuffle: bool = True  # Each epoch has an order of its own, drawn from the seed; false keeps the file's order.
 
 
 class SftConfig(RunConfig):
     """`megatron-oreal sft`: supervised training on examples."""
 
-    data: SftDataConfig
-    policy: PolicyConfig = PolicyConfig()
+    data: SftDataConfig  # The examples.
+    policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
     rollout: RolloutConfig = RolloutConfig()  # How the evaluation samples.
-    verifier: VerifierConfig = VerifierConfig()
-    eval: EvalConfig = EvalConfig()
+    verifier: VerifierConfig = VerifierConfig()  # How the evaluation's answers are judged.
+    eval: EvalConfig = EvalConfig()  # The evaluation during training.
 
     effects: ClassVar[Effects] = (
         (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
@@ -283,10 +283,10 @@ class SftConfig(RunConfig):
 class EvalRunConfig(ModelRunConfig):
     """`megatron-oreal eval`: measures a model on datasets."""
 
-    data: PromptConfig = PromptConfig()
-    rollout: RolloutConfig = RolloutConfig()
-    verifier: VerifierConfig = VerifierConfig()
-    eval: BenchmarkConfig
+    data: PromptConfig = PromptConfig()  # How a prompt becomes tokens.
+    rollout: RolloutConfig = RolloutConfig()  # How answers are generated.
+    verifier: VerifierConfig = VerifierConfig()  # How answers are judged.
+    eval: BenchmarkConfig  # What is measured.
 
     effects: ClassVar[Effects] = (
         (("rollout.group_size",), never("for eval: drop it, or set eval.num_samples")),

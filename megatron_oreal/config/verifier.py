@@ -73,7 +73,7 @@ class HttpConfig(Section):
     """How a server that is asked for rewards is spoken to."""
 
     timeout_seconds: PositiveFloat = 60.0  # One attempt, from the connection to the end of the answer.
-    max_retries: int = Field(default=3, ge=0)  # After no connection, 429, 5xx or a broken answer.
+    max_retries: int = Field(default=3, ge=0)  # Further attempts after no connection, 429, 5xx or a broken answer.
     retry_seconds: float = Field(default=1.0, ge=0)  # The pause before the first retry; it doubles with each one.
     max_concurrent_requests: PositiveInt = 32  # Requests under way at the same time.
     # The environment variable that holds the API key; the key itself is never written anywhere. Empty: no key.
@@ -98,13 +98,13 @@ class JudgeConfig(HttpConfig):
     system_prompt: str = ""  # A system message before it; api=completions has none.
     accept_word: str = "CORRECT"  # The reply, or a line of it, that accepts an answer.
     reject_word: str = "INCORRECT"  # The one that rejects it. Any other reply is a failure, not a rejection.
-    max_tokens: PositiveInt = 1024  # Of the reply; one that is cut is a failure.
-    temperature: float = Field(default=0.0, ge=0)
+    max_tokens: PositiveInt = 1024  # The length limit of the reply; one that is cut is a failure.
+    temperature: float = Field(default=0.0, ge=0)  # The temperature of the reply; 0 is greedy.
     # More keys of each request, e.g. {chat_template_kwargs: {enable_thinking: false}}; null removes a key of ours.
     extra: dict[str, Any] = {}
     # The verdicts of the rules that it is asked about. Of no_answer it is shown the end of the response.
     asks_about: list[Literal["incorrect", "no_answer", "timeout", "crash"]] = ["incorrect", "timeout", "crash"]
-    audit_share: float = Field(default=0.0, ge=0, le=1)  # Share of the accepted answers that it is asked about too.
+    audit_share: float = Field(default=0.0, ge=0, le=1)  # The share of the accepted answers that it audits.
     audit_overrules: bool = False  # Whether an accepted answer that the judge rejects becomes incorrect.
     cache: Path | None = None  # The file of known opinions; null: RUN_DIR/judge.sqlite.
 
@@ -158,15 +158,15 @@ class VerifierConfig(Section):
     # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
     answer_rule: AnswerRule = "last_box"
     require_stop: bool = True  # A response cut at the length limit is wrong, whatever it says.
-    judge: JudgeConfig = JudgeConfig()
+    judge: JudgeConfig = JudgeConfig()  # The model that gives a second opinion.
     # A reward of your own in place of the rules: package.module:function, called with the prompt and the response.
     function: str = ""
     url: str = ""  # A reward of your own behind HTTP, in place of the rules.
-    remote: RemoteRewardConfig = RemoteRewardConfig()
+    remote: RemoteRewardConfig = RemoteRewardConfig()  # The requests to url.
     # What a reward of your own may be: 0 or 1, or any number, for algorithms that take such rewards.
     rewards: Literal["binary", "any"] = "binary"
     correct_from: float = 1.0  # With rewards=any, a sample counts as correct from this reward on.
-    function_memory_gib: PositiveFloat = 2.0  # Address space of a process that calls verifier.function.
+    function_memory_gib: PositiveFloat = 2.0  # The address space of a process that calls function.
 
     effects: ClassVar[Effects] = (
         (

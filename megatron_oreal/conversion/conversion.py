@@ -333,14 +333,25 @@ def open_megatron(path: Path, architecture: Architecture) -> MegatronCheckpoint:
         return TrainerReader(path)
     if is_torch_dist(path):
         return TorchDistReader(path, architecture)
-    inside = [folder.name for folder in path.glob("*") if is_trainer_model(folder)]
-    hint = f"; give one of its models: {', '.join(sorted(inside))}" if inside else ""
-    raise ValueError(f"--mcore: {path} is neither a torch_dist checkpoint nor a model of the trainer's{hint}")
+    raise ValueError(f"--mcore: {path} is neither a torch_dist checkpoint nor a model of the trainer's{hint_at(path)}")
+
+
+def hint_at(path: Path) -> str:
+    """Says what to name instead of a folder that holds checkpoints: a run, its checkpoints, or one of them."""
+    models = sorted(folder.name for folder in path.glob("*") if is_trainer_model(folder))
+    if models:
+        return f"; give one of its models: {', '.join(str(path / name) for name in models)}"
+    run = path.parent if path.name == "checkpoints" else path
+    if (run / "checkpoints").is_dir():
+        return f"; of a run, `megatron-oreal export {run} best` writes the best checkpoint (or last, or a step)"
+    return ""
 
 
 def config_source(mcore: Path) -> Path:
     if (mcore / "config.json").is_file():
         return mcore
+    if hint := hint_at(mcore):
+        raise ValueError(f"--mcore: {mcore} is not a single model{hint}")
     path = model_path_of_run(mcore) if is_trainer_model(mcore) else None
     if path is None:
         raise ValueError(f"--hf: {mcore} comes without config.json; give the Hugging Face directory it was made from")

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_oreal.config import SftDataConfig
 from megatron_oreal.data.files import Row, read_jsonl, write_jsonl
-from megatron_oreal.data.prompts import parse_messages, parse_text
+from megatron_oreal.data.prompts import parse_messages, parse_text, row_error
 from megatron_oreal.types import Message, TrainingSequence
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def read_examples(path: Path, setting: str = "data.examples") -> list[Example]:
         try:
             examples.append(Example(parse_messages(row), parse_text(row, "response")))
         except ValueError as error:
-            raise ValueError(f"{setting}: {path} line {number}: {error}") from None
+            raise row_error(setting, path, number, error, row) from None
     return examples
 
 

@@ -18,22 +18,32 @@ def read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
     Raises ValueError, naming `setting` and the line, for a missing or empty file and for a line that is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"{setting}: {path} does not exist; give a JSONL file")
+        below = "" if path.is_absolute() else f" below {Path.cwd()}"
+        what = "is a folder" if path.is_dir() else f"does not exist{below}"
+        raise ValueError(f"{setting}: {path} {what}; give a JSONL file")
     num_rows = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{setting}: {path} line {number} is not JSON ({error}); fix the line") from None
+                row = json.loads(line.rstrip(b"\r\n"))
+            except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+                fault = describe_json_error(error)
+                raise ValueError(f"{setting}: {path} line {number} is not JSON ({fault}); fix the line") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{setting}: {path} line {number} must be a JSON object, not {describe_type(row)}")
             num_rows += 1
             yield number, row
     if not num_rows:
         raise ValueError(f"{setting}: {path} is empty; it needs at least one line")
+
+
+def describe_json_error(error: Exception) -> str:
+    """Says what is wrong with a line of JSON, with the column but without a line number: the caller knows the line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

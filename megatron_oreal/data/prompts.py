@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 PLAIN_DECIMAL = re.compile(r"-?\d+\.\d+")
+MAX_KEYS, MAX_KEY = 10, 40  # Of the keys of a row that an error names, and of the characters of each.
 CursorState = dict[str, Any]  # JSON
 
 
@@ -49,7 +50,7 @@ def read_prompts(path: Path, setting: str) -> list[Prompt]:
             if prompt.id in prompts:
                 raise ValueError(f"id {prompt.id!r} occurs twice; ids must be unique")
         except ValueError as error:
-            raise ValueError(f"{setting}: {path} line {number}: {error}") from None
+            raise row_error(setting, path, number, error, row) from None
         prompts[prompt.id] = prompt
     return list(prompts.values())
 
@@ -95,7 +96,7 @@ def parse_text(row: Row, key: str) -> str:
     """A non-empty string, or a number as its text, but for one that JSON changes (NaN, 1e22)."""
     value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise ValueError(f"{key} is missing; give a non-empty string")
+        raise ValueError(f"{what_is_missing(row, key)}; give a non-empty string")
     if not isinstance(value, str) and not is_number(value):
         raise ValueError(f"{key} must be a string, not {describe_type(value)}")
     text = str(value)
@@ -104,10 +105,24 @@ def parse_text(row: Row, key: str) -> str:
     return text
 
 
+def what_is_missing(row: Row, key: str) -> str:
+    """Says whether a key is null, empty, or not there."""
+    return f"{key} is {'missing' if key not in row else 'null' if row[key] is None else 'empty'}"
+
+
+def row_error(setting: str, path: Path, number: int, error: ValueError, row: Row) -> ValueError:
+    """Makes the error about a row of a file; where a key is missing, it names those that are there."""
+    found = ""
+    if " is missing; " in str(error) and row:
+        names = ", ".join(name[:MAX_KEY] for name in list(row)[:MAX_KEYS])
+        found = f"; the keys found are {names}{', ...' if len(row) > MAX_KEYS else ''}"
+    return ValueError(f"{setting}: {path} line {number}: {error}{found}")
+
+
 def parse_messages(row: Row) -> tuple[Message, ...]:
     value = row.get("prompt")
-    if not value:
-        raise ValueError('prompt is missing; give a string or a list of {"role", "content"}')
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f'{what_is_missing(row, "prompt")}; give a string or a list of {{"role", "content"}}')
     if isinstance(value, str):
         return (Message("user", value),)
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Asks a language model which skills a question takes, for sampling by skills (`tools/select_data.py prompts`).
+"""Asks a language model which skills a question takes, for sampling by skills (`megatron-oreal select-data prompts`).
 
 The server speaks the OpenAI-compatible API of the judge, and the client is the judge's. A reply counts only when it
 ends with a JSON list of short names; every other reply, and every request that fails, leaves the question untagged.

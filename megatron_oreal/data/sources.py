@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_oreal.data.files import Row
+from megatron_oreal.data.files import Row, describe_json_error
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -94,18 +94,12 @@ def read_lines(path: Path) -> Iterator[ForeignRow]:
             if not content.strip():
                 continue
             try:
-                yield ForeignRow(index, line, json.loads(content))
+                yield ForeignRow(index, line, json.loads(content.rstrip(b"\r\n")))
             except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 yield ForeignRow(index, line, fault=f"is not JSON ({describe_json_error(error)}); fix the line")
             index += 1
     if not index:
         raise ValueError(f"--input: {path} is empty; it needs at least one line")
-
-
-def describe_json_error(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def read_json(path: Path) -> Iterator[ForeignRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ LIMITS = {
     "oreal_reference": ("2*(log(t)-t) - 2*eta*(log(1-t)+t)", "2*(1/t-1) + 2*eta*(1/(1-t)-1)"),
     "oreal_paper": ("log(t) + eta*t", "1/t + eta"),
 }
+SETTINGS = "h|smoothing|n|std|epsilon|baseline|negative_coef|group_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,22 @@ def read_objectives(names: Sequence[str], group_size: int, options: Mapping[str,
         known = option_names(OBJECTIVES[name]) if name in OBJECTIVES else []
         own = {option: value for option, value in options.items() if option in known}
         unused -= set(own)
-        objectives.append(read_objective(name, group_size, own))
+        if name == "expression" and not str(own.get("h", "")).strip():
+            raise ValueError("--h is required for expression: give h(t), t the pass rate, e.g. 'log(t / (1 - t))'")
+        try:
+            objectives.append(read_objective(name, group_size, own))
+        except ValueError as error:
+            raise ValueError(in_options(str(error))) from None
     if unused:
         raise ValueError(f"--{min(unused).replace('_', '-')} has no meaning for {', '.join(names)}: drop it")
     return objectives
+
+
+def in_options(message: str) -> str:
+    """Returns a message about settings in the words of the command line: "h is ..." becomes "--h is ..."."""
+    message = re.sub(rf"^({SETTINGS})\b", lambda found: f"--{found[0].replace('_', '-')}", message)
+    message = re.sub(r"^objective (?='.*' is not known)", "NAME ", message).removesuffix(", or a callable h(t)")
+    return message.replace("set smoothing", "set --smoothing").replace("group_size=", "--group-size=")
 
 
 def read_objective(name: str, group_size: int, options: Mapping[str, Any]) -> Objective:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from megatron_oreal.config import (
     EvalRunConfig,
@@ -16,7 +17,11 @@ from megatron_oreal.config import (
 )
 from megatron_oreal.weights.families import trainable_families
 
+if TYPE_CHECKING:
+    from megatron_oreal.types import Message
+
 Config = TrainConfig | SftConfig | EvalRunConfig
+MAX_SHOWN = 2000  # characters of a prompt
 
 
 def describe_run(config: Config) -> Iterator[str]:
@@ -55,13 +60,32 @@ def describe_data(config: Config) -> Iterator[str]:
         prompts = read_prompts(config.data.prompts, "data.prompts")
         steps = len(prompts) / config.data.prompts_per_step
         yield f"data.prompts: {len(prompts):,} prompts, enough for {steps:.3g} steps without repetition"
+        yield from describe_prompt(config, prompts[0].messages)
     if isinstance(config, SftConfig):
         examples = read_examples(config.data.examples)
         steps = len(examples) / config.data.sequences_per_step
         yield f"data.examples: {len(examples):,} examples, enough for {steps:.3g} steps without repetition"
-    for name, path in config.eval.prompts.items():
+        yield from describe_prompt(config, examples[0].messages)
+    for number, (name, path) in enumerate(config.eval.prompts.items()):
         setting = f"eval.prompts.{name}"
-        yield f"{setting}: {len(read_prompts(path, setting)):,} prompts"
+        prompts = read_prompts(path, setting)
+        yield f"{setting}: {len(prompts):,} prompts"
+        if number == 0 and isinstance(config, EvalRunConfig):
+            yield from describe_prompt(config, prompts[0].messages)
+
+
+def describe_prompt(config: Config, messages: Sequence[Message]) -> Iterator[str]:
+    """Yields the first prompt as the model reads it: after data.format, data.system_prompt and data.suffix."""
+    from megatron_oreal.data.tokenizer import has_tokenizer, load_tokenizer
+
+    path = config.model.tokenizer_path
+    if not has_tokenizer(path):
+        yield f"model.tokenizer: {path} holds no tokenizer yet, so no prompt was encoded"
+        return
+    tokenizer = load_tokenizer(path)
+    text = tokenizer.render_prompt(messages, config.data)
+    shown = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} [...] {text[-MAX_SHOWN // 2 :]}"
+    yield f"the first prompt, {len(tokenizer.encode_prompt(messages, config.data))} tokens: {shown!r}"
 
 
 def check_algorithm(config: Config) -> None:

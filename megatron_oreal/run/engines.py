@@ -90,7 +90,7 @@ def server_settings(config: AnyConfig, device: torch.device) -> ServerSettings:
     if is_torch_dist(config.model.path):
         raise ValueError(
             f"model.path: SGLang reads Hugging Face directories, {config.model.path} is a torch_dist checkpoint: "
-            "convert it with tools/convert.py mcore2hf"
+            "convert it with megatron-oreal convert mcore2hf"
         )
     servers, model = config.rollout.sglang, config.model
     if model.tokenizer is not None:

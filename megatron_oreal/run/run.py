@@ -16,6 +16,7 @@ from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.engines.engine import RolloutEngine, SamplingParams
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.full_disk import describe_os_error
 from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
@@ -103,7 +104,7 @@ class Run(Generic[Config, Item, Algorithm]):
                 save_hf(self.weight_sync.stream, model.path, model.tokenizer_path, out, self.layout.is_main)
             self.progress.note(f"the trained model is in {out} (Hugging Face format)")
         except SafetensorError as error:  # safetensors raises this when the disk is full
-            raise CheckpointError(f"{out} could not be written ({error}); the checkpoints stay") from None
+            raise CheckpointError(f"{out}: {describe_os_error(error)}; the checkpoints stay") from None
 
 
 def what_is_in(metrics: Metrics) -> str:

@@ -20,6 +20,7 @@ from megatron_oreal.config import (
     read_model_shape,
     to_yaml,
 )
+from megatron_oreal.config.loading import apply_override, parse_scalar
 from megatron_oreal.config.model_files import copy_model_file
 
 TRAIN = """
@@ -425,3 +426,20 @@ def test_the_layouts_table_is_in_megatrons_rank_order(tmp_path: Path) -> None:
     table = [tuple(map(int, line.split())) for line in ranks]
     assert table[:3] == [(0, 0, 0, 0), (1, 1, 0, 0), (2, 0, 1, 0)]
     assert table[-1] == (7, 1, 1, 1)
+
+
+def test_blanks_around_a_text_on_the_command_line_stay() -> None:
+    settings: dict[str, Any] = {}
+    for override in (
+        "data.suffix= Answer:",
+        "rollout.top_k= 5",
+        'data.system_prompt=" two "',
+        "policy.optimizer.lr=1e-6",
+    ):
+        apply_override(settings, override)
+    assert settings["data"] == {"suffix": " Answer:", "system_prompt": " two "}
+    for text in (" Problem #1:", " #1:", "Answer: put it in \\boxed{}", "last line: ", "a # b", "it's"):
+        assert parse_scalar(text) == text
+    assert parse_scalar("{heldout: a.jsonl}") == {"heldout": "a.jsonl"} and parse_scalar(" [1, 2]") == [1, 2]
+    assert parse_scalar("3 # three") == 3 and parse_scalar("") is None and parse_scalar("'#1'") == "#1"
+    assert settings["rollout"]["top_k"] == 5 and settings["policy"]["optimizer"]["lr"] == 1e-6

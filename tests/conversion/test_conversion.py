@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_oreal.commands import convert
 from megatron_oreal.conversion import conversion
 from megatron_oreal.conversion.conversion import ConversionOptions
 from megatron_oreal.weights.hf_directory import HfReader
 from tests.support.paths import ROOT
 from tests.support.tiny_checkpoints import MODELS, write_checkpoint
-from tools import convert
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:

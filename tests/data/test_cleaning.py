@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from megatron_oreal.commands import prepare_data
 from megatron_oreal.data.cleaning import CleaningSettings, clean
 from megatron_oreal.data.contamination import ContaminationIndex
 from megatron_oreal.data.duplicates import Question, find_near, proposed_pairs, shingle_set
 from megatron_oreal.data.prompts import read_prompts
 from megatron_oreal.data.question_text import has_image, same_text_key, words
 from tests.support.small_tokenizers import write_small_tokenizer
-from tools import prepare_data
 
 LONG = "A farmer has 12 cows and 7 sheep on a green field near the old mill. How many animals does the farmer have?"
 

@@ -48,3 +48,13 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 def test_an_empty_file_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl is empty; it needs at least one line"):
         read_text(tmp_path, text)
+
+
+def test_a_line_that_ends_too_early_has_one_line_number_and_its_own_column(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"id": 1}\n{"id": 2, "prompt": "1+1=", "answer":\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 2 is not JSON \(Expecting value at column 38\); fix"):
+        list(read_jsonl(file, "data.prompts"))
+    file.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"line 1 is not JSON \(it is nested too deeply\); fix the line"):
+        list(read_jsonl(file, "data.prompts"))

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from megatron_oreal.commands import prepare_data
 from megatron_oreal.data.examples import Example, read_examples
 from megatron_oreal.data.importers import import_examples, import_prompts
 from megatron_oreal.data.prompts import read_prompts
 from megatron_oreal.types import Message, Prompt
-from tools import prepare_data
 
 GSM8K_ROW = {
     "question": "Two boxes hold 500 pens each, and 24 are sold. How many are left?",
@@ -235,7 +235,7 @@ def test_gpqa_as_csv(tmp_path: Path) -> None:
     [
         ("math500", {"problem": "?"}, "answer is missing"),
         ("aime25", {"answer": "1"}, "problem is missing"),
-        ("aime25", {"problem": "?", "answer": None}, "answer is missing"),
+        ("aime25", {"problem": "?", "answer": None}, "answer is null"),
         (
             "olympiadbench",
             {"question": "?", "final_answer": None},
@@ -250,7 +250,7 @@ def test_gpqa_as_csv(tmp_path: Path) -> None:
         ("gpqa", {"Question": "?", "Correct Answer": "1"}, "Incorrect Answer 1 is missing"),
         ("mmlu_pro", MMLU_PRO_ROW | {"answer": "D"}, "answer 'D' must be the letter of one of the 3 options"),
         ("mmlu_pro", MMLU_PRO_ROW | {"answer": "AB"}, "answer 'AB' must be the letter of one of the 3 options"),
-        ("mmlu_pro", MMLU_PRO_ROW | {"answer": ""}, "answer is missing"),
+        ("mmlu_pro", MMLU_PRO_ROW | {"answer": ""}, "answer is empty"),
         ("mmlu_pro", MMLU_PRO_ROW | {"options": "x"}, "options must be a list of 2 to 26 strings"),
     ],
 )

@@ -60,11 +60,15 @@ def test_written_prompts_are_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answer": None}, "answer is missing; give a non-empty string"),
-        ({"answer": "  "}, "answer is missing"),
+        ({"answer": None}, "answer is null; give a non-empty string"),
+        ({"answer": "  "}, "answer is empty; give a non-empty string"),
         ({"answer": True}, "answer must be a string, not a boolean"),
         ({"id": {}}, "id must be a string, not an object"),
-        ({"prompt": []}, "prompt is missing"),
+        ({"prompt": []}, "prompt is empty; give a string or a list"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": None}, "prompt is null"),
+        ({"prompt": 0}, "prompt must be a string or a list of .*, not a number"),
         ({"prompt": 3}, "prompt must be a string or a list of .*, not a number"),
         ({"prompt": [{"role": "user"}]}, "each message of prompt must be"),
         ({"prompt": ["hello"]}, "each message of prompt must be"),
@@ -184,3 +188,18 @@ def test_a_state_of_other_prompts_is_refused() -> None:
 def test_a_cursor_needs_an_item() -> None:
     with pytest.raises(ValueError, match=r"data\.prompts holds no prompt"):
         PromptCursor([], shuffle=True, seed=0)
+
+
+def test_a_row_without_a_prompt_names_the_keys_that_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "1", "question": "1+1=", "answer": "2"}\n')
+    with pytest.raises(
+        ValueError, match=r"line 1: prompt is missing; give a .*; the keys found are id, question, answer$"
+    ):
+        read_prompts(file, "data.prompts")
+    file.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    with pytest.raises(ValueError, match=r"line 1: id is missing; give a .*; the keys found are prompt, answer$"):
+        read_prompts(file, "data.prompts")
+    file.write_text(json.dumps({f"key{number}" * 20: 0 for number in range(30)}) + "\n")
+    with pytest.raises(ValueError, match=r"id is missing; .* (key\w{37}, ){10}\.\.\.$"):
+        read_prompts(file, "data.prompts")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from megatron_oreal.commands import tag_skills
 from megatron_oreal.data.skill_tags import TagSettings, read_tags
 from megatron_oreal.rewards.judge import ReplyError
 from tests.support.misbehaving_server import MisbehavingServer, misbehaving_server
-from tools import tag_skills
 
 ROWS = [
     {"id": "a", "prompt": "What is 17 mod 5?", "answer": "2", "pass_rate": 0.5},

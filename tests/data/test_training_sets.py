@@ -85,7 +85,7 @@ def test_a_dapo_question_without_instructions_stays_as_it_is(tmp_path: Path) -> 
     [
         (dapo_row("", "5", "a"), "prompt holds no question between its instructions"),
         (dapo_row("x", ["5"], "a"), "ground_truth must be a string, not a list"),
-        (dapo_row("x", None, "a"), "ground_truth is missing"),
+        (dapo_row("x", None, "a"), "ground_truth is null"),
         (dapo_row("x", "5", "a") | {"reward_model": "5"}, "reward_model must be .* not a string"),
         ({"problem": "x", "answer": "5"}, "prompt is missing; .* the columns found are problem, answer"),
         ([1], "the row is not of this format"),
@@ -140,7 +140,7 @@ def test_columns_may_be_nested(tmp_path: Path) -> None:
         (Columns("q", "x.y"), "there is no column 'x.y'"),
         (Columns("q", "l"), "l holds a list; name what is in it, such as l.0"),
         (Columns("q", "o"), "o holds an object; name what is in it, such as o.value"),
-        (Columns("q", "z"), "z is missing; give a non-empty string"),
+        (Columns("q", "z"), "z is null; give a non-empty string"),
         (Columns("o", "a"), "o must be a string, not an object"),
         (Columns("q", "a", pass_rate="q"), "pass_rate must be a number from 0 to 1, or null, got '1\\+1\\?'"),
         (Columns("q", "a", tags="o"), "o must be a text or a list of texts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.metric_names import unknown_names
 from tests.support.tiny_models import keep, write_tiny_model
 from tests.support.tiny_task import VOCABULARY, write_lines, write_tokenizer
 
@@ -98,15 +100,20 @@ def train_config(task: Path, warm_model: Path) -> dict[str, Any]:
 def megatron_oreal(
     command: str, settings: dict[str, Any], file: Path, *overrides: str, timeout: float = 200
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command line on `settings`, written to `file`."""
+    """Runs the command line on `settings`, written to `file`. Each metric of the run must be on docs/metrics.md."""
     file.write_text(yaml.safe_dump(settings))
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "megatron_oreal.cli", command, str(file), *overrides],
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
+    metrics = Path(settings["run_dir"]) / "metrics.jsonl"
+    if done.returncode == 0 and metrics.is_file():
+        names = {name for line in metrics.read_text().splitlines() for name in json.loads(line)}
+        assert not unknown_names(names), f"docs/metrics.md has no row for {unknown_names(names)}"
+    return done
 
 
 @pytest.fixture(scope="session")

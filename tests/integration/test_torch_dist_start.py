@@ -1,4 +1,4 @@
-"""A run that starts from what tools/convert.py wrote."""
+"""A run that starts from what megatron-oreal convert wrote."""
 
 from __future__ import annotations
 

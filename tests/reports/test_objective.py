@@ -35,7 +35,9 @@ def test_several_objectives_share_a_figure(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "pass_at_n (n=2), 4 samples a group" in result.stdout
     assert "expression (h=sin(9*t)), 4 samples a group" in result.stdout
-    assert result.stderr.startswith("Warning: h is not increasing: it falls from t=0.175") and "\n" in result.stderr
+    told, warning = result.stderr.splitlines()
+    assert told == f"the plot is {out}; dashed: what large groups approach"
+    assert warning.startswith("Warning: h is not increasing: it falls from t=0.175")
     assert matplotlib.image.imread(out).shape[:2] == (450, 1200)
 
 
@@ -63,8 +65,8 @@ def test_an_option_goes_to_the_objectives_that_have_it() -> None:
     [
         (["rloo"], {"n": 3}, "--n has no meaning for rloo: drop it"),
         (["rloo", "grpo"], {"negative_coef": 1.0}, "--negative-coef has no meaning for rloo, grpo: drop it"),
-        (["best"], {}, "objective 'best' is not known"),
-        (["expression"], {}, "h is empty"),
+        (["best"], {}, "NAME 'best' is not known"),
+        (["expression"], {}, "--h is required for expression"),
     ],
 )
 def test_mistakes_are_one_line(names: list[str], options: dict[str, Any], message: str) -> None:
@@ -78,3 +80,21 @@ def test_the_figure_needs_a_folder_and_a_format(tmp_path: Path) -> None:
         plot_objectives(objectives, Path("curve.pdf"))
     with pytest.raises(ValueError, match=r"--out: the folder .* does not exist; make it"):
         plot_objectives(objectives, tmp_path / "none" / "curve.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options", "message"),
+    [
+        ("expression", 8, {}, r"^--h is required for expression"),
+        ("expression", 8, {"h": " "}, r"^--h is required for expression"),
+        ("expression", 8, {"h": "foo(t)"}, r"^--h: 'foo' at character 1 is not in the grammar"),
+        ("expression", 8, {"h": "log(t)"}, r"^--h diverges .*: set --smoothing, for example"),
+        ("pass_at_n", 8, {"n": 20}, r"^--n must be between 1 and --group-size=8"),
+        ("grpo", 1, {}, r"^--group-size must be >= 2"),
+        ("grpo", 8, {"epsilon": -1.0}, r"^--epsilon must be a number >= 0"),
+        ("grpoo", 8, {}, r"^NAME 'grpoo' is not known; known: .*oreal_paper$"),
+    ],
+)
+def test_errors_name_the_options(name: str, size: int, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_objectives([name], size, options)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_oreal.conversion import conversion
 from megatron_oreal.conversion.conversion import ConversionOptions
 from megatron_oreal.engines.local.engine import load_decoder
 from megatron_oreal.weights.families import parameters, read_architecture
-from megatron_oreal.weights.initial import hf_weights, open_weights
+from megatron_oreal.weights.initial import check_trunk, hf_weights, open_weights
 from megatron_oreal.weights.mapping import padded_vocabulary
 from tests.conversion.test_conversion import tensors_of
 from tests.support.tiny_checkpoints import MODELS, write_checkpoint
@@ -81,3 +84,49 @@ def load_all(path: Path, config: Path) -> None:
     reader = open_weights(path, architecture)
     for row, place in parameters(architecture, "lm"):
         reader.shard(row, place, architecture.vocab_size, 0, 1)
+
+
+def change_config(hf: Path, **settings: object) -> None:
+    file = hf / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_weights_that_config_json_has_no_place_for_are_refused(tmp_path: Path) -> None:
+    """A Qwen2 that says it is a Llama would be trained without its biases."""
+    hf = write_checkpoint(tmp_path / "hf", "qwen2")
+    check_trunk(hf, read_architecture(hf))
+    change_config(hf, model_type="llama", architectures=["LlamaForCausalLM"])
+    message = r"^model\.path: model\.layers\.0\.self_attn\.k_proj\.bias of .* has no place in a model of the type llama"
+    with pytest.raises(ValueError, match=message):
+        check_trunk(hf, read_architecture(hf))
+    with pytest.raises(ValueError, match=message):
+        load_decoder(hf, torch.device("cpu"), torch.float32)
+
+
+def test_a_shape_that_config_json_does_not_ask_for_is_refused_without_a_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hf = write_checkpoint(tmp_path / "hf", "qwen3")
+    change_config(hf, head_dim=24)
+    with pytest.raises(ValueError, match=r"^model\.path: .*_proj\.weight of .* has the shape .* config\.json asks for"):
+        load_decoder(hf, torch.device("cpu"), torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_head_may_be_another_one(tmp_path: Path) -> None:
+    hf = write_checkpoint(tmp_path / "hf", "qwen2", head="scalar")
+    check_trunk(hf, read_architecture(hf))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("model", ["qwen2", "qwen3"])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float, model: str) -> None:
+    hf = write_checkpoint(tmp_path / "hf", model)
+    tensors = tensors_of(hf)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name].view(-1)[7] = value
+    for file in hf.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^model\.path: {re.escape(name)} of .* not finite .*download or export"):
+        load_decoder(hf, torch.device("cpu"), torch.float32)

@@ -32,7 +32,7 @@ from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.types import no_ids, no_logprobs
 from megatron_oreal.weights.families import FAMILIES, read_architecture
-from megatron_oreal.weights.initial import hf_weights
+from megatron_oreal.weights.initial import check_finite, check_trunk, hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 LOG = logging.getLogger(__name__)
@@ -51,12 +51,15 @@ def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> 
         if is_torch_dist(model_path):
             raise
         return TransformersDecoder(model_path, device, dtype)  # a family or a setting that only transformers knows
+    check_trunk(model_path, architecture)
     decoder: Decoder
     if FAMILIES[architecture.family].decoder == "llama":
         decoder = LlamaDecoder(architecture, device, dtype)
     else:
         decoder = TransformersDecoder(model_path, device, dtype)
         if not is_torch_dist(model_path):
+            for name, parameter in decoder.parameters.items():
+                check_finite(name, parameter, model_path)
             return decoder
     try:
         replace_weights(decoder.parameters, hf_weights(model_path, architecture))

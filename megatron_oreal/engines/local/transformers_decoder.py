@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +29,9 @@ class TransformersDecoder:
                 config = AutoConfig.from_pretrained(model_path, local_files_only=True)
                 self.model = AutoModelForCausalLM.from_config(config, **options)
             else:
-                self.model = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True, **options)
-        except OSError as error:
+                with quiet():
+                    self.model = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True, **options)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the shapes of the weights are not the model's
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"model.path: {model_path} cannot be loaded ({reason}); give a Hugging Face directory"
@@ -65,6 +68,22 @@ class TransformersDecoder:
         cache.batch_select_indices(prompt_of_row)
         decoding = TransformersDecoding(self, cache, mask[prompt_of_row], num_padding[prompt_of_row])
         return outputs.logits[prompt_of_row, -1], decoding
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps the library's bar and its report about the weights from the user, who gets our own errors."""
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()
 
 
 class TransformersDecoding:
