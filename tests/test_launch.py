@@ -107,12 +107,14 @@ SFT = [sys.executable, "-m", "megatron_oreal.cli", "sft"]
 
 def stop_early(file: Path, run_dir: Path) -> int:
     """Sends SIGUSR1 to the command alone after three steps; returns the step of the one checkpoint that it leaves."""
-    process = subprocess.Popen([*SFT, str(file)], stderr=subprocess.DEVNULL)
+    errors = file.with_suffix(".txt")
+    with errors.open("w") as stderr:
+        process = subprocess.Popen([*SFT, str(file)], stderr=stderr)
     metrics = run_dir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(150) == 75
+    assert process.wait(150) == 75, errors.read_text()[-3000:]
     saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert len(saved) == 1, "checkpoint.every is longer than the run, so only the signal saves"
     return int(saved[0].removeprefix("step_"))

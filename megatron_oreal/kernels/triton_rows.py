@@ -158,9 +158,8 @@ def widened(values: tl.tensor) -> tl.tensor:
 def opaque(values: tl.tensor) -> tl.tensor:
     """The same e4m3 values, of which the compiler no longer knows that they are stored in another order too.
 
-    Where it knows, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
-    fills three columns in eight of the transposed matrix with such parts. Nothing but wrong gradients shows it.
-    Triton's interpreter has no inline assembly.
+    Where it does, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
+    fills three columns in eight of the transposed matrix with such parts. Triton's interpreter has no assembly.
     """
     bits = values.to(tl.uint8, bitcast=True)
     bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], dtype=tl.uint8, is_pure=True, pack=4)
