@@ -18,7 +18,14 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 
 from megatron_oreal.algorithms.losses import cross_entropy
-from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState, saved_steps
+from megatron_oreal.checkpoint.train_state import (
+    CheckpointError,
+    Progress,
+    TrainState,
+    random_state,
+    restore_random_state,
+    saved_steps,
+)
 from megatron_oreal.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.models import parallel
@@ -321,3 +328,16 @@ def test_leftovers_go_and_what_is_not_ours_stays(path: Path, layout: ParallelLay
         (tmp_path / name).mkdir()
     assert state.load_latest() is None
     assert {entry.name for entry in tmp_path.iterdir()} == {".step_3.tmp", "step_000001.bak", "notes"}
+
+
+def test_the_random_state_of_a_gpu_is_saved_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[torch.Tensor] = []
+    state = torch.arange(16, dtype=torch.uint8)
+    assert "cuda" not in random_state() or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    saved = random_state()
+    assert saved["cuda"] is state
+    restore_random_state(saved)
+    assert len(restored) == 1 and restored[0] is state

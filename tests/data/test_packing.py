@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_oreal.data.packing import PackingPlan, assign, own_bins, pack, pad_responses, unpad_responses
+from megatron_oreal.data.packing import PackingPlan, assign, own_bins, pack, pad_responses, to_device, unpad_responses
 from megatron_oreal.types import Batch, Microbatch, TrainingSequence
 from tests.support.tiny_models import random_sequences
 
@@ -225,3 +225,11 @@ def test_read_only_arrays_are_packed() -> None:
     ids = np.frombuffer(np.array([5, 6], np.int32).tobytes(), np.int32)
     (microbatch,) = pack([TrainingSequence([1], ids, 1.0, True)], PackingPlan(0, 1, microbatch_tokens=9)).microbatches
     assert microbatch.input_ids.tolist() == [1, 5, 6]
+
+
+def test_all_tensors_of_a_microbatch_go_to_the_device() -> None:
+    """The device "meta" stands for any that is not the CPU."""
+    batch = pack([FIRST, SECOND], PackingPlan(0, 1, microbatch_tokens=64))
+    moved = to_device(batch.microbatches[0], torch.device("meta"))
+    tensors = [value for name in Microbatch.__slots__ if isinstance(value := getattr(moved, name), torch.Tensor)]
+    assert tensors and all(tensor.device.type == "meta" for tensor in tensors)

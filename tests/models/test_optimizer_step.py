@@ -15,9 +15,9 @@ from transformers import Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from megatron_oreal.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
 from megatron_oreal.data.packing import PackingPlan, pack
-from megatron_oreal.models import parallel
+from megatron_oreal.models import optimizer, parallel
 from megatron_oreal.models.heads import LogprobHead, ScalarHead
-from megatron_oreal.models.optimizer import build_schedule
+from megatron_oreal.models.optimizer import build_schedule, moment_settings
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
@@ -202,3 +202,16 @@ def test_scores_are_those_of_a_sequence_classifier(tmp_path: Path, layout: Paral
             torch.testing.assert_close(microbatch.values[mine], scores, atol=1e-5, rtol=1e-4)
             num_checked += 1
     assert num_checked >= len(SEQUENCES)
+
+
+def test_bfloat16_moments_are_megatrons_precision_aware_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = OptimizerConfig(lr=1e-3, moments="bfloat16", distributed=True)
+    monkeypatch.setattr(optimizer, "HAVE_TE", True)
+    assert moment_settings(settings, is_sharded=True) == {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+    }
+    assert moment_settings(OptimizerConfig(lr=1e-3), is_sharded=True) == {}
+    with pytest.raises(ValueError, match=r"optimizer\.distributed=true"):
+        moment_settings(settings, is_sharded=False)

@@ -90,3 +90,8 @@ def test_answers_of_one_spelling_or_one_number_share_a_key() -> None:
     keys = [{answer_key(text) for text in group} for group in groups]
     assert [len(group) for group in keys] == [1] * len(groups)
     assert len(set.union(*keys)) == len(groups)
+
+
+@pytest.mark.parametrize(("text", "depth"), [("", 0), ("{}{}", 1), ("(()", 2), ("}}{", 1), ("[{()}]()", 3)])
+def test_nesting_depth(text: str, depth: int) -> None:
+    assert nesting_depth(text) == depth

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_oreal.rewards.spelling import normalize
-from megatron_oreal.rewards.units import Factors, parse_quantity, units_agree
+from megatron_oreal.rewards.units import Factors, merge, parse_quantity, units_agree
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,8 @@ def test_units_are_optional_but_not_different() -> None:
     assert not units_agree((("unit", 2),), (("meter", 3),))
     assert not units_agree((("unit", 1),), (("dollar", 1),))
     assert not units_agree((("B.C.", 1),), None)
+
+
+def test_a_square_unit_is_the_unit_squared() -> None:
+    assert merge([("square mile", 1)]) == merge([("mile", 2)]) == (("mile", 2),)
+    assert merge([("square mile", 2), ("mile", -4), ("hour", 1)]) == (("hour", 1),)

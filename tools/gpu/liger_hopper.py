@@ -22,8 +22,9 @@ def make_liger_hopper(device: torch.device) -> Callable[[Tensor, Tensor, Tensor,
     import liger_cute_kernels
     from liger_kernel.transformers.functional import liger_fused_linear_scaled_cross_entropy_tp
 
+    with_index = torch.device("cuda", torch.cuda.current_device())
     if not dist.is_initialized():
-        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=with_index)
     largest = liger_cute_kernels.FusedLinearCrossEntropyConfig(
         max_tokens=MAX_TOKENS, hidden_size=MAX_HIDDEN, local_vocab_size=MAX_COLUMNS
     )
