@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_oreal.rewards.hostile_input import refusal
+from megatron_oreal.rewards.math_verifier import judge_without_algebra
 from megatron_oreal.rewards.references import check_reference, prepare_reference
+from megatron_oreal.rewards.spelling import normalize
+from megatron_oreal.types import Verdict
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,22 @@ def test_a_hostile_reference_is_only_compared_by_its_spelling() -> None:
     assert prepare_reference("1" * 1001).is_spelling_only
     assert not prepare_reference("2^{10}").is_spelling_only
     assert prepare_reference(r"\boxed{\frac12}").text == r"\frac{1}{2}"
+
+
+# Hostile as they are written alone, or only as they are read: 1\,000\,000 is a million, and lambda a Greek letter.
+HOSTILE_IN_ONE_FORM = [
+    "lambda: 0",
+    r"1\,000\,000!",
+    r"\binom{1\,000\,000\,000}{5}",
+    r"2^{1\,000\,000\,000}",
+    "9\u00b2\u2079\u2079\u2079\u2079",
+    r"_\!_import_\!_",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE_IN_ONE_FORM)
+def test_the_screen_looks_at_a_text_as_written_and_as_read(text: str) -> None:
+    assert (refusal(text) is None) != (refusal(normalize(text)) is None)
+    assert prepare_reference(text).is_spelling_only
+    verdict = judge_without_algebra(rf"\boxed{{{text}}}", "x+1")
+    assert isinstance(verdict, Verdict) and verdict.status == "rejected"
