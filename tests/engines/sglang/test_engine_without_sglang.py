@@ -322,6 +322,35 @@ def test_a_server_with_the_first_weights_goes_on_at_once(sglang_model: Path) -> 
             assert states(engine) == ["living"]
 
 
+def test_a_server_that_starts_while_the_first_weights_are_pushed_waits_for_the_next(
+    sglang_model: Path, stream: Any
+) -> None:
+    """It comes up with the weights on disk, which are the right ones until the push is over."""
+    with stub_servers(sglang_model, 3) as (first, second, spare):
+        fleet = FakeFleet([spare.endpoint])
+        fleet.may_restart.clear()
+        with opened([first, second], fleet) as engine:
+            fleet.ended.add(first.endpoint)
+            wait_until(lambda: states(engine)[0] == "restarting")
+            answered = second.answered
+
+            async def after_the_start(request: Any, body: Body) -> Any:
+                if request.path == "/update_weights_from_disk":
+                    fleet.may_restart.set()
+                    while states(engine)[0] != "living":
+                        await asyncio.sleep(0.005)
+                return await answered(request, body)
+
+            second.answered = after_the_start  # type: ignore[method-assign]
+            engine.update_weights(stream, version=1)
+            assert states(engine) == ["stale", "living"]
+            assert_whole(engine.generate(REQUESTS, PARAMS), version=1)
+            assert not spare.asked("/generate")
+            second.answered = answered  # type: ignore[method-assign]
+            engine.update_weights(stream, version=2)
+            assert states(engine) == ["living", "living"] and spare.weight_version == "2"
+
+
 def test_a_server_that_refuses_weights_is_left_out(sglang_model: Path, stream: Any) -> None:
     with stub_servers(sglang_model, 2) as servers, opened(servers) as engine:
         servers[0].faults_of["/update_weights_from_disk"] = 500
