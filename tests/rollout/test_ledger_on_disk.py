@@ -42,6 +42,8 @@ def test_versions_that_will_be_made_again_are_forgotten(tmp_path: Path) -> None:
     with (tmp_path / "weights.jsonl").open("a") as file:
         file.write('{"version": 4, "finger')
     assert read_weights(tmp_path / "weights.jsonl") == {3: "weights 3"}
+    (tmp_path / "torn.jsonl").write_text('{"version": 4, "finger')
+    assert read_weights(tmp_path / "torn.jsonl") == {}
     assert read_weights(tmp_path / "none.jsonl") == {}
 
 
