@@ -242,7 +242,7 @@ def test_a_recipe_has_its_files(name: str) -> None:
     folder = (EXAMPLES / name).parent
     assert {"README.md", "config.yaml", "eval.yaml", "train.slurm"} <= {path.name for path in folder.iterdir()}
     page = (folder / "README.md").read_text()
-    assert "## Memory and time" in page and "megatron-oreal plan" in page
+    assert "## Memory and time" in page and "docs/memory.md" in page
 
 
 def run_recipes(names: list[str], folder: Path, whole: bool) -> None:
