@@ -527,7 +527,7 @@ def test_servers_that_cannot_be_used(fleet: ServerFleet, sglang_model: Path, unt
     assert "refuses the api_key" in refused(replace(good, api_key="wrong"))
     assert "refuses the admin_key" in refused(replace(good, admin_key="wrong"))
     assert "is it running, and is its address right?" in refused(replace(good, url="http://127.0.0.1:9"))
-    assert "another vocabulary than the 24 tokens of model.path" in refused(good, untied_path)
+    assert "has another model (vocab_size 64, model.path has 24): let it serve" in refused(good, untied_path)
     with proxy_to(good) as proxy:
         proxy.fault = lambda request, _number: "404" if request.path == "/pause_generation" else None
         message = refused(proxy.endpoint)
