@@ -427,8 +427,9 @@ def test_the_rest_is_given_up(sglang_model: Path) -> None:
         servers[0].answered = abort  # type: ignore[method-assign]
         generations = engine.generate(requests, PARAMS, lambda index, generation: index == 4)
         running = [body["rid"] for body in servers[0].asked("/generate")]
-        # The watch may have enough before the second request has reached its server.
-        assert len(running) <= 2 and {*running} <= {*asked} and len({*asked}) <= 2
+        # The watch may have enough before the second request has reached its server, and the stub ends both requests
+        # when it is asked to abort the first.
+        assert asked and len({*running, *asked}) <= 2
         assert [len(generation.response_ids) for generation in generations] == [0, 0, 0, 0, 6]
         assert {generation.finish_reason for generation in generations[:4]} == {"abort"}
         assert engine.flush_metrics()["rollout/num_aborted"] == 4
