@@ -141,4 +141,5 @@ def describe(config: TrainConfig | SftConfig, model: TrainableModel) -> str:
         "overlapped gradient reduction": training is not None and training.overlaps_reduction,
     }
     parts += [name for name, is_on in switches.items() if is_on]
+    parts += [model.head_words] if model.head_words else []
     return f"{layout.device.type}: {', '.join(parts)}"
