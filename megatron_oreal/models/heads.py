@@ -20,7 +20,7 @@ from megatron_oreal.kernels.kept_logprob import KeptTokens, Vocabulary, choose_k
 from megatron_oreal.kernels.liger_logprob import LigerCall
 from megatron_oreal.kernels.precision import check_fp8, make_arithmetic
 from megatron_oreal.kernels.products import Precision
-from megatron_oreal.models.head_backend import BackendChoice, choose_backend
+from megatron_oreal.models.head_backend import choose_operator
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
 from megatron_oreal.weights.families import HeadKind
@@ -89,10 +89,10 @@ class LogprobHead:
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
         """GPTModel's own output layer is the head's weight. Raises ValueError where the backend cannot be had."""
-        model.head_choice = BackendChoice()
+        model.liger_operator = None
         if self.precision == "bf16" and self.truncation is None:
             call = LigerCall(self.max_tokens, config.hidden_size, model.vocab_size // self.layout.tensor_size)
-            model.head_choice = choose_backend(
+            model.liger_operator = choose_operator(
                 self.backend, call, dtype=config.params_dtype, vocab_size=self.vocab_size, layout=self.layout
             )
 
@@ -111,7 +111,7 @@ class LogprobHead:
             assert isinstance(microbatch.kept_tokens, KeptTokens)
             logprobs, entropies = kept_logprob(hidden, weight, labels, microbatch.kept_tokens, vocabulary)
             return spread_outputs(logprobs, entropies, microbatch)
-        operator = getattr(model, "head_choice", BackendChoice()).operator
+        operator = getattr(model, "liger_operator", None)
         if operator is not None and operator.fits(len(labels)):
             logprobs, entropies = operator(hidden, weight, labels, self.temperature)
             return spread_outputs(logprobs, entropies, microbatch)

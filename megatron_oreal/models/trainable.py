@@ -63,7 +63,6 @@ class TrainableModel:
         self.chunks: list[PackedGPTModel] = build_chunks(
             architecture, head, self.megatron_config, layout, self.transformer_engine
         )
-        self.head_words = self.words_of_head()
         self.seconds: dict[str, float] = {}  # of forward passes and train steps since the last flush
         self.memory = DeviceMemory()
         self.num_updates_taken = 0  # in the step of the run that is under way
@@ -74,11 +73,6 @@ class TrainableModel:
         else:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
-
-    def words_of_head(self) -> str:
-        """What computes the log-probs, as the last stage has chosen it, or "". A collective of the pipeline's ranks."""
-        choices = [chunk.head_choice.words for chunk in self.chunks if hasattr(chunk, "head_choice")]
-        return broadcast_object("".join(choices), self.layout.last_stage_rank, self.layout.pipeline_group)
 
     def load_weights(self, path: Path) -> None:
         """Reads this rank's shards from a Hugging Face or torch_dist directory; a scalar head may be absent there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from megatron_oreal.data.packing import PackingPlan, pack
 from megatron_oreal.kernels.liger_logprob import LigerCall, missing_for_liger
 from megatron_oreal.kernels.reference import linear_logprob_reference
 from megatron_oreal.models import head_backend, parallel
-from megatron_oreal.models.head_backend import choose_backend
+from megatron_oreal.models.head_backend import choose_operator
 from megatron_oreal.models.heads import LogprobHead
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.parallel.layout import ParallelLayout
@@ -107,7 +106,6 @@ def test_the_operator_takes_the_place_of_our_kernels(path: Path, layout: Paralle
     torch.testing.assert_close(found[0].values, wanted[0].values)
     torch.testing.assert_close(found[0].entropy, wanted[0].entropy)
     torch.testing.assert_close(found[1], wanted[1])
-    assert own.head_words == "" and liger.head_words == "log-probs by Liger's operator"
 
 
 def test_a_call_beyond_what_was_configured_is_our_own(path: Path, layout: ParallelLayout, stand_in: StandIn) -> None:
@@ -119,33 +117,21 @@ def test_a_call_beyond_what_was_configured_is_our_own(path: Path, layout: Parall
 def test_a_head_that_the_operator_cannot_compute_configures_none(
     path: Path, layout: ParallelLayout, stand_in: StandIn
 ) -> None:
-    assert build(path, layout, "auto", precision="fp32").head_words == ""
+    build(path, layout, "liger", precision="fp32")
+    build(path, layout, "auto")
     assert not stand_in.configured
 
 
 @pytest.mark.parametrize(
     "error", [RuntimeError("LCK configure rejected:\n rank 0"), ImportError("no NVSHMEM"), OSError("")]
 )
-def test_what_fails_is_named_or_our_own_kernels_compute(
-    error: Exception, layout: ParallelLayout, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_is_named(error: Exception, layout: ParallelLayout, stand_in: StandIn) -> None:
     stand_in.error = error
     words = " ".join(str(error).split()) or type(error).__name__
     options: dict[str, Any] = {"dtype": torch.bfloat16, "vocab_size": 53, "layout": layout}
     with pytest.raises(ValueError, match=r"model\.head_backend=liger cannot be had: ") as raised:
-        choose_backend("liger", CALL, **options)
-    assert words in str(raised.value) and str(raised.value).endswith("set model.head_backend to auto or own")
-    assert choose_backend("auto", CALL, **options).words == ""  # a CPU is not worth a word
-    on_gpu = replace_device(layout)
-    choice = choose_backend("auto", CALL, **{**options, "layout": on_gpu})
-    assert choice.operator is None and choice.words == f"log-probs by our own kernels ({words})"
-
-
-def test_auto_leaves_deterministic_updates_alone(layout: ParallelLayout, stand_in: StandIn) -> None:
-    deterministic = replace_device(layout, deterministic_updates=True)
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "vocab_size": 53, "layout": deterministic}
-    assert "deterministic" in choose_backend("auto", CALL, **options).reason
-    assert choose_backend("liger", CALL, **options).operator is not None
+        choose_operator("liger", CALL, **options)
+    assert words in str(raised.value) and str(raised.value).endswith("set model.head_backend to auto")
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +150,3 @@ def test_without_a_gpu_the_setting_is_refused(path: Path, layout: ParallelLayout
     with pytest.raises(ValueError, match=r"model\.head_backend=liger cannot be had: it needs a Hopper GPU") as raised:
         build(path, layout, "liger")
     assert "\n" not in str(raised.value)
-
-
-def replace_device(layout: ParallelLayout, **options: Any) -> ParallelLayout:
-    return replace(layout, device=torch.device("cuda"), **options)
