@@ -14,9 +14,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_oreal.checkpoint.pieces import OptimizerProgress
 from megatron_oreal.config import OptimizerConfig
 from megatron_oreal.models.build import PackedGPTModel
 from megatron_oreal.models.cuda_optimizer import use_foreach_norms, use_fused_adam
+from megatron_oreal.models.optimizer_state import num_adam_steps, start_adam_at
 from megatron_oreal.parallel.layout import ParallelLayout
 
 
@@ -36,6 +38,15 @@ class Training:
         """The torch optimizers inside Megatron's; they hold the float32 masters, or this rank's shards of them."""
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
+
+    def progress(self) -> OptimizerProgress:
+        return OptimizerProgress(self.schedule.num_steps, num_adam_steps(self.optimizer))
+
+    def start_at(self, progress: OptimizerProgress) -> None:
+        """Puts schedule and optimizer where they were; masters and moments are still to be filled."""
+        start_adam_at(self.optimizer, progress.num_adam_steps, self.is_on_cuda)
+        self.schedule.num_steps = 0
+        self.schedule.step(progress.num_updates)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on besides the model's parameters, on this rank and for this layout."""

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_oreal.algorithms.model import Loss
+from megatron_oreal.checkpoint.pieces import OptimizerProgress, OptimizerTensors
 from megatron_oreal.config import ModelConfig, TrainableConfig
 from megatron_oreal.models.attention import pack_segments
 from megatron_oreal.models.build import (
@@ -30,6 +31,7 @@ from megatron_oreal.models.build import (
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
+from megatron_oreal.models.optimizer_state import optimizer_tensors
 from megatron_oreal.models.parallel import deterministic_algorithms
 from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.parallel.layout import ParallelLayout
@@ -83,6 +85,16 @@ class TrainableModel:
     @property
     def optimizer_is_sharded(self) -> bool:
         return self._training.is_sharded
+
+    def optimizer_tensors(self) -> list[OptimizerTensors]:
+        names = {id(parameter): name for name, parameter in self.parameters()}
+        return list(optimizer_tensors(self._training.optimizer, names))
+
+    def optimizer_progress(self) -> OptimizerProgress:
+        return self._training.progress()
+
+    def start_optimizer_at(self, progress: OptimizerProgress) -> None:
+        self._training.start_at(progress)
 
     def training_state(self) -> dict[str, Any]:
         return self._training.state_dict()

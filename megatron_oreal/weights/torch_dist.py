@@ -140,14 +140,22 @@ def write_metadata(
         described[chunk.key].chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
         index = MetadataIndex(chunk.key, chunk.offsets)
         storage[index] = filesystem._StorageInfo(chunk.file, chunk.begin, chunk.length)
-    with (directory / "__extra_0.distcp").open("wb") as file:
-        begin, length = write_object(file, [None])
-    for key in extra_state_keys(architecture):
-        described[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = filesystem._StorageInfo("__extra_0.distcp", begin, length)
+    extra, indices = write_extra_states(directory, architecture)
+    described |= {index.fqn: state for index, state in indices.items()}
+    storage |= dict.fromkeys(indices, extra)
     metadata = Metadata(described, None, storage, StorageMeta(), "1.0.0")
     with (directory / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
+
+
+def write_extra_states(
+    directory: Path, architecture: Architecture
+) -> tuple[filesystem._StorageInfo, dict[MetadataIndex, BytesStorageMetadata]]:
+    """Writes the one empty object that stands for all of `extra_state_keys`. Returns where it is, and their names."""
+    with (directory / "__extra_0.distcp").open("wb") as file:
+        begin, length = write_object(file, [None])
+    stored = filesystem._StorageInfo("__extra_0.distcp", begin, length)
+    return stored, {MetadataIndex(key): BytesStorageMetadata() for key in extra_state_keys(architecture)}
 
 
 def write_companions(directory: Path, architecture: Architecture, head: HeadKind, padded_rows: int) -> None:
