@@ -38,6 +38,16 @@ def broadcast_object(value: Result, source: int = 0, group: dist.ProcessGroup | 
     return values[0]
 
 
+def gather_object(value: Result) -> list[Result]:
+    """Returns the value of every rank, in the order of the ranks, on the first rank; an empty list on the others."""
+    if is_alone():
+        return [value]
+    is_first = dist.get_rank() == 0
+    values: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def wait_for_all_ranks() -> None:
     """Returns when every rank has come this far."""
     all_gather_object(None)  # unlike dist.barrier it needs no GPU, whatever the group's backend is
