@@ -76,7 +76,11 @@ def begin_step(run: Run[Any, Any, Any], step: int) -> None:
     is_stopped = has_worked and not is_last and broadcast_object(is_asked_to_stop())
     if has_worked and (step % run.config.checkpoint.every == 0 or is_last or is_stopped):
         with run.timer("checkpoint"):
-            run.save(step)
+            run.begin_save(step)
+            if is_last or is_stopped:
+                run.complete_save()
+    else:
+        run.poll_save()
     if is_stopped:
         run.progress.note(f"stopped before step {step} by SIGUSR1; the same command continues there")
         wait_for_all_ranks()  # Nobody leaves while others still write the checkpoint.
@@ -94,7 +98,7 @@ def finish(run: Run[Any, Any, Any]) -> None:
     """Evaluates, saves and exports the final policy; its evaluation is the last record."""
     num_steps = run.config.num_steps
     begin_step(run, num_steps)
-    if run.metrics:
+    if evaluation_due(run, num_steps):
         run.finish_step(num_steps)
     write_final_report(run)
     run.export()

@@ -1,7 +1,7 @@
 """Files of one rank: its random states, and all of a checkpoint of the format before torch_dist, which is only read.
 
-    step_000050/policy/parameters_t00_p00.safetensors      parameters, by Megatron's global names
-    step_000050/policy/optimizer_t00_p00_d000.pt           optimizer (with float32 master weights) and schedule
+step_000050/policy/parameters_t00_p00.safetensors      parameters, by Megatron's global names
+step_000050/policy/optimizer_t00_p00_d000.pt           optimizer (with float32 master weights) and schedule
 """
 
 from __future__ import annotations

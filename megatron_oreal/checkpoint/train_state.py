@@ -128,9 +128,9 @@ class TrainState:
         }
         randomness = rank_files.random_state() if self.layout.data_rank == 0 else None
         record = {"layout": self._layout_sizes(), "progress": asdict(progress), "models": self._optimizer_progress()}
-        with_thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        written = with_thread.submit(self._write, temporary, copies, randomness)
-        with_thread.shutdown(wait=False)
+        writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        written = writer.submit(self._write, temporary, copies, randomness)
+        writer.shutdown(wait=False)
         self.pending = PendingSave(progress.step, record, copies, written, start)
 
     def poll(self) -> SavedCheckpoint | None:
@@ -338,12 +338,3 @@ def saved_steps(folder: Path) -> list[int]:
 def describe(error: Exception) -> str:
     """Returns the error's type and the beginning of its message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def write_and_sync(file: Path, content: Any, write: Any) -> None:
-    write(content, file)
-    sync_file(file)
-
-
-def torch_save(content: Any, file: Path) -> None:
-    torch.save(content, file)

@@ -20,7 +20,13 @@ from torch import Tensor
 from megatron_oreal.config.model_files import ModelSettings, copy_model_file, read_model_settings, write_model_settings
 from megatron_oreal.conversion.processes import CountBytes, map_pages, run_in_processes
 from megatron_oreal.conversion.safetensors_files import Slot, create_files, fill
-from megatron_oreal.conversion.trainer_shards import HEAD_OF_ROLE, TrainerReader, is_trainer_model, model_path_of_run
+from megatron_oreal.conversion.trainer_shards import (
+    HEAD_OF_ROLE,
+    TrainerReader,
+    has_rank_files,
+    is_trainer_model,
+    model_path_of_run,
+)
 from megatron_oreal.observability.files import temporary_directory
 from megatron_oreal.weights import torch_dist
 from megatron_oreal.weights.families import Architecture, HeadKind, parameters, read_architecture
@@ -329,7 +335,7 @@ def open_hf(path: Path) -> HfReader:
 
 @lru_cache(maxsize=4)
 def open_megatron(path: Path, architecture: Architecture) -> MegatronCheckpoint:
-    if is_trainer_model(path):
+    if has_rank_files(path):
         return TrainerReader(path)
     if is_torch_dist(path):
         return TorchDistReader(path, architecture)

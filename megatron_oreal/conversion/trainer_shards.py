@@ -1,4 +1,7 @@
-"""Reads a model of the trainer's own checkpoints as whole tensors, whatever layout wrote it; see train_state.py."""
+"""Reads a model of the trainer's checkpoints of the format before torch_dist as whole tensors; see rank_files.py.
+
+The trainer's newer checkpoints are torch_dist directories, which weights/torch_dist_reader.py reads.
+"""
 
 from __future__ import annotations
 
@@ -94,8 +97,13 @@ class TrainerReader:
             raise ValueError(f"--mcore: {self.path} lacks a shard of {row.megatron_name(place)}") from None
 
 
-def is_trainer_model(path: Path) -> bool:
+def has_rank_files(path: Path) -> bool:
     return any(SHARD_FILE.fullmatch(file.name) for file in path.glob("parameters_*"))
+
+
+def is_trainer_model(path: Path) -> bool:
+    """Says whether this is RUN_DIR/checkpoints/step_<n>/<model>, of either format."""
+    return has_rank_files(path) or ((path / ".metadata").is_file() and (path.resolve().parent / "run.json").is_file())
 
 
 def model_path_of_run(path: Path) -> Path | None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from megatron_oreal.algorithms.model import GroupAlgorithm
 from megatron_oreal.algorithms.sft import Sft
-from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, TrainState
+from megatron_oreal.checkpoint.train_state import CheckpointError, Progress, SavedCheckpoint, TrainState
 from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.engines.engine import RolloutEngine, SamplingParams
@@ -76,11 +76,28 @@ class Run(Generic[Config, Item, Algorithm]):
         if self.weight_sync.fingerprint:
             self.ledger.set_weights(version, self.weight_sync.fingerprint)
 
-    def save(self, step: int) -> None:
+    def begin_save(self, step: int) -> None:
+        """Copies the state to the host; it is written while training goes on. Collective."""
+        self.complete_save()
         evaluation = {name: value for name, value in self.metrics.items() if name.startswith("eval/")}
         with self.devices.training(pushes=False):
-            self.train_state.save(Progress(step, self.cursor.state(), self.num_skipped_steps, evaluation))
-        self.ledger.remove_before(step)
+            self.train_state.begin(Progress(step, self.cursor.state(), self.num_skipped_steps, evaluation))
+
+    def poll_save(self) -> None:
+        """Completes the checkpoint under way if it is written by now. Collective."""
+        self._after_save(self.train_state.poll())
+
+    def complete_save(self) -> None:
+        """Waits for the checkpoint under way, if there is one. Collective."""
+        self._after_save(self.train_state.complete())
+
+    def _after_save(self, saved: SavedCheckpoint | None) -> None:
+        if saved is None:
+            return
+        self.ledger.remove_before(saved.step)  # What an older checkpoint needs stays until a newer one is complete.
+        self.record(
+            {"time/in_background/checkpoint": saved.seconds, "time/in_background/checkpoint_bytes": saved.num_bytes}
+        )
 
     def finish_step(self, step: int) -> None:
         """Writes the step's record."""

@@ -27,8 +27,10 @@ from megatron_oreal.run.run_lock import RunLock, take_lock
 CONFIG = "config.yaml"
 # Where a judge or a reward server is; what it is asked may not change.
 VERIFIER_ADDRESSES = ("verifier.url", "verifier.judge.url")
+# A checkpoint fits every layout; numbers differ by rounding from then on.
+LAYOUT = ("parallel.tensor", "parallel.pipeline", "parallel.virtual", "parallel.sequence")
 # Beginnings of settings that may change between a run and its continuation.
-CHANGEABLE = (*WITHOUT_INFLUENCE, "num_steps", "checkpoint.", "eval.")
+CHANGEABLE = (*WITHOUT_INFLUENCE, "num_steps", "checkpoint.", "eval.", *LAYOUT)
 # An evaluation may be given more datasets, and be summed up in another way.
 CHANGEABLE_IN_EVAL = (
     *WITHOUT_INFLUENCE,
@@ -205,9 +207,6 @@ def reason(differences: list[str]) -> str:
             " (the decay of a learning rate without decay_steps ends with the run: num_steps changes it; to train on, "
             "start another run_dir with model.path=RUN_DIR/hf, and set decay_steps in runs that may become longer)"
         )
-    layout = ("parallel.tensor", "parallel.pipeline", "parallel.virtual")
-    if all(difference.startswith(layout) for difference in differences):
-        return " (a checkpoint is read by the layout that wrote it)"
     return " (they change what the run computes)"
 
 

@@ -18,12 +18,12 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 
 from megatron_oreal.algorithms.losses import cross_entropy
+from megatron_oreal.checkpoint.rank_files import random_state, restore_random_state
+from megatron_oreal.checkpoint.torch_dist_state import read_metadata
 from megatron_oreal.checkpoint.train_state import (
     CheckpointError,
     Progress,
     TrainState,
-    random_state,
-    restore_random_state,
     saved_steps,
 )
 from megatron_oreal.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainableConfig
