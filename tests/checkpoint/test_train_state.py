@@ -7,17 +7,19 @@ import os
 import pickle
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_oreal.algorithms.losses import cross_entropy
+from megatron_oreal.checkpoint.pieces import pieces_of
 from megatron_oreal.checkpoint.rank_files import random_state, restore_random_state
 from megatron_oreal.checkpoint.torch_dist_state import read_metadata
 from megatron_oreal.checkpoint.train_state import (
@@ -53,12 +55,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("train_state"), tied=True, num_layers=1)
 
 
-def build(path: Path, layout: ParallelLayout, distributed: bool = False) -> TrainableModel:
+def build(
+    path: Path, layout: ParallelLayout, distributed: bool = False, dtype: Any = "bfloat16"
+) -> TrainableModel:
     """In bfloat16, with a learning rate that changes at every step."""
     architecture = read_architecture(path)
     optimizer = OptimizerConfig(lr=3e-4, decay="cosine", warmup_steps=2, distributed=distributed)
     head = LogprobHead(layout, architecture.vocab_size)
-    config = ModelConfig(path=path, dtype="bfloat16")
+    config = ModelConfig(path=path, dtype=dtype)
     model = TrainableModel("policy", architecture, head, config, layout, TrainableConfig(optimizer=optimizer), 8)
     model.load_weights(path)
     return model
@@ -151,6 +155,7 @@ def test_a_checkpoint_is_on_disk_before_it_takes_its_name(
         else:
             assert disk.names[written] == {entry.name for entry in file.iterdir()}, file
     assert disk.names[temporary] == {"policy", "random_t00_p00.pt", "run.json"}
+    assert {".metadata", "__0_0.distcp", "common.pt"} <= disk.names[temporary / "policy"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -164,7 +169,7 @@ def test_killed_inside_a_checkpoint(
     wanted = {name: parameter.detach().clone() for name, parameter in model.parameters()}
     train(model)
     found = []
-    for number in range(12):
+    for number in range(20):
         pid = os.fork()
         if pid == 0:
             left = iter(range(number))
@@ -179,15 +184,99 @@ def test_killed_inside_a_checkpoint(
             state.save(Progress(2, CURSOR))
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        progress = state_of(build(path, layout), layout, tmp_path, keep_last=1).load_latest()
+        restored = build(path, layout)
+        progress = state_of(restored, layout, tmp_path, keep_last=1).load_latest()
         assert progress is not None and not list(tmp_path.glob(".*"))
         found.append(progress.step)
         if status == 0:
             break
-        saved = load_file(tmp_path / f"step_{progress.step:06d}" / "policy" / "parameters_t00_p00.safetensors")
         if progress.step == 1:
-            assert all(torch.equal(saved[name], value) for name, value in wanted.items())
-    assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and found.count(1) >= 4
+            assert all(torch.equal(parameter, wanted[name]) for name, parameter in restored.parameters())
+    assert found[0] == 1 and found[-1] == 2 and found == sorted(found) and found.count(1) >= 8
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    """The checkpoint holds the state of its step. Until it is complete the one before counts."""
+    model = build(path, layout)
+    state = state_of(model, layout, tmp_path)
+    assert state.poll() is None and state.complete() is None
+    state.save(Progress(1, CURSOR))
+    train(model)
+    wanted = {name: parameter.detach().clone() for name, parameter in model.parameters()}
+    state.begin(Progress(2, CURSOR))
+    train(model)
+    assert saved_steps(tmp_path) == [1]
+    while (saved := state.poll()) is None:
+        time.sleep(0.01)
+    assert saved.path == tmp_path / "step_000002" and saved.seconds > 0
+    written = saved.path / "policy" / "__0_0.distcp"
+    assert 0 < saved.num_bytes <= written.stat().st_size
+    restored = build(path, layout)
+    assert state_of(restored, layout, tmp_path).load_latest() == Progress(2, CURSOR)
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in restored.parameters())
+
+
+def test_a_save_that_is_under_way_when_a_process_dies_is_removed(
+    path: Path, layout: ParallelLayout, tmp_path: Path
+) -> None:
+    """All files of a rank are written, and nothing has been renamed."""
+    model = build(path, layout)
+    state = state_of(model, layout, tmp_path)
+    state.save(Progress(1, CURSOR))
+    state.begin(Progress(2, CURSOR))
+    assert state.pending is not None
+    state.pending.written.result()
+    assert (tmp_path / ".step_000002.tmp" / "policy" / "__0_0.distcp").is_file()
+    assert state_of(build(path, layout), layout, tmp_path).load_latest() == Progress(1, CURSOR)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"]
+
+
+def write_rank_files(state: TrainState, progress: Progress) -> None:
+    """Writes a checkpoint of the format before torch_dist, for one rank."""
+    folder = state.folder / f"step_{progress.step:06d}"
+    (folder / "policy").mkdir(parents=True)
+    model: Any = state.models["policy"]
+    parameters = {name: parameter.detach().clone() for name, parameter in model.parameters()}
+    save_file(parameters, folder / "policy" / "parameters_t00_p00.safetensors")
+    torch.save(model.training_state(), folder / "policy" / "optimizer_t00_p00_d000.pt")
+    torch.save(random_state(), folder / "random_t00_p00.pt")
+    layout = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 0}
+    (folder / "run.json").write_text(json.dumps({"layout": layout, "progress": asdict(progress)}))
+
+
+def test_the_format_before_is_resumed_by_the_same_layout(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
+    model = build(path, layout)
+    train(model)
+    write_rank_files(state_of(model, layout, tmp_path), Progress(2, CURSOR))
+    expected = train(model)
+    resumed = build(path, layout)
+    assert state_of(resumed, layout, tmp_path).load_latest() == Progress(2, CURSOR)
+    assert train(resumed) == expected
+    for other in ({"tensor_size": 2}, {"pipeline_size": 2}, {"virtual_size": 2}):
+        with pytest.raises(ValueError, match=r"^parallel: .*step_000002 was written with .*'tensor': 1.*this run has"):
+            state_of(resumed, replace(layout, **other), tmp_path).load_latest()
+    assert state_of(resumed, replace(layout, data_size=3), tmp_path).load_latest() == Progress(2, CURSOR)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_layers": 2}, r"model.path: .* has the shape \(1, .*this run's model has \(2, "),
+        ({"intermediate_size": 48}, r"model.path: .*linear_fc1.weight .* has the shape "),
+        ({"dtype": "float32"}, r"model.dtype: .* is torch.bfloat16, this run needs torch.float32"),
+        ({"name": "critic"}, r"run_dir: .*step_000002 holds the models policy, this run trains critic"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(
+    path: Path, layout: ParallelLayout, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    state_of(build(path, layout), layout, tmp_path).save(Progress(2, CURSOR))
+    name, dtype = settings.pop("name", "policy"), settings.pop("dtype", "bfloat16")
+    other = path if not settings else write_tiny_model(tmp_path / "other", **{"tied": True, "num_layers": 1} | settings)
+    state = TrainState(tmp_path, {name: build(other, layout, dtype=dtype)}, layout, CheckpointConfig())
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        state.load_latest()
+    assert "\n" not in str(error.value)
 
 
 def test_a_write_that_fails_leaves_the_checkpoints_before(
@@ -221,21 +310,18 @@ class Code:
         return os.mkdir, (str(self.folder),)
 
 
-def replace_optimizer_by_code(folder: Path) -> None:
-    file = folder / "policy" / "optimizer_t00_p00_d000.pt"
-    content = torch.load(file, weights_only=True)
-    torch.save(content | {"num_updates": Code(folder.parent / "made by code")}, file)
+def replace_metadata_by_code(folder: Path) -> None:
+    (folder / "policy" / ".metadata").write_bytes(pickle.dumps(Code(folder.parent / "made by code")))
 
 
 def replace_random_by_pickle(folder: Path) -> None:
     (folder / "random_t00_p00.pt").write_bytes(pickle.dumps(Code(folder.parent / "made by code")))
 
 
-def drop_a_parameter(folder: Path) -> None:
-    file = folder / "policy" / "parameters_t00_p00.safetensors"
-    tensors = load_file(file)
-    del tensors["decoder.final_layernorm.weight"]
-    save_file(tensors, file)
+def drop_a_chunk(folder: Path) -> None:
+    metadata = read_metadata(folder / "policy")
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].chunks.clear()
+    (folder / "policy" / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def cut(name: str) -> Callable[[Path], None]:
@@ -247,12 +333,12 @@ def cut(name: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "code in the optimizer": replace_optimizer_by_code,
+    "code in the metadata": replace_metadata_by_code,
     "code as random states": replace_random_by_pickle,
-    "no such parameter": drop_a_parameter,
+    "no such chunk": drop_a_chunk,
     "half of run.json": cut("run.json"),
-    "half of the parameters": cut("policy/parameters_t00_p00.safetensors"),
-    "half of the optimizer": cut("policy/optimizer_t00_p00_d000.pt"),
+    "half of the metadata": cut("policy/.metadata"),
+    "half of the tensors": cut("policy/__0_0.distcp"),
     "no random states": lambda folder: (folder / "random_t00_p00.pt").unlink(),
     "another record": lambda folder: (folder / "run.json").write_text("[]"),
 }
@@ -285,40 +371,48 @@ def test_a_step_is_saved_again(path: Path, layout: ParallelLayout, tmp_path: Pat
         assert state.load_latest() == Progress(step, CURSOR, number)
     assert [entry.name for entry in folder.iterdir()] == ["step_000005"]
     assert {file.name for file in (folder / "step_000005" / "policy").iterdir()} == {
-        "parameters_t00_p00.safetensors", "optimizer_t00_p00_d000.pt",
+        ".metadata", "__0_0.distcp", "__extra_0.distcp", "common.pt", "metadata.json",
     }  # fmt: skip
     record = json.loads((folder / "step_000005" / "run.json").read_text())
     assert record["progress"] == {"step": 5, "cursor": CURSOR, "num_skipped_steps": 1, "evaluation": {}}
     assert Progress(1, CURSOR).num_skipped_steps == 0
 
 
-def test_another_layout_is_refused_and_other_replicas_are_not(
+def test_another_layout_keeps_its_own_tensor_parallel_random_states(
     path: Path, layout: ParallelLayout, tmp_path: Path
 ) -> None:
-    model = build(path, layout)
-    state_of(model, layout, tmp_path).save(Progress(2, CURSOR))
+    """The others are those of the first rank. What differs in Megatron's tracker belongs to a rank of one layout."""
+    state = state_of(build(path, layout), layout, tmp_path)
+    get_cuda_rng_tracker().reset()
+    get_cuda_rng_tracker().add("model-parallel-rng", 7)
+    random.seed(5)
+    torch.manual_seed(6)
+    state.save(Progress(2, CURSOR))
     record = json.loads((tmp_path / "step_000002" / "run.json").read_text())
-    assert record["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 0}
-    for other in ({"tensor_size": 2}, {"pipeline_size": 2}, {"virtual_size": 2}):
-        with pytest.raises(ValueError, match=r"^parallel: .*step_000002 was written with .*'tensor': 1.*this run has"):
-            state_of(model, replace(layout, **other), tmp_path).load_latest()
-    replicas = replace(layout, data_size=3)
-    assert state_of(model, replicas, tmp_path).load_latest() == Progress(2, CURSOR)
-    sharded = build(path, layout, distributed=True)
-    state_of(sharded, layout, tmp_path / "sharded").save(Progress(2, CURSOR))
-    with pytest.raises(ValueError, match=r"^parallel: "):
-        state_of(sharded, replicas, tmp_path / "sharded").load_latest()
+    assert record["layout"] == {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "data": 1}
+    assert record["models"] == {"policy": {"num_updates": 0, "num_adam_steps": 0}}
+    expected = random.random(), float(torch.rand(()))
+    (tmp_path / "step_000002" / "run.json").write_text(
+        json.dumps(record | {"layout": record["layout"] | {"pipeline": 2}})
+    )
+    get_cuda_rng_tracker().reset()
+    get_cuda_rng_tracker().add("model-parallel-rng", 8)
+    mine = get_cuda_rng_tracker().get_states()["model-parallel-rng"].clone()
+    assert state.load_latest() == Progress(2, CURSOR)
+    assert (random.random(), float(torch.rand(()))) == expected
+    assert torch.equal(get_cuda_rng_tracker().get_states()["model-parallel-rng"], mine)
 
 
-def test_a_replica_writes_what_only_it_has(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
-    """Replica 0 writes parameters, random states and an optimizer that is not sharded; the others their shards."""
-    for distributed, expected in ((False, set()), (True, {"policy/optimizer_t00_p00_d002.pt"})):
-        model = build(path, layout, distributed)
-        folder = tmp_path / str(distributed)
-        folder.mkdir()
-        state_of(model, replace(layout, rank=2, data_rank=2, data_size=3), tmp_path)._write(folder, Progress(1, CURSOR))
-        written = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-        assert written == expected
+def test_replicas_share_the_work(path: Path, layout: ParallelLayout) -> None:
+    """Each tensor of a model is written by one of them; with a sharded optimizer, each writes its own part."""
+    model = build(path, layout)
+    train(model)
+    written = [
+        {piece.key + str(piece.offsets) for piece in pieces_of(model, replica) if piece.is_written_here}
+        for replica in (replace(layout, data_rank=rank, data_size=3) for rank in range(3))
+    ]
+    everything = {piece.key + str(piece.offsets) for piece in pieces_of(model, layout)}
+    assert all(written) and set.union(*written) == everything and sum(map(len, written)) == len(everything)
 
 
 def test_leftovers_go_and_what_is_not_ours_stays(path: Path, layout: ParallelLayout, tmp_path: Path) -> None:
