@@ -55,9 +55,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("train_state"), tied=True, num_layers=1)
 
 
-def build(
-    path: Path, layout: ParallelLayout, distributed: bool = False, dtype: Any = "bfloat16"
-) -> TrainableModel:
+def build(path: Path, layout: ParallelLayout, distributed: bool = False, dtype: Any = "bfloat16") -> TrainableModel:
     """In bfloat16, with a learning rate that changes at every step."""
     architecture = read_architecture(path)
     optimizer = OptimizerConfig(lr=3e-4, decay="cosine", warmup_steps=2, distributed=distributed)
@@ -150,6 +148,8 @@ def test_a_checkpoint_is_on_disk_before_it_takes_its_name(
     final, temporary = tmp_path / "step_000002", tmp_path / ".step_000002.tmp"
     for file in final.rglob("*"):
         written = temporary / file.relative_to(final)
+        if file.name == ".metadata":  # torch writes it beside and renames it
+            written = written.with_name(".metadata.tmp")
         if file.is_file():
             assert disk.contents[written] == file.read_bytes(), file
         else:
@@ -262,7 +262,7 @@ def test_the_format_before_is_resumed_by_the_same_layout(path: Path, layout: Par
     ("settings", "message"),
     [
         ({"num_layers": 2}, r"model.path: .* has the shape \(1, .*this run's model has \(2, "),
-        ({"intermediate_size": 48}, r"model.path: .*linear_fc1.weight .* has the shape "),
+        ({"intermediate_size": 112}, r"model.path: .*linear_fc1.weight .* has the shape "),
         ({"dtype": "float32"}, r"model.dtype: .* is torch.bfloat16, this run needs torch.float32"),
         ({"name": "critic"}, r"run_dir: .*step_000002 holds the models policy, this run trains critic"),
     ],

@@ -71,6 +71,7 @@ def refusal(config: TrainConfig) -> str:
     [
         {"parallel": {"microbatch_tokens": 512}},
         {"parallel": {"data": 2}},
+        {"parallel": {"tensor": 2, "pipeline": 2}},
         {"parallel": {"timeout_seconds": 60}},
         {"eval": {"every": 5, "num_samples": 4}},
         {"checkpoint": {"every": 1, "export_hf": False}},
@@ -121,7 +122,6 @@ def test_what_was_left_to_the_device_may_be_said(root: Path, settings: dict[str,
         ({"seed": 1}, "(seed: 0 -> 1); choose another run_dir, or restore these settings to resume (they change what"),
         ({"rollout": {"batch_size": 16}}, "(rollout.batch_size: 512 -> 16)"),
         ({"data": {"prompts_per_step": 8}}, "(data.prompts_per_step: 64 -> 8)"),
-        ({"parallel": {"pipeline": 2}}, "(parallel.pipeline: 1 -> 2); choose another run_dir, or restore these setti"),
         ({"policy": {"optimizer": {"lr": 1e-5}}}, "(policy.optimizer.lr: 1e-06 -> 1e-05)"),
     ],
 )
