@@ -106,7 +106,7 @@ CASES = {
         r"run_dir: .* belongs to another configuration \(parallel\.tensor: 1 -> 2\); choose another run_dir, or",
         environment=(("WORLD_SIZE", "2"), ("RANK", "0")),
     ),
-    "damaged parameters": Case(["run_dir={resumed}"], DAMAGED, "policy/parameters_t00_p00.safetensors"),
+    "damaged parameters": Case(["run_dir={resumed}"], DAMAGED, "policy/__0_0.distcp"),
     "damaged optimizer": Case(["run_dir={resumed}"], DAMAGED, "reward_model/optimizer_t00_p00_d000.pt"),
     "damaged random state": Case(["run_dir={resumed}"], DAMAGED, "random_t00_p00.pt"),
     "damaged record": Case(["run_dir={resumed}"], DAMAGED, "run.json"),
@@ -237,7 +237,7 @@ def test_a_full_disk_ends_the_run_and_not_its_checkpoints(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(base_config | {"run_dir": str(run_dir), "num_steps": 3}))
     before = files_in(run_dir / "checkpoints")
     command = [*COMMAND, "train", str(tmp_path / "config.yaml")]
-    parameters = run_dir / "checkpoints" / "step_000002" / "policy" / "parameters_t00_p00.safetensors"
+    parameters = run_dir / "checkpoints" / "step_000002" / "policy" / "__0_0.distcp"
     done = subprocess.run(
         command,
         capture_output=True,
