@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -46,15 +46,16 @@ class Trainable(Protocol):
     """The part of models.trainable.TrainableModel that a checkpoint saves."""
 
     architecture: Architecture
-    head: Head
 
+    @property
+    def head(self) -> Head: ...
     @property
     def optimizer_is_sharded(self) -> bool: ...
     def parameters(self) -> list[tuple[str, Tensor]]: ...
     def optimizer_tensors(self) -> list[OptimizerTensors]: ...
     def optimizer_progress(self) -> OptimizerProgress: ...
     def start_optimizer_at(self, progress: OptimizerProgress) -> None: ...
-    def load_training_state(self, state: dict[str, object]) -> None: ...
+    def load_training_state(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

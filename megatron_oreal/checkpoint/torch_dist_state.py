@@ -89,7 +89,8 @@ def finish_folder(
 ) -> None:
     """Writes what the first rank adds to the files of all ranks: .metadata, and what Megatron's own readers ask for."""
     metadata = create_default_global_save_plan(list(plans))[1]
-    for key, described in metadata.state_dict_metadata.items():
+    tensors: dict[str, Any] = dict(metadata.state_dict_metadata)
+    for key, described in tensors.items():
         num_written = sum(math.prod(chunk.sizes) for chunk in described.chunks)
         assert num_written == math.prod(described.size), f"{key}: {num_written} elements of {described.size}"
     extra, indices = write_extra_states(folder, architecture)
@@ -132,11 +133,12 @@ def read_in_place(folder: Path, metadata: Metadata, pieces: Sequence[Piece]) -> 
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     items: list[ReadItem] = []
     by_key: dict[str, list[Piece]] = {}
+    described: dict[str, Any] = metadata.state_dict_metadata
     for piece in pieces:
         by_key.setdefault(piece.key, []).append(piece)
     for key, parts in by_key.items():
         chunks = [ChunkStorageMetadata(torch.Size(part.offsets), part.values.shape) for part in parts]
-        found = create_read_items_for_chunk_list(key, metadata.state_dict_metadata[key], chunks)
+        found = create_read_items_for_chunk_list(key, described[key], chunks)
         if sum(math.prod(item.lengths) for item in found) != sum(part.values.numel() for part in parts):
             raise ValueError(f"parts of {key} are missing")
         items += found

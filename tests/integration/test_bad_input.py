@@ -107,7 +107,7 @@ CASES = {
         environment=(("WORLD_SIZE", "2"), ("RANK", "0")),
     ),
     "damaged parameters": Case(["run_dir={resumed}"], DAMAGED, "policy/__0_0.distcp"),
-    "damaged optimizer": Case(["run_dir={resumed}"], DAMAGED, "reward_model/optimizer_t00_p00_d000.pt"),
+    "damaged optimizer": Case(["run_dir={resumed}"], DAMAGED, "reward_model/.metadata"),
     "damaged random state": Case(["run_dir={resumed}"], DAMAGED, "random_t00_p00.pt"),
     "damaged record": Case(["run_dir={resumed}"], DAMAGED, "run.json"),
 }

@@ -18,6 +18,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oreal.weights.families import parameters, read_architecture
+from megatron_oreal.weights.torch_dist_reader import TorchDistReader
+
 Metrics = dict[str, Any]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture command_line
 
