@@ -33,6 +33,8 @@ class PackingPlan:
     equal_lengths: bool = False  # pads all micro-batches to the rank's longest: interleaved pipelines need it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     engine_logprobs: EngineLogprobs = "model"  # which of the engine's log-probs the losses compare with
+    # A sequence of n tokens costs n + pair_cost n^2: what a token attends to grows with its position. 0 counts tokens.
+    pair_cost: float = 0.0
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
@@ -63,7 +65,7 @@ def merge(batches: Sequence[Batch]) -> Batch:
 def own_bins(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> list[list[TrainingSequence]]:
     """Lists the sequences of each of this rank's micro-batches."""
     token_counts = [sequence.num_tokens for sequence in sequences]
-    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple)
+    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple, plan.pair_cost)
     return [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
 
 
@@ -85,18 +87,22 @@ def build_batch(
     )
 
 
-def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1) -> list[list[list[int]]]:
+def assign(
+    lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1, pair_cost: float = 0.0
+) -> list[list[list[int]]]:
     """Assigns sequences, given by their lengths: [rank][micro-batch] -> sequence numbers.
 
-    The longest sequence goes first, each to the rank with the fewest tokens. Ranks have equally many micro-batches.
-    Example: lengths 1, 2, 3, 4 over 2 ranks with room for 10 tokens -> [[[0, 3]], [[1, 2]]].
+    The longest sequence goes first, each to the rank with the least cost so far (see PackingPlan.pair_cost). Ranks have
+    equally many micro-batches. Example: lengths 1, 2, 3, 4 over 2 ranks with room for 10 tokens and a pair_cost of 0
+    -> [[[0, 3]], [[1, 2]]].
     """
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0, rank) for rank in range(num_ranks)]  # a heap: the rank with the fewest tokens comes first
+    costs = [length + pair_cost * length * length for length in lengths]
+    loads = [(0.0, rank) for rank in range(num_ranks)]  # a heap: the rank with the least cost comes first
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         load, lightest = loads[0]
         ranks[lightest].append(number)
-        heapq.heapreplace(loads, (load + lengths[number], lightest))
+        heapq.heapreplace(loads, (load + costs[number], lightest))
     packed = [first_fit(numbers, lengths, capacity) for numbers in ranks]
     count = max(1, *(len(bins) for bins in packed))
     count = -(-count // count_multiple) * count_multiple

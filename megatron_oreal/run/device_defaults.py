@@ -102,6 +102,16 @@ def parameter_count(architecture: Architecture, only_active: bool = False) -> in
     return shape.num_layers * (attention + mlp) + vocabulary
 
 
+def attention_pair_cost(architecture: Architecture) -> float:
+    """Returns what n^2 costs of a sequence of n tokens, where a token's own products cost 1.
+
+    A token is multiplied with each of the parameters (2 FLOPs). Causal attention takes 4 FLOPs for each pair of tokens,
+    each layer and each number of the heads, and there are n^2 / 2 pairs; the backward pass takes twice both.
+    """
+    attention = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim
+    return attention / (2 * parameter_count(architecture, only_active=True))
+
+
 def facts_of_start(architecture: Architecture, layout: ParallelLayout) -> dict[str, object]:
     """Returns what environment.jsonl says of the model and the devices; the report computes the MFU from it."""
     facts: dict[str, object] = {
