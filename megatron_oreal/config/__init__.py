@@ -4,6 +4,7 @@ A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`)
 be checked without loading anything is checked when the configuration is built.
 """
 
+from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms
 from megatron_oreal.config.algorithms import (
     ALGORITHM_SECTIONS,
     OBJECTIVE_OPTIONS,
@@ -57,6 +58,7 @@ __all__ = [
     "OBJECTIVE_OPTIONS",
     "OREAL_PRESETS",
     "WITHOUT_INFLUENCE",
+    "AlarmsConfig",
     "AlgorithmConfig",
     "AnswerRule",
     "BenchmarkConfig",
@@ -70,6 +72,7 @@ __all__ = [
     "HttpConfig",
     "JudgeConfig",
     "LoggingConfig",
+    "MachineAlarms",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",

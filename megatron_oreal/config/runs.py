@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms
 from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, AnyAlgorithm, OrealConfig
 from megatron_oreal.config.correction import CORRECTION_SETTINGS, Correction
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
@@ -142,7 +143,6 @@ TRAINING_ROLLOUTS = tuple(
         "unfinished",
         "loss_support",
         "ledger",
-        "mismatch_alarm",
     )
 )
 
@@ -166,6 +166,7 @@ class TrainConfig(RunConfig):
     policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
     logging: LoggingConfig = LoggingConfig()  # What is recorded besides metrics and samples.
+    alarms: AlarmsConfig = AlarmsConfig()  # What the log warns of.
 
     effects: ClassVar[Effects] = (
         (
@@ -268,6 +269,7 @@ class SftConfig(RunConfig):
     rollout: RolloutConfig = RolloutConfig()  # How the evaluation samples.
     verifier: VerifierConfig = VerifierConfig()  # How the evaluation's answers are judged.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
+    alarms: MachineAlarms = MachineAlarms()  # What the log warns of.
 
     effects: ClassVar[Effects] = (
         (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
@@ -324,5 +326,5 @@ WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-    "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "logging.",
+    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.",
 )  # fmt: skip

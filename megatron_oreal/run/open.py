@@ -22,6 +22,7 @@ from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prom
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models import parallel
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.alarm_log import AlarmLog
 from megatron_oreal.observability.environment import record_environment
 from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
@@ -190,6 +191,8 @@ def open_run(
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
         for note in (*directory.notes, describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
+        if layout.is_main:
+            run.alarms = AlarmLog(config.run_dir, start_step, config.alarms, run.progress.note)
         run.push_weights(start_step)
         run.devices.generate()
         yield run
