@@ -71,13 +71,17 @@ class Alarm:
     def key(self) -> tuple[str, str]:
         return self.name, self.subject
 
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.subject})" if self.subject else self.name
+
     def observe(self, record: Metrics) -> AlarmEvent | None:
         """Takes the record of the next step; returns an event where the alarm fires or ends."""
         found = self.check(record)
         if found is None:
             return None
         self.num_quiet = 0 if found.is_bad else self.num_quiet + 1
-        step, title = int(record["step"]), f"{self.name} ({self.subject})" if self.subject else self.name
+        step, title = int(record["step"]), self.title
         if found.is_bad and not self.is_on:
             self.is_on = True
             line = (
@@ -117,7 +121,7 @@ class Alarms:
     @property
     def lasting(self) -> list[str]:
         """The names of the alarms that are on."""
-        return [f"{alarm.name} ({alarm.subject})" if alarm.subject else alarm.name for alarm in self.alarms if alarm.is_on]
+        return [alarm.title for alarm in self.alarms if alarm.is_on]
 
 
 @dataclass(slots=True)
