@@ -95,6 +95,7 @@ def finish(run: Run[Any, Any, Any]) -> None:
     begin_step(run, num_steps)
     if run.metrics:
         run.finish_step(num_steps)
+    run.watchdog.enter("end")
     write_final_report(run)
     run.export()
 

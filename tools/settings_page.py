@@ -70,6 +70,7 @@ SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("logging", OUTCOMES, config.LoggingConfig),
     ("alarms", TRAINING, config.MachineAlarms),
     ("alarms", OUTCOMES, config.AlarmsConfig),
+    ("watchdog", TRAINING, config.WatchdogConfig),
 )
 # Sections whose settings stand in a table of their own, before that of the sections that extend them.
 SHOWN_BEFORE: tuple[type[Section], ...] = (config.ModelRunConfig, config.MachineAlarms)

@@ -52,6 +52,7 @@ from megatron_oreal.config.runs import (
     TrainConfig,
 )
 from megatron_oreal.config.verifier import AnswerRule, HttpConfig, JudgeConfig, RemoteRewardConfig, VerifierConfig
+from megatron_oreal.config.watchdog import WatchdogConfig
 
 __all__ = [
     "ALGORITHM_SECTIONS",
@@ -93,6 +94,7 @@ __all__ = [
     "TrainConfig",
     "TrainableConfig",
     "VerifierConfig",
+    "WatchdogConfig",
     "check_layout",
     "check_lengths",
     "data_parallel_size",

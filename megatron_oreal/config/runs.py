@@ -21,6 +21,7 @@ from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConf
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
 from megatron_oreal.config.verifier import HttpConfig, VerifierConfig
+from megatron_oreal.config.watchdog import WatchdogConfig
 
 
 class PromptConfig(Section):
@@ -122,6 +123,7 @@ class RunConfig(ModelRunConfig):
 
     num_steps: PositiveInt  # The length of the run.
     checkpoint: CheckpointConfig = CheckpointConfig()  # What is written, and how often.
+    watchdog: WatchdogConfig = WatchdogConfig()  # When the run counts as hanging.
 
 
 ON_POLICY_WORDS = (
@@ -326,5 +328,5 @@ WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.",
+    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.", "watchdog.",
 )  # fmt: skip

@@ -221,16 +221,16 @@ def finite(record: Metrics, metric: str) -> float | None:
 
 def share_of_groups(record: Metrics, kind: str) -> float | None:
     """The share of the judged groups that are of a kind: all_correct or all_incorrect."""
-    counts = [finite(record, f"reward/groups_{name}") for name in ("mixed", "all_correct", "all_incorrect")]
-    known = [count for count in counts if count is not None]
-    return record[f"reward/groups_{kind}"] / sum(known) if len(known) == len(counts) and sum(known) else None
+    counts = {name: record.get(f"reward/groups_{name}", 0.0) for name in ("mixed", "all_correct", "all_incorrect")}
+    num_judged = sum(counts.values())
+    return counts[kind] / num_judged if num_judged else None
 
 
 def unjudged_share(record: Metrics) -> float | None:
     """The share of the samples that have no verdict."""
     num_samples = finite(record, "rollout/num_samples")
     kinds = ("timeout", "crash", "judge_failed", "reward_failed")
-    return sum(record.get(f"verifier/{kind}", 0) for kind in kinds) / num_samples if num_samples else None
+    return sum(record.get(f"verifier/{kind}", 0.0) for kind in kinds) / num_samples if num_samples else None
 
 
 def sample_alarms(config: MachineAlarms) -> list[Alarm]:

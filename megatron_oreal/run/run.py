@@ -21,6 +21,7 @@ from megatron_oreal.observability.full_disk import describe_os_error
 from megatron_oreal.observability.memory import memory_of_process
 from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.observability.watchdog import Watchdog
 from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
@@ -51,6 +52,7 @@ class Run(Generic[Config, Item, Algorithm]):
     eval_prompts: Mapping[str, list[EncodedPrompt]]
     train_state: TrainState
     timer: PhaseTimer
+    watchdog: Watchdog
     log: MetricsLog  # the first rank's writes files
     progress: ProgressBar
     alarms: AlarmLog | None = None  # the first rank's
@@ -98,6 +100,7 @@ class Run(Generic[Config, Item, Algorithm]):
         if self.alarms is not None:
             self.alarms.observe(step, self.metrics)
         self.metrics = {}
+        self.watchdog.step = step + 1
 
     def export(self) -> None:
         """Writes the policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
