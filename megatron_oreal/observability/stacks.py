@@ -76,7 +76,8 @@ def describe_place(frame: FrameType | None) -> str:
 
 
 def describe(frame: FrameType) -> str:
-    return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+    name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.10 knows no class names here.
+    return f"{name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
 def stacks_of_process() -> str:

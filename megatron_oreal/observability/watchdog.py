@@ -30,7 +30,7 @@ from megatron_oreal.parallel.stopping import REQUEUE
 
 FOLDER = "hangs"
 STDERR = 2
-WRITE_SECONDS = 10.0  # for a file: the file system may be what hangs
+WRITE_SECONDS = 5.0  # for a file: the file system may be what hangs
 GATHER_SECONDS = 30.0  # for the states of the other ranks
 MAX_POLL_SECONDS = 5.0
 MAX_NAMED_RANKS = 3
@@ -163,8 +163,8 @@ def describe_hang(hang: Hang, states: Mapping[int, RankState], world_size: int) 
     all wait, they wait for each other.
     """
     begun = (
-        f"{hang.phase} of step {hang.step} has taken {hang.seconds:.0f} s on rank {hang.rank}, more than its deadline "
-        f"of {hang.deadline:.0f} s"
+        f"{hang.phase} of step {hang.step} has taken {hang.seconds:.1f} s on rank {hang.rank}, more than its deadline "
+        f"of {hang.deadline:g} s"
     )
     silent = [rank for rank in range(world_size) if rank not in states]
     busy = [state for _, state in sorted(states.items()) if not state.waits]
