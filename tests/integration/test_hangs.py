@@ -144,7 +144,7 @@ def test_a_process_that_stands_still_gives_no_sign_of_life(task: Path, tmp_path:
 
 
 def test_a_verifier_that_hangs(task: Path, tmp_path: Path) -> None:
-    verifier = {"function": "slow_reward:reward", "cpu_seconds": 1000}
+    verifier = {"function": "slow_reward:reward", "cpu_seconds": 1000, "require_stop": False}
     config = write_config(task, tmp_path, "train", {"rollout_seconds": 3}, verifier=verifier)
     hung = command_line("train", config, PYTHONPATH=f"{ROOT}{os.pathsep}{task}")
     assert hung.code == 75
