@@ -41,7 +41,6 @@ def train(config: TrainConfig) -> None:
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
-            warn_of_mismatch(run, step)
             finish_step(run, step)
         finish(run)
 
@@ -96,6 +95,7 @@ def finish(run: Run[Any, Any, Any]) -> None:
     begin_step(run, num_steps)
     if run.metrics:
         run.finish_step(num_steps)
+    run.watchdog.enter("end")
     write_final_report(run)
     run.export()
 
@@ -151,20 +151,6 @@ def naming_the_step(step: int) -> Iterator[None]:
             f"stopped at step {step}: {error}; the checkpoints are untouched. Lower the learning rate in a new "
             "run_dir, or, where the newest checkpoint is broken too, remove it to resume from the one before"
         ) from error
-
-
-def warn_of_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
-    """Warns where the engine's log-probs are further from the trainer's than `rollout.mismatch_alarm` allows."""
-    alarm = run.config.rollout.mismatch_alarm
-    if alarm is None or "policy/mismatch" not in run.metrics:
-        return
-    mismatch = run.metrics["policy/mismatch"]
-    run.record({"policy/mismatch_alarm": float(mismatch > alarm)})
-    if mismatch > alarm:
-        run.progress.note(
-            f"step {step}: engine and trainer disagree by {mismatch:.3g} nats a token on average, more than "
-            f"rollout.mismatch_alarm={alarm:g}: compare dtypes and kernels, or lower rollout.staleness"
-        )
 
 
 def evaluation_due(run: Run[Any, Any, Any], step: int) -> bool:

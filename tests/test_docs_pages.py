@@ -28,7 +28,7 @@ PAGES = sorted(
 OWN = [page for page in sorted(DOCS.glob("*.md")) if page.name not in ("settings.md", "metrics.md")]
 COMMAND = re.compile(r"^ {4,}(?:.* )?(?:\S*/)?megatron-oreal ((?:.*\\\n)*.*)$", re.MULTILINE)
 INLINE = re.compile(r"`megatron-oreal ([^`\n]+)`")
-SECTIONS = "rollout|model|parallel|data|verifier|algorithm|policy|checkpoint|eval|logging|optimizer"
+SECTIONS = "rollout|model|parallel|data|verifier|algorithm|policy|checkpoint|eval|logging|optimizer|alarms|watchdog"
 MODULES = {
     "convert": convert.cli,
     "export": export.main,

@@ -68,7 +68,12 @@ SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("eval", TRAINING, EvalConfig),
     ("eval", "`eval`", config.BenchmarkConfig),
     ("logging", OUTCOMES, config.LoggingConfig),
+    ("alarms", TRAINING, config.MachineAlarms),
+    ("alarms", OUTCOMES, config.AlarmsConfig),
+    ("watchdog", TRAINING, config.WatchdogConfig),
 )
+# Sections whose settings stand in a table of their own, before that of the sections that extend them.
+SHOWN_BEFORE: tuple[type[Section], ...] = (config.ModelRunConfig, config.MachineAlarms)
 INTRODUCTION = f"""\
 # Settings
 
@@ -115,7 +120,7 @@ HEADER = ("setting", "type", "default", "meaning")
 def own_settings(section: type[Section]) -> list[str]:
     """The section's settings, without the sections within it and without those that another table has."""
     names = [name for name, field in section.model_fields.items() if not is_nested(field)]
-    shown_before = config.ModelRunConfig.model_fields if section is config.RunConfig else ()
+    shown_before = next((base.model_fields for base in SHOWN_BEFORE if base in section.__mro__[1:]), ())
     return [name for name in names if name not in shown_before]
 
 

@@ -4,6 +4,7 @@ A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`)
 be checked without loading anything is checked when the configuration is built.
 """
 
+from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms
 from megatron_oreal.config.algorithms import (
     ALGORITHM_SECTIONS,
     OBJECTIVE_OPTIONS,
@@ -52,12 +53,14 @@ from megatron_oreal.config.runs import (
     TrainConfig,
 )
 from megatron_oreal.config.verifier import AnswerRule, HttpConfig, JudgeConfig, RemoteRewardConfig, VerifierConfig
+from megatron_oreal.config.watchdog import WatchdogConfig
 
 __all__ = [
     "ALGORITHM_SECTIONS",
     "OBJECTIVE_OPTIONS",
     "OREAL_PRESETS",
     "WITHOUT_INFLUENCE",
+    "AlarmsConfig",
     "AlgorithmConfig",
     "AnswerRule",
     "BenchmarkConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "HttpConfig",
     "JudgeConfig",
     "LoggingConfig",
+    "MachineAlarms",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",
@@ -92,6 +96,7 @@ __all__ = [
     "TrainConfig",
     "TrainableConfig",
     "VerifierConfig",
+    "WatchdogConfig",
     "check_layout",
     "check_lengths",
     "data_parallel_size",

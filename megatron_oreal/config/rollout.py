@@ -115,8 +115,6 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
     loss_support: Literal["all", "sampled"] = "all"
     # Every response is kept on disk at once, so that after a kill only the missing ones are generated.
     ledger: bool = True
-    # The mean difference of the engine's and the trainer's log-probs from which the log warns; null never warns.
-    mismatch_alarm: float | None = Field(default=None, gt=0)
 
     effects: ClassVar[Effects] = (
         (

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms
 from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, AnyAlgorithm, OrealConfig
 from megatron_oreal.config.correction import CORRECTION_SETTINGS, Correction
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
@@ -20,6 +21,7 @@ from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConf
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
 from megatron_oreal.config.verifier import HttpConfig, VerifierConfig
+from megatron_oreal.config.watchdog import WatchdogConfig
 
 
 class PromptConfig(Section):
@@ -121,6 +123,7 @@ class RunConfig(ModelRunConfig):
 
     num_steps: PositiveInt  # The length of the run.
     checkpoint: CheckpointConfig = CheckpointConfig()  # What is written, and how often.
+    watchdog: WatchdogConfig = WatchdogConfig()  # When the run counts as hanging.
 
 
 ON_POLICY_WORDS = (
@@ -142,7 +145,6 @@ TRAINING_ROLLOUTS = tuple(
         "unfinished",
         "loss_support",
         "ledger",
-        "mismatch_alarm",
     )
 )
 
@@ -166,6 +168,7 @@ class TrainConfig(RunConfig):
     policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
     logging: LoggingConfig = LoggingConfig()  # What is recorded besides metrics and samples.
+    alarms: AlarmsConfig = AlarmsConfig()  # What the log warns of.
 
     effects: ClassVar[Effects] = (
         (
@@ -272,6 +275,7 @@ class SftConfig(RunConfig):
     rollout: RolloutConfig = RolloutConfig()  # How the evaluation samples.
     verifier: VerifierConfig = VerifierConfig()  # How the evaluation's answers are judged.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
+    alarms: MachineAlarms = MachineAlarms()  # What the log warns of.
 
     effects: ClassVar[Effects] = (
         (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
@@ -329,5 +333,5 @@ WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-    "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "logging.",
+    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.", "watchdog.",
 )  # fmt: skip

@@ -22,12 +22,16 @@ class PhaseTimer:
     """Splits a step's wall time into disjoint phases: `with timer("rollout"): ...`.
 
     CUDA runs behind the CPU: `synchronize`, called where a phase begins and ends, lets each phase pay for its own work.
+    `on_phase` is called with the name of each phase that begins, and with "other" where one ends.
     """
 
     def __init__(
-        self, synchronize: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        synchronize: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] = lambda _phase: None,
     ) -> None:
-        self.synchronize = synchronize
+        self.synchronize, self.on_phase = synchronize, on_phase
         self.clock = clock
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
@@ -38,12 +42,15 @@ class PhaseTimer:
         """Adds the block's seconds to `phase`, also when the block raises."""
         assert self.running is None, f"phases are disjoint: {phase!r} begins inside {self.running!r}"
         assert phase not in ("other", "step"), f"{phase!r} is a name that flush() uses"
-        self.running, start = phase, self.now()
+        self.running = phase
+        self.on_phase(phase)
+        start = self.now()
         try:
             yield
         finally:
             self.running = None
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+            self.on_phase("other")
 
     def flush(self) -> Metrics:
         """Returns seconds since the last flush: of each phase, of the rest, and their sum (`time/step_seconds`)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,9 +16,13 @@ from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.engines.engine import RolloutEngine, SamplingParams
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.alarm_log import AlarmLog
 from megatron_oreal.observability.full_disk import describe_os_error
+from megatron_oreal.observability.memory import memory_of_process
 from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.observability.watchdog import Watchdog
+from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.rollout.sampler import Sampler
@@ -48,8 +52,10 @@ class Run(Generic[Config, Item, Algorithm]):
     eval_prompts: Mapping[str, list[EncodedPrompt]]
     train_state: TrainState
     timer: PhaseTimer
+    watchdog: Watchdog
     log: MetricsLog  # the first rank's writes files
     progress: ProgressBar
+    alarms: AlarmLog | None = None  # the first rank's
     start_step: int = 0
     num_skipped_steps: int = 0
     metrics: Metrics = field(default_factory=dict)  # what the step under way has measured so far
@@ -83,14 +89,18 @@ class Run(Generic[Config, Item, Algorithm]):
         self.ledger.remove_before(step)
 
     def finish_step(self, step: int) -> None:
-        """Writes the step's record."""
+        """Writes the step's record, and tells of alarms. Collective."""
         self.metrics |= self.timer.flush()
         self.metrics |= self.engine.flush_metrics()
         self.metrics |= rates(self.metrics)
         for model in self.models.values():
             self.metrics |= model.flush_seconds()
+        self.metrics |= largest(all_gather_object(memory_of_process()))
         self.log.log(step, self.metrics)
+        if self.alarms is not None:
+            self.alarms.observe(step, self.metrics)
         self.metrics = {}
+        self.watchdog.step = step + 1
 
     def export(self) -> None:
         """Writes the policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
@@ -120,6 +130,12 @@ def what_is_in(metrics: Metrics) -> str:
     if share := metrics["rollout/length_limit_share"]:
         parts.append(f"{share:.0%} of the samples cut at the length limit")
     return f" ({'; '.join(parts)})"
+
+
+def largest(of_ranks: Sequence[Metrics]) -> Metrics:
+    """Returns the largest value that a rank has, of each metric."""
+    names = {name: None for metrics in of_ranks for name in metrics}
+    return {name: max(metrics[name] for metrics in of_ranks if name in metrics) for name in names}
 
 
 def rates(metrics: Metrics) -> Metrics:

@@ -52,6 +52,7 @@ class RunDirectory:
     path: Path
     inputs: Inputs  # Empty on all ranks but the first.
     notes: list[str]  # Lines for the log about settings that have changed since the run began.
+    lock: RunLock | None = None  # Only the first rank has it.
 
     def write(self, config: ModelRunConfig) -> None:
         """Keeps what the next start compares itself with. Only the first rank calls it, when nothing can be refused."""
@@ -67,14 +68,13 @@ def open_run_directory(
 
     Raises ValueError where another run uses the directory, or where settings or files have changed.
     """
-    lock: RunLock | None = None
     directory = RunDirectory(config.run_dir, {}, [])
     error: ValueError | OSError | None = None
     try:
         if is_main:
             try:
                 prepare_folder(config.run_dir)
-                lock = take_lock(config.run_dir)
+                directory.lock = take_lock(config.run_dir)
                 directory.notes = check_run_dir(
                     config, changeable
                 )  # Another run may have used it since the first look.
@@ -86,8 +86,8 @@ def open_run_directory(
         raise_on_all(error)
         yield directory
     finally:
-        if lock is not None:
-            lock.release()
+        if directory.lock is not None:
+            directory.lock.release()
 
 
 def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEABLE) -> list[str]:

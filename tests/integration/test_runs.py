@@ -19,6 +19,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oreal.observability.alarm_log import read_alarms
+
 Metrics = dict[str, Any]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture command_line
 
@@ -198,12 +200,15 @@ def test_prompts_and_samples_are_drawn_in_rounds(train_config: Metrics, command_
     """Pure rejection sampling draws again where correct samples are missing; unusable groups make room for others."""
     algorithm = {"name": "outcome", "objective": "pure_rejection_sampling", "num_correct": 2}
     settings = train_config | {"run_dir": str(tmp_path / "run"), "algorithm": algorithm, "num_steps": 2}
-    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2, "mismatch_alarm": 1e-12}
+    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2}
+    settings["alarms"] = {"mismatch": 1e-12}
     done = command_line("train", settings, tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
     steps = [record for record in records(tmp_path / "run") if "policy/mismatch" in record]
-    assert steps and all(record["policy/mismatch_alarm"] == 1 for record in steps)
-    assert done.stderr.count("engine and trainer disagree by") == len(steps)
+    (fired,) = [event for event in read_alarms(tmp_path / "run") if event.alarm == "mismatch"]
+    assert (fired.event, fired.step, fired.value) == ("fired", steps[0]["step"], steps[0]["policy/mismatch"])
+    assert done.stderr.count("engine and trainer disagree by") == 1, "an alarm that lasts is told once"
+    assert fired.line in (tmp_path / "run/log.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").read_text().splitlines()]
     by_prompt: dict[str, list[Metrics]] = {}
     for row in rows:

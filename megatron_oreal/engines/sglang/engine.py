@@ -42,6 +42,7 @@ from megatron_oreal.engines.sglang.server_pool import (
     Server,
     ServerPool,
 )
+from megatron_oreal.engines.sglang.server_states import describe_server, describe_servers
 from megatron_oreal.engines.sglang.weights.push import WeightPusher
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport
 from megatron_oreal.engines.stop_strings import Decode
@@ -349,6 +350,16 @@ class SglangEngine:
                 await self._control(server, "/resume_memory_occupation", {"tags": released})
 
         await asyncio.gather(*map(resume, self.pool.servers))
+
+    def server_states(self) -> tuple[list[str], list[str]]:
+        """Returns what this rank knows of the servers, for the description of a hang; any thread may ask.
+
+        First come sentences about the servers that have not answered, the one that is asked for the longest time first;
+        then a line for each server and each open request.
+        """
+        states = {server.client: describe_server(server) for server in self.pool.servers}
+        states |= {client: f"SGLang server {client.endpoint}" for client in self.pusher.sender_clients.values()}
+        return describe_servers(states, num_waiting=len(self.pool.waiting))
 
     def flush_metrics(self) -> dict[str, float]:
         return self.statistics.flush() if self.is_main else {}
