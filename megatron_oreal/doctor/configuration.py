@@ -29,7 +29,8 @@ def load_any(path: Path, overrides: Sequence[str], command: str = "") -> Config:
     Raises ValueError as `load_config` does; where no command takes the file, as for `train`.
     """
     if command:
-        return load_config(KINDS[command], path, overrides)
+        config: Config = load_config(KINDS[command], path, overrides)  # type: ignore[assignment]
+        return config
     first: ValueError | None = None
     for kind in (TrainConfig, SftConfig, EvalRunConfig):
         try:

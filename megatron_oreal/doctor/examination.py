@@ -157,7 +157,7 @@ def examine(config: Config | None, folder: Path, seconds: float, show: Callable[
     except ValueError as mistake:
         examination.findings.append(of_mistake("all-reduce", mistake))
         report = report_of(examination, [(examination.host, examination.findings)])
-        show(report)
+        show(report)  # each rank speaks for itself: there is no first one to gather
     stop.set()
     return report.exit_code
 

@@ -1,4 +1,4 @@
-"""Tries the file system of a run: whether it can be written, renames, locks, and is seen by all hosts; how fast it is."""
+"""Tries the file system of a run: whether it can be written, renames and locks, and how fast it is."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def check_versions(
 ) -> Iterator[Finding]:
     """Yields an error for each requirement that does not hold. Preliminary releases, as in NGC's images, count."""
     requirements = read_requirements() if requirements is None else requirements
-    python = SpecifierSet(metadata(PACKAGE).get("Requires-Python", ""))
+    python = SpecifierSet(metadata(PACKAGE)["Requires-Python"] or "")
     if not python.contains(platform.python_version(), prereleases=True):
         yield error("python", f"Python {platform.python_version()} is not {python}", "make .venv with another PYTHON")
     versions = {one.name: installed(one.name) for one in requirements}
