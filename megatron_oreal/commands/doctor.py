@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from megatron_oreal.doctor.configuration import KINDS, load_any
+from megatron_oreal.doctor.configuration import COMMANDS, load_any
 from megatron_oreal.doctor.examination import examine
 from megatron_oreal.doctor.findings import Report
 from megatron_oreal.launch import adopt_slurm_task
@@ -17,7 +17,7 @@ from megatron_oreal.launch import adopt_slurm_task
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
-@click.option("--command", type=click.Choice(list(KINDS)), help="Whose CONFIG it is; default: the first that takes it.")
+@click.option("--command", type=click.Choice(COMMANDS), help="Whose CONFIG it is; default: the first that takes it.")
 @click.option("--folder", type=click.Path(path_type=Path), help="The file system to try; default: run_dir, or here.")
 @click.option(
     "--seconds", type=click.FloatRange(min=1), default=45.0, show_default=True, help="After these the doctor gives up."

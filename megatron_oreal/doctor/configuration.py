@@ -15,12 +15,15 @@ from megatron_oreal.run.dry_run import check_algorithm, describe_model
 from megatron_oreal.run.run_lock import LOCK, describe_owner, is_held, read_owner
 
 Config = TrainConfig | SftConfig | EvalRunConfig
-KINDS: dict[str, type[TrainConfig] | type[SftConfig] | type[EvalRunConfig]] = {
-    "train": TrainConfig,
-    "sft": SftConfig,
-    "eval": EvalRunConfig,
-    "passrate": EvalRunConfig,
-}
+COMMANDS = ("train", "sft", "eval", "passrate")
+
+
+def load_as(command: str, path: Path, overrides: Sequence[str]) -> Config:
+    if command == "train":
+        return load_config(TrainConfig, path, overrides)
+    if command == "sft":
+        return load_config(SftConfig, path, overrides)
+    return load_config(EvalRunConfig, path, overrides)
 
 
 def load_any(path: Path, overrides: Sequence[str], command: str = "") -> Config:
@@ -29,16 +32,14 @@ def load_any(path: Path, overrides: Sequence[str], command: str = "") -> Config:
     Raises ValueError as `load_config` does; where no command takes the file, as for `train`.
     """
     if command:
-        config: Config = load_config(KINDS[command], path, overrides)  # type: ignore[assignment]
-        return config
-    first: ValueError | None = None
-    for kind in (TrainConfig, SftConfig, EvalRunConfig):
+        return load_as(command, path, overrides)
+    mistakes: list[ValueError] = []
+    for each in ("train", "sft", "eval"):
         try:
-            return load_config(kind, path, overrides)
+            return load_as(each, path, overrides)
         except ValueError as mistake:
-            first = first or mistake
-    assert first is not None
-    raise first
+            mistakes.append(mistake)
+    raise mistakes[0]
 
 
 def check_configuration(config: Config) -> Iterator[Finding]:

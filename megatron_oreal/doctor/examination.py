@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -138,11 +139,11 @@ class Examination:
 def examine(config: Config | None, folder: Path, seconds: float, show: Callable[[Report], None]) -> int:
     """Collective. Examines the job, has the first rank show the report, and returns the exit code of every rank.
 
-    Where the ranks do not find each other, each host shows what it has found itself.
+    Where the ranks do not find each other, one process of each host shows what that host has found.
     """
     examination = Examination(config, folder)
     stop = watch(examination, seconds, show)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if looks_at_host():
         examination.examine_host()
     examination.current = "meeting of the ranks"
     is_first = os.environ.get("RANK", "0") == "0"
@@ -155,11 +156,18 @@ def examine(config: Config | None, folder: Path, seconds: float, show: Callable[
                 show(report)
             all_gather_object(None)  # no rank ends before the report is out
     except ValueError as mistake:
-        examination.findings.append(of_mistake("all-reduce", mistake))
-        report = report_of(examination, [(examination.host, examination.findings)])
-        show(report)  # each rank speaks for itself: there is no first one to gather
+        found = of_mistake("all-reduce", mistake)
+        report = report_of(examination, [(examination.host, [*examination.findings, found])])
+        if looks_at_host():
+            show(report)
+        else:
+            print(found.line(1), file=sys.stderr, flush=True)
     stop.set()
     return report.exit_code
+
+
+def looks_at_host() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def uses_gpus() -> bool:

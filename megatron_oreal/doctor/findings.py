@@ -85,9 +85,12 @@ def error(check: str, message: str, fix: str) -> Finding:
 
 
 def of_mistake(check: str, mistake: BaseException) -> Finding:
-    """Makes an error of an exception whose one line names the field and, after a semicolon or colon, the fix."""
-    message, _, fix = str(mistake).partition("; ")
-    return Finding(check, "error", message, fix)
+    """Makes an error of an exception whose line names the field, and after a semicolon or a second colon the fix."""
+    text = str(mistake)
+    message, _, fix = text.partition("; ")
+    if not fix and text.count(": ") > 1:
+        message, _, fix = text.rpartition(": ")
+    return Finding(check, "error", message, fix or "change what it names")
 
 
 def merged(by_host: Iterable[tuple[str, Sequence[Finding]]]) -> list[Finding]:

@@ -95,12 +95,10 @@ def check_network(facts: NetworkFacts) -> Iterator[Finding]:
     missing = [each for each in facts.gloo.split(",") if each and each not in facts.interfaces]
     if missing:
         is_fine = False
-        yield error(
-            name, f"GLOO_SOCKET_IFNAME names {missing[0]}", f"there are: {known}; export one of them, or unset it"
-        )
+        yield error(name, f"GLOO_SOCKET_IFNAME={missing[0]} is no interface", f"export one of: {known}; or unset it")
     if facts.nccl and not chosen_by_nccl(facts.nccl, list(facts.interfaces)):
         is_fine = False
-        yield error(name, f"NCCL_SOCKET_IFNAME={facts.nccl} fits no interface", f"there are: {known}")
+        yield error(name, f"NCCL_SOCKET_IFNAME={facts.nccl} fits no interface", f"export one of: {known}; or unset it")
     if not facts.master_is_known:
         is_fine = False
         yield error(name, f"MASTER_ADDR={facts.master} cannot be resolved", "give the first node's name or address")

@@ -15,7 +15,7 @@ from megatron_oreal.config import SglangConfig
 from megatron_oreal.doctor.findings import Finding, error, of_mistake, ok, warning
 from megatron_oreal.doctor.versions import is_met, read_requirements
 from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints
-from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.answers import key_status
 from megatron_oreal.engines.sglang.servers.fleet import visible_gpus
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free, is_free
 
@@ -85,7 +85,7 @@ def check_endpoints(file: Path) -> Iterator[Finding]:
         yield of_mistake(name, mistake)
         return
     with ThreadPoolExecutor(min(len(endpoints), MAX_SERVERS)) as pool:
-        statuses = list(pool.map(status_of, endpoints))
+        statuses = list(pool.map(key_status, endpoints))
     again = f"start megatron-oreal serve again, which writes {file}"
     for endpoint, status in zip(endpoints, statuses, strict=True):
         if status == 0:
@@ -96,10 +96,6 @@ def check_endpoints(file: Path) -> Iterator[Finding]:
             yield error(name, f"{endpoint} answers with status {status}", "its log says why")
     if all(status == 200 for status in statuses):
         yield ok(name, f"{len(endpoints)} servers of {file} answer")
-
-
-def status_of(endpoint: Endpoint) -> int:
-    return answer(endpoint, "/model_info", endpoint.api_key)[0]
 
 
 def check_ports(config: SglangConfig) -> Iterator[Finding]:

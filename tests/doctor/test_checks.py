@@ -273,9 +273,9 @@ def test_endpoints(status: int, words: str, tmp_path: Path, monkeypatch: pytest.
     file = tmp_path / "servers.json"
     assert "cannot be read" in only(servers.check_endpoints(file))[1]
     write_endpoints(file, [Endpoint("http://127.0.0.1:31000", "a", "b"), Endpoint("http://127.0.0.1:31001", "a", "b")])
-    monkeypatch.setattr(servers, "status_of", lambda _: 200)
+    monkeypatch.setattr(servers, "key_status", lambda _: 200)
     assert not bad(servers.check_endpoints(file))
-    monkeypatch.setattr(servers, "status_of", lambda endpoint: status if "31001" in endpoint.url else 200)
+    monkeypatch.setattr(servers, "key_status", lambda endpoint: status if "31001" in endpoint.url else 200)
     found = only(servers.check_endpoints(file))
     assert found[0] == "error" and "http://127.0.0.1:31001" in found[1] and words in found[1]
 
