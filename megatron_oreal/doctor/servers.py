@@ -14,7 +14,7 @@ import torch
 from megatron_oreal.config import SglangConfig
 from megatron_oreal.doctor.findings import Finding, error, of_mistake, ok, warning
 from megatron_oreal.doctor.versions import is_met, read_requirements
-from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints
+from megatron_oreal.engines.sglang.endpoints import read_endpoints
 from megatron_oreal.engines.sglang.servers.answers import key_status
 from megatron_oreal.engines.sglang.servers.fleet import visible_gpus
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free, is_free
