@@ -33,6 +33,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "numpy",
+        "packaging",
         "sympy",
         "math-verify[antlr4_13_2]==0.9.0",  # its verdicts are the reward: another version is another experiment
     ],

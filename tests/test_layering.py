@@ -22,7 +22,7 @@ LAYERS = (
     ("algorithms", "checkpoint", "conversion", "engines"),
     ("models", "rollout", "reports"),
     ("run",),
-    ("evaluation",),
+    ("evaluation", "doctor"),
     ("train",),
     ("launch", "commands", "cli"),
 )

@@ -49,6 +49,7 @@ class Tool:
 
 
 TOOLS = (
+    Tool("doctor", "doctor", "Checks a machine, or the ranks of a job, and what a run needs of them."),
     Tool("export", "export", "Writes a checkpoint of a run, such as the best one, as a Hugging Face directory."),
     Tool("convert", "convert", "Converts checkpoints from Hugging Face to Megatron and back, and inspects them."),
     Tool("prepare-data", "prepare_data", "Makes prompts of public data sets, or of any table, and cleans them."),

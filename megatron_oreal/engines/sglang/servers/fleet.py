@@ -25,7 +25,7 @@ from megatron_oreal.engines.sglang.endpoints import (
     remove_endpoints,
     write_endpoints,
 )
-from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.answers import answer, key_status
 from megatron_oreal.engines.sglang.servers.encryption import clear_traffic, is_loopback
 from megatron_oreal.engines.sglang.servers.listening import open_addresses
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free
@@ -237,7 +237,7 @@ def check_router(config: SglangConfig, endpoints: Sequence[Endpoint]) -> None:
 
 def has_answered(endpoint: Endpoint) -> bool:
     """Says whether this very server generates: another server of ours on its port would not know the key."""
-    return answer(endpoint, "/model_info", endpoint.api_key)[0] == 200 and answer(endpoint, "/health", "")[0] == 200
+    return key_status(endpoint) == 200 and answer(endpoint, "/health", "")[0] == 200
 
 
 @contextmanager
