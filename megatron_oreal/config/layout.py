@@ -44,16 +44,18 @@ def read_model_shape(path: Path) -> ModelShape:
 
 def data_parallel_size(parallel: ParallelConfig) -> int:
     """Returns the number of replicas. Raises ValueError where a launcher's world size does not fit the layout."""
-    model_size = parallel.tensor * parallel.pipeline
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
     world_size = os.environ.get("WORLD_SIZE")  # torchrun and the Slurm scripts set it.
     if world_size is None:
         return parallel.data or 1
     if not world_size.isdecimal() or int(world_size) == 0:
         raise ValueError(f"WORLD_SIZE must be the launcher's number of processes, got {world_size!r}: unset it")
     if int(world_size) % model_size:
+        factors = [f"parallel.tensor={parallel.tensor}", f"parallel.pipeline={parallel.pipeline}"]
+        if parallel.context > 1:
+            factors.insert(1, f"parallel.context={parallel.context}")
         raise ValueError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} must divide the "
-            f"{world_size} processes started: change the layout or the number of processes"
+            f"{' x '.join(factors)} must divide the {world_size} processes started: change the layout or the number of processes"
         )
     data = int(world_size) // model_size
     if parallel.data not in (None, data):
@@ -65,7 +67,7 @@ def data_parallel_size(parallel: ParallelConfig) -> int:
 
 def num_processes(parallel: ParallelConfig) -> int:
     """Returns the number of processes of the whole run."""
-    return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
+    return parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size(parallel)
 
 
 def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:

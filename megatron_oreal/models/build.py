@@ -56,9 +56,16 @@ def resolved_for(config: ModelConfig, device: torch.device) -> ModelConfig:
     return config.model_copy(update={"dtype": dtype, "recompute": recompute})
 
 
-def uses_transformer_engine(config: ModelConfig, device: torch.device) -> bool:
+def uses_transformer_engine(config: ModelConfig, device: torch.device, context_size: int = 1) -> bool:
     """Raises ValueError when it is asked for and not to be had. The config's dtype is resolved."""
     if config.implementation == "local":
+        return False
+    if context_size > 1:
+        if config.implementation == "transformer_engine":
+            raise ValueError(
+                "parallel.context > 1 runs on Megatron's local layers only so far, but model.implementation="
+                "transformer_engine: set it to local"
+            )
         return False
     missing = ""
     if device.type != "cuda":
@@ -231,6 +238,7 @@ def build_chunks(
                 parallel_output=True,
                 vp_stage=vp_stage,
             )
+        chunk.rotary_pos_emb.cp_group = None  # all positions: _preprocess picks those of this rank's tokens
         if architecture.rope_scaling:
             # Megatron's own scaling knows one setting of three of its four numbers.
             chunk.rotary_pos_emb.inv_freq = rotary_frequencies(

@@ -69,6 +69,8 @@ class ModelBuilder:
             equal_lengths=interleaved,
             device=self.layout.device,
             engine_logprobs=self.config.rollout.engine_logprobs,
+            context_rank=self.layout.context_rank,
+            context_size=self.layout.context_size,
         )
 
     def _build(
