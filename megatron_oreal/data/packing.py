@@ -182,7 +182,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
     trained_tokens = loss_mask.nonzero()[:, 0]
     of_correct = is_correct[sequence_ids[trained_tokens]]
     trained_places = torch.cat(places) if places else trained_tokens
-    microbatch = Microbatch(
+    return Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
         position_ids=position_ids,
@@ -200,7 +200,6 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
         trained_places=trained_places,
         longest_response=int(trained_places.max()) + 1 if len(trained_places) else 1,
     )
-    return microbatch
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

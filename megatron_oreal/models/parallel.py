@@ -43,6 +43,8 @@ def initialize(
     on_cpu = megatron_on_cpu.enable()
     if deterministic == "auto":
         deterministic = on_cpu
+    if not on_cpu and parallel.context > 1:
+        raise ValueError("parallel.context > 1 runs on a CPU only so far: set parallel.context=1")
     if not on_cpu:
         set_cuda_environment(parallel, deterministic)
     from megatron.core import parallel_state, tensor_parallel
