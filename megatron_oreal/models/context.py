@@ -47,9 +47,14 @@ class ContextSegments(PackedSegments):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As PackedSegments.attend, for L tokens of each rank. All ranks of the group call it."""
-        assert self.group is not None and self.restore_index is not None
+        assert self.group is not None
         pair = torch.stack([key, value], dim=1)  # [L, 2, groups, head_dim]
         keys, values = gather_from_sequence_parallel_region(pair, group=self.group).unbind(dim=1)
+        return self.attend_to(query, keys, values, scale)
+
+    def attend_to(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """The same with keys and values of all ranks, [C * L, groups, head_dim]."""
+        assert self.restore_index is not None
         padded = []
         for batch in self.batches:
             visible = torch.arange(batch.keys.size(1), device=query.device) <= batch.positions[:, :, None]
