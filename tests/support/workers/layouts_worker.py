@@ -66,9 +66,7 @@ def main(folder: Path) -> None:
     parallel.destroy_groups()
     expected = {name: transformers_results(folder / name) for name in ("tied", "untied")}
     results: dict[str, dict[str, Any]] = {}
-    fitting = {
-        name: c for name, c in LAYOUTS.items() if dist.get_world_size() % (c.tensor * c.pipeline * c.context) == 0
-    }
+    fitting = {name: config for name, config in LAYOUTS.items() if fits(config)}
     for layout_name, config in fitting.items():
         layout = parallel.initialize(config, seed=0)
         results[layout_name] = check_layout(folder, expected, layout_name, layout)
@@ -85,6 +83,12 @@ def main(folder: Path) -> None:
         close(torch.tensor(result["reward_losses"]), wanted, 1e-4, f"{name} reward model losses")
     print(f"rank {dist.get_rank()} passed {CHECKS} checks", flush=True)
     dist.destroy_process_group()
+
+
+def fits(config: ParallelConfig) -> bool:
+    if config.context > 1 and torch.cuda.is_available():
+        return False  # it runs on a CPU only
+    return dist.get_world_size() % (config.tensor * config.pipeline * config.context) == 0
 
 
 def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: ParallelLayout) -> dict[str, Any]:
