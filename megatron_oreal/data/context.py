@@ -59,15 +59,14 @@ def gathered_places(chunks: Sequence[int], size: int) -> list[Tensor]:
 
 def context_part(microbatch: Microbatch, chunks: Sequence[int], rank: int, size: int) -> ContextPart:
     """Cuts out the tokens of a rank. `chunks` are the chunk_lengths of the micro-batch's sequences."""
-    own, real = [], []
+    own = []
     begin = 0
     for length, chunk in zip(microbatch.lengths, chunks, strict=True):
         position = torch.cat([torch.arange(chunk) + number * chunk for number in chunks_of(rank, size)])
         own.append(begin + position.clamp_max(length - 1))
-        real.append(position < length)
         begin += length
     index = torch.cat(own)
-    loss_mask = microbatch.loss_mask[index] & torch.cat(real)
+    loss_mask = microbatch.loss_mask[index]  # a sequence's last token predicts nothing, nor do its repetitions
     trained = loss_mask.nonzero()[:, 0]
     sequence_ids = microbatch.sequence_ids[index]
     of_correct = microbatch.is_correct[sequence_ids[trained]]
@@ -81,8 +80,8 @@ def context_part(microbatch: Microbatch, chunks: Sequence[int], rank: int, size:
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         loss_mask=loss_mask,
         sequence_ids=sequence_ids,
-        advantages=torch.where(loss_mask, microbatch.advantages[index], 0.0),
-        engine_logprobs=torch.where(loss_mask, microbatch.engine_logprobs[index], 0.0),
+        advantages=microbatch.advantages[index],
+        engine_logprobs=microbatch.engine_logprobs[index],
         lengths=lengths,
         trained=trained,
         trained_correct=trained[of_correct],
