@@ -37,10 +37,8 @@ LAYOUTS = {
     "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2),
     "TP2+SP x PP2 virtual": ParallelConfig(tensor=2, pipeline=2, sequence=True, virtual_pipeline=2),
     "PP4": ParallelConfig(pipeline=4),
-    "CP2 x DP2": ParallelConfig(context=2),
+    # context_worker.py has others, with all algorithms.
     "CP2 x TP2": ParallelConfig(context=2, tensor=2),
-    "CP2 x TP2+SP": ParallelConfig(context=2, tensor=2, sequence=True),
-    "CP2 x PP2": ParallelConfig(context=2, pipeline=2),
     "CP2 x PP2 virtual": ParallelConfig(context=2, pipeline=2, virtual_pipeline=2),
     "CP4": ParallelConfig(context=4),
 }
