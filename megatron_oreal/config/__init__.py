@@ -27,6 +27,7 @@ from megatron_oreal.config.layout import (
 from megatron_oreal.config.loading import flatten, load_config, read_resolved, to_yaml
 from megatron_oreal.config.models import (
     Fp8Recipe,
+    HeadBackend,
     HeadFp8,
     HeadInit,
     HeadPrecision,
@@ -64,6 +65,7 @@ __all__ = [
     "Correction",
     "EvalRunConfig",
     "Fp8Recipe",
+    "HeadBackend",
     "HeadFp8",
     "HeadInit",
     "HeadPrecision",

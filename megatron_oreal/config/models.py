@@ -14,6 +14,7 @@ from megatron_oreal.config.section import Section
 Fp8Recipe = Literal["tensorwise", "blockwise", "mxfp8", "delayed"]
 HeadPrecision = Literal["fp32", "bf16", "fp8_grad"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
+HeadBackend = Literal["auto", "own", "liger"]
 # The library that multiplies. Transformer Engine has one scale a tensor, a block of 128 numbers, or (mx) a block of 32.
 HeadFp8 = Literal["torch", "transformer_engine_tensor", "transformer_engine_block", "transformer_engine_mx"]
 
@@ -37,10 +38,14 @@ class ModelConfig(Section):
     # The products of the log-probs; their sums are always float32. fp8_grad has bf16 values and FP8 gradients.
     head_precision: HeadPrecision = "bf16"
     head_fp8: HeadFp8 = "torch"  # Which FP8 products head_precision=fp8_grad uses.
+    # What computes the log-probs: our own kernels, or the operator of liger-kernel and liger-cute-kernels, which needs
+    # a Hopper GPU, bfloat16 and a vocabulary without padding. auto is our own: they were faster in all measurements.
+    head_backend: HeadBackend = "auto"
 
     effects: ClassVar[Effects] = (
         (("recompute_modules",), choice("recompute", "selective")),
         (("head_fp8",), choice("head_precision", "fp8_grad")),
+        (("head_backend",), choice("head_precision", "bf16")),
     )
 
     @property

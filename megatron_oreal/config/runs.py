@@ -245,6 +245,10 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 "rollout.loss_support=sampled has no FP8 products: set model.head_precision to bf16, or drop it"
             )
+        if self.rollout.trains_truncated and self.model.head_backend == "liger":
+            raise ValueError(
+                "rollout.loss_support=sampled is beyond Liger's operator: set model.head_backend to own, or drop it"
+            )
         self.algorithm.check_rollout(self.rollout)
         check_best_metric(self.checkpoint, self.eval)
         return self
@@ -298,6 +302,7 @@ class EvalRunConfig(ModelRunConfig):
                 "model.fp8_bf16_ends",
                 "model.head_precision",
                 "model.head_fp8",
+                "model.head_backend",
                 "parallel.microbatch_tokens",
             ),
             never("for eval, which does not train: drop it"),

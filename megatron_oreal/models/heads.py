@@ -12,13 +12,15 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_oreal.config import HeadFp8, HeadInit
+from megatron_oreal.config import HeadBackend, HeadFp8, HeadInit
 from megatron_oreal.engines.local.token_sampling import truncate
 from megatron_oreal.kernels import linear_logprob
 from megatron_oreal.kernels.fp8.scaled import Fp8Options
 from megatron_oreal.kernels.kept_logprob import KeptTokens, Vocabulary, choose_kept, kept_logprob
+from megatron_oreal.kernels.liger_logprob import LigerCall
 from megatron_oreal.kernels.precision import check_fp8, make_arithmetic
 from megatron_oreal.kernels.products import Precision
+from megatron_oreal.models.head_backend import choose_operator
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.types import Microbatch, TokenOutputs
 from megatron_oreal.weights.families import HeadKind
@@ -77,6 +79,8 @@ class LogprobHead:
     fp8: HeadFp8 = "torch"  # whose FP8 products, where the precision is fp8_grad
     temperature: float = 1.0  # of the distribution softmax(logits / temperature) that is trained: the sampled one
     truncation: Truncation | None = None  # top_k and top_p of the sampled distribution, where the losses are within it
+    backend: HeadBackend = "own"
+    max_tokens: int = 0  # of a micro-batch, for a backend that is configured for the largest call
 
     def __post_init__(self) -> None:
         """Raises ValueError naming what FP8 lacks on this device."""
@@ -84,7 +88,13 @@ class LogprobHead:
             check_fp8(self.layout.device, FP8_OPTIONS[self.fp8])
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
-        """GPTModel's own output layer is the head's weight."""
+        """GPTModel's own output layer is the head's weight. Raises ValueError where the backend cannot be had."""
+        model.liger_operator = None
+        if self.precision == "bf16" and self.truncation is None:
+            call = LigerCall(self.max_tokens, config.hidden_size, model.vocab_size // self.layout.tensor_size)
+            model.liger_operator = choose_operator(
+                self.backend, call, dtype=config.params_dtype, vocab_size=self.vocab_size, layout=self.layout
+            )
 
     def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
         shared = model.share_embeddings_and_output_weights
@@ -100,6 +110,10 @@ class LogprobHead:
                 microbatch.kept_tokens = choose_kept(hidden, weight, labels, vocabulary, self.truncation)
             assert isinstance(microbatch.kept_tokens, KeptTokens)
             logprobs, entropies = kept_logprob(hidden, weight, labels, microbatch.kept_tokens, vocabulary)
+            return spread_outputs(logprobs, entropies, microbatch)
+        operator = getattr(model, "liger_operator", None)
+        if operator is not None and operator.fits(len(labels)):
+            logprobs, entropies = operator(hidden, weight, labels, self.temperature)
             return spread_outputs(logprobs, entropies, microbatch)
         logprobs, _, entropy = linear_logprob(
             hidden,

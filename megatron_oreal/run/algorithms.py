@@ -53,7 +53,13 @@ class ModelBuilder:
         # Supervised training samples nothing: it is at temperature 1.
         temperature = self.config.rollout.temperature if isinstance(self.config, TrainConfig) else 1.0
         return LogprobHead(
-            self.layout, vocab_size, precision=model.head_precision, fp8=model.head_fp8, temperature=temperature
+            self.layout,
+            vocab_size,
+            precision=model.head_precision,
+            fp8=model.head_fp8,
+            temperature=temperature,
+            backend=model.head_backend,
+            max_tokens=self.config.parallel.microbatch_tokens,
         )
 
     @property

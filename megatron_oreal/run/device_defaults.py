@@ -139,6 +139,7 @@ def describe(config: TrainConfig | SftConfig, model: TrainableModel) -> str:
         "fused weight gradients": megatron.gradient_accumulation_fusion,
         "sharded optimizer": training is not None and training.is_sharded,
         "overlapped gradient reduction": training is not None and training.overlaps_reduction,
+        "log-probs by Liger's operator": config.model.head_backend == "liger",
     }
     parts += [name for name, is_on in switches.items() if is_on]
     return f"{layout.device.type}: {', '.join(parts)}"

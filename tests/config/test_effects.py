@@ -246,6 +246,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("ModelConfig", "head_fp8"): [
         Case("model.head_fp8=transformer_engine_tensor", [], ["model.head_precision=fp8_grad"])
     ],
+    ("ModelConfig", "head_backend"): [Case("model.head_backend=liger", ["model.head_precision=fp8_grad"], [])],
+    ("EvalRunConfig", "model.head_backend"): [Case("model.head_backend=own", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.head_precision"): [Case("model.head_precision=fp8_grad", [], None, EvalRunConfig)],
     ("EvalRunConfig", "model.head_fp8"): [
         Case("model.head_fp8=transformer_engine_tensor", ["model.head_precision=fp8_grad"], None, EvalRunConfig)
