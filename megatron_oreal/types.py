@@ -266,10 +266,22 @@ class Microbatch:
     # pass of a policy whose losses are within them.
     kept_tokens: object | None = None
     packed: object | None = None  # what the attention derived from cu_seqlens, kept for the next pass
+    part: ContextPart | None = None  # this rank's tokens; None without context parallelism
 
     @property
     def num_sequences(self) -> int:
         return int(self.is_correct.numel())
+
+
+@dataclass(slots=True)
+class ContextPart:
+    """One context-parallel rank's tokens of a micro-batch; see data/context.py. L tokens of each of C ranks.
+
+    The models see these; algorithms, losses and metrics see the whole micro-batch, on every rank.
+    """
+
+    tokens: Microbatch  # [L] tokens in place of [T], and the model's `packed` and `kept_tokens` for them
+    restore: Tensor  # [T] int64, where token t stands among the tokens of all ranks, one rank after the other
 
 
 @dataclass(slots=True)

@@ -159,12 +159,12 @@ class TrainState:
     def _write(self, folder: Path, progress: Progress) -> None:
         for name, model in self.models.items():
             (folder / name).mkdir(exist_ok=True)
-            if self.layout.data_rank == 0:
+            if self.layout.copy_rank == 0:
                 parameters = {key: value.detach().cpu().contiguous() for key, value in model.parameters()}
                 write_and_sync(folder / name / f"parameters_{self._shard}.safetensors", parameters, save_tensors)
-            if self.layout.data_rank == 0 or model.optimizer_is_sharded:
+            if self.layout.copy_rank == 0 or model.optimizer_is_sharded:
                 write_and_sync(folder / name / self._optimizer_file(model), model.training_state(), torch_save)
-        if self.layout.data_rank == 0:
+        if self.layout.copy_rank == 0:
             write_and_sync(folder / f"random_{self._shard}.pt", random_state(), torch_save)
         if self.layout.is_main:
             record = {"layout": self._layout_sizes(), "progress": asdict(progress)}
@@ -198,7 +198,7 @@ class TrainState:
         return f"t{self.layout.tensor_rank:02d}_p{self.layout.pipeline_rank:02d}"
 
     def _optimizer_file(self, model: Trainable) -> str:
-        return f"optimizer_{self._shard}_d{self.layout.data_rank if model.optimizer_is_sharded else 0:03d}.pt"
+        return f"optimizer_{self._shard}_d{self.layout.copy_rank if model.optimizer_is_sharded else 0:03d}.pt"
 
     def _layout_sizes(self) -> dict[str, int]:
         layout = self.layout
@@ -207,7 +207,7 @@ class TrainState:
             "tensor": layout.tensor_size,
             "pipeline": layout.pipeline_size,
             "virtual_pipeline": layout.virtual_size,
-            "data": layout.data_size if sharded else 0,  # 0: any number of replicas can read it
+            "data": layout.num_copies if sharded else 0,  # 0: any number of replicas can read it
         }
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.config.rollout import EngineLogprobs
+from megatron_oreal.data.context import chunk_lengths, context_part
 from megatron_oreal.types import Batch, Float32Array, Microbatch, TrainingSequence, no_logprobs
 
 
@@ -28,13 +29,16 @@ class PackingPlan:
     data_rank: int
     data_size: int  # number of data-parallel ranks
     microbatch_tokens: int  # upper bound; a single sequence longer than this gets its own micro-batch
-    token_multiple: int = 1  # every micro-batch's length is a multiple of this: sequence parallelism splits it
+    # Every micro-batch's length on a rank is a multiple of this: sequence parallelism splits it.
+    token_multiple: int = 1
     count_multiple: int = 1  # the number of micro-batches is a multiple of this: interleaved pipelines need it
     equal_lengths: bool = False  # pads all micro-batches to the rank's longest: interleaved pipelines need it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     engine_logprobs: EngineLogprobs = "model"  # which of the engine's log-probs the losses compare with
     # A sequence of n tokens costs n + pair_cost n^2: what a token attends to grows with its position. 0 counts tokens.
     pair_cost: float = 0.0
+    context_rank: int = 0
+    context_size: int = 1  # number of ranks that share the tokens of each micro-batch: context parallelism
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
@@ -46,7 +50,24 @@ def pack_parts(parts: Sequence[Sequence[TrainingSequence]], plan: PackingPlan) -
     """Packs each part into a batch of its own, so that it can be a mini-batch; `merge` joins batches again."""
     packed = [own_bins(sequences, plan) for sequences in parts]
     longest = max(padded_length(bin_, plan) for bins in packed for bin_ in bins) if plan.equal_lengths else None
-    return [build_batch(sequences, bins, longest, plan) for sequences, bins in zip(parts, packed, strict=True)]
+    batches = [build_batch(sequences, bins, longest, plan) for sequences, bins in zip(parts, packed, strict=True)]
+    if plan.context_size > 1:
+        split_context([microbatch for batch in batches for microbatch in batch.microbatches], plan)
+    for batch in batches:
+        for microbatch in batch.microbatches:
+            to_device(microbatch, plan.device)
+    return batches
+
+
+def split_context(microbatches: Sequence[Microbatch], plan: PackingPlan) -> None:
+    """Fills `part` of every micro-batch, which is on the host."""
+    limits = (plan.context_size, plan.token_multiple)
+    chunks = [chunk_lengths(microbatch.lengths, *limits) for microbatch in microbatches]
+    if plan.equal_lengths:
+        longest = 2 * max(map(sum, chunks))
+        chunks = [chunk_lengths(microbatch.lengths, *limits, longest) for microbatch in microbatches]
+    for microbatch, own in zip(microbatches, chunks, strict=True):
+        microbatch.part = context_part(microbatch, own, plan.context_rank, plan.context_size)
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
@@ -167,7 +188,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
     trained_tokens = loss_mask.nonzero()[:, 0]
     of_correct = is_correct[sequence_ids[trained_tokens]]
     trained_places = torch.cat(places) if places else trained_tokens
-    microbatch = Microbatch(
+    return Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
         position_ids=position_ids,
@@ -185,7 +206,6 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
         trained_places=trained_places,
         longest_response=int(trained_places.max()) + 1 if len(trained_places) else 1,
     )
-    return to_device(microbatch, plan.device)
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
@@ -194,6 +214,9 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
             value = getattr(microbatch, name)
             if isinstance(value, Tensor):
                 setattr(microbatch, name, copy_to_device(value, device))
+        if microbatch.part is not None:
+            to_device(microbatch.part.tokens, device)
+            microbatch.part.restore = copy_to_device(microbatch.part.restore, device)
     return microbatch
 
 

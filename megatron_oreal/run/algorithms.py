@@ -77,6 +77,8 @@ class ModelBuilder:
             device=self.layout.device,
             engine_logprobs=self.config.rollout.engine_logprobs,
             pair_cost=attention_pair_cost(self.architecture),
+            context_rank=self.layout.context_rank,
+            context_size=self.layout.context_size,
         )
 
     def _build(

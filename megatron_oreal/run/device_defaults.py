@@ -61,7 +61,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     num_parameters = parameter_count(architecture)
     item = 4 if config.model.dtype == "float32" else 2
     num_trained, num_frozen = model_counts(config, num_parameters)
-    shard = data_parallel_size(parallel)  # the number of ranks over which optimizer states are split
+    shard = data_parallel_size(parallel) * parallel.context  # the number of ranks over which optimizer states are split
     trained_bytes = (item + 4) + (12 if item == 2 else 8) / shard
     states = num_parameters / model_size * (num_trained * trained_bytes + num_frozen * item)
     if config.rollout.engine == "local":
@@ -76,7 +76,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     # Input and its norm; gate and up, and their product.
     mlp = item * (2 * shape.hidden_size + 3 * width) + norm
     # Without sequence parallelism the tensor-parallel ranks keep the whole of some tensors: counted as all of them.
-    share = parallel.tensor if parallel.sequence else 1
+    share = parallel.context * (parallel.tensor if parallel.sequence else 1)
     a_layer = parallel.microbatch_tokens * (attention + mlp) / share
     # A pipeline's first stage keeps as many micro-batches as there are stages: together as much as all layers.
     return Memory(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> 
 def test_two_processes_are_started_and_learn_the_same(
     unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
 ) -> None:
-    """TP 2 and DP 2 give the rollouts and losses of one process; 5 pairs do not divide by 2.
+    """TP 2, DP 2 and CP 2 give the rollouts and losses of one process; 5 pairs do not divide by 2.
 
     In step 0 the reward model is zero and the policy waits; in step 1 the same policy samples, the reward model has
     learnt and the policy learns, so that every reduction over the ranks shows in a number.
@@ -147,7 +148,7 @@ def test_two_processes_are_started_and_learn_the_same(
     alone = records(unbroken)
     assert abs(alone[1]["reward_model/loss"] - math.log(2)) > 2e-4 and alone[1]["policy/grad_norm"] > 1e-3
     assert abs(alone[1]["policy/loss"]) > 1e-5
-    for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}}.items():
+    for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}, "context": {"context": 2}}.items():
         settings = train_config | {"run_dir": str(tmp_path / name), "parallel": layout, "num_steps": 2}
         done = command_line("train", settings, tmp_path / f"{name}.yaml")
         assert done.returncode == 0, done.stderr
@@ -163,6 +164,24 @@ def test_two_processes_are_started_and_learn_the_same(
                 assert together[step][metric] == pytest.approx(value, rel=1e-4, abs=tolerance), (step, metric)
             sampled = Path("rollouts") / f"step_{step:06d}.jsonl"
             assert texts((tmp_path / name / sampled).read_text()) == texts((unbroken / sampled).read_text())
+
+
+@pytest.mark.timeout(600)
+def test_context_parallel_ranks_resume_bit_for_bit(train_config: Metrics, command_line: Run, tmp_path: Path) -> None:
+    """Each has a part of the optimizer's state. Without its later checkpoints, a run takes the steps since again."""
+    settings = train_config | {"run_dir": str(tmp_path / "run"), "parallel": {"context": 2}, "num_steps": 4}
+    settings["policy"] = {"optimizer": {"lr": 0.001, "distributed": True}}
+    settings["checkpoint"] = {"every": 2, "keep_last": 5}
+    assert command_line("train", settings, tmp_path / "config.yaml").returncode == 0
+    unbroken = without_times(tmp_path / "run")
+    assert any(record.get("policy/grad_norm", 0.0) > 0 for record in unbroken[2:])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert len(list((checkpoints / "step_000002" / "policy").glob("optimizer_*_d*.pt"))) == 2
+    shutil.rmtree(checkpoints / "step_000004")
+    done = command_line("train", settings, tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 2" in done.stderr
+    assert without_times(tmp_path / "run") == unbroken
 
 
 def texts(lines: str) -> list[str]:
