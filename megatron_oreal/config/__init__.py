@@ -37,6 +37,13 @@ from megatron_oreal.config.models import (
     ScalarModelConfig,
     TrainableConfig,
 )
+from megatron_oreal.config.monitoring import (
+    MlflowConfig,
+    PrometheusConfig,
+    TrackersConfig,
+    WandbConfig,
+    check_packages,
+)
 from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
 from megatron_oreal.config.runs import (
     WITHOUT_INFLUENCE,
@@ -70,6 +77,7 @@ __all__ = [
     "HttpConfig",
     "JudgeConfig",
     "LoggingConfig",
+    "MlflowConfig",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",
@@ -78,6 +86,7 @@ __all__ = [
     "ParallelConfig",
     "PolicyConfig",
     "PpoConfig",
+    "PrometheusConfig",
     "PromptConfig",
     "RemoteRewardConfig",
     "RolloutConfig",
@@ -87,11 +96,14 @@ __all__ = [
     "SftConfig",
     "SftDataConfig",
     "SglangConfig",
+    "TrackersConfig",
     "TrainConfig",
     "TrainableConfig",
     "VerifierConfig",
+    "WandbConfig",
     "check_layout",
     "check_lengths",
+    "check_packages",
     "data_parallel_size",
     "describe_layout",
     "flatten",

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.tensorboard import TensorBoard
+from megatron_oreal.observability.trackers import Tracker
 from megatron_oreal.types import Metrics as Metrics
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -62,7 +63,7 @@ class PhaseTimer:
 
 
 class MetricsLog(Closing):
-    """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard.
+    """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard and in the trackers.
 
     JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf". A line is on disk when
     `log` returns. A run resumed at `start_step` first drops the records from that step on, so each step has one record.
@@ -77,6 +78,7 @@ class MetricsLog(Closing):
         self.last_step = start_step - 1
         self.file = path.open("ab")
         self.tensorboard = TensorBoard(run_dir, start_step)
+        self.trackers: list[Tracker] = []  # whoever opened them closes them
 
     @staticmethod
     def silent() -> MetricsLog:
@@ -93,6 +95,13 @@ class MetricsLog(Closing):
         os.fsync(self.file.fileno())
         self.last_step = step
         self.tensorboard.scalars(record, step)
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def upload(self, file: Path) -> None:
+        """Keeps a copy of the file with the trackers' runs."""
+        for tracker in self.trackers:
+            tracker.upload(file)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Shows `text`, for example an answer of the policy, in TensorBoard."""
@@ -105,7 +114,7 @@ class MetricsLog(Closing):
 
 class SilentMetricsLog(MetricsLog):
     def __init__(self) -> None:
-        pass
+        self.trackers = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass

@@ -43,7 +43,14 @@ from megatron_oreal.run.inputs import (
 )
 from megatron_oreal.run.rollouts import build_sampler
 from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
-from megatron_oreal.run.run_directory import CHANGEABLE_IN_EVAL, RunDirectory, check_run_dir, open_run_directory
+from megatron_oreal.run.run_directory import (
+    CHANGEABLE_IN_EVAL,
+    CONFIG,
+    RunDirectory,
+    check_run_dir,
+    open_run_directory,
+)
+from megatron_oreal.run.trackers import build_trackers
 from megatron_oreal.run.verifiers import open_verifier
 from megatron_oreal.types import TrainingSequence
 
@@ -166,6 +173,9 @@ def open_run(
             log = stack.enter_context(MetricsLog(config.run_dir, start_step))
         ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
         progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
+        if layout.is_main:
+            log.trackers = [stack.enter_context(tracker) for tracker in build_trackers(config, announce)]
+            log.upload(directory.path / CONFIG)
         run = Run(
             config=config,
             layout=layout,
