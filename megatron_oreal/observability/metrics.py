@@ -32,6 +32,7 @@ class PhaseTimer:
         self.clock = clock
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
+        self.running_since = 0.0  # by the clock
         self.last_flush = self.now()
 
     @contextmanager
@@ -39,12 +40,18 @@ class PhaseTimer:
         """Adds the block's seconds to `phase`, also when the block raises."""
         assert self.running is None, f"phases are disjoint: {phase!r} begins inside {self.running!r}"
         assert phase not in ("other", "step"), f"{phase!r} is a name that flush() uses"
-        self.running, start = phase, self.now()
+        self.running_since = start = self.now()
+        self.running = phase
         try:
             yield
         finally:
             self.running = None
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+
+    def under_way(self) -> tuple[str, float]:
+        """Returns the phase that runs and its seconds so far, or ("other", 0). Any thread may ask."""
+        phase, since = self.running, self.running_since
+        return ("other", 0.0) if phase is None else (phase, self.clock() - since)
 
     def flush(self) -> Metrics:
         """Returns seconds since the last flush: of each phase, of the rest, and their sum (`time/step_seconds`)."""

@@ -58,7 +58,9 @@ class MlflowTracker:
             write_state(self.state_file, {"tracking_uri": self.uri, "run_id": self.run_id})
         run = self.client.get_run(self.run_id)
         if not run.data.params:
-            params = [Param(valid_name(name), str(value)[:MAX_PARAM_CHARACTERS]) for name, value in self.settings.items()]
+            params = [
+                Param(valid_name(name), str(value)[:MAX_PARAM_CHARACTERS]) for name, value in self.settings.items()
+            ]
             for begin in range(0, len(params), MAX_PARAMS):
                 self.client.log_batch(self.run_id, params=params[begin : begin + MAX_PARAMS])
         if MARKER not in run.data.metrics:

@@ -31,6 +31,7 @@ from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
 from megatron_oreal.run.device_defaults import describe, facts_of_start, with_device_defaults
 from megatron_oreal.run.devices import device_sharing, make_room_for_models
+from megatron_oreal.run.endpoint import open_endpoint
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     Inputs,
@@ -194,8 +195,10 @@ def open_run(
             log=log,
             progress=progress,
             start_step=start_step,
+            step=start_step,
             num_skipped_steps=num_skipped_steps,
         )
+        stack.enter_context(open_endpoint(run, config.prometheus, announce))
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
         for note in (*directory.notes, describe(config, models["policy"]), *inputs.notes):

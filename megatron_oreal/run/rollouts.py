@@ -45,4 +45,5 @@ def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> Pre
         seed=config.seed,
         ledger=run.ledger,
     )
-    return PrefetchingCollector(producer, run.cursor, run.layout.is_main, run.start_step, config.num_steps)
+    run.collector = PrefetchingCollector(producer, run.cursor, run.layout.is_main, run.start_step, config.num_steps)
+    return run.collector

@@ -21,6 +21,7 @@ from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.run.devices import DeviceSharing
 from megatron_oreal.run.run_directory import keep_users_files
@@ -53,6 +54,9 @@ class Run(Generic[Config, Item, Algorithm]):
     start_step: int = 0
     num_skipped_steps: int = 0
     metrics: Metrics = field(default_factory=dict)  # what the step under way has measured so far
+    step: int = 0  # under way
+    last_record: Metrics = field(default_factory=dict)  # of the step before it
+    collector: PrefetchingCollector | None = None  # that makes the groups of a training on rewards
 
     def record(self, metrics: Metrics) -> None:
         self.metrics |= metrics
@@ -90,7 +94,7 @@ class Run(Generic[Config, Item, Algorithm]):
         for model in self.models.values():
             self.metrics |= model.flush_seconds()
         self.log.log(step, self.metrics)
-        self.metrics = {}
+        self.last_record, self.metrics, self.step = self.metrics, {}, step + 1
 
     def export(self) -> None:
         """Writes the policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""

@@ -13,8 +13,14 @@ from typing import Any
 
 import pytest
 
-from megatron_oreal.config import MlflowConfig, PrometheusConfig, TrackersConfig, WandbConfig, check_packages
-from megatron_oreal.config import monitoring
+from megatron_oreal.config import (
+    MlflowConfig,
+    PrometheusConfig,
+    TrackersConfig,
+    WandbConfig,
+    check_packages,
+    monitoring,
+)
 from megatron_oreal.observability.mlflow_client import MlflowTracker, valid_name
 from megatron_oreal.observability.trackers import Outcome, Tracker
 from megatron_oreal.observability.wandb_client import WandbTracker
