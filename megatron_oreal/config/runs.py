@@ -145,6 +145,7 @@ TRAINING_ROLLOUTS = tuple(
         "unfinished",
         "loss_support",
         "ledger",
+        "only",
         "mismatch_alarm",
     )
 )
@@ -328,5 +329,5 @@ WITHOUT_INFLUENCE = (
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
     "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "logging.",
-    "trackers.", "prometheus.",
+    "rollout.record", "rollout.replay", "rollout.only", "trackers.", "prometheus.",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Hands a run's records and files to an experiment tracker, without ever making the training wait for it.
 
-A tracker's client (MLflow, W&B) runs in a thread of its own, beside TensorBoard, which writes at once. The training only
-puts records into a queue. A client that fails costs the run one line of the log: its thread tries again every
+A tracker's client (MLflow, W&B) runs in a thread of its own, beside TensorBoard, which writes at once. The training
+only puts records into a queue. A client that fails costs the run one line of the log: its thread tries again every
 `retry_seconds`, the queue holds at most `capacity` records, and the oldest ones beyond that are dropped and counted.
 `metrics.jsonl` has all of them in any case, and a resumed run gives the tracker what it lacks.
 """
@@ -29,7 +29,7 @@ FAILED_CLOSE_SECONDS = 10.0  # for one whose last call has failed
 
 
 class TrackerClient(Protocol):
-    """Speaks to one kind of tracker. One thread calls all methods; each may raise any exception, and is then repeated."""
+    """Speaks to one kind of tracker. One thread calls all methods; one that raises an exception is called again."""
 
     name: str
 

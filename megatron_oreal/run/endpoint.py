@@ -19,7 +19,7 @@ from megatron_oreal.types import Notify
 
 @contextmanager
 def open_endpoint(run: Run[Any, Any, Any], config: PrometheusConfig, notify: Notify) -> Iterator[None]:
-    """Answers while the block runs. A port that cannot be had costs the run one line: it trains without being watched."""
+    """Answers while the block runs. A port that cannot be had costs the run one line: it trains unwatched."""
     if config.port is None or not (run.layout.is_main or config.ranks == "all"):
         yield
         return
@@ -56,7 +56,7 @@ def observe(run: Run[Any, Any, Any]) -> Observed:
 
 
 def queues(run: Run[Any, Any, Any]) -> dict[str, int]:
-    """How many groups wait for verdicts, steps for training, requests for a server or an answer, records for trackers."""
+    """How many groups wait for verdicts, steps for training, requests for servers, and records for trackers."""
     found = {f"records_for_{tracker.client.name}": len(tracker.records) for tracker in run.log.trackers}
     if run.collector is not None:
         pending = run.collector.producer.pending

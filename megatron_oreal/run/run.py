@@ -63,6 +63,8 @@ class Run(Generic[Config, Item, Algorithm]):
 
     def count_skipped(self, step: int) -> None:
         """Counts the step as skipped where its groups gave the algorithm nothing to learn from."""
+        if self.config.rollout.only:
+            return
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
             self.progress.note(f"step {step} skipped: the algorithm learns nothing from it{what_is_in(self.metrics)}")
