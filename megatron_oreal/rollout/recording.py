@@ -46,6 +46,10 @@ class RecordingEngine:
     def version(self) -> int:
         return self.engine.version
 
+    @version.setter
+    def version(self, version: int) -> None:
+        self.engine.version = version
+
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
@@ -62,7 +66,8 @@ class RecordingEngine:
             if index not in told:
                 self._write(version, requests[index], params, generation)
         with self.lock:
-            self.files[version].flush()
+            if version in self.files:
+                self.files[version].flush()
             for old in [old for old in self.files if old < version - 1]:
                 self.files.pop(old).close()
         return generations

@@ -35,7 +35,10 @@ AnyConfig = TrainConfig | SftConfig | EvalRunConfig
 def open_engine(
     config: AnyConfig, layout: ParallelLayout, notify: Notify, decode: Decode | None = None
 ) -> Iterator[RolloutEngine]:
-    """The engine of `rollout.engine`, or the recorded responses of `rollout.replay`, closed at the end together with the servers that it started.
+    """The engine of `rollout.engine`, or the responses that `rollout.replay` names.
+
+    It is closed at the end together with the servers that it started.
+
 
     decode: the engine needs it to end responses at `rollout.stop_strings`; without it they are cut afterwards.
 
