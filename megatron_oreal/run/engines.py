@@ -39,7 +39,6 @@ def open_engine(
 
     It is closed at the end together with the servers that it started.
 
-
     decode: the engine needs it to end responses at `rollout.stop_strings`; without it they are cut afterwards.
 
     Raises ValueError for servers that cannot be, ServerError for those that do not start.

@@ -54,6 +54,7 @@ def test_training_alone(whole: Path, settings: dict[str, Any], command_line: Run
     assert mine.keys() == theirs.keys() and all(mine[key].equal(theirs[key]) for key in mine)
 
 
+@pytest.mark.slow
 def test_training_alone_from_a_checkpoint(
     whole: Path, settings: dict[str, Any], command_line: Run, tmp_path: Path
 ) -> None:
@@ -67,6 +68,7 @@ def test_training_alone_from_a_checkpoint(
     assert records(run_dir) == records(whole)
 
 
+@pytest.mark.slow
 def test_rollouts_alone(whole: Path, settings: dict[str, Any], command_line: Run, tmp_path: Path) -> None:
     for first, start in ((0, None), (2, whole)):
         run_dir = tmp_path / f"run_{first}"
@@ -84,6 +86,7 @@ def test_rollouts_alone(whole: Path, settings: dict[str, Any], command_line: Run
         assert not (run_dir / "checkpoints" / "step_000004").exists()
 
 
+@pytest.mark.slow
 def test_what_was_not_recorded_is_one_line(
     whole: Path, settings: dict[str, Any], command_line: Run, tmp_path: Path
 ) -> None:
@@ -91,5 +94,6 @@ def test_what_was_not_recorded_is_one_line(
     done = command_line("train", config, tmp_path / "config.yaml", f"rollout.replay={whole}", "seed=5")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("Error: rollout.replay: ") and "another seed" in done.stderr
+    config = settings | {"run_dir": str(tmp_path / "other")}
     done = command_line("train", config, tmp_path / "config.yaml", f"rollout.replay={tmp_path}")
     assert done.returncode == 2 and "holds no recording/" in done.stderr
