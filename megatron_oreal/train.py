@@ -35,9 +35,10 @@ def train(config: TrainConfig) -> None:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", collected.sampled)
             record_rollout(run, collected, step)
             with run.devices.training(pushes=True):
-                with run.timer("update"), naming_the_step(step), recording_tokens(run, collected.sampled, step):
-                    run.record(measured(config, run.algorithm.update(collected.groups, step)))
-                    run.complete_updates(step)
+                if not config.rollout.only:
+                    with run.timer("update"), naming_the_step(step), recording_tokens(run, collected.sampled, step):
+                        run.record(measured(config, run.algorithm.update(collected.groups, step)))
+                        run.complete_updates(step)
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
@@ -73,7 +74,8 @@ def begin_step(run: Run[Any, Any, Any], step: int) -> None:
     # Each start makes a step at least: a job whose time is too short for one must not go around in the queue for ever.
     has_worked = step > run.start_step
     is_stopped = has_worked and not is_last and broadcast_object(is_asked_to_stop())
-    if has_worked and (step % run.config.checkpoint.every == 0 or is_last or is_stopped):
+    is_due = step % run.config.checkpoint.every == 0 or is_last or is_stopped
+    if has_worked and is_due and not run.config.rollout.only:  # What only generates has not come further.
         with run.timer("checkpoint"):
             run.save(step)
     if is_stopped:
@@ -97,7 +99,8 @@ def finish(run: Run[Any, Any, Any]) -> None:
         run.finish_step(num_steps)
     run.watchdog.enter("end")
     write_final_report(run)
-    run.export()
+    if not run.config.rollout.only:
+        run.export()
 
 
 def record_rollout(run: Run[TrainConfig, Any, Any], collected: Collected, step: int) -> None:

@@ -65,6 +65,10 @@ SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("policy", TRAINING, config.PolicyConfig),
     ("optimizer", "`policy`, `algorithm.reward_model` and `algorithm.critic`", config.OptimizerConfig),
     ("checkpoint", TRAINING, config.CheckpointConfig),
+    ("trackers", TRAINING, config.TrackersConfig),
+    ("trackers.mlflow", TRAINING, config.MlflowConfig),
+    ("trackers.wandb", TRAINING, config.WandbConfig),
+    ("prometheus", TRAINING, config.PrometheusConfig),
     ("eval", TRAINING, EvalConfig),
     ("eval", "`eval`", config.BenchmarkConfig),
     ("logging", OUTCOMES, config.LoggingConfig),
@@ -110,7 +114,13 @@ def section_text(where: str, owners: str, section: type[Section]) -> str:
     rows = [setting_row(where, name, section) for name in own_settings(section)]
     sentence = inspect.getdoc(section) or ""
     return "\n".join(
-        [f"## {title(where, owners)}", "", " ".join(sentence.split()), "", *table(HEADER, rows), ""],
+        [
+            f"## {title(where, owners)}",
+            "",
+            " ".join(sentence.split()),
+            "",
+            *([*table(HEADER, rows), ""] if rows else []),
+        ],
     )
 
 

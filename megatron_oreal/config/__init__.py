@@ -39,6 +39,13 @@ from megatron_oreal.config.models import (
     ScalarModelConfig,
     TrainableConfig,
 )
+from megatron_oreal.config.monitoring import (
+    MlflowConfig,
+    PrometheusConfig,
+    TrackersConfig,
+    WandbConfig,
+    check_packages,
+)
 from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
 from megatron_oreal.config.runs import (
     WITHOUT_INFLUENCE,
@@ -76,6 +83,7 @@ __all__ = [
     "JudgeConfig",
     "LoggingConfig",
     "MachineAlarms",
+    "MlflowConfig",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",
@@ -84,6 +92,7 @@ __all__ = [
     "ParallelConfig",
     "PolicyConfig",
     "PpoConfig",
+    "PrometheusConfig",
     "PromptConfig",
     "RemoteRewardConfig",
     "RolloutConfig",
@@ -93,12 +102,15 @@ __all__ = [
     "SftConfig",
     "SftDataConfig",
     "SglangConfig",
+    "TrackersConfig",
     "TrainConfig",
     "TrainableConfig",
     "VerifierConfig",
     "WatchdogConfig",
+    "WandbConfig",
     "check_layout",
     "check_lengths",
+    "check_packages",
     "data_parallel_size",
     "describe_layout",
     "flatten",

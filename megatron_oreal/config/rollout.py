@@ -115,6 +115,11 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
     loss_support: Literal["all", "sampled"] = "all"
     # Every response is kept on disk at once, so that after a kill only the missing ones are generated.
     ledger: bool = True
+    record: bool = False  # Every response stays in RUN_DIR/recording, for a replay.
+    # The run directory whose recorded responses are taken instead of generating any; null: the engine generates.
+    replay: Path | None = None
+    # Nothing is trained: each step generates and judges with the weights of the start, and no checkpoint is written.
+    only: bool = False
 
     effects: ClassVar[Effects] = (
         (
@@ -173,6 +178,8 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
                 "rollout.loss_support=sampled: SGLang takes top_p of the mass of all tokens, not of the top_k: give "
                 "only one of rollout.top_p and rollout.top_k"
             )
+        if self.record and self.replay is not None:
+            raise ValueError("rollout.record: a replay has nothing new to record; drop it, or rollout.replay")
         # The local engine generates while the trainer waits, and begins no response that it does not finish.
         needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):

@@ -18,6 +18,7 @@ from megatron_oreal.config.correction import CORRECTION_SETTINGS, Correction
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
+from megatron_oreal.config.monitoring import PrometheusConfig, TrackersConfig
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
 from megatron_oreal.config.verifier import HttpConfig, VerifierConfig
@@ -124,6 +125,8 @@ class RunConfig(ModelRunConfig):
     num_steps: PositiveInt  # The length of the run.
     checkpoint: CheckpointConfig = CheckpointConfig()  # What is written, and how often.
     watchdog: WatchdogConfig = WatchdogConfig()  # When the run counts as hanging.
+    trackers: TrackersConfig = TrackersConfig()  # The experiment trackers that get the run's records.
+    prometheus: PrometheusConfig = PrometheusConfig()  # The endpoint that says what the trainer is doing.
 
 
 ON_POLICY_WORDS = (
@@ -145,6 +148,7 @@ TRAINING_ROLLOUTS = tuple(
         "unfinished",
         "loss_support",
         "ledger",
+        "only",
     )
 )
 
@@ -334,4 +338,5 @@ WITHOUT_INFLUENCE = (
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
     "rollout.sglang.", "rollout.ledger", "logging.", "alarms.", "watchdog.",
+    "rollout.record", "rollout.replay", "rollout.only", "trackers.", "prometheus.",
 )  # fmt: skip

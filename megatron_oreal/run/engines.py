@@ -24,6 +24,7 @@ from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.models.build import DTYPES, resolved_for
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.nodes import this_node
+from megatron_oreal.rollout.recording import ReplayEngine
 from megatron_oreal.types import Notify
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
@@ -34,7 +35,9 @@ AnyConfig = TrainConfig | SftConfig | EvalRunConfig
 def open_engine(
     config: AnyConfig, layout: ParallelLayout, notify: Notify, decode: Decode | None = None
 ) -> Iterator[RolloutEngine]:
-    """The engine of `rollout.engine`, closed at the end together with the servers that it started.
+    """The engine of `rollout.engine`, or the responses that `rollout.replay` names.
+
+    It is closed at the end together with the servers that it started.
 
     decode: the engine needs it to end responses at `rollout.stop_strings`; without it they are cut afterwards.
 
@@ -42,7 +45,9 @@ def open_engine(
     """
     with ExitStack() as stack:
         engine: RolloutEngine
-        if config.rollout.engine == "local":
+        if config.rollout.replay is not None:
+            engine = ReplayEngine(config.rollout.replay, window=config.rollout.staleness + 1)
+        elif config.rollout.engine == "local":
             group = dist.group.WORLD if layout.world_size > 1 else None
             dtype = DTYPES[config.model.dtype]
             engine = LocalEngine(config.model.path, layout.device, dtype, config.rollout.batch_size, group, decode)

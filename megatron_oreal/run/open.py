@@ -35,6 +35,7 @@ from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
 from megatron_oreal.run.device_defaults import describe, facts_of_start, with_device_defaults
 from megatron_oreal.run.devices import device_sharing, make_room_for_models
+from megatron_oreal.run.endpoint import open_endpoint
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     Inputs,
@@ -47,7 +48,14 @@ from megatron_oreal.run.inputs import (
 )
 from megatron_oreal.run.rollouts import build_sampler
 from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
-from megatron_oreal.run.run_directory import CHANGEABLE_IN_EVAL, RunDirectory, check_run_dir, open_run_directory
+from megatron_oreal.run.run_directory import (
+    CHANGEABLE_IN_EVAL,
+    CONFIG,
+    RunDirectory,
+    check_run_dir,
+    open_run_directory,
+)
+from megatron_oreal.run.trackers import build_trackers
 from megatron_oreal.run.verifiers import open_verifier
 from megatron_oreal.types import TrainingSequence
 
@@ -174,6 +182,9 @@ def open_run(
             log = stack.enter_context(MetricsLog(config.run_dir, start_step))
         ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
         progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
+        if layout.is_main:
+            log.trackers = [stack.enter_context(tracker) for tracker in build_trackers(config, announce)]
+            log.upload(directory.path / CONFIG)
         run = Run(
             config=config,
             layout=layout,
@@ -193,8 +204,10 @@ def open_run(
             log=log,
             progress=progress,
             start_step=start_step,
+            step=start_step,
             num_skipped_steps=num_skipped_steps,
         )
+        stack.enter_context(open_endpoint(run, config.prometheus, announce))
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
         for note in (*directory.notes, describe(config, models["policy"]), *inputs.notes):

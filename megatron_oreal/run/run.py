@@ -25,6 +25,7 @@ from megatron_oreal.observability.watchdog import Watchdog
 from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.run.devices import DeviceSharing
 from megatron_oreal.run.run_directory import keep_users_files
@@ -59,12 +60,17 @@ class Run(Generic[Config, Item, Algorithm]):
     start_step: int = 0
     num_skipped_steps: int = 0
     metrics: Metrics = field(default_factory=dict)  # what the step under way has measured so far
+    step: int = 0  # under way
+    last_record: Metrics = field(default_factory=dict)  # of the step before it
+    collector: PrefetchingCollector | None = None  # that makes the groups of a training on rewards
 
     def record(self, metrics: Metrics) -> None:
         self.metrics |= metrics
 
     def count_skipped(self, step: int) -> None:
         """Counts the step as skipped where its groups gave the algorithm nothing to learn from."""
+        if self.config.rollout.only:
+            return
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
             self.progress.note(f"step {step} skipped: the algorithm learns nothing from it{what_is_in(self.metrics)}")
@@ -99,7 +105,7 @@ class Run(Generic[Config, Item, Algorithm]):
         self.log.log(step, self.metrics)
         if self.alarms is not None:
             self.alarms.observe(step, self.metrics)
-        self.metrics = {}
+        self.last_record, self.metrics, self.step = self.metrics, {}, step + 1
         self.watchdog.step = step + 1
 
     def export(self) -> None:

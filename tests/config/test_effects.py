@@ -229,6 +229,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
             "unfinished": "resume",
             "loss_support": "sampled",
             "ledger": "false",
+            "only": "true",
         }.items()
     },
     **{
