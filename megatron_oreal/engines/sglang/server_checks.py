@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
-from megatron_oreal.engines.sglang.generate_api import WEIGHTS_FROM_DISK
+from megatron_oreal.engines.sglang.weight_labels import WEIGHTS_FROM_DISK
 
 CHECK_SECONDS = 120.0  # a server's first request may compile
 NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation")
