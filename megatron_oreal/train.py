@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> None:
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
-            warn_of_mismatch(run, step)
+            check_mismatch(run, step)
             finish_step(run, step)
         finish(run)
 
@@ -153,12 +153,21 @@ def naming_the_step(step: int) -> Iterator[None]:
         ) from error
 
 
-def warn_of_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
-    """Warns where the engine's log-probs are further from the trainer's than `rollout.mismatch_alarm` allows."""
-    alarm = run.config.rollout.mismatch_alarm
-    if alarm is None or "policy/mismatch" not in run.metrics:
+def check_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
+    """Warns where the engine's log-probs are further from the trainer's than `rollout.mismatch_alarm` allows.
+
+    Raises ValueError, on all ranks, where they are further than `rollout.mismatch_limit`: the engine has another model.
+    """
+    alarm, limit = run.config.rollout.mismatch_alarm, run.config.rollout.mismatch_limit
+    mismatch = run.metrics.get("policy/mismatch")
+    if broadcast_object(limit is not None and mismatch is not None and mismatch > limit):
+        raise ValueError(
+            f"step {step}: engine and trainer disagree by {mismatch or 0.0:.3g} nats a token on average, more than "
+            f"rollout.mismatch_limit={limit:g}: the engine has another model; the checkpoints are untouched. Let the "
+            "servers serve model.path, with no flag that changes it"
+        )
+    if alarm is None or mismatch is None:
         return
-    mismatch = run.metrics["policy/mismatch"]
     run.record({"policy/mismatch_alarm": float(mismatch > alarm)})
     if mismatch > alarm:
         run.progress.note(

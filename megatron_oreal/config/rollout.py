@@ -109,14 +109,17 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
     staleness: int = Field(default=0, ge=0)
     # So many prompts are asked for each one that is needed; the slowest are given up.
     oversampling: float = Field(default=1.0, ge=1)
-    # What happens to the responses that were given up: they are dropped, or a later step resumes them.
-    unfinished: Literal["drop", "resume"] = "drop"
+    # What happens to the responses that were given up: they are dropped, which prefers short ones, or a later step
+    # resumes them; auto resumes them where servers generate and the losses are among all tokens.
+    unfinished: Literal["auto", "drop", "resume"] = "auto"
     # The policy's log-probs in the losses are those among all tokens, or among the tokens that top_p and top_k keep.
     loss_support: Literal["all", "sampled"] = "all"
     # Every response is kept on disk at once, so that after a kill only the missing ones are generated.
     ledger: bool = True
     # The mean difference of the engine's and the trainer's log-probs from which the log warns; null never warns.
-    mismatch_alarm: float | None = Field(default=None, gt=0)
+    mismatch_alarm: float | None = Field(default=0.05, gt=0)
+    # The mean difference from which the run ends, because the engine has another model; null never ends it.
+    mismatch_limit: float | None = Field(default=1.0, gt=0)
 
     effects: ClassVar[Effects] = (
         (
@@ -127,6 +130,13 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
             ),
         ),
     )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a later step resumes the responses that were given up."""
+        if self.unfinished == "auto":
+            return self.oversampling > 1 and self.engine == "sglang" and not self.trains_truncated
+        return self.unfinished == "resume"
 
     @property
     def trains_truncated(self) -> bool:

@@ -143,6 +143,7 @@ TRAINING_ROLLOUTS = tuple(
         "loss_support",
         "ledger",
         "mismatch_alarm",
+        "mismatch_limit",
     )
 )
 
@@ -201,7 +202,7 @@ class TrainConfig(RunConfig):
     @property
     def is_off_policy(self) -> bool:
         """Whether samples may come from an older policy than the one that they train."""
-        return self.rollout.staleness > 0 or self.rollout.unfinished == "resume"
+        return self.rollout.staleness > 0 or self.rollout.resumes
 
     @property
     def corrects_samples(self) -> bool:
@@ -329,5 +330,6 @@ WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-    "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "logging.",
+    "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "rollout.mismatch_limit",
+    "logging.",
 )  # fmt: skip

@@ -94,7 +94,7 @@ class GroupProducer:
 
     @property
     def _resumes(self) -> bool:
-        return self.config.unfinished == "resume"
+        return self.config.resumes
 
     def _ask(self, step: int, turns: Sequence[Turn], seed: str, num_missing: int) -> list[NumberedGroup]:
         """Samples one round of prompts; returns the complete groups in the prompts' order.

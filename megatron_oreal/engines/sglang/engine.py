@@ -26,10 +26,10 @@ from megatron_oreal.engines.main_thread import MainThreadCalls
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.generate_api import (
-    WEIGHTS_FROM_DISK,
     Chunk,
     PartialResponse,
     backoff_seconds,
+    check_weights_of,
     may_ask_again,
     read_chunk,
 )
@@ -42,6 +42,7 @@ from megatron_oreal.engines.sglang.server_pool import (
     Server,
     ServerPool,
 )
+from megatron_oreal.engines.sglang.weight_labels import WEIGHTS_FROM_DISK, version_of
 from megatron_oreal.engines.sglang.weights.push import WeightPusher
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport
 from megatron_oreal.engines.stop_strings import Decode
@@ -115,7 +116,8 @@ class SglangEngine:
             if facts.weight_version != WEIGHTS_FROM_DISK:
                 raise ValueError(
                     f"rollout.sglang.endpoints_file: SGLang server {server} has weights of version "
-                    f"{facts.weight_version} from a training run, not those of model.path: start serve again"
+                    f"{version_of(facts.weight_version)} from a training run, not those of model.path: start serve "
+                    "again"
                 )
 
     def generate(
@@ -257,10 +259,10 @@ class SglangEngine:
     async def _generate(self, client: SglangClient, response: PartialResponse, request_id: str) -> Chunk:
         """Asks one server. The answer is read here, before the next one is parsed, to keep few objects alive."""
         body, seconds, version = response.body(request_id), self.pool.config.request_timeout_seconds, self.version
+        run_id = self.pusher.run_id if self.pool.has_new_weights else ""
         given = await client.generate(body, seconds)
         answer = read_chunk(given, response.num_missing, client.endpoint, self.vocab_size)
-        if (answer.policy_versions < version).any():
-            raise ServerError(f"SGLang server {client.endpoint} has weights older than version {version}")
+        check_weights_of(answer, run_id, version, client.endpoint)
         return answer
 
     def _give_up(self, call: Call) -> None:

@@ -15,6 +15,7 @@ from megatron_oreal.engines.sglang.server_pool import (
     ServerPool,
     abort_stale_requests,
 )
+from megatron_oreal.engines.sglang.weight_labels import new_run_id
 from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport, clients_of_rank, raise_push_failure
 from megatron_oreal.parallel.collectives import broadcast_object
@@ -32,10 +33,12 @@ class WeightPusher:
     def __init__(self, pool: ServerPool, transport: WeightTransport, thread: EventLoopThread, rank: int) -> None:
         self.pool, self.transport, self.thread = pool, transport, thread
         self.rank, self.is_main = rank, rank == 0
+        self.run_id = ""  # the first rank makes one for the first push
         self.sender_clients: dict[Endpoint, SglangClient] = {}  # of this rank's servers; empty on the first rank
 
     def push(self, stream: Stream, version: int) -> None:
         """Collective. Raises WeightSyncError on every rank when no server is left, or after MAX_PUSHES failures."""
+        self.transport.run_id = self.run_id = self.run_id or broadcast_object(new_run_id())
         failed: set[SglangClient] = set()  # a server that is started again has another client
         for attempt in range(1, MAX_PUSHES + 1):
             reachable = self.thread.run(self._reachable_servers())
