@@ -62,6 +62,8 @@ class SglangConfig(Section):
     max_concurrent_requests: PositiveInt = 256  # The requests that a server gets at the same time.
     max_failures: PositiveInt = 3  # A server with so many failures one after the other counts as dead.
     max_restarts: int = Field(default=3, ge=0)  # How often the run restarts a server, all servers together.
+    # How long a run waits for a server to be started again when none is left; then it ends.
+    outage_seconds: float = Field(default=1800, ge=0)
     # How weights reach the servers: through files, over a process group, or (colocated only) as shared GPU memory.
     weight_transport: Literal["disk", "distributed", "tensor"] = "distributed"
     weight_senders: PositiveInt = 1  # So many trainer ranks share the servers out to send them weights.

@@ -19,6 +19,7 @@ from megatron_oreal.config import (
 )
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
+from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models import parallel
 from megatron_oreal.models.trainable import TrainableModel
@@ -190,6 +191,8 @@ def open_run(
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
         for note in (*directory.notes, describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
+        if isinstance(engine, SglangEngine):
+            engine.lending_devices = partial(run.devices.training, pushes=False)
         run.push_weights(start_step)
         run.devices.generate()
         yield run

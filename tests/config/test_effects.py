@@ -230,6 +230,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
             "loss_support": "sampled",
             "ledger": "false",
             "mismatch_alarm": 3,
+            "mismatch_limit": 3,
         }.items()
     },
     **{

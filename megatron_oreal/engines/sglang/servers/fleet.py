@@ -70,6 +70,20 @@ class ServerFleet:
         process = self.processes.get(endpoint)
         return process.is_running if process is not None else endpoint in self.elsewhere
 
+    def candidates(self, endpoint: Endpoint) -> list[Endpoint]:
+        """Returns where a server of `endpoints_file` may be by now: where it was, or what the file names by now.
+
+        Nothing for a server that this fleet starts again itself, or that nobody does.
+        """
+        file = self.settings.config.endpoints_file
+        if file is None or endpoint in self.processes:
+            return []
+        try:
+            named = read_endpoints(file)
+        except ValueError:  # its servers are being started
+            named = []
+        return [endpoint, *(other for other in named if other != endpoint)]
+
     def pid(self, endpoint: Endpoint) -> int:
         """Returns the process id of a server that this fleet has started."""
         return self.processes[endpoint].pid
