@@ -112,8 +112,9 @@ async def watch_silence(pool: ServerPool) -> None:
             if now - server.last_line < TELL_SECONDS:
                 continue
             server.last_line = now
+            seconds = now - max(request.begin, server.client.last_answer)
             silent.append(
-                f"{server} for {now - max(request.begin, server.client.last_answer):.0f} s (POST or GET {request.path}, "
+                f"{server} for {seconds:.0f} s ({request.path}, "
                 f"{len(server.client.under_way)} under way, at most {max(0.0, request.deadline - now):.0f} s more)"
             )
         if silent:
