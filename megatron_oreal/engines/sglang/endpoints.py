@@ -104,7 +104,7 @@ def in_use(path: Path, is_shared: bool) -> Iterator[None]:
     """Keeps the servers of the file for this run while the block lasts. `is_shared`: it changes no weights.
 
     Raises ValueError while a run uses them that changes their weights, or, unless `is_shared`, any run. A run that is
-    killed uses nothing any more. A file system without locks lets every run in: then the weights' names tell runs apart.
+    killed uses nothing any more. A file system without locks lets every run in; the weights' names tell runs apart.
     """
     lock = path.with_name(f".{path.name}.lock")
     try:
