@@ -42,6 +42,7 @@ def train(config: TrainConfig) -> None:
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
+            check_mismatch(run, step)
             finish_step(run, step)
         finish(run)
 
@@ -154,6 +155,20 @@ def naming_the_step(step: int) -> Iterator[None]:
             f"stopped at step {step}: {error}; the checkpoints are untouched. Lower the learning rate in a new "
             "run_dir, or, where the newest checkpoint is broken too, remove it to resume from the one before"
         ) from error
+
+
+def check_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
+    """Raises ValueError, on all ranks, where the engine's log-probs are too far from the trainer's.
+
+    Further than `rollout.mismatch_limit` means that the engine has another model.
+    """
+    limit, mismatch = run.config.rollout.mismatch_limit, run.metrics.get("policy/mismatch")
+    if broadcast_object(limit is not None and mismatch is not None and mismatch > limit):
+        raise ValueError(
+            f"step {step}: engine and trainer disagree by {mismatch or 0.0:.3g} nats a token on average, more than "
+            f"rollout.mismatch_limit={limit:g}: the engine has another model; the checkpoints are untouched. Let the "
+            "servers serve model.path, with no flag that changes it"
+        )
 
 
 def evaluation_due(run: Run[Any, Any, Any], step: int) -> bool:

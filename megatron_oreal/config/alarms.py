@@ -34,7 +34,7 @@ class AlarmsConfig(MachineAlarms):
     # The alarms about samples compare the mean over so many steps; an alarm ends after as many steps without its cause.
     window_steps: PositiveInt = 5
     # The mean difference of the engine's and the trainer's log-probs, in nats a token, that is too large in any step.
-    mismatch: PositiveFloat | None = 0.1
+    mismatch: PositiveFloat | None = 0.05
     # The entropy of the policy has collapsed below this share of what it was over its first window.
     entropy_share: float | None = Field(default=0.1, gt=0, lt=1)
     groups_solved: float | None = Field(default=0.9, gt=0, le=1)  # The share of all-correct groups that is too large.

@@ -149,6 +149,7 @@ TRAINING_ROLLOUTS = tuple(
         "loss_support",
         "ledger",
         "only",
+        "mismatch_limit",
     )
 )
 
@@ -208,7 +209,7 @@ class TrainConfig(RunConfig):
     @property
     def is_off_policy(self) -> bool:
         """Whether samples may come from an older policy than the one that they train."""
-        return self.rollout.staleness > 0 or self.rollout.unfinished == "resume"
+        return self.rollout.staleness > 0 or self.rollout.resumes
 
     @property
     def corrects_samples(self) -> bool:
@@ -337,6 +338,6 @@ WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.", "watchdog.",
+    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.", "watchdog.", "rollout.mismatch_limit",
     "rollout.record", "rollout.replay", "rollout.only", "trackers.", "prometheus.",
 )  # fmt: skip

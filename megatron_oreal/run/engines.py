@@ -12,6 +12,7 @@ from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
 from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.engines.local.engine import LocalEngine
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.endpoints import in_use
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.sglang.servers.colocated import open_colocated_servers, trainer_ranks
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
@@ -69,6 +70,8 @@ def sglang_engine(
     if servers.placement == "colocated":
         fleet = stack.enter_context(open_colocated_servers(settings, notify))
     elif layout.is_main:
+        if servers.endpoints_file is not None and servers.endpoints_file.is_file():
+            stack.enter_context(in_use(servers.endpoints_file, is_shared=isinstance(config, EvalRunConfig)))
         fleet = stack.enter_context(open_servers(settings, notify))
     thread = EventLoopThread("sglang")
 

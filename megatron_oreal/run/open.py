@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -214,6 +215,8 @@ def open_run(
             run.progress.note(note)
         if layout.is_main:
             run.alarms = AlarmLog(config.run_dir, start_step, config.alarms, run.progress.note)
+        if isinstance(engine, SglangEngine):
+            engine.lending_devices = partial(run.devices.training, pushes=False)
         run.push_weights(start_step)
         run.devices.generate()
         watchdog.enter("other")

@@ -230,6 +230,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
             "loss_support": "sampled",
             "ledger": "false",
             "only": "true",
+            "mismatch_limit": 3,
         }.items()
     },
     **{

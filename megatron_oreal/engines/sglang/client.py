@@ -41,11 +41,12 @@ class MalformedAnswer(ServerError):
 
 @dataclass(slots=True, frozen=True, eq=False)
 class OpenRequest:
-    """A request that has not been answered yet."""
+    """A request that waits for its answer; times are those of time.monotonic."""
 
     what: str  # "POST /generate"
     request_id: str  # empty where the request has none
-    since: float  # in seconds of time.monotonic
+    since: float
+    deadline: float
 
 
 class SglangClient:
@@ -53,6 +54,7 @@ class SglangClient:
 
     def __init__(self, endpoint: Endpoint, max_connections: int = 256) -> None:
         self.endpoint, self.max_connections = endpoint, max_connections
+        self.last_answer = 0.0  # when the server last answered, by time.monotonic
         self.session: aiohttp.ClientSession | None = None  # it must be made on the event loop that uses it
         self.open_requests: set[OpenRequest] = set()  # any thread may take a copy
 
@@ -90,12 +92,14 @@ class SglangClient:
         timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(CONNECT_SECONDS, timeout_seconds))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         what = f"SGLang server {self.endpoint}: {method} {path}"
-        request = OpenRequest(f"{method} {path}", str((body or {}).get("rid", "")), time.monotonic())
+        now, request_id = time.monotonic(), str((body or {}).get("rid", ""))
+        request = OpenRequest(f"{method} {path}", request_id, now, now + timeout_seconds)
         self.open_requests.add(request)
         try:
             async with self.session.request(
                 method, self.endpoint.url + path, json=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
+                self.last_answer = time.monotonic()
                 if response.status != 200:
                     text = " ".join((await read(response, MAX_REFUSAL_BYTES))[0].split())[:300]
                     raise ServerRefusal(f"{what} was answered {response.status}: {text}", response.status)
