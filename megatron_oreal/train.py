@@ -1,4 +1,4 @@
-"""The loops: reinforcement learning, and the supervised warm-up before it.
+"""Runs the training loops: reinforcement learning, and the supervised warm-up before it.
 
 A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, and the
 last record, number num_steps, is an evaluation alone.
@@ -64,7 +64,7 @@ def sft(config: SftConfig) -> None:
 
 
 def begin_step(run: Run[Any, Any, Any], step: int) -> None:
-    """Evaluates and saves the policy that the steps before have made, where the configuration asks for it now.
+    """Evaluates and saves the policy of the previous step if the configuration asks for it at this step.
 
     Raises RunStopped, after saving, where the first rank was asked to stop.
     """
@@ -72,7 +72,7 @@ def begin_step(run: Run[Any, Any, Any], step: int) -> None:
         with run.timer("evaluation"), naming_the_step(step):
             run.record(evaluate(run, step))
     is_last = step == run.config.num_steps
-    # Each start makes a step at least: a job whose time is too short for one must not go around in the queue for ever.
+    # Each start makes at least one step; otherwise a job that is too short for a step would be requeued for ever.
     has_worked = step > run.start_step
     is_stopped = has_worked and not is_last and broadcast_object(is_asked_to_stop())
     is_due = step % run.config.checkpoint.every == 0 or is_last or is_stopped
@@ -131,7 +131,7 @@ def recording_tokens(run: Run[TrainConfig, Any, Any], sampled: Sequence[Group], 
 
 
 def measured(config: TrainConfig, metrics: Metrics) -> Metrics:
-    """Leaves out what compares trainer and engine, where the engine's log-probs are unknown."""
+    """Removes the metrics that compare trainer and engine if the engine's log-probs are unknown."""
     if config.rollout.engine_logprobs != "unknown":
         return metrics
     unknown = ("policy/mismatch", "policy/importance")

@@ -1,8 +1,8 @@
 """Packs sequences into micro-batches and balances them over the data-parallel ranks.
 
-Every rank is given all sequences and computes the same assignment without communication. Each sequence is trained
-exactly once, whatever the number of ranks: a micro-batch without a sequence consists of masked filler tokens, which
-contribute nothing. The loops run over sequences; tokens are copied as arrays.
+Every rank gets all sequences and computes the same assignment without communication. Each sequence is trained exactly
+once for any number of ranks: a micro-batch without a sequence consists of masked filler tokens, which contribute
+nothing. The loops run over sequences; tokens are copied as arrays.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PackingPlan:
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
-    """Packs this data-parallel rank's share of the sequences, which are those of all ranks. The counts are global."""
+    """Packs this data-parallel rank's share of all ranks' sequences. The counts of the batch are global."""
     return pack_parts([sequences], plan)[0]
 
 
@@ -131,7 +131,7 @@ def assign(
 
 
 def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts each sequence into the first micro-batch that has room for it, or to a new one where none has."""
+    """Puts each sequence into the first micro-batch that has room for it, or into a new one if none has."""
     bins: list[list[int]] = []
     room = np.full(len(numbers), capacity)
     for number in numbers:
@@ -150,7 +150,7 @@ def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> i
 
 
 def engine_logprobs_of(sequence: TrainingSequence, plan: PackingPlan) -> Float32Array:
-    """Returns the engine's log-probs of the response in the distribution that is trained; empty where unknown."""
+    """Returns the engine's log-probs in the distribution that is trained, or an empty array if they are unknown."""
     return {
         "model": sequence.model_logprobs,
         "rollout": sequence.rollout_logprobs,
@@ -159,7 +159,7 @@ def engine_logprobs_of(sequence: TrainingSequence, plan: PackingPlan) -> Float32
 
 
 def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: PackingPlan) -> Microbatch:
-    """Builds a micro-batch of `total` tokens: the sequences, and a segment of masked filler where they are shorter."""
+    """Builds a micro-batch of `total` tokens: the sequences, and a segment of masked filler tokens up to `total`."""
     lengths = [sequence.num_tokens for sequence in sequences]
     padding = total - sum(lengths)
     lengths += [padding] if padding else []
@@ -178,7 +178,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
         assert len(known) in (0, len(sequence.response_ids)), "there is a log-prob for each response token, or for none"
         response, end = begin + len(sequence.prompt_ids), begin + sequence.num_tokens
         input_ids.numpy()[begin:end] = sequence.token_ids
-        # Position t predicts token t + 1: trained from the last prompt token to the one before the end.
+        # Position t predicts token t + 1, so training covers the last prompt token to the last token but one.
         trained = slice(response - 1, end - 1)
         loss_mask[trained] = True
         advantages[trained] = sequence.advantage

@@ -26,7 +26,7 @@ class ParallelLayout:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
-    # Updates run under torch's deterministic algorithms; on a CPU everything does, see models/parallel.py.
+    # Updates use torch's deterministic algorithms; on a CPU all code does, see models/parallel.py.
     deterministic_updates: bool = False
     # Context-parallel ranks share each sequence's tokens; their weights are copies, as those of replicas are.
     context_rank: int = 0
@@ -35,7 +35,7 @@ class ParallelLayout:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first rank, which writes files and speaks to servers."""
+        """Returns whether this is the first rank, which writes files and sends requests to servers."""
         return self.rank == 0
 
     @property
@@ -50,5 +50,5 @@ class ParallelLayout:
 
     @property
     def last_stage_rank(self) -> int:
-        """The global rank of this pipeline's last stage."""
+        """Returns the global rank of this pipeline's last stage."""
         return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)
