@@ -22,6 +22,10 @@ from megatron_oreal.data.context import chunk_lengths, context_part
 from megatron_oreal.types import Batch, Float32Array, Microbatch, TrainingSequence, no_logprobs
 
 
+# Ranks are balanced by tokens alone while the pairs of the longest sequence cost less than this share of its tokens.
+MIN_PAIR_SHARE = 0.1
+
+
 @dataclass(frozen=True, slots=True)
 class PackingPlan:
     """The limits that the parallel layout and the model set for micro-batches."""
@@ -86,7 +90,9 @@ def merge(batches: Sequence[Batch]) -> Batch:
 def own_bins(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> list[list[TrainingSequence]]:
     """Lists the sequences of each of this rank's micro-batches."""
     token_counts = [sequence.num_tokens for sequence in sequences]
-    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple, plan.pair_cost)
+    matters = plan.pair_cost * max(token_counts, default=0) >= MIN_PAIR_SHARE
+    pair_cost = plan.pair_cost if matters else 0.0
+    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple, pair_cost)
     return [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
 
 

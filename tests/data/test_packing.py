@@ -144,6 +144,18 @@ def test_long_tails_are_balanced_over_sixteen_ranks(num_sequences: int) -> None:
     assert sorted(number for bins in assigned for bin_ in bins for number in bin_) == list(range(num_sequences))
 
 
+def test_short_sequences_are_balanced_by_tokens() -> None:
+    """Where the pairs of the longest sequence cost less than a tenth of its tokens."""
+    sequences = make_sequences((10, 6, 5, 4))
+
+    def sizes(pair_cost: float) -> list[list[int]]:
+        plans = [PackingPlan(rank, 2, microbatch_tokens=100, pair_cost=pair_cost) for rank in range(2)]
+        return [[sequence.num_tokens for sequence in own_bins(sequences, plan)[0]] for plan in plans]
+
+    assert sizes(0.0) == sizes(0.009) == [[10, 4], [6, 5]]
+    assert sizes(1.0) == [[10], [6, 5, 4]]
+
+
 def test_a_sequence_that_is_too_long_is_alone() -> None:
     assert assign([3, 9, 3], num_ranks=1, capacity=6) == [[[1], [0, 2]]]
 
