@@ -21,7 +21,6 @@ from megatron_oreal.config.rollout import EngineLogprobs
 from megatron_oreal.data.context import chunk_lengths, context_part
 from megatron_oreal.types import Batch, Float32Array, Microbatch, TrainingSequence, no_logprobs
 
-
 # Ranks are balanced by tokens alone while the pairs of the longest sequence cost less than this share of its tokens.
 MIN_PAIR_SHARE = 0.1
 
