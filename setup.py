@@ -7,6 +7,11 @@ TEST = ["pytest>=8", "pytest-timeout"]
 # datasketch 2 proposes other pairs than 1.
 DATA = ["pyarrow>=16", "datasets>=3", "datasketch>=2"]
 
+# The trackers and the endpoint that `trackers` and `prometheus` in a configuration ask for. mlflow-skinny writes to
+# servers and to folders; a database needs the package mlflow.
+MLFLOW, WANDB, PROMETHEUS = ["mlflow-skinny>=3"], ["wandb>=0.19"], ["prometheus_client>=0.20"]
+MONITORING = [*MLFLOW, *WANDB, *PROMETHEUS]
+
 setup(
     name="megatron_oreal",
     version="0.1.0",
@@ -33,6 +38,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "numpy",
+        "packaging",
         "sympy",
         "math-verify[antlr4_13_2]==0.9.0",  # its verdicts are the reward: another version is another experiment
     ],
@@ -45,7 +51,10 @@ setup(
         # Drives the Chromium that tests/browser needs; it brings no browser along.
         "browser": ["playwright"],
         "data": DATA,
-        "test": [*TEST, *DATA],
-        "dev": [*TEST, *DATA, "ruff", "mypy", "types-PyYAML", "types-tqdm", "pre-commit"],
+        "mlflow": MLFLOW,
+        "wandb": WANDB,
+        "prometheus": PROMETHEUS,
+        "test": [*TEST, *DATA, *MONITORING],
+        "dev": [*TEST, *DATA, *MONITORING, "ruff", "mypy", "types-PyYAML", "types-tqdm", "pre-commit"],
     },
 )

@@ -17,10 +17,12 @@ import click
 from megatron_oreal.commands.tools import TOOLS
 from megatron_oreal.config import (
     EvalRunConfig,
+    RunConfig,
     SftConfig,
     TrainConfig,
     check_layout,
     check_lengths,
+    check_packages,
     load_config,
     num_processes,
 )
@@ -267,6 +269,8 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
     """Checks what can be checked without torch, then runs here or in processes of its own."""
     adopt_slurm_task()
     config = load_config(kind, path, overrides)
+    if isinstance(config, RunConfig) and os.environ.get("RANK", "0") == "0":
+        check_packages(config.trackers, config.prometheus)
     if dry_run:
         from megatron_oreal.run.dry_run import describe_run
 

@@ -24,7 +24,7 @@ from megatron_oreal.observability.printable import printable
 from megatron_oreal.parallel.stopping import REQUEUE, pass_on_stop_signal
 
 PR_SET_PDEATHSIG = 1
-# What torchrun tells each process.
+# The environment variables that torchrun sets for each process.
 TORCH_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 RESUME = "the same command continues from the last checkpoint"
 INTERRUPTED = "Interrupted by {}: " + RESUME
@@ -80,10 +80,10 @@ def launch(config: ModelRunConfig) -> None:
 
     from megatron_oreal.parallel.rendezvous import STORE_FILE
 
-    # The failing process says what is wrong; the launcher's own long report would hide it.
+    # The failing process prints the error; the launcher's own long report would hide it.
     logging.disable(logging.CRITICAL)
     try:
-        # Only this user can open the folder. The launcher unpickles what is in its store, so no store may listen.
+        # Only this user can open the folder. The launcher unpickles its store's contents, so it may not listen.
         with tempfile.TemporaryDirectory(prefix="megatron-oreal-") as folder:
             settings = LaunchConfig(
                 min_nodes=1,
@@ -185,7 +185,7 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 
 def is_distributed() -> bool:
-    """Whether this process has joined other ranks. Without torch loaded it has not, so torch is not imported to ask."""
+    """Returns whether this process has joined other ranks; a process that has not imported torch has not."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 

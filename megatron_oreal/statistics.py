@@ -50,7 +50,7 @@ def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
 
 
 def majority_at_k(votes: Sequence[Hashable | None], is_correct: Sequence[bool], k: int) -> float:
-    """The chance that the most frequent answer among k of the samples, drawn without replacement, is correct.
+    """Returns the probability that the most frequent of k answers, drawn without replacement, is correct.
 
     votes: the samples' answers; None abstains. Of equally frequent answers each wins with the same chance, so nothing
     depends on the samples' order. Without a vote the majority is wrong. An answer is correct if one of its samples is.
@@ -106,7 +106,7 @@ def bootstrap_mean(
 
 
 def resampled_means(values: NDArray[np.float64], num_resamples: int, seed: int) -> NDArray[np.float64]:
-    """Means [num_resamples] of as many questions as there are, drawn with replacement.
+    """Returns the means [num_resamples] of bootstrap resamples: all questions, drawn with replacement.
 
     Questions with the same value are drawn together: how often each value comes up is multinomial.
     """

@@ -1,4 +1,4 @@
-"""The loops: reinforcement learning, and the supervised warm-up before it.
+"""Runs the training loops: reinforcement learning, and the supervised warm-up before it.
 
 A step's record holds what was measured of the policy that began the step: record 0 shows the initial policy, and the
 last record, number num_steps, is an evaluation alone.
@@ -35,13 +35,14 @@ def train(config: TrainConfig) -> None:
                     write_rollouts(config.run_dir / "rollouts" / f"step_{step:06d}.jsonl", collected.sampled)
             record_rollout(run, collected, step)
             with run.devices.training(pushes=True):
-                with run.timer("update"), naming_the_step(step), recording_tokens(run, collected.sampled, step):
-                    run.record(measured(config, run.algorithm.update(collected.groups, step)))
-                    run.complete_updates(step)
+                if not config.rollout.only:
+                    with run.timer("update"), naming_the_step(step), recording_tokens(run, collected.sampled, step):
+                        run.record(measured(config, run.algorithm.update(collected.groups, step)))
+                        run.complete_updates(step)
                 with run.timer("weight_sync"):
                     run.push_weights(version=step + 1)
             run.count_skipped(step)
-            warn_of_mismatch(run, step)
+            check_mismatch(run, step)
             finish_step(run, step)
         finish(run)
 
@@ -63,7 +64,7 @@ def sft(config: SftConfig) -> None:
 
 
 def begin_step(run: Run[Any, Any, Any], step: int) -> None:
-    """Evaluates and saves the policy that the steps before have made, where the configuration asks for it now.
+    """Evaluates and saves the policy of the previous step if the configuration asks for it at this step.
 
     Raises RunStopped, after saving, where the first rank was asked to stop.
     """
@@ -71,10 +72,11 @@ def begin_step(run: Run[Any, Any, Any], step: int) -> None:
         with run.timer("evaluation"), naming_the_step(step):
             run.record(evaluate(run, step))
     is_last = step == run.config.num_steps
-    # Each start makes a step at least: a job whose time is too short for one must not go around in the queue for ever.
+    # Each start makes at least one step; otherwise a job that is too short for a step would be requeued for ever.
     has_worked = step > run.start_step
     is_stopped = has_worked and not is_last and broadcast_object(is_asked_to_stop())
-    if has_worked and (step % run.config.checkpoint.every == 0 or is_last or is_stopped):
+    is_due = step % run.config.checkpoint.every == 0 or is_last or is_stopped
+    if has_worked and is_due and not run.config.rollout.only:  # What only generates has not come further.
         with run.timer("checkpoint"):
             run.begin_save(step)
             if is_last or is_stopped:
@@ -100,8 +102,10 @@ def finish(run: Run[Any, Any, Any]) -> None:
     begin_step(run, num_steps)
     if evaluation_due(run, num_steps):
         run.finish_step(num_steps)
+    run.watchdog.enter("end")
     write_final_report(run)
-    run.export()
+    if not run.config.rollout.only:
+        run.export()
 
 
 def record_rollout(run: Run[TrainConfig, Any, Any], collected: Collected, step: int) -> None:
@@ -131,7 +135,7 @@ def recording_tokens(run: Run[TrainConfig, Any, Any], sampled: Sequence[Group], 
 
 
 def measured(config: TrainConfig, metrics: Metrics) -> Metrics:
-    """Leaves out what compares trainer and engine, where the engine's log-probs are unknown."""
+    """Removes the metrics that compare trainer and engine if the engine's log-probs are unknown."""
     if config.rollout.engine_logprobs != "unknown":
         return metrics
     unknown = ("policy/mismatch", "policy/importance")
@@ -157,17 +161,17 @@ def naming_the_step(step: int) -> Iterator[None]:
         ) from error
 
 
-def warn_of_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
-    """Warns where the engine's log-probs are further from the trainer's than `rollout.mismatch_alarm` allows."""
-    alarm = run.config.rollout.mismatch_alarm
-    if alarm is None or "policy/mismatch" not in run.metrics:
-        return
-    mismatch = run.metrics["policy/mismatch"]
-    run.record({"policy/mismatch_alarm": float(mismatch > alarm)})
-    if mismatch > alarm:
-        run.progress.note(
-            f"step {step}: engine and trainer disagree by {mismatch:.3g} nats a token on average, more than "
-            f"rollout.mismatch_alarm={alarm:g}: compare dtypes and kernels, or lower rollout.staleness"
+def check_mismatch(run: Run[TrainConfig, Any, Any], step: int) -> None:
+    """Raises ValueError, on all ranks, where the engine's log-probs are too far from the trainer's.
+
+    Further than `rollout.mismatch_limit` means that the engine has another model.
+    """
+    limit, mismatch = run.config.rollout.mismatch_limit, run.metrics.get("policy/mismatch")
+    if broadcast_object(limit is not None and mismatch is not None and mismatch > limit):
+        raise ValueError(
+            f"step {step}: engine and trainer disagree by {mismatch or 0.0:.3g} nats a token on average, more than "
+            f"rollout.mismatch_limit={limit:g}: the engine has another model; the checkpoints are untouched. Let the "
+            "servers serve model.path, with no flag that changes it"
         )
 
 

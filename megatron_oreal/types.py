@@ -1,4 +1,4 @@
-"""The data that crosses module borders.
+"""Defines the dataclasses that modules pass to each other.
 
 Shape letters: T packed tokens of a micro-batch, N sequences in it, G groups, M samples a group, P tokens of a prompt,
 R tokens of a response. At position t, a field of T values holds what concerns the prediction of token t + 1, which is
@@ -28,7 +28,7 @@ Metrics = dict[str, float]  # e.g. {"policy/grad_norm": 0.7, "time/rollout_secon
 Notify = Callable[[str], None]  # takes a line for the user; any thread may call it
 # The fields of a micro-batch that a forward pass fills.
 TokenStream = Literal["reference_logprobs", "old_logprobs", "token_scores", "values"]
-# With the last four nobody could decide; every other status is a decision.
+# A sample with one of the last four has no verdict; every other status is a decision.
 VerdictStatus = Literal[
     "correct", "incorrect", "no_answer", "too_long", "rejected", "timeout", "crash", "judge_failed", "reward_failed"
 ]
@@ -63,7 +63,7 @@ class Prompt:
 
 @dataclass(slots=True, frozen=True)
 class Verdict:
-    """The decision on one answer. The rules and the judge give the reward 1.0 to "correct" answers and else 0.0.
+    """The decision on one answer. Rules and judge give the reward 1.0 to "correct" answers and 0.0 to others.
 
     Example: `Verdict(1.0, "correct", "2")`, and for a verifier that ran out of time `Verdict(0.0, "timeout", None)`.
     An answer that the rules rejected and the judge accepted is `Verdict(1.0, "correct", "2", "incorrect", "correct")`.
@@ -77,7 +77,7 @@ class Verdict:
 
     @property
     def is_judged(self) -> bool:
-        """False when nobody could decide: such a sample is never trained on as wrong."""
+        """Returns False if no decision was possible: no training treats such a sample as incorrect."""
         return self.status not in UNJUDGED
 
 
@@ -114,7 +114,7 @@ class TokenData:
 
 @cache
 def array_fields(kind: type) -> tuple[tuple[str, DTypeLike], ...]:
-    """The name and the dtype of each array field."""
+    """Returns the name and the dtype of each array field."""
     hints = get_type_hints(kind)
     return tuple((name, ARRAY_DTYPES[hints[name]]) for name in field_names(kind) if hints[name] in ARRAY_DTYPES)
 
@@ -155,7 +155,7 @@ class Sample(TokenData):
     prompt_ids: Int32Array  # [P], shared by the samples of a group
     response_ids: Int32Array  # [R], the stop token included when one was produced
     response_text: str  # without the stop token
-    # [R], log-probs of the distribution that was sampled from: tempered, truncated. Empty where the engine cannot tell.
+    # [R], log-probs of the sampled distribution: after temperature and truncation. Empty if the engine cannot tell.
     rollout_logprobs: Float32Array
     model_logprobs: Float32Array  # [R], log-probs of the untempered, untruncated model; empty where not known
     finish_reason: FinishReason
@@ -178,7 +178,7 @@ class Sample(TokenData):
 
 @dataclass(slots=True)
 class Group:
-    """The samples of one prompt that are judged and weighted together."""
+    """A prompt and its samples, which are judged and weighted together."""
 
     prompt: Prompt
     samples: list[Sample]
@@ -189,7 +189,7 @@ class Group:
 
     @property
     def pass_rate(self) -> float:
-        """The share of judged samples that are correct; 0 without any judged sample."""
+        """Returns the share of judged samples that are correct, or 0 if there is no judged sample."""
         judged = self.judged_samples
         return sum(sample.is_correct for sample in judged) / len(judged) if judged else 0.0
 
@@ -206,13 +206,13 @@ class TrainingSequence(TokenData):
     response_ids: Int32Array  # [R]
     advantage: float
     is_correct: bool
-    # [R], the engine's, as in Sample; empty where not known.
+    # [R], the engine's, as in Sample; empty if unknown.
     model_logprobs: Float32Array = field(default_factory=no_logprobs)
     rollout_logprobs: Float32Array = field(default_factory=no_logprobs)
 
     @property
     def token_ids(self) -> Int32Array:
-        """[P + R]"""
+        """Returns the tokens of prompt and response, [P + R]."""
         return np.concatenate([self.prompt_ids, self.response_ids])
 
     @property
@@ -245,8 +245,8 @@ class Microbatch:
     # [T] float32, the engine's log-probs of the sampled tokens in the distribution that is trained: at the rollout's
     # temperature, before any truncation. NaN where they are unknown.
     engine_logprobs: Tensor
-    # The following say where the trained tokens are. Packing computes them on the host, so that selecting trained
-    # tokens never waits for the device, as selecting by a mask would.
+    # The following fields hold the positions of the trained tokens. Packing computes them on the host: selecting by
+    # them never waits for the device, unlike selecting by a mask.
     lengths: tuple[int, ...]  # tokens of each sequence, the filler's included
     trained: Tensor  # [T'] int64, rising positions t where loss_mask[t]
     trained_correct: Tensor  # [C] int64, those of correct sequences
@@ -262,14 +262,26 @@ class Microbatch:
     penalties: Tensor | None = None  # [T] the weights of |log ratio| of the tokens that are held back
     values: Tensor | None = None  # [T] the critic's
     returns: Tensor | None = None  # [T] what the critic is trained towards
-    # The tokens that top_p and top_k keep at each trained token (kernels.kept_logprob.KeptTokens), chosen by the first
-    # pass of a policy whose losses are within them.
+    # The tokens that top_p and top_k keep at each trained token (kernels.kept_logprob.KeptTokens). With
+    # rollout.loss_support=sampled, the first pass of the policy chooses them, and its losses normalise over them.
     kept_tokens: object | None = None
     packed: object | None = None  # what the attention derived from cu_seqlens, kept for the next pass
+    part: ContextPart | None = None  # this rank's tokens; None without context parallelism
 
     @property
     def num_sequences(self) -> int:
         return int(self.is_correct.numel())
+
+
+@dataclass(slots=True)
+class ContextPart:
+    """One context-parallel rank's tokens of a micro-batch; see data/context.py. L tokens of each of C ranks.
+
+    The models see these; algorithms, losses and metrics see the whole micro-batch, on every rank.
+    """
+
+    tokens: Microbatch  # [L] tokens in place of [T], and the model's `packed` and `kept_tokens` for them
+    restore: Tensor  # [T] int64, where token t stands among the tokens of all ranks, one rank after the other
 
 
 @dataclass(slots=True)

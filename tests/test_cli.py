@@ -184,6 +184,21 @@ def test_a_launcher_that_does_not_fit(
     assert command_line("train", "train.yaml", *layout).message.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.implementation=transformer_engine",
+            "model.implementation=transformer_engine yet: set parallel.context",
+        ),
+        ("model.fp8=tensorwise", "model.fp8=tensorwise yet: set parallel.context=1"),
+    ],
+)
+def test_what_context_parallelism_does_not_run_with(command_line: CommandLine, override: str, message: str) -> None:
+    found = command_line("train", "train.yaml", "parallel.context=2", override).message
+    assert found.startswith(f"parallel.context > 1 does not run with {message}")
+
+
 def test_empty_sections_are_the_defaults_and_can_be_overridden(command_line: CommandLine, tmp_path: Path) -> None:
     text = yaml.safe_dump(TRAIN) + "eval:\npolicy:\n  optimizer:\nalgorithm:\ncheckpoint:\n"
     (tmp_path / "train.yaml").write_text(text)

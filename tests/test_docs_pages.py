@@ -10,7 +10,7 @@ import click
 import pytest
 
 from megatron_oreal.cli import cli
-from megatron_oreal.commands import convert, export, prepare_data, select_data, tag_skills
+from megatron_oreal.commands import convert, doctor, export, prepare_data, select_data, tag_skills
 from megatron_oreal.commands.tools import TOOLS
 from megatron_oreal.weights.families import FAMILIES
 from tests.support.metric_names import PREFIXES, documented, is_documented
@@ -28,9 +28,10 @@ PAGES = sorted(
 OWN = [page for page in sorted(DOCS.glob("*.md")) if page.name not in ("settings.md", "metrics.md")]
 COMMAND = re.compile(r"^ {4,}(?:.* )?(?:\S*/)?megatron-oreal ((?:.*\\\n)*.*)$", re.MULTILINE)
 INLINE = re.compile(r"`megatron-oreal ([^`\n]+)`")
-SECTIONS = "rollout|model|parallel|data|verifier|algorithm|policy|checkpoint|eval|logging|optimizer"
+SECTIONS = "rollout|model|parallel|data|verifier|algorithm|policy|checkpoint|eval|logging|optimizer|alarms|watchdog"
 MODULES = {
     "convert": convert.cli,
+    "doctor": doctor.main,
     "export": export.main,
     "prepare-data": prepare_data.main,
     "select-data": select_data.main,

@@ -33,6 +33,17 @@ def test_snippets_run(page: Path, tmp_path: Path) -> None:
         assert run.returncode == 0, f"{snippet}\n{run.stderr[-3000:]}"
 
 
+def test_the_page_of_a_package_names_every_module() -> None:
+    """As a file, as code in backticks, or in a list of names within braces."""
+    missing = []
+    for page in (ROOT / "megatron_oreal").rglob("README.md"):
+        text = page.read_text()
+        for module in page.parent.glob("*.py"):
+            if module.name != "__init__.py" and not re.search(rf"\b{module.stem}(\.py\b|`|,|\}})", text):
+                missing.append(str(module.relative_to(ROOT)))
+    assert not missing
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_to_files(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link and not link.startswith("#")]

@@ -25,6 +25,7 @@ READERS = {
     "run/inputs.py",
     "types.py",
     "algorithms/metrics.py",
+    "observability/alarms.py",
 }
 # A tag of texts, and what other names begin with.
 NO_METRIC = {"eval/{}/{}", "policy/importance", "time/judge", "time/remote"}

@@ -65,10 +65,19 @@ SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("policy", TRAINING, config.PolicyConfig),
     ("optimizer", "`policy`, `algorithm.reward_model` and `algorithm.critic`", config.OptimizerConfig),
     ("checkpoint", TRAINING, config.CheckpointConfig),
+    ("trackers", TRAINING, config.TrackersConfig),
+    ("trackers.mlflow", TRAINING, config.MlflowConfig),
+    ("trackers.wandb", TRAINING, config.WandbConfig),
+    ("prometheus", TRAINING, config.PrometheusConfig),
     ("eval", TRAINING, EvalConfig),
     ("eval", "`eval`", config.BenchmarkConfig),
     ("logging", OUTCOMES, config.LoggingConfig),
+    ("alarms", TRAINING, config.MachineAlarms),
+    ("alarms", OUTCOMES, config.AlarmsConfig),
+    ("watchdog", TRAINING, config.WatchdogConfig),
 )
+# Sections whose settings stand in a table of their own, before that of the sections that extend them.
+SHOWN_BEFORE: tuple[type[Section], ...] = (config.ModelRunConfig, config.MachineAlarms)
 INTRODUCTION = f"""\
 # Settings
 
@@ -105,7 +114,13 @@ def section_text(where: str, owners: str, section: type[Section]) -> str:
     rows = [setting_row(where, name, section) for name in own_settings(section)]
     sentence = inspect.getdoc(section) or ""
     return "\n".join(
-        [f"## {title(where, owners)}", "", " ".join(sentence.split()), "", *table(HEADER, rows), ""],
+        [
+            f"## {title(where, owners)}",
+            "",
+            " ".join(sentence.split()),
+            "",
+            *([*table(HEADER, rows), ""] if rows else []),
+        ],
     )
 
 
@@ -115,7 +130,7 @@ HEADER = ("setting", "type", "default", "meaning")
 def own_settings(section: type[Section]) -> list[str]:
     """The section's settings, without the sections within it and without those that another table has."""
     names = [name for name, field in section.model_fields.items() if not is_nested(field)]
-    shown_before = config.ModelRunConfig.model_fields if section is config.RunConfig else ()
+    shown_before = next((base.model_fields for base in SHOWN_BEFORE if base in section.__mro__[1:]), ())
     return [name for name in names if name not in shown_before]
 
 

@@ -79,6 +79,19 @@ again() { # back into the queue, where the same job number continues
     exit 75
 }
 
+# A job that cannot work ends here, within a minute. Codes other than 1 and 2 are not the doctor's own: the run will tell.
+if [ "$command" != convert ] && [ "${DOCTOR:-1}" != 0 ]; then
+    log=$LOG_DIR/${SLURM_JOB_NAME:-job}_${job}_doctor_r${SLURM_RESTART_COUNT:-0}
+    echo "job.sh: $(date -Is) doctor on $SLURM_JOB_NODELIST, log ${log}_0_NODE.log" >&2
+    srun --kill-on-bad-exit=1 ${container[@]+"${container[@]}"} --output="${log}_%t_%N.log" \
+        "$program/megatron-oreal" doctor --command="$command" "$@" 2>"${log}_srun.log"
+    status=$?
+    first=$(sed -n 's/.*: Exited with exit code \([0-9]*\)$/\1/p' "${log}_srun.log" | head -n 1)
+    status=${first:-$status}
+    grep -h -E '^(error|warning|doctor:|Error:) ' "$log"_*_*.log "${log}_srun.log" >&2
+    case $status in 1 | 2) exit "$status" ;; esac
+fi
+
 # Steps that the signal ended before they could save. A line each, for a job that always fails must leave the queue.
 unsaved=$LOG_DIR/${SLURM_JOB_NAME:-job}_$job.unsaved
 

@@ -1,1 +1,1 @@
-"""Algorithms turn groups of judged samples into coefficients and losses. Pure torch: no ranks, files or logs."""
+"""Algorithms turn groups of judged samples into coefficients and losses; the code knows no ranks, files or logs."""

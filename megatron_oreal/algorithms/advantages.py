@@ -1,4 +1,4 @@
-"""Turns rewards into advantages, in the dtype that they are given; `whiten` and `overlong_penalty` shape them."""
+"""Turns rewards into advantages of the same dtype; `whiten` and `overlong_penalty` modify them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_oreal.types import Batch, Metrics
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """A_i = r_i - mean of the other rewards of the group (RLOO, Ahmadian et al. 2024; OREAL eq. 8).
+    """Returns A_i = r_i - mean of the group's other rewards (RLOO, Ahmadian et al. 2024; OREAL eq. 8).
 
     rewards [G, M] -> [G, M]. Raises ValueError for M < 2.
     """
@@ -22,7 +22,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def grpo(rewards: Tensor) -> Tensor:
-    """A_i = (r_i - mean) / (std + 1e-8) with Bessel's correction (Shao et al. 2024, eq. 3).
+    """Returns A_i = (r_i - mean) / (std + 1e-8), with Bessel's correction (Shao et al. 2024, eq. 3).
 
     rewards [G, M] -> [G, M]. Raises ValueError for M < 2.
     """
@@ -32,9 +32,9 @@ def grpo(rewards: Tensor) -> Tensor:
 
 
 def normalised(rewards: Tensor, std: str = "population", epsilon: float = 0.0) -> Tensor:
-    """GRPO's advantages with its variants, also of rewards between 0 and 1; 0/0 is 0. rewards [G, M] -> [G, M].
+    """Returns the advantages of GRPO and its variants for rewards in [0, 1]: [G, M] -> [G, M]. 0/0 counts as 0.
 
-    std: "population", "bessel" or "none", as in objectives.grpo, which is this function for rewards 0 and 1.
+    `std` is "population", "bessel" or "none". For rewards of exactly 0 and 1 the result equals that of objectives.grpo.
     """
     check_group(rewards)
     centred = rewards - rewards.mean(dim=-1, keepdim=True)
@@ -46,7 +46,7 @@ def normalised(rewards: Tensor, std: str = "population", epsilon: float = 0.0) -
 
 
 def overlong_penalty(num_tokens: int, limit: int, interval: int) -> float:
-    """DAPO's soft punishment (Yu et al. 2025, eq. 13) as a number in [0, 1] to subtract from the reward.
+    """Returns DAPO's soft overlong punishment (Yu et al. 2025, eq. 13), in [0, 1], to subtract from the reward.
 
     It rises linearly over the last `interval` tokens before the limit, and is 0 before them.
     """
@@ -54,9 +54,9 @@ def overlong_penalty(num_tokens: int, limit: int, interval: int) -> float:
 
 
 def whiten(batch: Batch, sum_over_data: Callable[[Tensor], Tensor], *, changes: bool = True) -> Metrics:
-    """Gives the advantages mean 0 and variance 1 over the tokens of all ranks; the metrics are those from before.
+    """Gives the advantages mean 0 and variance 1 over the tokens of all ranks; returns their metrics from before.
 
-    changes: False only measures.
+    With `changes=False` it only measures and leaves the advantages as they are.
     """
     chosen = torch.cat([part.advantages.index_select(0, part.trained) for part in batch.microbatches]).double()
     sums = torch.stack([chosen.sum(), chosen.square().sum()])
@@ -89,7 +89,7 @@ def gae(
     A sequence ends with its last masked token; the value after it is 0. Numbers outside the mask are never read, and
     tokens that are masked out inside a sequence are skipped.
     """
-    order = (~mask).int().argsort(dim=1, stable=True)  # The masked tokens come first, in their order.
+    order = (~mask).int().argsort(dim=1, stable=True)  # The tokens inside the mask come first, in order.
     kept_rewards, kept_values = (torch.where(mask, part, 0.0).gather(1, order) for part in (rewards, values))
     delta = kept_rewards + discount * pad(kept_values, (0, 1))[:, 1:] - kept_values
     # A_t is the sum over k of factor^k delta_{t+k}; each addition doubles the number of its terms.

@@ -1,12 +1,13 @@
-"""Corrects a loss for samples of another distribution than the one that is trained: weights and masks of tokens.
+"""Corrects a loss for off-policy samples: it weights and masks the tokens that another distribution has sampled.
 
-The ratio of a token is r = pi_old / pi_engine: the trainer's probability before the step's first update, over that with
-which the engine sampled. It is not 1 where the engine has older weights (staleness), and where its kernels round in
-another way (mismatch). A weight is r, or the product over the sequence, cut at a cap (truncated importance sampling,
-TIS: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). A mask gives the weight
-0 to what lies outside of bounds: masked importance sampling (MIS: Liu et al. 2025, "When speed kills stability"),
-IcePop's mask of both sides (Zhao et al. 2025), or a bound of a sequence's geometric mean. Masked tokens stay in the
-denominators of the loss. All ratios are bounded by e^20 and e^-20; a token of unknown log-prob has the ratio 1.
+The ratio of a token is r = pi_old / pi_engine: the trainer's probability before the step's first update, divided by the
+probability with which the engine sampled the token. It differs from 1 when the engine has older weights (staleness), or
+when its kernels round differently (mismatch). A weight is r, or the product of r over the sequence, cut at a cap
+(truncated importance sampling, TIS: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+training"). A mask sets the weight of a token to 0 when a ratio lies outside the bounds: masked importance sampling
+(MIS: Liu et al. 2025, "When speed kills stability") has an upper bound, IcePop (Zhao et al. 2025) bounds both sides,
+and a sequence's geometric mean can be bounded. Masked tokens stay in the denominators of the loss. All ratios are
+clamped to [e^-20, e^20]; a token whose log-prob the engine does not tell has the ratio 1.
 """
 
 from __future__ import annotations
@@ -20,20 +21,22 @@ from torch import Tensor
 from megatron_oreal.config import Correction
 from megatron_oreal.types import Batch, Microbatch
 
-# The logarithm of the largest ratio that is taken as it is. A single token that policy, target or engine finds
-# impossible must make neither a loss nor a metric infinite, for that would stop the run.
+# The logarithm of the largest ratio that is used unchanged. Without this bound, a single token to which the policy, the
+# target or the engine gives probability 0 would make a loss or a metric infinite, and an infinite loss stops the run.
 MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Which sequence each of T' tokens belongs to."""
+    """The index of the sequence that each of T' tokens belongs to.
+
+    Example: two sequences of 2 and 1 tokens are `Segments(ids=tensor([0, 0, 1]), count=2)`."""
 
     ids: Tensor  # [T'] int64, index into [N]
     count: int  # N
 
     def total(self, values: Tensor) -> Tensor:
-        """Gives each token the sum over its sequence: [T'] -> [T']."""
+        """Returns, for each token, the sum of the values of its sequence: [T'] -> [T']."""
         return values.new_zeros(self.count).index_add(0, self.ids, values)[self.ids]
 
     def mean(self, values: Tensor) -> Tensor:
@@ -41,17 +44,17 @@ class Segments:
 
 
 def token_ratio(log_ratio: Tensor, _segments: Segments) -> Tensor:
-    """The ratio of each token, [T'] -> [T']."""
+    """Returns the ratio of each token, from the logarithms of the ratios: [T'] -> [T']."""
     return bounded(log_ratio).exp()
 
 
 def sequence_ratio(log_ratio: Tensor, segments: Segments) -> Tensor:
-    """The product of the ratios of the token's sequence."""
+    """Returns, for each token, the product of the ratios of its sequence: [T'] -> [T']."""
     return bounded(segments.total(log_ratio)).exp()
 
 
 def geometric_ratio(log_ratio: Tensor, segments: Segments) -> Tensor:
-    """The geometric mean of the ratios of the token's sequence."""
+    """Returns, for each token, the geometric mean of the ratios of its sequence: [T'] -> [T']."""
     return bounded(segments.mean(log_ratio)).exp()
 
 
@@ -66,9 +69,9 @@ RATIOS: dict[str, Callable[[Tensor, Segments], Tensor]] = {
 class Weights:
     """The corrections of T' tokens."""
 
-    ratio: Tensor  # [T'], whose cut gives the weights
-    kept: Tensor  # [T'] bool, False where the mask leaves a token out
-    weight: Tensor  # [T'], 0 where it is masked
+    ratio: Tensor  # [T'], before it is cut at the cap
+    kept: Tensor  # [T'] bool, False for masked tokens
+    weight: Tensor  # [T'], 0 for masked tokens
 
 
 def weigh(log_ratio: Tensor, segments: Segments, correction: Correction) -> Weights:
@@ -94,7 +97,7 @@ def correction_weights(microbatch: Microbatch, correction: Correction) -> Tensor
 
 
 def correction_metrics(microbatch: Microbatch, batch: Batch, correction: Correction) -> dict[str, Tensor]:
-    """Measures the weights: their mean as they are used, the largest ratio before cap and mask, and what these cut."""
+    """Returns the mean of the weights, the largest ratio before cap and mask, and the shares that cap and mask cut."""
     found, metrics = weigh_microbatch(microbatch, correction), {}
     if correction.importance_cap is not None or correction.masks:
         metrics = {

@@ -1,10 +1,10 @@
-"""Finds the few tokens that cost a policy the most entropy: those whose log-prob and weight vary together most.
+"""Finds the few tokens that reduce the policy's entropy most: those whose log-prob and advantage covary most.
 
 The source is Cui et al. 2025, "The entropy mechanism of reinforcement learning for reasoning language models",
-arXiv:2505.22617. Clip-Cov leaves some of the tokens with a covariance between two bounds out of the loss, at random;
-KL-Cov adds |log ratio| to the loss of those with the highest one. The published code looks at a micro-batch at a time,
-with the log-probs of the moment. Here means and choices are over all tokens of the step, on all ranks, so that the
-layout changes nothing, and log-probs are those of before the step's first update.
+arXiv:2505.22617. Clip-Cov removes from the loss a random choice of the tokens whose covariance lies between two bounds;
+KL-Cov adds |log ratio| to the loss of the tokens with the highest covariance. The published code chooses within one
+micro-batch, with the current log-probs. Here means and choices extend over all tokens of the step, on all ranks, so
+that the layout changes nothing, and the log-probs are those from before the step's first update.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ STEP, MIX_1, MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D
 def hold_back(batch: Batch, config: OutcomeConfig, plan: PackingPlan, seed: int, sum_over_data: SumOverData) -> Metrics:
     """Leaves the chosen tokens out of the coefficients (Clip-Cov), or fills their `penalties` (KL-Cov).
 
-    It needs old_logprobs, coefficients and shares. seed: of the random choice, another one in each step.
+    The micro-batches must hold old_logprobs, coefficients and shares. `seed` determines the random choice; the caller
+    passes another one in each step.
     """
     products, mean = covariances(batch, sum_over_data)
     scores = products
@@ -70,7 +71,7 @@ def covariances(batch: Batch, sum_over_data: SumOverData) -> tuple[list[Tensor],
 
 
 def kth_highest(values: Tensor, count: int, plan: PackingPlan, sum_over_data: SumOverData) -> Tensor:
-    """Returns the count-th highest value of all ranks; the lowest one where there are fewer."""
+    """Returns the count-th highest value of all ranks, or the lowest one if there are fewer values."""
     table = values.new_zeros(plan.data_size, count)
     own = values.topk(min(count, len(values))).values
     table[plan.data_rank] = -torch.inf
@@ -81,7 +82,7 @@ def kth_highest(values: Tensor, count: int, plan: PackingPlan, sum_over_data: Su
 def random_keys(microbatch: Microbatch, seed: int) -> Tensor:
     """Returns a number in [0, 1) for each trained token, [T'], from the seed, its sequence and its place in it.
 
-    It does not depend on how sequences are packed. Equal sequences have equal keys.
+    The keys do not depend on how sequences are packed. Equal sequences have equal keys.
     """
     tokens = mix(microbatch.input_ids + STEP * microbatch.position_ids)
     sequences = Segments(microbatch.sequence_ids, microbatch.num_sequences).total(tokens)

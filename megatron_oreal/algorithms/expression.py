@@ -1,7 +1,7 @@
-"""h(t) from a line of text, such as "log((t + 0.05) / (1 - t + 0.05))". The text is never evaluated as Python.
+"""Parses a function h(t) from text such as "log((t + 0.05) / (1 - t + 0.05))", without evaluating the text as Python.
 
-A tokenizer and a parser of our own build the tree of sympy objects, unevaluated: no number that the text does not hold
-is ever computed symbolically. It is then evaluated in floating point by walking the tree.
+A tokenizer and a recursive-descent parser build a tree of unevaluated sympy objects, so that sympy never computes with
+large numbers. `evaluate` then walks the tree in floating point. This is the grammar:
 
     sum     := product (("+" | "-") product)*
     product := unary (("*" | "/") unary)*
@@ -51,7 +51,7 @@ class Expression:
     tree: Any  # sympy, unevaluated
 
     def __call__(self, t: float) -> float:
-        """nan where it has no real value."""
+        """Returns h(t), or nan if h has no real value at t."""
         try:
             return evaluate(self.tree, t)
         except (ValueError, OverflowError, ZeroDivisionError):  # log(0), exp(1000), 0^-1
@@ -95,7 +95,7 @@ class Parser:
     sympy: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        import sympy  # half a second, and only for an h that is text
+        import sympy  # The import takes half a second; only objective=expression needs it.
 
         self.sympy = sympy
 
@@ -196,7 +196,7 @@ class Parser:
 
 
 def evaluate(tree: Any, t: float) -> float:
-    """The tree's value in floating point. Raises ValueError, OverflowError or ZeroDivisionError where it has none."""
+    """Returns the tree's value as a float. Raises ValueError, OverflowError or ZeroDivisionError if it has none."""
     if tree.is_Symbol:
         return t
     if tree.is_Number or tree.is_NumberSymbol:

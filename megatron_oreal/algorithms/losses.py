@@ -1,4 +1,4 @@
-"""The parts of losses. Every sum is divided by a global count, so that micro-batches and ranks simply add up."""
+"""Holds the terms of losses. Each sum is divided by a global count, so that micro-batches and ranks simply add up."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megatron_oreal.types import Batch, LossOutput, Microbatch, TokenOutputs
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """Returns exp(log_ratio), and beyond MAX_LOG_RATIO the tangent of exp there, which does not overflow.
+    """Returns exp(log_ratio) up to MAX_LOG_RATIO; beyond it, the tangent of exp at that point, which cannot overflow.
 
-    Up to there, values and gradients are exactly those of exp. Beyond it the gradient keeps its sign and stays at its
-    largest value, so that a token that became far too likely, or far too unlikely, is still pulled back.
+    Up to MAX_LOG_RATIO, values and gradients are exactly those of exp. Beyond it the gradient stays at its largest
+    value, so that a loss still moves the probability of an extreme token back.
     """
     return log_ratio.clamp_max(MAX_LOG_RATIO).exp() * (1.0 + F.relu(log_ratio - MAX_LOG_RATIO))
 
@@ -36,7 +36,7 @@ def kl_k3(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
 
 
 def kl_mse(logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
-    """Estimates the same as d^2 / 2, equal to second order; its gradient estimates that of the KL without bias."""
+    """Estimates the same KL as d^2 / 2, equal to second order; its gradient is an unbiased estimate of the KL's."""
     return 0.5 * (target_logprobs - logprobs).square()
 
 
@@ -44,7 +44,7 @@ KL_KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k3": kl_k3, "mse": k
 
 
 def sequence_mean(values: Tensor, microbatch: Microbatch) -> Tensor:
-    """Returns the mean over the trained tokens of each sequence, [T] -> [N]; it is 0 for a sequence without any."""
+    """Returns the mean over the trained tokens of each sequence, [T] -> [N]; it is 0 for a sequence that has none."""
     selected = torch.where(microbatch.loss_mask, values, 0.0)
     zeros = torch.zeros(microbatch.num_sequences, dtype=values.dtype, device=values.device)
     sums = zeros.index_add(0, microbatch.sequence_ids, selected)
@@ -58,7 +58,7 @@ def trained_tokens(microbatch: Microbatch) -> Tensor:
 
 
 def outcome_cross_entropy(scores: Tensor, microbatch: Microbatch, num_sequences: int) -> LossOutput:
-    """OREAL eq. 12: binary cross entropy of each sequence's mean score with its outcome. scores: [T]."""
+    """Returns the binary cross entropy of each sequence's mean score with its outcome (OREAL eq. 12). scores: [T]."""
     logits = sequence_mean(scores, microbatch)
     trained = trained_tokens(microbatch) > 0  # The filler at the end of a micro-batch has no trained token.
     labels = microbatch.is_correct.to(logits.dtype)
@@ -82,17 +82,17 @@ def mean_entropy(outputs: TokenOutputs, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PolicyTerms:
-    """What the losses of all policies are made of: one micro-batch's log-probs, old and new, and means over tokens.
+    """The terms that every policy loss uses: one micro-batch's old and new log-probs, their ratio, and token means.
 
     The first pass over a batch keeps its log-probs as the old ones (keep="old_logprobs"): its ratio to the old policy
-    is 1, and only the ratio's gradient matters. A loss on a micro-batch for which nothing was kept takes its own pass
-    as the first one; it writes nothing.
+    is 1, and only the ratio's gradient matters. If a micro-batch holds no old log-probs, the loss treats its own pass
+    as the first one and writes nothing.
     """
 
     outputs: TokenOutputs
     microbatch: Microbatch
     batch: Batch
-    correction: Correction | None  # Of samples that are not the trained policy's own; None: nothing is corrected.
+    correction: Correction | None  # For off-policy samples; None corrects nothing.
 
     def __post_init__(self) -> None:
         if self.microbatch.old_logprobs is None:
@@ -101,12 +101,12 @@ class PolicyTerms:
 
     @property
     def logprobs(self) -> Tensor:
-        """The policy's log-probs, [T], with a gradient."""
+        """Returns the policy's log-probs, [T], with a gradient."""
         return self.outputs.values
 
     @property
     def old_logprobs(self) -> Tensor:
-        """The log-probs of the policy before the step's first update, [T]; or the engine's, where these are known."""
+        """Returns the log-probs from before the step's first update, [T]; with old_logprobs=engine, the engine's."""
         kept, known = self.microbatch.old_logprobs, self.microbatch.engine_logprobs
         assert kept is not None
         if self.correction is None or self.correction.old_logprobs == "trainer":
@@ -115,11 +115,11 @@ class PolicyTerms:
 
     @property
     def ratio(self) -> Tensor:
-        """The probability of each token over that of the old policy, [T], with a gradient; see `bounded_exp`."""
+        """Returns each token's probability divided by the old policy's, [T], with a gradient; see `bounded_exp`."""
         return bounded_exp(self.logprobs - self.old_logprobs)
 
     def corrected(self, coefficients: Tensor) -> Tensor:
-        """Returns the coefficients [T], times the weights that correct for where the samples come from."""
+        """Returns the coefficients [T], multiplied by the weights that correct for off-policy samples."""
         if self.correction is None:
             return coefficients
         return coefficients * correction_weights(self.microbatch, self.correction)
@@ -137,7 +137,7 @@ class PolicyTerms:
         return mean_entropy(self.outputs, self.batch)
 
     def output(self, loss: Tensor, metrics: dict[str, Tensor]) -> LossOutput:
-        """Returns the loss with its own metrics and with those that every policy has, detached."""
+        """Returns the loss with the given metrics and with those of every policy loss, all detached."""
         metrics = metrics | {"loss": loss} | engine_mismatch(self.microbatch, self.batch)
         if self.correction is not None:
             metrics |= correction_metrics(self.microbatch, self.batch, self.correction)
@@ -147,10 +147,10 @@ class PolicyTerms:
 def engine_mismatch(microbatch: Microbatch, batch: Batch) -> dict[str, Tensor]:
     """Measures how far the trainer's log-probs of the sampled tokens, before its update, are from the engine's.
 
-    With d = trainer - engine a token, in nats: "mismatch" is the mean of |d|, "mismatch_max" its maximum,
+    With d = trainer - engine for each token, in nats: "mismatch" is the mean of |d|, "mismatch_max" its maximum,
     "mismatch_ratio" the mean of exp|d|. "mismatch_kl_k1" (mean of -d) and "mismatch_kl_k3" (mean of exp(d) - d - 1)
     estimate KL(engine || trainer) without bias. Both sides are log-probs of the distribution at the rollout's
-    temperature before top_p and top_k, which is the one that was sampled from where neither truncates it.
+    temperature before top_p and top_k. The engine samples from this distribution unless top_p or top_k truncates it.
     """
     difference = log_ratio_to_engine(microbatch)
     magnitude = difference.abs()

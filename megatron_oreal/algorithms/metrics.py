@@ -1,4 +1,4 @@
-"""Puts the metrics of a step's mini-batches together."""
+"""Combines the metrics of a step's mini-batches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from megatron_oreal.types import Metrics
 
 
 def over_minibatches(updates: Sequence[Metrics]) -> Metrics:
-    """Returns the metrics of one pass over a step's samples, of those of its mini-batches; all have the same names.
+    """Combines the metrics of the mini-batches of one pass over a step's samples; all mini-batches have the same names.
 
-    A metric is the mean over the mini-batches. A name in _max is the largest, and a learning rate is the last one's.
+    A metric becomes the mean over the mini-batches. A metric whose name ends in _max becomes the largest value, and a
+    learning rate is the one of the last mini-batch.
 
     Example: `over_minibatches([{"policy/kl": 1.0}, {"policy/kl": 2.0}])` is `{"policy/kl": 1.5}`.
     """

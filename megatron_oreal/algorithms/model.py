@@ -1,4 +1,4 @@
-"""What an algorithm asks of its models, what it asks to have built, and what the training loop asks of an algorithm."""
+"""Defines what an algorithm calls on models, what it calls to build them, and what the training loop calls on it."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Model(Protocol):
         """Fills the stream of every micro-batch with the head's values, without a loss."""
 
     def measure(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> Metrics:
-        """Returns the loss's metrics and updates nothing."""
+        """Evaluates the loss and returns its metrics; it updates nothing."""
 
     def train_step(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> Metrics:
-        """Takes one optimizer step and returns the loss's metrics from before it."""
+        """Takes one optimizer step and returns the metrics of the loss before that step."""
 
     def sum_over_data(self, values: Tensor) -> Tensor:
         """Returns the sum over data-parallel ranks."""
 
 
 class ModelSource(Protocol):
-    """Builds the models that an algorithm asks for; run/algorithms.py has the real one.
+    """Builds the models that an algorithm asks for; run/algorithms.py implements it.
 
     `num_updates` is the number of optimizer steps that the whole run plans (`planned_updates`); the decay of the
     learning rate ends there.
@@ -48,27 +48,27 @@ class ModelSource(Protocol):
     def plan(self) -> PackingPlan: ...
 
     def policy(self, num_updates: int) -> Model:
-        """The policy, with the section `policy` of the configuration."""
+        """Builds the policy from the section `policy` of the configuration."""
 
     def reference(self) -> Model:
-        """The frozen initial policy."""
+        """Builds the reference, the frozen initial policy."""
 
     def teacher(self, path: Path) -> Model:
-        """A frozen model that takes the reference's place; it may be of another architecture."""
+        """Builds a frozen model that takes the reference's place; it may have another architecture."""
 
     def scalar(self, name: str, training: ScalarModelConfig, num_updates: int, head_init: HeadInit = "zero") -> Model:
-        """A model that gives one number a token: a reward model or a critic. `name` prefixes its metrics."""
+        """Builds a reward model or a critic, which gives one number a token. `name` is the prefix of its metrics."""
 
 
 class GroupAlgorithm(Protocol):
     """The methods of an algorithm that the training loop calls."""
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """Takes all optimizer steps on these groups; {"train/skipped": 1.0} where there is nothing to learn from."""
+        """Takes all optimizer steps on these groups. Returns {"train/skipped": 1.0} if they allow no update."""
 
     def planned_updates(self, step: int) -> dict[str, int]:
-        """Returns how many optimizer steps each model takes in this step of the run, by name, if none is left out.
+        """Returns the number of optimizer steps that each model takes in this step of the run if none is skipped.
 
-        Over all steps of the run their sum is the `num_updates` that the model was built with. The learning rates
-        follow this plan: a step that is skipped, or has fewer mini-batches, does not delay the end of a cosine.
+        The keys are the models' names. A model's sum over all steps of the run is the `num_updates` that it was built
+        with. The learning rates follow this plan: a skipped step, or fewer mini-batches, do not delay a cosine's end.
         """

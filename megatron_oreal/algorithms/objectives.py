@@ -1,13 +1,14 @@
-"""What an outcome algorithm optimises: weights of samples <-> a function h of the pass rate.
+"""Converts between the weights of samples and the function h of the pass rate that these weights optimise.
 
-Davis & Recht 2025, arXiv:2510.13651. M samples of a prompt; s of the others are correct. A correct sample is weighted
-with b_s, an incorrect one with a_s, and the update is (1/M) sum_i Z_i grad log pi(y_i). Its expectation is the gradient
-of h(p), p the pass rate, with
+The source is Davis & Recht 2025, arXiv:2510.13651. A prompt has M samples. For each sample, s is the number of correct
+ones among the other M - 1. A correct sample has the weight b_s, an incorrect one a_s, and the update is
+(1/M) sum_i Z_i grad log pi(y_i). Its expectation is the gradient of h(p), where p is the pass rate and
 
     h'(t) = sum_s (b_s - a_s) C(M-1, s) t^s (1-t)^(M-1-s)
 
-Only d = b - a matters for it. Where an objective says no more than d, the leave-one-out split b_s = d_s (1 - s/(M-1)),
-a_s = -d_s s/(M-1) has the same expectation as b = d, a = 0, and less variance where answers are many and t > 1/M.
+The expectation depends only on d = b - a. For an objective that defines only d, the leave-one-out split
+b_s = d_s (1 - s/(M-1)), a_s = -d_s s/(M-1) has the same expectation as b = d, a = 0, and less variance when there are
+many possible answers and t > 1/M.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ Table = tuple[Tensor, Tensor]  # (a, b): [M] float64 each, index s = number of o
 Function = Callable[[Any], Any]  # h(t), t in [0, 1]
 BASELINES = ("leave_one_out", "none")
 DEVIATIONS = ("population", "bessel", "none")
-NUM_CHECKED = 200  # intervals on which an h must not decrease, besides those between k/M
+NUM_CHECKED = 200  # intervals on which h is checked for a decrease, besides those between k/M
 
 
 def weights(objective: str | Function, group_size: int, **options: Any) -> Table:
-    """(a, b), float64 [M] each, of a name in OBJECTIVES or of a callable h(t).
+    """Returns (a, b), float64 [M] each, for a name in OBJECTIVES or for a callable h(t).
 
-    Options: `n` (pass_at_n, default 2), `std` and `epsilon` (grpo), `h` (expression), `smoothing` (expression and
-    callables), `baseline` (pass_at_n, logit, expression, callables), `negative_coef` (OREAL's variants).
-    Raises ValueError, one line, for an unknown name or option, and where the objective has no weights for the size.
+    The options are `n` (pass_at_n, default 2), `std` and `epsilon` (grpo), `h` (expression), `smoothing` (expression
+    and callables), `baseline` (pass_at_n, logit, expression, callables), `negative_coef` (OREAL's variants).
+    Raises ValueError for an unknown name or option, and if the objective has no weights for this group size.
+
+    Example: weights("rloo", 2) is ([0, -1], [1, 0]): of one correct and one incorrect sample the correct one has the
+    weight 1 and the incorrect one -1.
     """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be an integer >= 1, got {group_size!r}")
@@ -49,17 +53,17 @@ def weights(objective: str | Function, group_size: int, **options: Any) -> Table
 
 
 def h_prime(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
-    """h'(t), in t's shape, float64. a, b: [M]; t in [0, 1]."""
+    """Returns h'(t), float64, in the shape of t. a, b: [M]; t in [0, 1]."""
     return bernstein(b - a, t)
 
 
 def h_value(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
-    """h(t), the integral of h' from 0: the Bernstein polynomial of degree M of the sums of d. Shapes as h_prime."""
+    """Returns h(t), the integral of h' from 0: a Bernstein polynomial of degree M. The shapes are those of h_prime."""
     return bernstein(torch.cat([b.new_zeros(1), (b - a).cumsum(0)]) / len(b), t)
 
 
 def sample_weights(objective: str | Function, rewards: Tensor, **options: Any) -> Tensor:
-    """Z of each sample, float64: rewards [G, M], each 0 or 1 -> [G, M]."""
+    """Returns the weight Z of each sample, float64: rewards [G, M], each 0 or 1 -> [G, M]."""
     if rewards.dim() != 2 or not bool(((rewards == 0) | (rewards == 1)).all()):
         raise ValueError(f"rewards must be [G, M] and each 0 or 1, got shape {tuple(rewards.shape)}")
     a, b = (table.to(rewards.device) for table in weights(objective, rewards.shape[1], **options))
@@ -69,7 +73,7 @@ def sample_weights(objective: str | Function, rewards: Tensor, **options: Any) -
 
 
 def bernstein(coefficients: Tensor, t: Tensor | float) -> Tensor:
-    """sum_k c_k C(n, k) t^k (1-t)^(n-k), by de Casteljau's stable recursion. coefficients [n + 1]."""
+    """Returns sum_k c_k C(n, k) t^k (1-t)^(n-k), by de Casteljau's stable recursion. coefficients: [n + 1]."""
     t = torch.as_tensor(t, dtype=torch.float64)
     if bool(((t < 0) | (t > 1)).any()):
         raise ValueError("t must be in [0, 1]")
@@ -90,14 +94,14 @@ def rloo(group_size: int) -> Table:
 
 
 def rejection_sampling(group_size: int) -> Table:
-    """The mean over the correct samples, nothing where there is none: h' = (1 - (1-t)^M) / t, h -> log t."""
+    """Averages over the correct samples; a group without any has no weight: h' = (1 - (1-t)^M) / t, h -> log t."""
     return split(group_size / (num_others(group_size) + 1), "none")
 
 
 def grpo(group_size: int, std: str = "population", epsilon: float = 0.0) -> Table:
-    """Rewards less their mean, over (standard deviation + epsilon): h -> 2 arcsin(sqrt(t)); 0/0 is 0.
+    """Weights by (reward - mean) / (standard deviation + epsilon): h -> 2 arcsin(sqrt(t)); 0/0 counts as 0.
 
-    std: "population", "bessel" (times sqrt(M / (M-1))) or "none" (no division, epsilon unused: Dr. GRPO).
+    `std` is "population", "bessel" (times sqrt(M / (M-1))) or "none" (Dr. GRPO: no division, epsilon is unused).
     """
     check_choice("std", std, DEVIATIONS)
     check_not_negative("epsilon", epsilon)
@@ -116,7 +120,7 @@ def grpo(group_size: int, std: str = "population", epsilon: float = 0.0) -> Tabl
 
 
 def pass_at_n(group_size: int, n: int = 2, baseline: str = "leave_one_out") -> Table:
-    """h = 1 - (1-t)^n, estimated without bias from M >= n samples."""
+    """Optimises h = 1 - (1-t)^n, with an unbiased estimate from M >= n samples."""
     if not 1 <= n <= group_size:
         raise ValueError(f"n must be between 1 and group_size={group_size} for pass_at_n, got {n}")
     d = [n * math.comb(group_size - 1 - s, n - 1) / math.comb(group_size - 1, n - 1) for s in range(group_size)]
@@ -124,7 +128,7 @@ def pass_at_n(group_size: int, n: int = 2, baseline: str = "leave_one_out") -> T
 
 
 def logit(group_size: int, baseline: str = "leave_one_out") -> Table:
-    """Rejection sampling of both kinds, M/(s+1) + M/(M-s): h -> log(t / (1-t))."""
+    """Averages over correct and over incorrect samples, d = M/(s+1) + M/(M-s): h -> log(t / (1-t))."""
     s = num_others(group_size)
     return split(group_size * (group_size + 1) / ((s + 1) * (group_size - s)), baseline)
 
@@ -132,10 +136,10 @@ def logit(group_size: int, baseline: str = "leave_one_out") -> Table:
 def expression(
     group_size: int, h: str | Function = "", smoothing: float = 0.0, baseline: str = "leave_one_out"
 ) -> Table:
-    """Any h: d_s = M (h((s+1)/M) - h(s/M)), whose h_M is the Bernstein polynomial of h, less h(0).
+    """Optimises any h: d_s = M (h((s+1)/M) - h(s/M)) has the Bernstein polynomial of h, minus h(0), as its objective.
 
     With smoothing delta, h((t + delta) / (1 + 2 delta)) takes h's place: log(t / (1-t)) becomes
-    log((t + delta) / (1-t + delta)). Warns where h decreases. Raises ValueError where h is not finite.
+    log((t + delta) / (1-t + delta)). Warns of intervals on which h decreases. Raises ValueError if h is not finite.
     """
     check_not_negative("smoothing", smoothing)
     function = parse_expression(h) if isinstance(h, str) else h
@@ -152,9 +156,10 @@ def expression(
 
 
 def oreal_reference(group_size: int, negative_coef: float = 0.5) -> Table:
-    """OREAL's published code without token weights: one pair of each group with both kinds, leave-one-out of +-1.
+    """OREAL's published code without token weights: it trains on one sample of each kind of each mixed group.
 
-    h' = 2M/(M-1) ((1-(1-t)^M)/t - 1 + eta ((1-t^M)/(1-t) - 1)). Sequences count alike: no token denominators.
+    Their advantages are leave-one-out of the rewards 1 and -1. All sequences count alike; there are no token
+    denominators. h' = 2M/(M-1) ((1-(1-t)^M)/t - 1 + eta ((1-t^M)/(1-t) - 1)).
     """
     a, b = oreal_reference_all(group_size, negative_coef)
     s = num_others(group_size)
@@ -162,16 +167,16 @@ def oreal_reference(group_size: int, negative_coef: float = 0.5) -> Table:
 
 
 def oreal_reference_all(group_size: int, negative_coef: float = 0.5) -> Table:
-    """`oreal_reference` with every sample of every group has h' = 2 (1-t) + 2 eta t."""
+    """`oreal_reference` that trains on every sample of every group: h' = 2 (1-t) + 2 eta t."""
     check_not_negative("negative_coef", negative_coef)
     a, b = rloo(group_size)
     return 2 * negative_coef * a, 2 * b
 
 
 def oreal_paper(group_size: int, negative_coef: float = 0.5) -> Table:
-    """OREAL's paper without token weights: one pair of each group with both kinds, weights 1 and 1 - pass rate.
+    """OREAL's paper without token weights: it trains on one correct and one incorrect sample of each mixed group.
 
-    h' = (1-(1-t)^M)/t - t^(M-1) + eta (1 - (1-t)^(M-1)).
+    Their weights are 1 and 1 - pass rate. h' = (1-(1-t)^M)/t - t^(M-1) + eta (1 - (1-t)^(M-1)).
     """
     check_not_negative("negative_coef", negative_coef)
     check_others(group_size)
@@ -210,7 +215,7 @@ def checked_options(
 
 
 def num_others(group_size: int) -> Tensor:
-    """[M]: s = 0 .. M-1."""
+    """Returns s = 0 .. M-1, [M]."""
     return torch.arange(group_size, dtype=torch.float64)
 
 
@@ -221,7 +226,7 @@ def split(d: Tensor, baseline: str) -> Table:
         return torch.zeros_like(d), d
     check_others(len(d))
     share = num_others(len(d)) / (len(d) - 1)
-    return 0.0 - d * share, d * (1 - share) + 0.0  # 0, not -0
+    return 0.0 - d * share, d * (1 - share) + 0.0  # Adding 0.0 turns -0.0 into 0.0.
 
 
 def check_others(group_size: int) -> None:
@@ -242,7 +247,7 @@ def check_not_negative(name: str, value: float) -> None:
 
 
 def real_value(function: Function, t: float) -> float:
-    """nan where the function has no real value; functions of tensors are called with one."""
+    """Returns the function's value at t, or nan if it has no real value; functions of tensors are given a tensor."""
     try:
         try:
             value = function(t)
@@ -264,7 +269,7 @@ def check_finite(values: dict[float, float], smoothing: float, group_size: int) 
 
 
 def warn_where_decreasing(points: Sequence[float], values: dict[float, float]) -> None:
-    """One warning with every interval on which h falls; where it does, correct samples are pushed down."""
+    """Warns once, naming every interval on which h decreases: there, correct samples become less likely."""
     spread = max(values.values()) - min(values.values())
     if spread == 0:
         warnings.warn("h is constant: nothing is learned from it", stacklevel=4)

@@ -1,13 +1,13 @@
-"""OREAL: it clones correct samples, pushes incorrect ones away, and weighs tokens with a learned reward model.
+"""OREAL: it clones correct samples, makes incorrect ones less likely, and weighs tokens by a learned reward model.
 
 The source is Lyu et al. 2025, arXiv:2502.06781: algorithm 1, eq. 10 (token weights), 11 (policy loss) and 12 (reward
 model loss). The presets "paper" and "reference" (the published code) differ in the choices that OrealConfig lists, and
-each choice can be made alone.
+each choice can be set on its own.
 
-The code divides the three terms of its loss by the numbers of correct, incorrect and all tokens. Eq. 11 is a sum over
-tokens and a mean over sequences: all terms are divided by the number of sequences (`denominators: sequences`), and long
-incorrect answers weigh more. Both presets take the code's. All counts are over all ranks. With one update a step the
-ratio to the old policy is 1, and only the ratio's gradient matters.
+The published code divides the three terms of its loss by the numbers of correct, incorrect and all tokens. Eq. 11 sums
+over tokens and averages over sequences: it divides all terms by the number of sequences (`denominators: sequences`), so
+that long incorrect answers weigh more. Both presets use the published code's denominators. All counts are over all
+ranks. With one update a step the ratio to the old policy is 1, and only the ratio's gradient matters.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Oreal:
     plan: PackingPlan
     seed: int
     policy: Model
-    reference: Model | None  # None where no KL to the initial policy is asked for.
+    reference: Model | None  # None without a KL to the initial policy.
     reward_model: Model | None  # None: every token weight is 1.
     policy_updates: int = 1  # Optimizer steps on one set of groups.
     reward_model_updates: int = 1
-    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
+    correction: Correction | None = None  # For off-policy samples; None corrects nothing.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 and self.config.kl_target == "initial"
@@ -49,7 +49,7 @@ class Oreal:
 
     @classmethod
     def build(cls, config: OrealConfig, run: TrainConfig, models: ModelSource) -> Oreal:
-        """OREAL with the models that its configuration asks for."""
+        """Builds OREAL with the models that its configuration asks for."""
         learns_scores = config.reward_model.enabled
         frozen_steps = config.policy_freeze_steps * (learns_scores and not config.freeze_advances_schedule)
         policy_steps = max(1, run.num_steps - frozen_steps)
@@ -71,7 +71,7 @@ class Oreal:
         )
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """Takes all optimizer steps on these groups; without a group of both kinds, only says that it skipped."""
+        """Takes all optimizer steps on these groups; without a mixed group it returns {"train/skipped": 1.0}."""
         sequences = select_sequences(groups, self.config, random.Random(f"{self.seed}-{step}"))
         if not sequences:
             return {"train/skipped": 1.0}
@@ -85,7 +85,7 @@ class Oreal:
             self.reference.forward(batch, "reference_logprobs")
         if self.reward_model is not None:
             reward_loss = partial(self.reward_loss, batch=batch)
-            # The token weights come from the scores of the first pass: those before the reward model's own update.
+            # The token weights use the scores of the first pass, from before the reward model's own update.
             metrics |= self.reward_model.train_step(batch, reward_loss, keep="token_scores")
             for _ in range(1, self.reward_model_updates):
                 metrics |= self.reward_model.train_step(batch, reward_loss)
@@ -105,11 +105,11 @@ class Oreal:
         return planned if self.reward_model is None else planned | {"reward_model": self.reward_model_updates}
 
     def is_frozen(self, step: int) -> bool:
-        """Returns whether this step leaves the policy as it is: the reward model, where there is one, learns first."""
+        """Returns whether this step leaves the policy unchanged, so that the reward model, if any, learns first."""
         return self.reward_model is not None and step < self.config.policy_freeze_steps
 
     def reward_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Eq. 12: the cross entropy of each sequence's mean score with its outcome."""
+        """Returns the cross entropy of each sequence's mean score with its outcome (eq. 12)."""
         scores = align(outputs.values, self.config)
         output = outcome_cross_entropy(scores, microbatch, batch.num_sequences)
         correct, incorrect = microbatch.trained_correct, microbatch.trained_incorrect
@@ -120,7 +120,7 @@ class Oreal:
         return output
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Eq. 11: cloning of the correct, reshaped policy gradient of the incorrect, KL to the target."""
+        """Returns the loss of eq. 11: cloning of correct samples, policy gradient of incorrect ones, and the KL."""
         terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         logprobs, old_logprobs = terms.logprobs, terms.old_logprobs
         assert microbatch.coefficients is not None
@@ -132,7 +132,7 @@ class Oreal:
         target = microbatch.reference_logprobs if is_initial and self.reference is not None else old_logprobs
         assert target is not None
         divergence = terms.kl(self.config.kl_kind, target)
-        # Eq. 11's KL is that of whole sequences: the sum over their tokens.
+        # Eq. 11 takes the KL of whole sequences, which is the sum over their tokens.
         length = batch.num_tokens / batch.num_sequences if self.config.denominators == "sequences" else 1.0
         loss = positive + negative + self.config.kl_coef * length * divergence
         metrics = {
@@ -145,9 +145,9 @@ class Oreal:
 
 
 def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.Random) -> list[TrainingSequence]:
-    """Returns the sequences to train on; none where no group has both correct and incorrect samples.
+    """Returns the sequences to train on; the list is empty if no group has both correct and incorrect samples.
 
-    Advantages and pass rates are those of the full group. Samples without a verdict count nowhere.
+    Advantages and pass rates are computed over the full group. Samples without a verdict count nowhere.
     """
     sequences: list[TrainingSequence] = []
     if not any(is_mixed(group) for group in groups):
@@ -161,7 +161,7 @@ def select_sequences(groups: Sequence[Group], config: OrealConfig, rng: random.R
         if config.selection == "one_pair":
             correct = [index for index in chosen if samples[index].is_correct]
             incorrect = [index for index in chosen if not samples[index].is_correct]
-            # The filter may have left one kind.
+            # The filter may have removed all correct or all incorrect samples.
             chosen = [rng.choice(correct), rng.choice(incorrect)] if correct and incorrect else []
         for index in chosen:
             weight = sequence_weight(samples[index], advantages[index], group.pass_rate, config)
@@ -177,7 +177,7 @@ def group_advantages(samples: Sequence[Sample], config: OrealConfig) -> list[flo
 
 
 def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: OrealConfig) -> float:
-    """Returns the weight of the sequence before token weights and denominators: above 0 if correct, else below."""
+    """Returns the sequence's weight before token weights and denominators: positive if it is correct, else negative."""
     if sample.is_correct:
         return {"advantage": advantage, "one": 1.0}[config.positive_weight]
     reshaped = {"advantage": abs(advantage), "one_minus_pass_rate": 1.0 - pass_rate, "one": 1.0}
@@ -185,14 +185,14 @@ def sequence_weight(sample: Sample, advantage: float, pass_rate: float, config: 
 
 
 def align(scores: Tensor, config: OrealConfig) -> Tensor:
-    """Moves scores [T] beside the token that they weigh: position t speaks about token t + 1."""
+    """Shifts scores [T] by one position, because the score of token t + 1 belongs to the log-prob at position t."""
     return scores if config.score_position == "before" else scores.roll(-1)
 
 
 def fill_coefficients(microbatch: Microbatch, batch: Batch, config: OrealConfig) -> None:
-    """Fills token weights, and the coefficients of eq. 11: advantage x token weight (x eta) / count.
+    """Fills the token weights and the coefficients of eq. 11: advantage x token weight (x eta) / count.
 
-    The token weights come from the scores that the reward model's first pass kept; without a reward model they are 1.
+    The token weights use the scores that the reward model's first pass kept; without a reward model they are 1.
     """
     correct = microbatch.is_correct[microbatch.sequence_ids]
     if microbatch.token_scores is None:
@@ -210,10 +210,11 @@ def fill_coefficients(microbatch: Microbatch, batch: Batch, config: OrealConfig)
 
 
 def token_weights(scores: Tensor, mask: Tensor, prefix_mean: bool = True) -> tuple[Tensor, Tensor]:
-    """Eq. 10: (positive, negative) = max(2 sigmoid(s) - 1, 0) and max(1 - 2 sigmoid(s), 0).
+    """Returns (positive, negative) = max(2 sigmoid(s) - 1, 0) and max(1 - 2 sigmoid(s), 0), eq. 10.
 
-    scores [N, T], mask [N, T] bool; both results [N, T], detached and 0 outside the mask, where scores are never read.
-    With `prefix_mean`, s is the mean of the scores up to the token (the reference code); else its own (the paper).
+    The arguments are scores [N, T] and mask [N, T] bool. Both results are [N, T], detached, and 0 outside the mask,
+    where scores are never read. With `prefix_mean`, s is the mean of the scores up to and including the token (the
+    reference code); without it, s is the token's own score (the paper).
     """
     score = effective_scores(scores, mask, prefix_mean)
     probability = torch.sigmoid(score)
@@ -232,7 +233,7 @@ def threshold_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tupl
 
 
 def mean_one_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """Scales the weights of eq. 10 to mean one over each sequence; they are all one where all were zero."""
+    """Scales the weights of eq. 10 to mean one over each sequence; if all are zero, they all become one."""
     positive, negative = token_weights(scores, mask, config.prefix_mean)
     return mean_one(positive, mask), mean_one(negative, mask)
 
@@ -243,7 +244,7 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def top_k_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Tensor, Tensor]:
-    """Keeps the share `top_k_ratio` of tokens that speak most for (against) success, min-max normalised."""
+    """Keeps the `top_k_ratio` of tokens with the highest (lowest) scores, and min-max normalises them to [0, 1]."""
     probability = torch.sigmoid(effective_scores(scores, mask, config.prefix_mean))
     return top_share(probability, mask, config.top_k_ratio), top_share(1.0 - probability, mask, config.top_k_ratio)
 
@@ -251,10 +252,10 @@ def top_k_weights(scores: Tensor, mask: Tensor, config: OrealConfig) -> tuple[Te
 def top_share(values: Tensor, mask: Tensor, ratio: float) -> Tensor:
     """Returns [N, T] in [0, 1]: floor(ratio * length) tokens of each row, at least one, keep their normalised value.
 
-    The normalisation runs over the kept tokens only, as in the reference code: the last of them gets 0. All are 1 where
-    all are equal.
+    The normalisation runs over the kept tokens only, as in the reference code, so that the lowest of them gets 0. If
+    all kept tokens are equal, all get 1.
     """
-    # The order is stable, so that the earlier of two equal tokens is kept on every device.
+    # A stable sort keeps the earlier of two equal tokens on every device.
     order = torch.where(mask, values, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = order.argsort(dim=-1)
     counts = (mask.sum(dim=-1, keepdim=True).double() * ratio).long().clamp_min(1)

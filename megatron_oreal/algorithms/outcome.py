@@ -1,14 +1,14 @@
-"""Outcome objectives: any h(p) of the pass rate p over one weighted log-prob loss.
+"""Outcome objectives: one weighted log-prob loss optimises any function h(p) of the pass rate p.
 
-The weights Z of the samples say what is optimised (objectives.py; Davis & Recht 2025, arXiv:2510.13651). Settings add
-PPO's clipped surrogate with different bounds up and down, the length normalisations of GRPO (Shao et al. 2024), DAPO
-(Yu et al. 2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), CISPO's weighted log-probs
-(MiniMax 2025, arXiv:2506.13585), a KL to the initial policy, and DAPO's filters and its punishment of long responses.
+The weights Z of the samples define h (objectives.py; Davis & Recht 2025, arXiv:2510.13651). Settings add PPO's clipped
+surrogate with separate lower and upper bounds, the length normalisations of GRPO (Shao et al. 2024), DAPO (Yu et al.
+2025) and Dr. GRPO (Liu et al. 2025), GSPO's sequence ratio (Zheng et al. 2025), CISPO's weighted log-probs (MiniMax
+2025, arXiv:2506.13585), a KL to the initial policy, and DAPO's filters and its punishment of long responses.
 REINFORCE++ (Hu et al. 2025, arXiv:2501.03262) whitens the weights over the step's tokens. On-policy distillation adds
-log(teacher / old policy) to each token's weight, whose mean gradient is that of -KL(policy || teacher) at each token.
+log(teacher / old policy) to each token's weight; the mean gradient of this term is that of -KL(policy || teacher).
 
 The loss is -sum_i sum_t c_it min(ratio_it Z_i, clip(ratio_it) Z_i), where c_it is 1/(N |y_i|), 1/(number of tokens) or
-1/(N constant): N samples, over all ranks and all groups that are used, the samples of weight 0 too.
+1/(N constant). N counts the samples of all ranks and of all used groups, including samples of weight 0.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Outcome:
     plan: PackingPlan
     group_size: int  # The size of a group whose samples all have a verdict.
     policy: Model
-    reference: Model | None = None  # None where no KL asks for it.
+    reference: Model | None = None  # None without a KL or a teacher.
     policy_updates: int = 1  # Optimizer steps on one set of groups.
     seed: int = 0
-    longest_response: Callable[[int], int] | None = None  # The length limit after a prompt of so many tokens.
-    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
-    tables: dict[int, Table] = field(default_factory=dict)  # The weights for each number of judged samples met so far.
+    longest_response: Callable[[int], int] | None = None  # Number of prompt tokens -> longest response, in tokens.
+    correction: Correction | None = None  # For off-policy samples; None corrects nothing.
+    tables: dict[int, Table] = field(default_factory=dict)  # Number of judged samples -> weights; a cache.
 
     def __post_init__(self) -> None:
         assert self.reference is not None or not self.config.uses_reference, "a KL needs the reference"
@@ -62,7 +62,7 @@ class Outcome:
 
     @classmethod
     def build(cls, config: OutcomeConfig, run: TrainConfig, models: ModelSource) -> Outcome:
-        """The objective with the models that its configuration asks for."""
+        """Builds the algorithm with the models that its configuration asks for."""
         reference = None
         if config.uses_reference:
             path = config.reference_path
@@ -80,12 +80,12 @@ class Outcome:
         )
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """Takes all optimizer steps on these groups; where no sample has a weight, only says that it skipped."""
+        """Takes all optimizer steps on these groups; if no sample has a weight it returns {"train/skipped": 1.0}."""
         used = [group for group in groups if is_mixed(group) or not self.config.dynamic_sampling]
         sequences = [sequence for group in used for sequence in self.weigh(group)]
         if not self.has_signal(sequences):
             return {"train/skipped": 1.0}
-        # A sample of weight 0 counts in the denominators; it is packed where something else acts on its tokens.
+        # A sample of weight 0 counts in the denominators; it is packed only if another term acts on its tokens.
         weighted = [sequence for sequence in sequences if sequence.advantage != 0]
         batch = pack(sequences if self.packs_all else weighted, self.plan)
         num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
@@ -118,24 +118,24 @@ class Outcome:
 
     @property
     def packs_all(self) -> bool:
-        """Whether samples of weight 0 are in the passes too."""
+        """Returns whether the passes include samples of weight 0."""
         config = self.config
         return config.uses_reference or config.whiten_advantages or config.covariance != "none"
 
     def has_signal(self, sequences: Sequence[TrainingSequence]) -> bool:
-        """Whether the step has something to learn from."""
+        """Returns whether any term of the loss acts on these samples."""
         if self.config.objective == "distillation" or self.config.distill_coef > 0:
             return bool(sequences)
         weights = {sequence.advantage for sequence in sequences}
         return len(weights) > 1 if self.config.whiten_advantages else bool(weights - {0.0})
 
     def weigh(self, group: Group) -> list[TrainingSequence]:
-        """Returns the samples that are trained on, each with its weight Z; without a verdict, one counts nowhere."""
+        """Returns the samples to train on, each with its weight Z; samples without a verdict count nowhere."""
         samples = group.judged_samples
         if self.config.objective == "pure_rejection_sampling":
             samples = first_correct(samples, self.config.num_correct)
             weighed = [(sample, 1.0) for sample in samples]
-        elif len(samples) < min(2, self.group_size):  # Too few samples are left for what was configured.
+        elif len(samples) < min(2, self.group_size):  # Too few samples have a verdict.
             weighed = []
         else:
             weighed = list(zip(samples, self.z(samples), strict=True))
@@ -158,7 +158,7 @@ class Outcome:
         return [float(b[num_correct - 1] if sample.is_correct else a[num_correct]) for sample in samples]
 
     def z_of_punished(self, samples: Sequence[Sample]) -> list[float]:
-        """Returns the weights for rewards from which long responses lose a part."""
+        """Returns the weights Z for rewards from which the punishment of long responses is subtracted."""
         assert self.longest_response is not None
         config, rewards = self.config, []
         for sample in samples:
@@ -174,7 +174,7 @@ class Outcome:
         return found
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Returns the clipped, weighted log-prob loss, with the KL to the initial policy where it is asked for."""
+        """Returns the clipped, weighted log-prob loss, with the KL to the initial policy if it is configured."""
         terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         coefficients = terms.corrected(self.coefficients(terms, microbatch))
         difference = terms.logprobs - terms.old_logprobs
@@ -197,7 +197,7 @@ class Outcome:
         return terms.output(loss, metrics)
 
     def coefficients(self, terms: PolicyTerms, microbatch: Microbatch) -> Tensor:
-        """Returns what each token's gain is weighted with, [T]: the sample's weight, and the teacher's judgement."""
+        """Returns the weight of each token's gain, [T]: the sample's weight, plus the log-ratio of a teacher."""
         assert microbatch.coefficients is not None and microbatch.shares is not None
         if self.config.distill_coef == 0:
             return microbatch.coefficients
@@ -206,7 +206,7 @@ class Outcome:
         return microbatch.coefficients + microbatch.shares * advantages
 
     def ratio(self, difference: Tensor, microbatch: Microbatch) -> Tensor:
-        """Returns each token's ratio to the old policy, or the geometric mean of those of its sequence: [T]."""
+        """Returns each token's ratio to the old policy, or the geometric mean of the ratios of its sequence: [T]."""
         if self.config.ratio == "sequence":
             return bounded_exp(sequence_mean(difference, microbatch))[microbatch.sequence_ids]
         return bounded_exp(difference)
@@ -218,12 +218,12 @@ class Outcome:
 
 
 def clipped_gain(coefficients: Tensor, ratio: Tensor, clipped: Tensor, _logprobs: Tensor) -> Tensor:
-    """PPO's: a token that moved far enough in the direction of its weight has no gradient any more."""
+    """Returns PPO's clipped surrogate, [T]: a token beyond the bound in the direction of its weight has no gradient."""
     return torch.minimum(coefficients * ratio, coefficients * clipped)
 
 
 def weighted_logprob(coefficients: Tensor, _ratio: Tensor, clipped: Tensor, logprobs: Tensor) -> Tensor:
-    """CISPO's: every token keeps its gradient, weighted with the clipped ratio."""
+    """Returns CISPO's surrogate, [T]: every token keeps its gradient, weighted by the clipped ratio."""
     return coefficients * clipped.detach() * logprobs
 
 
@@ -234,7 +234,7 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: int, config: OutcomeConfig) -> None:
-    """Fills Z times the token's share in the loss. The counts are those of all ranks, samples of weight 0 included."""
+    """Fills Z times the token's share in the loss. The counts cover all ranks and include samples of weight 0."""
     if config.normalisation == "token":
         share: Tensor | float = 1.0 / num_tokens
     elif config.normalisation == "constant":
@@ -247,7 +247,7 @@ def fill_coefficients(microbatch: Microbatch, num_sequences: int, num_tokens: in
 
 
 def check_objective(config: OutcomeConfig, group_size: int) -> None:
-    """Raises ValueError, one line, where the objective has no weights for groups of this size. Warns of a falling h."""
+    """Raises ValueError if the objective has no weights for groups of this size. Warns if h decreases somewhere."""
     if config.objective == "pass_at_n" and config.n > group_size:
         raise ValueError(f"algorithm.n={config.n} must be <= rollout.group_size={group_size}: lower it")
     if config.objective not in ("pure_rejection_sampling", "distillation"):
@@ -263,6 +263,6 @@ def objective_table(config: OutcomeConfig, group_size: int) -> Table:
     names = option_names(OBJECTIVES[config.objective])
     options = config.model_dump(include=set(names))
     if "n" in options:
-        # Where fewer than n samples have a verdict, n is the largest that they allow.
+        # pass_at_n needs n samples. If fewer have a verdict, their number takes the place of n.
         options["n"] = min(config.n, group_size)
     return weights(config.objective, group_size, **options)

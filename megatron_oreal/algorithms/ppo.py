@@ -1,4 +1,4 @@
-"""PPO with a critic, as Open-Reasoner-Zero uses it: outcome reward on the last token, discount = lambda = 1.
+"""PPO with a critic, as Open-Reasoner-Zero uses it: the last token gets the outcome reward; discount = lambda = 1.
 
 The sources are Hu et al. 2025, arXiv:2503.24290, and Schulman et al. 2017, eq. 7 (clipped surrogate), and 2016 (GAE).
 The critic is updated before the policy, on several mini-batches, with advantages and returns from before its update.
@@ -34,8 +34,8 @@ class Ppo:
     seed: int
     policy: Model
     critic: Model
-    reference: Model | None  # None where no KL asks for it.
-    correction: Correction | None = None  # Of samples that are not the trained policy's own; None: none.
+    reference: Model | None  # None without a KL.
+    correction: Correction | None = None  # For off-policy samples; None corrects nothing.
 
     def __post_init__(self) -> None:
         pulled = self.config.kl_coef > 0 or self.config.kl_reward_coef > 0
@@ -43,7 +43,7 @@ class Ppo:
 
     @classmethod
     def build(cls, config: PpoConfig, run: TrainConfig, models: ModelSource) -> Ppo:
-        """PPO with the models that its configuration asks for."""
+        """Builds PPO with the models that its configuration asks for."""
         policy_steps = max(1, run.num_steps - config.policy_freeze_steps)
         policy = models.policy(policy_steps * config.policy_epochs * config.policy_minibatches)
         critic_updates = run.num_steps * config.critic_epochs * config.critic_minibatches
@@ -59,7 +59,7 @@ class Ppo:
         )
 
     def update(self, groups: Sequence[Group], step: int) -> Metrics:
-        """Takes all updates on these groups; it uses every judged sample, also of groups of one kind."""
+        """Takes all updates on these groups; it uses every judged sample, also those of groups that are not mixed."""
         sequences = [sequence for group in groups for sequence in judged_sequences(group, self.config)]
         if not sequences:
             return {"train/skipped": 1.0}
@@ -92,7 +92,7 @@ class Ppo:
             metrics |= over_minibatches(
                 [self.policy.train_step(part, partial(self.policy_loss, batch=part), keep) for part in minibatches]
             )
-            keep = None  # The first pass over each part has kept them.
+            keep = None  # The first pass over each part has kept the old log-probs.
         return metrics
 
     def planned_updates(self, step: int) -> dict[str, int]:
@@ -103,25 +103,25 @@ class Ppo:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether a pass of its own keeps them, because later mini-batches or the rewards need them.
+        """Returns whether a separate pass computes the old log-probs; later mini-batches or the rewards need it.
 
-        Else the first pass over each part keeps them. Ratios to the engine need only the engine's.
+        Otherwise the first pass over each part keeps them. Ratios to the engine need only the engine's log-probs.
         """
         is_trainers = self.correction is None or self.correction.old_logprobs == "trainer"
         return (self.num_policy_updates > 1 and is_trainers) or self.config.kl_reward_coef > 0
 
     @property
     def num_policy_updates(self) -> int:
-        """The policy's optimizer steps on one set of groups."""
+        """Returns the number of the policy's optimizer steps on one set of groups."""
         return self.config.policy_minibatches * self.config.policy_epochs
 
     @property
     def num_parts(self) -> int:
-        """The finer of the two divisions into mini-batches; the configuration checks that one divides the other."""
+        """Returns the larger of both numbers of mini-batches; the configuration checks that one divides the other."""
         return max(self.config.critic_minibatches, self.config.policy_minibatches)
 
     def policy_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Returns -min(ratio A, clip(ratio) A), averaged over tokens, with KL and entropy where they are asked for."""
+        """Returns -min(ratio A, clip(ratio) A), averaged over tokens, plus the configured KL and entropy terms."""
         terms = PolicyTerms(outputs, microbatch, batch, self.correction)
         ratio = terms.ratio
         clipped = ratio.clamp(1.0 - self.config.clip_low, 1.0 + self.config.clip_high)
@@ -142,7 +142,7 @@ class Ppo:
         return terms.output(loss, metrics)
 
     def value_loss(self, outputs: TokenOutputs, microbatch: Microbatch, batch: Batch) -> LossOutput:
-        """Returns half the squared error of the value; with clipping, the larger of the clipped and the free error."""
+        """Returns half the squared error of the value; with clipping, the larger of clipped and unclipped error."""
         values, old_values, returns, trained = outputs.values, microbatch.values, microbatch.returns, microbatch.trained
         assert old_values is not None and returns is not None
         errors = (values - returns).square()
@@ -160,13 +160,13 @@ class Ppo:
 
 
 def judged_sequences(group: Group, config: PpoConfig) -> list[TrainingSequence]:
-    """Returns the group's sequences; `advantage` holds the reward until the critic has been asked."""
+    """Returns the group's sequences; `advantage` holds the reward until the critic's values are known."""
     samples = [sample for sample in group.judged_samples if not (config.filter_overlong and is_overlong(sample))]
     return [training_sequence(sample, sample.reward) for sample in samples]
 
 
 def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random) -> list[list[TrainingSequence]]:
-    """Returns `count` shuffled parts of nearly equal size, or fewer where there are fewer sequences."""
+    """Returns `count` shuffled parts of nearly equal size, or fewer if there are fewer sequences."""
     order = list(range(len(sequences)))
     if count > 1:
         rng.shuffle(order)
@@ -175,13 +175,13 @@ def split(sequences: Sequence[TrainingSequence], count: int, rng: random.Random)
 
 
 def grouped(parts: Sequence[Batch], count: int) -> list[Batch]:
-    """Merges the parts to at most `count` mini-batches."""
+    """Merges the parts into at most `count` mini-batches."""
     count = min(count, len(parts))
     return [merge(parts[number::count]) for number in range(count)]
 
 
 def fill_advantages(microbatch: Microbatch, config: PpoConfig) -> None:
-    """Fills GAE of each sequence, with its reward on the last token, less the KL on each token where asked for."""
+    """Fills the GAE of each sequence. The reward is on the last token; each token loses its KL if configured."""
     assert microbatch.values is not None
     values, mask = pad_responses(microbatch.values, microbatch)
     token_rewards = last_token_rewards(microbatch.advantages, microbatch)

@@ -1,4 +1,4 @@
-"""The algorithms of `megatron-oreal train`, one row each. README.md says how to add one."""
+"""Lists the algorithms of `megatron-oreal train`, one row each. README.md says how to add one."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class AlgorithmEntry:
 
     config: type[AlgorithmConfig]  # Its section of the configuration.
     trains: tuple[str, ...]  # The models that it may update; a frozen reference is not among them.
-    # Called with its section, the whole configuration and the source of its models.
+    # The run calls it with the section, the whole configuration and the source of the models.
     build: Callable[[Any, TrainConfig, ModelSource], GroupAlgorithm]
-    # Called with its section and the group size before anything is built; raises ValueError for what cannot work.
+    # The run calls it with the section and the group size before it builds anything. Raises ValueError on a conflict.
     check: Callable[[Any, int], None] | None = None
 
 

@@ -8,21 +8,21 @@ from megatron_oreal.types import Group, Sample, TrainingSequence
 
 
 def is_mixed(group: Group) -> bool:
-    """Whether the group has correct and incorrect samples."""
+    """Returns whether the group has both correct and incorrect samples."""
     return 0.0 < group.pass_rate < 1.0
 
 
 def is_overlong(sample: Sample) -> bool:
-    """Whether the length limit cut the response. DAPO's filter (Yu et al. 2025) does not train on such a sample."""
+    """Returns whether the length limit cut the response. DAPO's filter (Yu et al. 2025) excludes such a sample."""
     return sample.finish_reason == "length"
 
 
 def first_correct(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Returns the first `count` correct samples in the order in which they were drawn, or all where there are fewer.
+    """Returns the first `count` correct samples in the order in which they were drawn, or all if there are fewer.
 
-    This is pure rejection sampling after the draws: drawing until there are `count` correct samples, or a limit is
-    reached, is the sampler's task. Which ones are kept depends on the order alone, so each has the distribution of a
-    correct sample, and their mean gradient estimates that of log p without bias.
+    This is the selection of pure rejection sampling; the sampler draws until there are `count` correct samples or it
+    reaches a limit. The selection depends on the order alone, so each selected sample has the distribution of a
+    correct sample, and their mean gradient is an unbiased estimate of the gradient of log p.
     """
     return [sample for sample in samples if sample.is_correct][:count]
 

@@ -1,4 +1,4 @@
-"""The supervised warm-up before reinforcement learning: cross entropy of given responses."""
+"""Supervised fine-tuning, the warm-up before reinforcement learning: it minimises the responses' cross entropy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_oreal.types import TrainingSequence
 
 @dataclass(slots=True)
 class Sft:
-    """Supervised training. Its `update` takes sequences where the other algorithms take groups."""
+    """Supervised fine-tuning. Its `update` takes sequences; the other algorithms' takes groups."""
 
     plan: PackingPlan
     policy: Model

@@ -77,7 +77,7 @@ def pieces_of(model: Trainable, layout: ParallelLayout) -> Iterator[Piece]:
         row, place = find_row(rows, canonical_name(name))
         # Of equal copies one is written: the embedding's, not the tied head's, and the first tensor-parallel rank's.
         is_first_copy = row.exported and (row.op.axis is not None or layout.tensor_rank == 0)
-        is_my_turn = number % layout.data_size == layout.data_rank  # Replicas share the work.
+        is_my_turn = number % layout.num_copies == layout.copy_rank  # Replicas share the work.
         found[name] = row, place, tuple(parameter.shape), is_first_copy
         values = parameter.detach().view(-1)
         for piece in rectangles_of(row, place, tuple(parameter.shape), 0, values, model.architecture, layout):
@@ -85,7 +85,7 @@ def pieces_of(model: Trainable, layout: ParallelLayout) -> Iterator[Piece]:
     turns = {name: number for number, name in enumerate(found)}
     for kept in model.optimizer_tensors():
         row, place, shape, is_first_copy = found[kept.parameter]
-        is_my_turn = model.optimizer_is_sharded or turns[kept.parameter] % layout.data_size == layout.data_rank
+        is_my_turn = model.optimizer_is_sharded or turns[kept.parameter] % layout.num_copies == layout.copy_rank
         for name, values in kept.tensors.items():
             flat = values.detach().view(-1)
             for piece in rectangles_of(row, place, shape, kept.begin, flat, model.architecture, layout):

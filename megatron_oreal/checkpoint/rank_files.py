@@ -28,7 +28,7 @@ def old_layout_of(models: list[Trainable], layout: ParallelLayout) -> dict[str, 
         "pipeline": layout.pipeline_size,
         "virtual_pipeline": layout.virtual_size,
         # 0: any number of replicas can read it
-        "data": layout.data_size if any(model.optimizer_is_sharded for model in models) else 0,
+        "data": layout.num_copies if any(model.optimizer_is_sharded for model in models) else 0,
     }
 
 
@@ -38,7 +38,7 @@ def read_rank_files(folder: Path, model: Trainable, layout: ParallelLayout) -> N
     with torch.no_grad():
         for name, parameter in model.parameters():
             parameter.copy_(saved[name])
-    replica = layout.data_rank if model.optimizer_is_sharded else 0
+    replica = layout.copy_rank if model.optimizer_is_sharded else 0
     model.load_training_state(load_on_cpu(folder / f"optimizer_{shard_name(layout)}_d{replica:03d}.pt"))
 
 

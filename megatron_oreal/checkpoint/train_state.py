@@ -126,7 +126,7 @@ class TrainState:
             name: copy_to_host(list(pieces_of(model, self.layout)), self.layout.rank)
             for name, model in self.models.items()
         }
-        randomness = rank_files.random_state() if self.layout.data_rank == 0 else None
+        randomness = rank_files.random_state() if self.layout.copy_rank == 0 else None
         record = {"layout": self._layout_sizes(), "progress": asdict(progress), "models": self._optimizer_progress()}
         writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         written = writer.submit(self._write, temporary, copies, randomness)
@@ -298,7 +298,7 @@ class TrainState:
             "tensor": layout.tensor_size,
             "pipeline": layout.pipeline_size,
             "virtual_pipeline": layout.virtual_size,
-            "data": layout.data_size,
+            "data": layout.num_copies,
         }
 
     def _prune(self) -> None:

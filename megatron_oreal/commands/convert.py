@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face to Megatron and back, on a CPU.
+"""Converts checkpoints from Hugging Face to Megatron and back, on a CPU.
 
     megatron-oreal convert hf2mcore --hf Qwen2.5-7B --out qwen-mcore     for any TP, PP and EP, and Megatron-LM --load
     megatron-oreal convert mcore2hf --mcore qwen-mcore --out qwen-hf

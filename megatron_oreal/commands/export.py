@@ -1,4 +1,4 @@
-"""`megatron-oreal export`: a checkpoint of a run as a Hugging Face directory."""
+"""`megatron-oreal export` writes a checkpoint of a run as a Hugging Face directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Public data sets as our JSONL.
+"""Converts public data sets to our JSONL.
 
 megatron-oreal prepare-data gsm8k --input train.jsonl --out prompts.jsonl
 megatron-oreal prepare-data gsm8k --input train.jsonl --out sft.jsonl --sft
@@ -78,7 +78,7 @@ def main(format_name: str, sources: tuple[str, ...], out: Path, sft: bool, **opt
 
 
 def check_outputs(out: Path, summary: Path | None, sources: tuple[str, ...]) -> None:
-    """Refuses to write one file over another."""
+    """Raises an error if two outputs, or an output and an input, are one file."""
     if summary is not None and summary.resolve() == out.resolve():
         raise ValueError(f"--summary: {summary} is the file of --out; give it another name")
     for source in sources:
@@ -174,7 +174,7 @@ LINES = {
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
-    """One line for the rows and one for each finding that occurs."""
+    """Returns one line about the rows and one for each kind of finding that occurs."""
     lines = [f"{summary['rows']:>9} rows of {', '.join(summary['inputs'])}"]
     for key, words in LINES.items():
         found = summary[key]
@@ -184,7 +184,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
 
 
 def example(found: dict[str, Any]) -> str:
-    """The first case, in brackets."""
+    """Returns the first case in brackets, as an example."""
     if found.get("pairs"):
         return f" (the first: {found['pairs'][0][0]} is like {found['pairs'][0][1]})"
     if found.get("groups"):

@@ -1,4 +1,4 @@
-"""Tags prompts with the skills that they take, by a language model, for `megatron-oreal select-data prompts`.
+"""Tags prompts with the skills that a language model says they need, for `megatron-oreal select-data prompts`.
 
 megatron-oreal tag-skills prompts.jsonl --url http://node7:8000/v1 --model Qwen2.5-72B-Instruct --out tagged.jsonl
 """

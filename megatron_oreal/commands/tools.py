@@ -1,4 +1,4 @@
-"""The tools as subcommands of `megatron-oreal`. Each is imported when it is called, because some import torch."""
+"""Offers the tools as subcommands of `megatron-oreal`. A call imports only its own tool, because some import torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tool:
         def call(arguments: tuple[str, ...]) -> None:
             module = importlib.import_module(f"megatron_oreal.commands.{self.module}")
             target: click.Command = getattr(module, "cli", module.main)
-            # So that what was begun is cleared away.
+            # The exception makes the tool remove its incomplete output.
             signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
             try:
                 target.main(list(arguments), **self.settings)
@@ -49,6 +49,7 @@ class Tool:
 
 
 TOOLS = (
+    Tool("doctor", "doctor", "Checks a machine, or the ranks of a job, and what a run needs of them."),
     Tool("export", "export", "Writes a checkpoint of a run, such as the best one, as a Hugging Face directory."),
     Tool("convert", "convert", "Converts checkpoints from Hugging Face to Megatron and back, and inspects them."),
     Tool("prepare-data", "prepare_data", "Makes prompts of public data sets, or of any table, and cleans them."),

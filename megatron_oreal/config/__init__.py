@@ -4,6 +4,7 @@ A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`)
 be checked without loading anything is checked when the configuration is built.
 """
 
+from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms
 from megatron_oreal.config.algorithms import (
     ALGORITHM_SECTIONS,
     OBJECTIVE_OPTIONS,
@@ -38,6 +39,13 @@ from megatron_oreal.config.models import (
     ScalarModelConfig,
     TrainableConfig,
 )
+from megatron_oreal.config.monitoring import (
+    MlflowConfig,
+    PrometheusConfig,
+    TrackersConfig,
+    WandbConfig,
+    check_packages,
+)
 from megatron_oreal.config.rollout import RolloutConfig, SglangConfig
 from megatron_oreal.config.runs import (
     WITHOUT_INFLUENCE,
@@ -52,12 +60,14 @@ from megatron_oreal.config.runs import (
     TrainConfig,
 )
 from megatron_oreal.config.verifier import AnswerRule, HttpConfig, JudgeConfig, RemoteRewardConfig, VerifierConfig
+from megatron_oreal.config.watchdog import WatchdogConfig
 
 __all__ = [
     "ALGORITHM_SECTIONS",
     "OBJECTIVE_OPTIONS",
     "OREAL_PRESETS",
     "WITHOUT_INFLUENCE",
+    "AlarmsConfig",
     "AlgorithmConfig",
     "AnswerRule",
     "BenchmarkConfig",
@@ -72,6 +82,8 @@ __all__ = [
     "HttpConfig",
     "JudgeConfig",
     "LoggingConfig",
+    "MachineAlarms",
+    "MlflowConfig",
     "ModelConfig",
     "ModelRunConfig",
     "OptimizerConfig",
@@ -80,6 +92,7 @@ __all__ = [
     "ParallelConfig",
     "PolicyConfig",
     "PpoConfig",
+    "PrometheusConfig",
     "PromptConfig",
     "RemoteRewardConfig",
     "RolloutConfig",
@@ -89,11 +102,15 @@ __all__ = [
     "SftConfig",
     "SftDataConfig",
     "SglangConfig",
+    "TrackersConfig",
     "TrainConfig",
     "TrainableConfig",
     "VerifierConfig",
+    "WandbConfig",
+    "WatchdogConfig",
     "check_layout",
     "check_lengths",
+    "check_packages",
     "data_parallel_size",
     "describe_layout",
     "flatten",

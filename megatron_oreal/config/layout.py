@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_
 
 from megatron_oreal.config.loading import describe
 from megatron_oreal.config.model_files import read_model_settings
-from megatron_oreal.config.models import ParallelConfig
+from megatron_oreal.config.models import ModelConfig, ParallelConfig
 from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig, TrainConfig
 
 
@@ -44,16 +44,19 @@ def read_model_shape(path: Path) -> ModelShape:
 
 def data_parallel_size(parallel: ParallelConfig) -> int:
     """Returns the number of replicas. Raises ValueError where a launcher's world size does not fit the layout."""
-    model_size = parallel.tensor * parallel.pipeline
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
     world_size = os.environ.get("WORLD_SIZE")  # torchrun and the Slurm scripts set it.
     if world_size is None:
         return parallel.data or 1
     if not world_size.isdecimal() or int(world_size) == 0:
         raise ValueError(f"WORLD_SIZE must be the launcher's number of processes, got {world_size!r}: unset it")
     if int(world_size) % model_size:
+        factors = [f"parallel.tensor={parallel.tensor}", f"parallel.pipeline={parallel.pipeline}"]
+        if parallel.context > 1:
+            factors.insert(1, f"parallel.context={parallel.context}")
         raise ValueError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} must divide the "
-            f"{world_size} processes started: change the layout or the number of processes"
+            f"{' x '.join(factors)} must divide the {world_size} processes started: change the layout or the number "
+            "of processes"
         )
     data = int(world_size) // model_size
     if parallel.data not in (None, data):
@@ -65,7 +68,7 @@ def data_parallel_size(parallel: ParallelConfig) -> int:
 
 def num_processes(parallel: ParallelConfig) -> int:
     """Returns the number of processes of the whole run."""
-    return parallel.tensor * parallel.pipeline * data_parallel_size(parallel)
+    return parallel.tensor * parallel.pipeline * parallel.context * data_parallel_size(parallel)
 
 
 def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:
@@ -85,7 +88,21 @@ def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> Mo
             f"divide the model's num_hidden_layers={shape.num_hidden_layers}"
         )
     data_parallel_size(parallel)
+    if parallel.context > 1:
+        check_context(config.model, shape)
     return shape
+
+
+def check_context(model: ModelConfig, shape: ModelShape) -> None:
+    """Refuses what context parallelism does not run with. Raises ValueError."""
+    refused = {
+        "model.implementation=transformer_engine": model.implementation == "transformer_engine",
+        f"model.fp8={model.fp8}": model.fp8 is not None,  # it needs Transformer Engine
+        f"a mixture of experts ({shape.model_type})": "moe" in shape.model_type or shape.model_type == "mixtral",
+    }
+    for what, is_asked_for in refused.items():
+        if is_asked_for:
+            raise ValueError(f"parallel.context > 1 does not run with {what} yet: set parallel.context=1")
 
 
 def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelShape) -> None:
@@ -108,14 +125,21 @@ def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelS
 
 
 def describe_layout(config: ModelRunConfig) -> str:
-    """Returns the parallel layout as a table, in Megatron's order of ranks: tensor, data, pipeline."""
+    """Returns the parallel layout as a table, in Megatron's order of ranks: tensor, context, data, pipeline."""
     parallel, data = config.parallel, data_parallel_size(config.parallel)
+    sizes = {"tensor": parallel.tensor, "context": parallel.context, "data": data, "pipeline": parallel.pipeline}
+    if parallel.context == 1:
+        del sizes["context"]
+    product = " x ".join(f"{name} {sizes[name]}" for name in ("tensor", "context", "pipeline", "data") if name in sizes)
     lines = [
-        f"parallel layout: {num_processes(parallel)} processes = tensor {parallel.tensor} x "
-        f"pipeline {parallel.pipeline} x data {data}, sequence parallel {'on' if parallel.sequence else 'off'}",
-        "  rank  tensor  data  pipeline",
+        f"parallel layout: {num_processes(parallel)} processes = {product}, "
+        f"sequence parallel {'on' if parallel.sequence else 'off'}",
+        "  rank" + "".join(f"  {name}" for name in sizes),
     ]
     for rank in range(min(num_processes(parallel), 64)):
-        tensor, rest = rank % parallel.tensor, rank // parallel.tensor
-        lines.append(f"  {rank:4d}  {tensor:6d}  {rest % data:4d}  {rest // data:8d}")
+        row, rest = f"  {rank:4d}", rank
+        for name, size in sizes.items():
+            row += f"  {rest % size:{len(name)}d}"
+            rest //= size
+        lines.append(row)
     return "\n".join(lines)

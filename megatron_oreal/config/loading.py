@@ -23,7 +23,10 @@ COMMANDS: dict[type[ModelRunConfig], str] = {TrainConfig: "train", SftConfig: "s
 SECTION_ERRORS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")  # pydantic's names
 AUTO = "auto"  # The value of a setting that is chosen when the run starts.
 # Settings that never had an effect, and what takes their place.
-WITHDRAWN = {"algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs"}
+WITHDRAWN = {
+    "algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs",
+    "rollout.mismatch_alarm": "alarms.mismatch",
+}
 
 
 def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:

@@ -60,12 +60,14 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the processes share the model and the batch. Their number is tensor x pipeline x data."""
+    """How the processes share the model and the batch. Their number is tensor x context x pipeline x data."""
 
     tensor: PositiveInt = 1  # Processes that share each matrix product.
     pipeline: PositiveInt = 1  # Processes that have consecutive layers.
     # The layers of a pipeline process are cut into so many parts that take turns; null: one part.
     virtual_pipeline: int | None = Field(default=None, ge=2)
+    # Processes that share the tokens of each sequence, for long responses: context parallelism. On a CPU only so far.
+    context: PositiveInt = 1
     data: PositiveInt | None = None  # Replicas of the model; null takes what the launcher started, or else 1.
     sequence: bool = False  # Sequence parallelism: norms and dropout are shared too. It needs tensor > 1.
     # Upper bound of the packed tokens of a micro-batch; a single sequence longer than this gets its own micro-batch.

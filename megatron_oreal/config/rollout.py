@@ -62,6 +62,8 @@ class SglangConfig(Section):
     max_concurrent_requests: PositiveInt = 256  # The requests that a server gets at the same time.
     max_failures: PositiveInt = 3  # A server with so many failures one after the other counts as dead.
     max_restarts: int = Field(default=3, ge=0)  # How often the run restarts a server, all servers together.
+    # How long a run waits for a server to be started again when none is left; then it ends.
+    outage_seconds: float = Field(default=1800, ge=0)
     # How weights reach the servers: through files, over a process group, or (colocated only) as shared GPU memory.
     weight_transport: Literal["disk", "distributed", "tensor"] = "distributed"
     weight_senders: PositiveInt = 1  # So many trainer ranks share the servers out to send them weights.
@@ -109,14 +111,20 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
     staleness: int = Field(default=0, ge=0)
     # So many prompts are asked for each one that is needed; the slowest are given up.
     oversampling: float = Field(default=1.0, ge=1)
-    # What happens to the responses that were given up: they are dropped, or a later step resumes them.
-    unfinished: Literal["drop", "resume"] = "drop"
+    # What happens to the responses that were given up: they are dropped, which prefers short ones, or a later step
+    # resumes them; auto resumes them where servers generate and the losses are among all tokens.
+    unfinished: Literal["auto", "drop", "resume"] = "auto"
     # The policy's log-probs in the losses are those among all tokens, or among the tokens that top_p and top_k keep.
     loss_support: Literal["all", "sampled"] = "all"
     # Every response is kept on disk at once, so that after a kill only the missing ones are generated.
     ledger: bool = True
-    # The mean difference of the engine's and the trainer's log-probs from which the log warns; null never warns.
-    mismatch_alarm: float | None = Field(default=None, gt=0)
+    record: bool = False  # Every response stays in RUN_DIR/recording, for a replay.
+    # The run directory whose recorded responses are taken instead of generating any; null: the engine generates.
+    replay: Path | None = None
+    # Nothing is trained: each step generates and judges with the weights of the start, and no checkpoint is written.
+    only: bool = False
+    # The mean difference from which the run ends, because the engine has another model; null never ends it.
+    mismatch_limit: float | None = Field(default=1.0, gt=0)
 
     effects: ClassVar[Effects] = (
         (
@@ -127,6 +135,13 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
             ),
         ),
     )
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a later step resumes the responses that were given up."""
+        if self.unfinished == "auto":
+            return self.oversampling > 1 and self.engine == "sglang" and not self.trains_truncated
+        return self.unfinished == "resume"
 
     @property
     def trains_truncated(self) -> bool:
@@ -175,6 +190,8 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
                 "rollout.loss_support=sampled: SGLang takes top_p of the mass of all tokens, not of the top_k: give "
                 "only one of rollout.top_p and rollout.top_k"
             )
+        if self.record and self.replay is not None:
+            raise ValueError("rollout.record: a replay has nothing new to record; drop it, or rollout.replay")
         # The local engine generates while the trainer waits, and begins no response that it does not finish.
         needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):

@@ -12,14 +12,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 from typing_extensions import Self
 
+from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms
 from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, AnyAlgorithm, OrealConfig
 from megatron_oreal.config.correction import CORRECTION_SETTINGS, Correction
 from megatron_oreal.config.effects import Effects, choice, condition, never, positive
 from megatron_oreal.config.evaluation import BenchmarkConfig
 from megatron_oreal.config.models import ModelConfig, ParallelConfig, PolicyConfig
+from megatron_oreal.config.monitoring import PrometheusConfig, TrackersConfig
 from megatron_oreal.config.rollout import RolloutConfig
 from megatron_oreal.config.section import Section
 from megatron_oreal.config.verifier import HttpConfig, VerifierConfig
+from megatron_oreal.config.watchdog import WatchdogConfig
 
 
 class PromptConfig(Section):
@@ -121,6 +124,9 @@ class RunConfig(ModelRunConfig):
 
     num_steps: PositiveInt  # The length of the run.
     checkpoint: CheckpointConfig = CheckpointConfig()  # What is written, and how often.
+    watchdog: WatchdogConfig = WatchdogConfig()  # When the run counts as hanging.
+    trackers: TrackersConfig = TrackersConfig()  # The experiment trackers that get the run's records.
+    prometheus: PrometheusConfig = PrometheusConfig()  # The endpoint that says what the trainer is doing.
 
 
 ON_POLICY_WORDS = (
@@ -142,7 +148,8 @@ TRAINING_ROLLOUTS = tuple(
         "unfinished",
         "loss_support",
         "ledger",
-        "mismatch_alarm",
+        "only",
+        "mismatch_limit",
     )
 )
 
@@ -166,6 +173,7 @@ class TrainConfig(RunConfig):
     policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
     logging: LoggingConfig = LoggingConfig()  # What is recorded besides metrics and samples.
+    alarms: AlarmsConfig = AlarmsConfig()  # What the log warns of.
 
     effects: ClassVar[Effects] = (
         (
@@ -201,7 +209,7 @@ class TrainConfig(RunConfig):
     @property
     def is_off_policy(self) -> bool:
         """Whether samples may come from an older policy than the one that they train."""
-        return self.rollout.staleness > 0 or self.rollout.unfinished == "resume"
+        return self.rollout.staleness > 0 or self.rollout.resumes
 
     @property
     def corrects_samples(self) -> bool:
@@ -272,6 +280,7 @@ class SftConfig(RunConfig):
     rollout: RolloutConfig = RolloutConfig()  # How the evaluation samples.
     verifier: VerifierConfig = VerifierConfig()  # How the evaluation's answers are judged.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
+    alarms: MachineAlarms = MachineAlarms()  # What the log warns of.
 
     effects: ClassVar[Effects] = (
         (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
@@ -329,5 +338,6 @@ WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",
     *(f"verifier.{section}.{name}" for section in ("judge", "remote") for name in HttpConfig.model_fields),
-    "rollout.sglang.", "rollout.ledger", "rollout.mismatch_alarm", "logging.",
+    "rollout.sglang.", "rollout.ledger", "logging.", "alarms.", "watchdog.", "rollout.mismatch_limit",
+    "rollout.record", "rollout.replay", "rollout.only", "trackers.", "prometheus.",
 )  # fmt: skip

@@ -144,7 +144,7 @@ def check_hf(hf: Path, rows: Sequence[Parameter], architecture: Architecture, he
             shape, dtypes[name] = reader.describe(name)
             if shape != expected:
                 raise ValueError(f"--hf: {name} has the shape {shape}, config.json asks for {expected}")
-    # Old checkpoints hold the rotary frequencies, and tied ones their embedding twice.
+    # Old checkpoints also hold the rotary frequencies, and checkpoints with tied embeddings hold the embedding twice.
     extra = {name for name in reader.file_of if name not in dtypes and not name.endswith("rotary_emb.inv_freq")}
     if architecture.tied_embeddings and head == "lm":
         extra -= {"lm_head.weight", "output.weight"}
@@ -315,7 +315,7 @@ def size_of(row: Row, dtype: torch.dtype) -> int:
 def work_items(
     rows: Sequence[Parameter], dtypes: dict[str, torch.dtype], num_bytes: int, num_workers: int
 ) -> list[list[Parameter]]:
-    """Cuts the parameters into several runs for each worker, so that no worker waits long for the last one."""
+    """Splits the parameters into several items for each worker, so that no worker waits long for the slowest."""
     wanted = min(LARGEST_ITEM, max(SMALLEST_ITEM, num_bytes // (4 * num_workers)))
     items: list[list[Parameter]] = []
     filled = wanted
@@ -380,7 +380,7 @@ def head_of_megatron(mcore: Path) -> HeadKind:
 
 
 def prepare_output(out: Path) -> None:
-    """Refuses to overwrite, and removes what killed conversions to the same place have left."""
+    """Raises an error if the output exists, and removes files that killed conversions to the same place have left."""
     if out.exists():
         raise ValueError(f"--out: {out} exists; remove it or name another")
     for stale in out.parent.glob(f".{out.name}.*.tmp"):

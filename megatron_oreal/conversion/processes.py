@@ -34,7 +34,7 @@ def run_in_processes(
 
     A ValueError of a worker is raised here with its message. Raises OSError when a worker was killed.
     """
-    # A forked process has torch and the plan in memory already; on other systems than Linux a fork is not safe.
+    # A forked process already has torch and the plan in memory; a fork is safe only on Linux.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     done = context.Value(ctypes.c_int64, 0)
     total = -(-total_bytes // MEBIBYTE)
@@ -94,5 +94,5 @@ def map_pages(tensor: torch.Tensor) -> None:
     page = os.sysconf("SC_PAGESIZE")
     begin = tensor.data_ptr() // page * page
     length = tensor.data_ptr() + tensor.nbytes - begin
-    # Linux before 5.14 refuses the call, which then does no harm.
+    # Linux before 5.14 refuses the call; the conversion then goes on without it.
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_POPULATE_READ)

@@ -30,7 +30,7 @@ class FoundCheckpoint:
 
     @property
     def export(self) -> Path:
-        """Where its policy is written unless the user says otherwise."""
+        """Returns the default folder for the export of the policy."""
         return self.run_dir / "exports" / f"step_{self.step:06d}"
 
 

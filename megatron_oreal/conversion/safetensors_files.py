@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_oreal.weights.hf_directory import INDEX, SAFETENSORS_DTYPES, WEIGHTS
 
-# Quantised tensors are only written. The reader refuses them, because it would lose their scales.
+# Only the writer supports quantised tensors. The reader refuses them, because it would lose their scales.
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 
 

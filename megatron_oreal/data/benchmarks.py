@@ -11,7 +11,7 @@ gpqa:           rows {"Question", "Correct Answer", "Incorrect Answer 1" to 3, "
 mmlu_pro:       rows {"question", "options", "answer" (a letter)}; "answer_index" is not used, because in one of the
                 12032 it names another option than the letter, by which the benchmark is judged.
 
-Multiple choice: the options stand in the prompt as "A. ...", and the letter is the answer.
+For multiple choice, the prompt lists the options as "A. ...", and the letter is the answer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_oreal.data.prompts import parse_text
 
 CHOICE_REQUEST = "Answer with the letter of the correct option."
 GPQA_OPTIONS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-NO_OPTION = "N/A"  # MMLU-Pro fills up to ten options with it
+NO_OPTION = "N/A"  # MMLU-Pro pads its options with it
 
 
 def math_row(row: Row) -> Row:
@@ -38,7 +38,7 @@ def aime_row(row: Row) -> Row:
 
 
 def olympiadbench_row(row: Row) -> Row:
-    """Turns several final answers into one list. Raises ValueError for questions with images and for proofs."""
+    """Joins several final answers into one list. Raises ValueError for questions with images and for proofs."""
     question, context = parse_text(row, "question"), row.get("context")
     if "<img_" in question or row.get("image_1") is not None:
         raise ValueError("question has an image; import the text-only part, OE_TO_*")
@@ -52,7 +52,7 @@ def olympiadbench_row(row: Row) -> Row:
 def livemathbench_row(row: Row) -> Row:
     question, options = parse_text(row, "question"), row.get("options")
     if options:
-        question = "\n".join([question, *parse_options(options)])  # they carry their letters
+        question = "\n".join([question, *parse_options(options)])  # The options already have their letters.
     return {"prompt": question, "answer": parse_text(row, "answer")}
 
 
@@ -60,7 +60,7 @@ def gpqa_row(row: Row) -> Row:
     question = parse_text(row, "Question").strip()
     options = [parse_text(row, key).strip() for key in GPQA_OPTIONS]
     order = list(range(len(options)))
-    # A string seeds by its SHA-512, which no Python version or hash seed changes.
+    # Python derives the seed from the string's SHA-512, so no Python version or hash seed changes it.
     random.Random(f"gpqa/{row.get('Record ID') or question}").shuffle(order)
     return choice_row(question, [options[index] for index in order], order.index(0))
 
@@ -89,5 +89,5 @@ def parse_options(value: object) -> list[str]:
 
 
 def first_key(row: Row, keys: Sequence[str]) -> str:
-    """The key that the row has; the first one where it has none."""
+    """Returns the first of these keys that the row has, or the first key if it has none."""
     return next((key for key in keys if key in row), keys[0])

@@ -1,4 +1,4 @@
-"""Cleans imported prompts: length, images, overlap with evaluation sets, duplicates; and says what was found."""
+"""Cleans imported prompts by length, images, overlap with evaluation sets and duplicates, and reports what it found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CleaningSettings:
 
 @dataclass(slots=True)
 class Findings:
-    """What was found. A row is removed for one reason, the first in this order."""
+    """The prompts that each check found. A row is removed for one reason: the first that applies, in this order."""
 
     num_too_long: int = 0
     num_images: int = 0
@@ -68,9 +68,9 @@ def clean(rows: Sequence[Row], settings: CleaningSettings) -> tuple[list[Row], F
 
 
 def without_duplicates(rows: list[Row], settings: CleaningSettings, findings: Findings) -> list[Row]:
-    """Counts exact duplicates and conflicts in any case, and removes what the settings say.
+    """Counts exact duplicates and conflicts with any settings, and removes those that the settings name.
 
-    Of duplicates, the first stays. Of one question with several answers, nothing stays: at most one is right.
+    The first of several duplicates stays. A question with several answers is removed, since at most one is right.
     """
     questions = [Question(row["id"], question_of(row), row["answer"]) for row in rows]
     with comparing_answers() as same_answer:
@@ -95,7 +95,7 @@ def answered(question: Question) -> dict[str, str]:
 
 
 def question_of(row: Row) -> str:
-    """What the user asks, without a system message; where nobody asks as the user, everything."""
+    """Returns the text of the user's messages, or of all messages if none is the user's."""
     messages = parse_messages(row)
     asked = [message.content for message in messages if message.role == "user"]
     return "\n".join(asked or [message.content for message in messages])
@@ -134,7 +134,7 @@ def read_evaluation_sets(paths: Sequence[Path], ngram: int) -> ContaminationInde
 
 @contextmanager
 def comparing_answers() -> Iterator[SameAnswer]:
-    """Yields a function that says whether two answers are equal: by their spelling, else by the verifier."""
+    """Yields a function that tells whether two answers are equal: spelled alike, or equal for the verifier."""
     with MathVerifier(num_workers=1) as verifier:
 
         def same(first: str, second: str) -> bool:
@@ -146,7 +146,7 @@ def comparing_answers() -> Iterator[SameAnswer]:
 
 
 def summarize(findings: Findings, settings: CleaningSettings) -> dict[str, Any]:
-    """What was found as JSON, with the ids of all prompts concerned."""
+    """Returns the findings as JSON, with the ids of all prompts concerned."""
     is_removed = settings.duplicates != "keep"
     sets = Counter(name.rpartition(": ")[0] for _, name in findings.contaminated)
     return {
@@ -161,7 +161,7 @@ def summarize(findings: Findings, settings: CleaningSettings) -> dict[str, Any]:
         },
         "exact_duplicates": {"count": len(findings.exact), "removed": is_removed, "pairs": findings.exact},
         "near_duplicates": {
-            "count": len(findings.near) if settings.duplicates == "near" else None,  # not looked for
+            "count": len(findings.near) if settings.duplicates == "near" else None,  # None: not searched
             "removed": is_removed,
             "pairs": findings.near,
         },

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from megatron_oreal.data.question_text import words
 
-MIN_CONTAINED = 8  # words: a shorter evaluation question is looked for as a whole question, and not inside another
+MIN_CONTAINED = 8  # words; a shorter evaluation question contaminates only a question that equals it
 
 
 class ContaminationIndex:
-    """Knows every run of `ngram` words of the evaluation questions; of a shorter question, the whole.
+    """Indexes every run of `ngram` words of the evaluation questions; a shorter question is indexed as a whole.
 
     Example: with ngram=13, a training question that holds 13 successive words of an evaluation question is
     contaminated, and so is one that holds all 9 words of a shorter one.
@@ -38,7 +38,7 @@ class ContaminationIndex:
             self.runs.setdefault(run, name)
 
     def find(self, question: str) -> str | None:
-        """The name of an evaluation question that this one shares a run with."""
+        """Returns the name of an evaluation question that shares a run of words with this question, or None."""
         text = words(question)
         whole = self.whole.get(" ".join(text))
         if whole is not None:

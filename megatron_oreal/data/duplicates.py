@@ -1,8 +1,8 @@
 """Finds questions that occur several times: exactly, nearly, and with different answers.
 
-Two questions are exact duplicates when they differ in spaces and the look of formulas alone. They are near duplicates
-when they hold the same numbers in the same order, a large share of their sequences of three words (Jaccard similarity),
-and equal answers: in mathematics, another number makes another question.
+Two questions are exact duplicates if they differ only in spaces and in the look of formulas. They are near duplicates
+if they have the same numbers in the same order, equal answers, and a large share of common sequences of three words
+(Jaccard similarity): in mathematics, another number makes another question.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Question:
 
 @dataclass(slots=True)
 class Duplicates:
-    """Indices into the questions."""
+    """The duplicates and conflicts that were found, as indices into the questions."""
 
     exact: list[tuple[int, int]] = field(default_factory=list)  # (the later one, the first one)
     near: list[tuple[int, int]] = field(default_factory=list)
-    # Groups of one question with answers that differ; none of these is among `exact`.
+    # Each group has one question with different answers; no member of a group is in `exact`.
     conflicts: list[list[int]] = field(default_factory=list)
     near_conflicts: list[tuple[int, int]] = field(default_factory=list)  # alike, with answers that differ
 
@@ -54,13 +54,13 @@ def find_exact(questions: Sequence[Question], same_answer: SameAnswer) -> Duplic
 def find_near(
     questions: Sequence[Question], candidates: Sequence[int], threshold: float, same: SameAnswer
 ) -> Duplicates:
-    """Compares the candidates, which are no exact duplicates; each is paired with a kept one that it is like."""
+    """Compares the candidates, which are no exact duplicates; pairs each with a similar candidate that is kept."""
     found = Duplicates()
     blocks: dict[tuple[str, ...], list[int]] = {}
     shingles: dict[int, frozenset[str]] = {}
     for index in candidates:
         text = words(questions[index].text)
-        if not text:  # nothing but punctuation
+        if not text:  # The question has only punctuation.
             continue
         blocks.setdefault(numbers(text), []).append(index)
         shingles[index] = shingle_set(text)
@@ -71,7 +71,7 @@ def find_near(
                 (found.near if agree else found.near_conflicts).append((later, first))
     removed: set[int] = set()
     kept_pairs = []
-    for later, first in sorted(found.near):  # so that one of a chain of three stays
+    for later, first in sorted(found.near):  # in this order, so that one of a chain of three stays
         if first not in removed and later not in removed:
             removed.add(later)
             kept_pairs.append((later, first))
@@ -91,7 +91,7 @@ def similar_pairs(
 ) -> Iterator[tuple[int, int]]:
     """Yields (later, earlier) pairs whose similarity is at least `threshold`.
 
-    Small blocks are compared all with all; in larger ones MinHash proposes the pairs, which misses few of them.
+    In small blocks it compares all pairs; in larger blocks MinHash proposes the pairs and misses few of them.
     """
     pairs: Iterator[tuple[int, int]]
     if len(block) <= PERMUTATIONS:
@@ -110,7 +110,7 @@ def proposed_pairs(
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         raise ValueError(f"--duplicates near needs a package: {INSTALL}; or choose --duplicates exact") from None
-    # Below the threshold itself, so that hardly a pair at the threshold is missed; the exact similarity decides.
+    # MinHash gets a lower threshold, so that it misses few pairs at the real one; the exact similarity decides.
     index = MinHashLSH(threshold=max(0.1, threshold - 0.1), num_perm=PERMUTATIONS)
     for later in block:
         sketch = MinHash(num_perm=PERMUTATIONS, seed=1)

@@ -44,7 +44,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
 
 
 def example_row(example: Example) -> Row:
-    """A lone user message is written as a string."""
+    """Returns the JSON row of an example; it writes a single user message as a string."""
     if [message.role for message in example.messages] == ["user"]:
         return {"prompt": example.messages[0].content, "response": example.response}
     messages = [{"role": message.role, "content": message.content} for message in example.messages]
@@ -56,7 +56,7 @@ def encode_examples(
 ) -> tuple[list[TrainingSequence], int]:
     """Returns sequences that end with the end-of-sequence token, and how many examples were skipped as too long.
 
-    A response that begins with the mark that ends its prompt, such as `<think>`, goes on without it.
+    If a prompt ends with an opening mark such as `<think>` that the response repeats, the response loses the mark.
 
     An example is too long when its prompt has more than `config.max_prompt_tokens` tokens, or both together more than
     `config.max_tokens`. Raises ValueError when all are skipped, when a prompt has no token, and where the tokenizer

@@ -1,4 +1,4 @@
-"""Reads and writes JSONL files: errors name the line, and a file is written whole or not at all."""
+"""Reads and writes JSONL files. Errors name the line, and a failed write leaves no partial file."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Row]]:
 
 
 def describe_json_error(error: Exception) -> str:
-    """Says what is wrong with a line of JSON, with the column but without a line number: the caller knows the line."""
+    """Describes the error in a line of JSON with its column; the caller adds the line number."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes the rows and returns their number; makes the folder where needed."""
+    """Writes the rows and returns their number; it makes the folder if there is none."""
     num_rows = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing_atomically(path) as file:

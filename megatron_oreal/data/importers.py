@@ -52,14 +52,14 @@ def gsm8k_row(row: Any) -> Row:
 
 
 def gsm8k_example(row: Any) -> Example:
-    r"""The solution without calculator marks, its last line "#### N" as "\boxed{N}"."""
+    r"""Removes the calculator marks from the solution and turns its last line "#### N" into "\boxed{N}"."""
     solution, answer = split_gsm8k_answer(row)
     response = CALCULATOR_MARK.sub("", solution) + f"\\boxed{{{answer}}}"
     return Example((Message("user", parse_text(row, "question")),), response)
 
 
 def split_gsm8k_answer(row: Any) -> tuple[str, str]:
-    """The solution up to "####", and the number after it without thousands separators."""
+    """Returns the solution before "####", and the number after it without thousands separators."""
     solution, mark, answer = parse_text(require_object(row), "answer").rpartition("####")
     number = answer.strip().replace(",", "").lstrip("$")
     if not mark or not NUMBER.fullmatch(number):
@@ -95,7 +95,7 @@ def oreal_row(row: Any) -> Row:
 
 
 def benchmark(parse: Callable[[Row], Row]) -> Callable[[Any], Row]:
-    """Takes rows of the benchmark itself, and Open-Reasoner-Zero's evaluation rows."""
+    """Makes a format that reads the benchmark's own rows and Open-Reasoner-Zero's evaluation rows."""
 
     def to_row(row: Any) -> Row:
         foreign = require_object(row)
@@ -139,7 +139,7 @@ def import_prompts(format_name: str, source: str, split: str = "train", limit: i
 def import_rows(
     data_format: DataFormat, format_name: str, sources: Sequence[RawData], limit: int | None = None, skip_bad: int = 0
 ) -> Imported[Row]:
-    """Returns rows of a prompts file: {"id", "prompt", "answer", "source", "pass_rate"} and, where there are, "tags".
+    """Returns rows of a prompts file: {"id", "prompt", "answer", "source", "pass_rate"} and, if there are any, "tags".
 
     Up to `skip_bad` rows that do not fit, or whose answers cannot be judged, are skipped. Raises ValueError that names
     them when there are more.
@@ -161,7 +161,7 @@ def import_rows(
 
 
 def import_examples(format_name: str, source: str, split: str = "train", limit: int | None = None) -> list[Example]:
-    """Reads the solutions of a format that has them as examples. Raises ValueError as `import_prompts` does."""
+    """Reads a format's solutions as examples. Raises ValueError as `import_prompts` does."""
     data_format = get_example_format(format_name)
     sources = open_source(source, split, data_format.hub_config)
     return import_solutions(data_format, format_name, sources, limit).items
@@ -179,7 +179,7 @@ def import_solutions(
 
 
 def get_example_format(name: str) -> DataFormat:
-    """Raises ValueError for a format whose rows hold no solutions."""
+    """Returns the format of this name. Raises ValueError if its rows hold no solutions."""
     data_format = FORMATS.get(name) if name == FIELDS else get_format(name)
     if data_format is None or data_format.to_example is None:
         known = ", ".join(known for known, candidate in FORMATS.items() if candidate.to_example)

@@ -1,4 +1,4 @@
-"""Turns the rows of a foreign data set into ours, and decides what happens to the bad ones."""
+"""Converts the rows of a foreign data set to our format, and decides what happens to bad rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ class DataFormat:
     """Says how the rows of one public data set are converted; README.md shows how to add one."""
 
     to_row: Callable[[Any], Row]  # a foreign row -> {"prompt", "answer"} and perhaps "pass_rate" and "tags"
-    to_example: Callable[[Any], Example] | None = None  # where the rows hold solutions
-    hub_config: str | None = None  # the configuration that the hub's data set of this format has to be given
-    # Which duplicates go unless the user says otherwise. A benchmark, and a training set that a recipe names by its
-    # size, is kept whole.
+    to_example: Callable[[Any], Example] | None = None  # None: the rows hold no solutions
+    hub_config: str | None = None  # the configuration of the hub's data set
+    # The default of --duplicates. Benchmarks, and training sets that recipes name by their size, keep all rows.
     duplicates: Duplicates = "keep"
     repeat_key: Callable[[Any], object] | None = None  # rows with the same key are one row, published several times
 
 
 @dataclass(slots=True, frozen=True)
 class BadRow:
-    """A row that cannot be used. `is_unjudgeable`: it fits the format, but no response could equal its answer."""
+    """A row that cannot be used. If `is_unjudgeable`, the row fits the format, but no response can equal its answer."""
 
     origin: str  # the file or data set
     row: ForeignRow
@@ -53,7 +52,7 @@ class BadRow:
 
 @dataclass(slots=True)
 class Imported(Generic[Item]):
-    """What was read from all sources."""
+    """The rows that were read from all sources."""
 
     items: list[Item] = field(default_factory=list)
     num_rows: int = 0  # without repeats
@@ -68,7 +67,7 @@ def read_rows(
     repeat_key: Callable[[Any], object] | None = None,
     limit: int | None = None,
 ) -> Imported[Item]:
-    """Converts the first `limit` rows; a row that `convert` or `check` refuses with ValueError goes to `bad`."""
+    """Converts the first `limit` rows; a row for which `convert` or `check` raises ValueError goes to `bad`."""
     imported: Imported[Item] = Imported()
     seen: set[object] = set()
     has_misfit = False
@@ -88,7 +87,7 @@ def read_rows(
         try:
             item = convert(name, row)
         except ValueError as error:
-            # The error shows the first one's columns; the values of a million would fill the memory.
+            # The error shows the columns of the first bad row; keeping all bad rows' values could fill the memory.
             imported.bad.append(BadRow(origin, replace(row, value=None) if has_misfit else row, str(error)))
             has_misfit = True
             continue
@@ -102,7 +101,7 @@ def read_rows(
 
 
 def named_rows(sources: Sequence[RawData]) -> Iterator[tuple[str, str, ForeignRow]]:
-    """Yields (name, origin, row). Of two sources with one name, the second is numbered, so that ids stay unique."""
+    """Yields (name, origin, row). If two sources have one name, the second gets a number, so that ids stay unique."""
     counts: dict[str, int] = {}
     for source in sources:
         counts[source.name] = counts.get(source.name, 0) + 1
@@ -112,7 +111,7 @@ def named_rows(sources: Sequence[RawData]) -> Iterator[tuple[str, str, ForeignRo
 
 
 def refuse_bad(imported: Imported[Item], format_name: str, skip_bad: int) -> None:
-    """Raises ValueError that names the rows when there are more bad ones than `skip_bad`, or nothing else."""
+    """Raises ValueError that names the bad rows if there are more than `skip_bad` of them, or if all rows are bad."""
     bad = imported.bad
     if len(bad) <= skip_bad and (imported.items or not bad):
         return
@@ -133,7 +132,7 @@ def refuse_bad(imported: Imported[Item], format_name: str, skip_bad: int) -> Non
 
 
 def place_among(bad: Sequence[BadRow]) -> Callable[[BadRow], str]:
-    """Names the files too where there are several."""
+    """Describes the place of a row; it names the file if there are several."""
     if len({row.origin for row in bad}) == 1:
         return lambda row: row.place
     return lambda row: f"{row.origin} {row.place}"

@@ -1,8 +1,8 @@
 """Packs sequences into micro-batches and balances them over the data-parallel ranks.
 
-Every rank is given all sequences and computes the same assignment without communication. Each sequence is trained
-exactly once, whatever the number of ranks: a micro-batch without a sequence consists of masked filler tokens, which
-contribute nothing. The loops run over sequences; tokens are copied as arrays.
+Every rank gets all sequences and computes the same assignment without communication. Each sequence is trained exactly
+once for any number of ranks: a micro-batch without a sequence consists of masked filler tokens, which contribute
+nothing. The loops run over sequences; tokens are copied as arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_oreal.config.rollout import EngineLogprobs
+from megatron_oreal.data.context import chunk_lengths, context_part
 from megatron_oreal.types import Batch, Float32Array, Microbatch, TrainingSequence, no_logprobs
+
+# Ranks are balanced by tokens alone while the pairs of the longest sequence cost less than this share of its tokens.
+MIN_PAIR_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +32,20 @@ class PackingPlan:
     data_rank: int
     data_size: int  # number of data-parallel ranks
     microbatch_tokens: int  # upper bound; a single sequence longer than this gets its own micro-batch
-    token_multiple: int = 1  # every micro-batch's length is a multiple of this: sequence parallelism splits it
+    # Every micro-batch's length on a rank is a multiple of this: sequence parallelism splits it.
+    token_multiple: int = 1
     count_multiple: int = 1  # the number of micro-batches is a multiple of this: interleaved pipelines need it
     equal_lengths: bool = False  # pads all micro-batches to the rank's longest: interleaved pipelines need it
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     engine_logprobs: EngineLogprobs = "model"  # which of the engine's log-probs the losses compare with
+    # A sequence of n tokens costs n + pair_cost n^2: what a token attends to grows with its position. 0 counts tokens.
+    pair_cost: float = 0.0
+    context_rank: int = 0
+    context_size: int = 1  # number of ranks that share the tokens of each micro-batch: context parallelism
 
 
 def pack(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> Batch:
-    """Packs this data-parallel rank's share of the sequences, which are those of all ranks. The counts are global."""
+    """Packs this data-parallel rank's share of all ranks' sequences. The counts of the batch are global."""
     return pack_parts([sequences], plan)[0]
 
 
@@ -44,7 +53,24 @@ def pack_parts(parts: Sequence[Sequence[TrainingSequence]], plan: PackingPlan) -
     """Packs each part into a batch of its own, so that it can be a mini-batch; `merge` joins batches again."""
     packed = [own_bins(sequences, plan) for sequences in parts]
     longest = max(padded_length(bin_, plan) for bins in packed for bin_ in bins) if plan.equal_lengths else None
-    return [build_batch(sequences, bins, longest, plan) for sequences, bins in zip(parts, packed, strict=True)]
+    batches = [build_batch(sequences, bins, longest, plan) for sequences, bins in zip(parts, packed, strict=True)]
+    if plan.context_size > 1:
+        split_context([microbatch for batch in batches for microbatch in batch.microbatches], plan)
+    for batch in batches:
+        for microbatch in batch.microbatches:
+            to_device(microbatch, plan.device)
+    return batches
+
+
+def split_context(microbatches: Sequence[Microbatch], plan: PackingPlan) -> None:
+    """Fills `part` of every micro-batch, which is on the host."""
+    limits = (plan.context_size, plan.token_multiple)
+    chunks = [chunk_lengths(microbatch.lengths, *limits) for microbatch in microbatches]
+    if plan.equal_lengths:
+        longest = 2 * max(map(sum, chunks))
+        chunks = [chunk_lengths(microbatch.lengths, *limits, longest) for microbatch in microbatches]
+    for microbatch, own in zip(microbatches, chunks, strict=True):
+        microbatch.part = context_part(microbatch, own, plan.context_rank, plan.context_size)
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
@@ -63,7 +89,9 @@ def merge(batches: Sequence[Batch]) -> Batch:
 def own_bins(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> list[list[TrainingSequence]]:
     """Lists the sequences of each of this rank's micro-batches."""
     token_counts = [sequence.num_tokens for sequence in sequences]
-    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple)
+    matters = plan.pair_cost * max(token_counts, default=0) >= MIN_PAIR_SHARE
+    pair_cost = plan.pair_cost if matters else 0.0
+    assignment = assign(token_counts, plan.data_size, plan.microbatch_tokens, plan.count_multiple, pair_cost)
     return [[sequences[i] for i in bin_] for bin_ in assignment[plan.data_rank]]
 
 
@@ -85,18 +113,22 @@ def build_batch(
     )
 
 
-def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1) -> list[list[list[int]]]:
+def assign(
+    lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple: int = 1, pair_cost: float = 0.0
+) -> list[list[list[int]]]:
     """Assigns sequences, given by their lengths: [rank][micro-batch] -> sequence numbers.
 
-    The longest sequence goes first, each to the rank with the fewest tokens. Ranks have equally many micro-batches.
-    Example: lengths 1, 2, 3, 4 over 2 ranks with room for 10 tokens -> [[[0, 3]], [[1, 2]]].
+    The longest sequence goes first, each to the rank with the least cost so far (see PackingPlan.pair_cost). Ranks have
+    equally many micro-batches. Example: lengths 1, 2, 3, 4 over 2 ranks with room for 10 tokens and a pair_cost of 0
+    -> [[[0, 3]], [[1, 2]]].
     """
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0, rank) for rank in range(num_ranks)]  # a heap: the rank with the fewest tokens comes first
+    costs = [length + pair_cost * length * length for length in lengths]
+    loads = [(0.0, rank) for rank in range(num_ranks)]  # a heap: the rank with the least cost comes first
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         load, lightest = loads[0]
         ranks[lightest].append(number)
-        heapq.heapreplace(loads, (load + lengths[number], lightest))
+        heapq.heapreplace(loads, (load + costs[number], lightest))
     packed = [first_fit(numbers, lengths, capacity) for numbers in ranks]
     count = max(1, *(len(bins) for bins in packed))
     count = -(-count // count_multiple) * count_multiple
@@ -104,7 +136,7 @@ def assign(lengths: Sequence[int], num_ranks: int, capacity: int, count_multiple
 
 
 def first_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Puts each sequence into the first micro-batch that has room for it, or to a new one where none has."""
+    """Puts each sequence into the first micro-batch that has room for it, or into a new one if none has."""
     bins: list[list[int]] = []
     room = np.full(len(numbers), capacity)
     for number in numbers:
@@ -123,7 +155,7 @@ def padded_length(sequences: Sequence[TrainingSequence], plan: PackingPlan) -> i
 
 
 def engine_logprobs_of(sequence: TrainingSequence, plan: PackingPlan) -> Float32Array:
-    """Returns the engine's log-probs of the response in the distribution that is trained; empty where unknown."""
+    """Returns the engine's log-probs in the distribution that is trained, or an empty array if they are unknown."""
     return {
         "model": sequence.model_logprobs,
         "rollout": sequence.rollout_logprobs,
@@ -132,7 +164,7 @@ def engine_logprobs_of(sequence: TrainingSequence, plan: PackingPlan) -> Float32
 
 
 def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: PackingPlan) -> Microbatch:
-    """Builds a micro-batch of `total` tokens: the sequences, and a segment of masked filler where they are shorter."""
+    """Builds a micro-batch of `total` tokens: the sequences, and a segment of masked filler tokens up to `total`."""
     lengths = [sequence.num_tokens for sequence in sequences]
     padding = total - sum(lengths)
     lengths += [padding] if padding else []
@@ -151,7 +183,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
         assert len(known) in (0, len(sequence.response_ids)), "there is a log-prob for each response token, or for none"
         response, end = begin + len(sequence.prompt_ids), begin + sequence.num_tokens
         input_ids.numpy()[begin:end] = sequence.token_ids
-        # Position t predicts token t + 1: trained from the last prompt token to the one before the end.
+        # Position t predicts token t + 1, so training covers the last prompt token to the last token but one.
         trained = slice(response - 1, end - 1)
         loss_mask[trained] = True
         advantages[trained] = sequence.advantage
@@ -161,7 +193,7 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
     trained_tokens = loss_mask.nonzero()[:, 0]
     of_correct = is_correct[sequence_ids[trained_tokens]]
     trained_places = torch.cat(places) if places else trained_tokens
-    microbatch = Microbatch(
+    return Microbatch(
         input_ids=input_ids,
         labels=input_ids.roll(-1),
         position_ids=position_ids,
@@ -179,7 +211,6 @@ def build_microbatch(sequences: Sequence[TrainingSequence], total: int, plan: Pa
         trained_places=trained_places,
         longest_response=int(trained_places.max()) + 1 if len(trained_places) else 1,
     )
-    return to_device(microbatch, plan.device)
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
@@ -188,6 +219,9 @@ def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
             value = getattr(microbatch, name)
             if isinstance(value, Tensor):
                 setattr(microbatch, name, copy_to_device(value, device))
+        if microbatch.part is not None:
+            to_device(microbatch.part.tokens, device)
+            microbatch.part.restore = copy_to_device(microbatch.part.restore, device)
     return microbatch
 
 

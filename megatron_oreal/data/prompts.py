@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 PLAIN_DECIMAL = re.compile(r"-?\d+\.\d+")
-MAX_KEYS, MAX_KEY = 10, 40  # Of the keys of a row that an error names, and of the characters of each.
+MAX_KEYS, MAX_KEY = 10, 40  # An error names so many keys of a row, each with so many characters.
 CursorState = dict[str, Any]  # JSON
 
 
@@ -36,7 +36,7 @@ class EncodedPrompt(TokenData):
 def read_prompts(path: Path, setting: str) -> list[Prompt]:
     """Reads JSONL of {"id", "prompt", "answer", "source", "pass_rate", "meta"}.
 
-    The last three are optional, other keys are ignored. "meta" is an object that rewards of the user's own get to see.
+    The last three are optional, other keys are ignored. Rewards of the user's own receive the object "meta".
 
     "prompt" is a list of {"role", "content"}, or a string for one user message. Raises ValueError, naming `setting` and
     the line, for a missing or empty file, a malformed line, an id that occurs twice, and an answer that no response can
@@ -72,7 +72,7 @@ def prompt_row(prompt: Prompt) -> Row:
 
 
 def parse_prompt(row: Row) -> Prompt:
-    """Raises ValueError that names the key and the fix."""
+    """Turns a row into a prompt. Raises ValueError that names the key and the fix."""
     pass_rate = row.get("pass_rate")
     if pass_rate is not None and not (is_number(pass_rate) and 0 <= pass_rate <= 1):
         raise ValueError(f"pass_rate must be a number from 0 to 1, or null, got {pass_rate!r}")
@@ -93,7 +93,7 @@ def parse_prompt(row: Row) -> Prompt:
 
 
 def parse_text(row: Row, key: str) -> str:
-    """A non-empty string, or a number as its text, but for one that JSON changes (NaN, 1e22)."""
+    """Returns a non-empty string, or a number as text; refuses numbers that JSON does not keep exactly (NaN, 1e22)."""
     value = row.get(key)
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"{what_is_missing(row, key)}; give a non-empty string")
@@ -106,12 +106,12 @@ def parse_text(row: Row, key: str) -> str:
 
 
 def what_is_missing(row: Row, key: str) -> str:
-    """Says whether a key is null, empty, or not there."""
+    """Says whether a key is null, empty or missing."""
     return f"{key} is {'missing' if key not in row else 'null' if row[key] is None else 'empty'}"
 
 
 def row_error(setting: str, path: Path, number: int, error: ValueError, row: Row) -> ValueError:
-    """Makes the error about a row of a file; where a key is missing, it names those that are there."""
+    """Makes the error about a row of a file; if a key is missing, the error names the keys that the row has."""
     found = ""
     if " is missing; " in str(error) and row:
         names = ", ".join(name[:MAX_KEY] for name in list(row)[:MAX_KEYS])
@@ -143,10 +143,10 @@ def is_number(value: object) -> bool:
 def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, config: PromptConfig, setting: str = "data.prompts"
 ) -> tuple[list[EncodedPrompt], int]:
-    """Returns the prompts with their token ids, and how many were skipped as longer than `config.max_prompt_tokens`.
+    """Returns the prompts with their token ids, and the number that is longer than `config.max_prompt_tokens`.
 
-    Raises ValueError when all are skipped or one has no token, and where the tokenizer refuses the format. `setting`
-    names the configuration's field that holds the prompts' path, for errors.
+    Raises ValueError if all are too long or one has no token, and if the tokenizer does not support the format.
+    `setting` names the configuration's field that holds the prompts' path, for errors.
     """
     token_ids = tokenizer.encode_prompts([prompt.messages for prompt in prompts], config)
     if [] in token_ids:
@@ -165,7 +165,7 @@ def encode_prompts(
 
 
 def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, int]]) -> list[Prompt]:
-    """Repeats each prompt as often as the first rule (upper bound, repeats) says whose bound exceeds its pass rate.
+    """Repeats each prompt by the first rule (upper bound, repeats) whose bound is above the prompt's pass rate.
 
     A prompt at or above the last bound is dropped; one without a pass rate is kept once. Without rules all are kept.
     Raises ValueError when nothing is left, and when no prompt has a pass rate.
@@ -190,18 +190,18 @@ def repeat_by_pass_rate(prompts: Sequence[Prompt], rules: Sequence[tuple[float, 
 
 @dataclass(slots=True, frozen=True)
 class Turn:
-    """Says which item is used next.
+    """The use of one item in the order of training.
 
-    Example: `Turn(17)` is item 17 for the first time; `Turn(17, "0/3/5")` is item 17 after step 3 gave it back.
+    Example: `Turn(17)` is the first use of item 17; `Turn(17, "0/3/5")` is item 17 after step 3 gave it back.
     """
 
     index: int  # of the item
-    # The samples' seeds of an item that was given back depend on this; empty: they depend on its position in the batch.
+    # The seeds of the samples depend on this text; if it is empty, they depend on the item's place in the batch.
     origin: str = ""
 
 
 class PromptCursor(Generic[Item]):
-    """Hands out the items in batches, epoch after epoch, each item once an epoch; a batch may run across the border.
+    """Hands out the items in batches, each item once an epoch; a batch may hold items of two epochs.
 
     The order of an epoch depends on (seed, epoch) alone, so two numbers, and the turns that were given back, are enough
     to continue a run.
@@ -213,19 +213,19 @@ class PromptCursor(Generic[Item]):
         self.prompts = prompts
         self.shuffle = shuffle
         self.seed = seed
-        self.returned: list[Turn] = []  # given back, in the order in which they come again
+        self.returned: list[Turn] = []  # the turns that were given back, in the order of their next use
         self._start_epoch(0)
 
     @property
     def epoch(self) -> int:
-        """Finished passes over the prompts."""
+        """Returns the number of finished passes over the prompts."""
         return self._epoch
 
     def next_batch(self, count: int) -> list[Item]:
         return [self.prompts[turn.index] for turn in self.next_turns(count)]
 
     def next_turns(self, count: int) -> list[Turn]:
-        """The turns that were given back come first, new ones follow."""
+        """Returns the next `count` turns: first the turns that were given back, then new ones."""
         turns, self.returned = self.returned[:count], self.returned[count:]
         while len(turns) < count:
             taken = self._order[self._position : self._position + count - len(turns)]
@@ -266,7 +266,7 @@ class PromptCursor(Generic[Item]):
             self.seed = state["seed"]
             self._start_epoch(state["epoch"])
         self._position = state["position"]
-        # Checkpoints of runs before there was over-sampling have none.
+        # A checkpoint of a run without over-sampling has none.
         self.returned = [Turn(index, origin) for index, origin in state.get("returned", [])]
 
     def _start_epoch(self, epoch: int) -> None:
@@ -274,5 +274,5 @@ class PromptCursor(Generic[Item]):
         self._position = 0
         self._order = list(range(len(self.prompts)))
         if self.shuffle:
-            # A string seeds by its SHA-512, which no Python version or hash seed changes.
+            # Python derives the seed from the string's SHA-512, so no Python version or hash seed changes it.
             random.Random(f"{self.seed}/{epoch}").shuffle(self._order)

@@ -1,7 +1,7 @@
-"""Selects data between rounds of training: correct answers to imitate, and prompts that need the skills that failed.
+"""Selects data between rounds of training: correct responses to imitate, and prompts with skills that often fail.
 
-OREAL's first stage (Lyu et al. 2025) samples responses, keeps the verified ones and fine-tunes on them; it asks
-questions more often whose skill tags many responses failed.
+OREAL's first stage (Lyu et al. 2025) samples responses, keeps the verified ones and fine-tunes on them. It draws
+questions more often if responses to other questions with the same skill tags were often incorrect.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AnsweredPrompt:
 def select_responses(
     answered: Sequence[AnsweredPrompt], per_prompt: int, max_pass_rate: float, seed: int
 ) -> list[tuple[str, str]]:
-    """Returns (prompt id, correct response) pairs: at most `per_prompt` distinct texts of each prompt, drawn at random.
+    """Returns (prompt id, correct response) pairs: up to `per_prompt` distinct texts of each prompt, drawn at random.
 
     Prompts that are solved more often than `max_pass_rate` teach little and are left out.
     """
@@ -42,7 +42,7 @@ def select_responses(
 
 
 def tag_failure_rates(answered: Sequence[AnsweredPrompt], tags: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Mean of 1 - pass rate over the answered prompts of each tag. A prompt without a judged sample says nothing."""
+    """Returns each tag's mean of 1 - pass rate over its prompts; prompts without a judged sample do not count."""
     failures: dict[str, list[float]] = {}
     for prompt in (each for each in answered if each.responses):
         for tag in tags.get(prompt.id, ()):
@@ -53,9 +53,9 @@ def tag_failure_rates(answered: Sequence[AnsweredPrompt], tags: Mapping[str, Seq
 def resample_by_tags(
     failure_rates: Mapping[str, float], tags: Mapping[str, Sequence[str]], count: int, seed: int
 ) -> list[str]:
-    """`count` prompt ids, without repeats, drawn in proportion to the mean failure rate of their tags.
+    """Draws `count` prompt ids, without repeats, in proportion to the mean failure rate of their tags.
 
-    Prompts without a tag that was failed are not drawn. Raises ValueError when too few are left.
+    Prompts whose tags all have failure rate 0 are not drawn. Raises ValueError if too few prompts are left.
     """
     weights = {
         id_: sum(failure_rates.get(tag, 0.0) for tag in prompt_tags) / len(prompt_tags)
@@ -66,6 +66,6 @@ def resample_by_tags(
     if len(weights) < count:
         raise ValueError(f"--count must be <= {len(weights)}, the prompts that share a failed tag, got {count}")
     rng = random.Random(f"{seed}/tags")
-    # Weighted draws without replacement (Efraimidis and Spirakis 2006): the largest u^(1 / weight).
+    # Weighted draws without replacement (Efraimidis and Spirakis 2006) take the largest u^(1 / weight).
     keys = {id_: rng.random() ** (1.0 / weight) for id_, weight in weights.items()}
     return sorted(keys, key=lambda id_: (-keys[id_], id_))[:count]

@@ -1,4 +1,4 @@
-"""A bare sentencepiece `tokenizer.model` (InternLM2, Llama 2) behind the few calls that Tokenizer makes.
+"""Wraps a bare sentencepiece `tokenizer.model` (InternLM2, Llama 2) in the few calls that Tokenizer makes.
 
 tokenizer_config.json beside it may name special tokens (`added_tokens_decoder`, `eos_token`) and a chat template. As in
 the tokenizers that come with such models, text between special tokens is encoded piece by piece.
@@ -29,12 +29,12 @@ class AddedToken:
 
 
 class SentencePieceBackend:
-    """Raises ValueError, KeyError, OSError or RuntimeError for files that are not what they should be."""
+    """A sentencepiece tokenizer. Its constructor raises ValueError, KeyError, OSError or RuntimeError for bad files."""
 
     def __init__(self, path: Path) -> None:
         self.pieces = SentencePieceProcessor(model_file=str(path / MODEL_FILE))
         settings = read_json(path / "special_tokens_map.json") | read_json(path / "tokenizer_config.json")
-        # Older directories list what they add in a file of its own.
+        # Older directories list the added tokens in a separate file.
         added = {int(number): name for name, number in read_json(path / "added_tokens.json").items()}
         added |= {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
         self.special = {content_of(token): number for number, token in added.items()}
@@ -59,7 +59,7 @@ class SentencePieceBackend:
         self.bos_token_id = self._id(self.bos_token)
         pad_token = settings.get("pad_token")
         self.pad_token_id = self._id(content_of(pad_token)) if pad_token else None
-        # The tokenizers that come with these models add the token unless they are told not to.
+        # The tokenizers that come with these models add the token unless the configuration forbids it.
         self.adds_bos = self.bos_token_id is not None and settings.get("add_bos_token") is not False
         self.kept = {number for number, token in added.items() if token_fields(token).get("special") is False}
         template = path / "chat_template.jinja"
@@ -87,14 +87,14 @@ class SentencePieceBackend:
         split_special_tokens: bool = False,
         **_options: Any,
     ) -> dict[str, list[list[int]]]:
-        """split_special_tokens: encodes the names of special tokens as text."""
+        """Encodes texts; with `split_special_tokens` it encodes the names of special tokens as text."""
         encode = self.pieces.encode if split_special_tokens else self._encode
         prefix = [self.bos_token_id] if add_special_tokens and self.adds_bos else []
         return {"input_ids": [[*prefix, *encode(text)] for text in texts]}
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """As transformers names the tokens that are found in a text before it is split into pieces."""
+        """Returns the tokens that are found in a text before it is split into pieces, under transformers' name."""
         return {number: AddedToken(name, number not in self.kept) for name, number in self.special.items()}
 
     def _encode(self, text: str) -> list[int]:
@@ -122,7 +122,7 @@ class SentencePieceBackend:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        # What transformers offers to templates.
+        # The functions that transformers offers to templates.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -138,13 +138,13 @@ class SentencePieceBackend:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
+    """Returns the JSON object of a file, or an empty one if there is no such file."""
     content: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
     return content
 
 
 def default_template(settings: Mapping[str, Any]) -> str | None:
-    """One text, or several by name."""
+    """Returns the default template; a configuration has one text, or several texts by name."""
     found = settings.get("chat_template") or None
     if isinstance(found, list):
         found = {entry["name"]: entry["template"] for entry in found}["default"]
@@ -152,10 +152,10 @@ def default_template(settings: Mapping[str, Any]) -> str | None:
 
 
 def splitter(special: Mapping[str, int], added: Mapping[int, str | Mapping[str, Any]]) -> re.Pattern[str]:
-    """Finds special tokens, with the white space around them that they swallow."""
+    """Returns the pattern that finds special tokens, with the white space around them that belongs to them."""
     fields = {content_of(token): token_fields(token) for token in added.values()}
     patterns = []
-    # The longest first: one special token may begin like another.
+    # The longest name comes first, because one special token may begin like another.
     for name in sorted(special, key=len, reverse=True):
         before = r"\s*" if fields.get(name, {}).get("lstrip") else ""
         after = r"\s*" if fields.get(name, {}).get("rstrip") else ""
@@ -172,7 +172,7 @@ def content_of(token: str | Mapping[str, Any]) -> str:
 
 
 def runs(ids: Sequence[int], special: Mapping[int, str]) -> Iterator[int | list[int]]:
-    """Special tokens alone, the others in runs between them."""
+    """Yields each special token alone, and the other tokens in runs between them."""
     run: list[int] = []
     for number in ids:
         if number not in special:

@@ -1,4 +1,4 @@
-"""Asks a language model which skills a question takes, for sampling by skills (`megatron-oreal select-data prompts`).
+"""Asks a language model which skills a question needs, for sampling by skills (`megatron-oreal select-data prompts`).
 
 The server speaks the OpenAI-compatible API of the judge, and the client is the judge's. A reply counts only when it
 ends with a JSON list of short names; every other reply, and every request that fails, leaves the question untagged.
@@ -33,7 +33,7 @@ Question:
 @dataclass(slots=True, frozen=True)
 class TagSettings:
     count: int = 3  # tags of a question
-    skills: tuple[str, ...] = ()  # the only ones that count; empty: whatever the model names
+    skills: tuple[str, ...] = ()  # the only skills that count; empty: any that the model names
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class Tagged:
 
 
 def tag_key(row: Row, settings: TagSettings, model: str) -> str:
-    """A digest of all that the tags depend on."""
+    """Returns a digest of everything that the tags depend on."""
     parts = json.dumps([question_of(row), settings.count, settings.skills, model])
     return hashlib.sha256(parts.encode()).hexdigest()[:24]
 
@@ -51,7 +51,7 @@ def tag_key(row: Row, settings: TagSettings, model: str) -> str:
 def ask_for_tags(
     rows: Sequence[Row], config: JudgeConfig, settings: TagSettings, known: Path, advance: Callable[[int], None]
 ) -> Tagged:
-    """Asks about every row whose tags are not in `known` yet, a file of JSON lines that grows with every reply."""
+    """Asks about every row whose tags the JSONL file `known` lacks, and appends each reply to this file."""
     tagged = Tagged(read_known(known))
     asked = [row for row in rows if tag_key(row, settings, config.model) not in tagged.tags]
     advance(len(rows) - len(asked))
@@ -80,7 +80,7 @@ def ask_for_tags(
 
 
 def read_known(path: Path) -> dict[str, list[str]]:
-    """The tags of an earlier call. A line that a kill has cut is asked for again."""
+    """Returns the tags of earlier calls. It ignores an incomplete line, so that its question is asked again."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -101,7 +101,7 @@ def read_known(path: Path) -> dict[str, list[str]]:
 def request_body(row: Row, config: JudgeConfig, settings: TagSettings) -> dict[str, Any]:
     choice = f"\nChoose them from this list: {json.dumps(settings.skills)}." if settings.skills else ""
     question = without_control_tokens(question_of(row))
-    # One replacement after the other would read what a question says as a placeholder.
+    # All replacements happen at once, so that a question's own text is never taken for a placeholder.
     head, _, tail = REQUEST.partition("{question}")
     text = head.replace("{count}", str(settings.count)).replace("{choice}", choice) + question + tail
     body: dict[str, Any] = {"model": config.model, "temperature": config.temperature, "max_tokens": config.max_tokens}
@@ -130,7 +130,7 @@ def read_tags(reply: str, settings: TagSettings) -> list[str]:
 
 
 def with_tags(row: Row, tags: Mapping[str, Sequence[str]], settings: TagSettings, model: str) -> Row:
-    """The row with its own tags first. One that has no tags yet, and got none, stays as it is."""
+    """Returns the row with the new tags after its own. A row without old and new tags stays unchanged."""
     given = tags.get(tag_key(row, settings, model), ())
     own = row.get("tags") or []
     return row | {"tags": list(dict.fromkeys([*own, *given]))} if given else row

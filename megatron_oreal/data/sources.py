@@ -1,6 +1,6 @@
 """Reads the rows of foreign data sets: from files, folders, `datasets` folders, and the hub.
 
-A row that cannot be read, such as a line that is not JSON, is handed on with its fault, so that the importer can count
+A row that cannot be read, such as a line that is not JSON, is passed on with its error, so that the importer can count
 it, skip it or name its line.
 """
 
@@ -25,7 +25,7 @@ INSTALL_PARQUET = "pip install pyarrow"
 
 @dataclass(slots=True, frozen=True)
 class ForeignRow:
-    """A row of a foreign data set, or why it cannot be read."""
+    """A row of a foreign data set, or the reason why it cannot be read."""
 
     index: int  # among the rows of its file
     line: int | None  # of a JSONL file, from 1
@@ -47,7 +47,7 @@ class RawData:
 
 
 def open_source(source: str, split: str = "train", hub_config: str | None = None) -> list[RawData]:
-    """Opens a file, each file of a folder, or a hub data set. Raises ValueError for what is none of these.
+    """Opens a file, each file of a folder, or a hub data set. Raises ValueError if `source` is none of these.
 
     The files of a folder are named by their paths in it, so that ids stay unique. An unreadable file raises when its
     rows are read.
@@ -86,7 +86,7 @@ def numbered(rows: Iterable[Any]) -> Iterator[ForeignRow]:
 
 
 def read_lines(path: Path) -> Iterator[ForeignRow]:
-    """Reads JSONL; blank lines are skipped."""
+    """Reads JSONL and skips blank lines."""
     index = 0
     with path.open("rb") as file:
         for line, content in enumerate(file, start=1):
@@ -187,7 +187,7 @@ def load_hub(name: str, split: str, hub_config: str | None) -> Iterator[Row]:
         raise ValueError(
             f"--input: {name} is not a file, and reading a hub data set needs a package: {INSTALL_DATASETS}"
         ) from None
-    logging.set_verbosity_error()  # a warning for every retry would hide the error
+    logging.set_verbosity_error()  # Otherwise a warning for every retry would hide the error.
     try:
         return map(plain, load_dataset(name, hub_config, split=split))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

@@ -1,7 +1,7 @@
-"""Messages to token ids and back, over a Hugging Face tokenizer directory. Imports torch only when one is loaded.
+"""Encodes messages as token ids, and decodes them, with a Hugging Face tokenizer; only loading one imports torch.
 
-`tokenizer.json` is the definition where there is one: transformers 5 rebuilds the tokenizer of some model types from
-its vocabulary alone and then splits text differently.
+If a directory has `tokenizer.json`, that file defines the tokenizer: transformers 5 rebuilds the tokenizer of some
+model types from its vocabulary alone and then splits text differently.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ if TYPE_CHECKING:
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-# Special tokens with such names structure a response, like `</think>`: its text keeps them. The others are no text.
+# Special tokens with such names structure a response, like `</think>`, and stay in its text; others are left out.
 MARK_NAME = re.compile("think|thought|reason|reflect|answer|solution|conclu", re.IGNORECASE)
-# A mark that opens a part of a response, at the end of a prompt and with white space: <think>, [THINK], ◁think▷.
+# It matches an opening mark and white space at the end of a prompt: <think>, [THINK], ◁think▷.
 OPENING_MARK = re.compile(r"((?:<[A-Za-z|][^<>\s/]*>|\[[A-Z]+\]|◁[a-z]+▷))(\s*)$")
-# Stands for the number-th name of a special token in the contents of messages, while a chat template handles them.
+# A placeholder for a special token's name in the contents of messages, while a chat template renders them.
 PLACEHOLDER = "\ue000{}\ue001"
 PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
 
 
 class Tokenizer:
-    """Writes special tokens only where a template, or the tokenizer's own post-processor, puts them before a prompt.
+    """Encodes prompts. Only a template, or the tokenizer's own post-processor, can write special tokens.
 
-    The contents of messages are text: a special token's name that stands in them is encoded as text.
+    The contents of messages are text: the name of a special token in them is encoded as text.
     """
 
     def __init__(self, backend: PreTrainedTokenizerBase | SentencePieceBackend) -> None:
         self.backend: Any = backend
         eos_id: Any = backend.eos_token_id
         self.eos_id: int = eos_id
-        self.vocab_size: int = len(backend)  # the added tokens included
+        self.vocab_size: int = len(backend)  # includes the added tokens
         self.special = special_tokens(backend)
         ends = {backend.eos_token_id, backend.unk_token_id}
         self.marks = {number for name, number in self.special.items() if MARK_NAME.search(name)} - ends
         self.silent_ids = set(self.special.values()) - self.marks
         self.control_ids = set(self.special.values()) - {backend.unk_token_id}
-        names = sorted(self.special, key=len, reverse=True)  # one name may begin like another
+        names = sorted(self.special, key=len, reverse=True)  # longest first, because one name may begin like another
         self.masked_names = [*names, PLACEHOLDER[0]]
         self.special_names = re.compile("|".join(map(re.escape, self.masked_names)))
         self.special_splitter = re.compile("(" + ("|".join(map(re.escape, names)) or "(?!)") + ")")
         self.prefix_ids = prefix_ids(backend)
 
     def render_prompt(self, messages: Sequence[Message], config: PromptConfig) -> str:
-        """The text that `encode_prompt` encodes: the messages, `config.system_prompt` and `config.suffix`.
+        """Returns the text that `encode_prompt` encodes: the messages, `config.system_prompt` and `config.suffix`.
 
-        Raises ValueError where the messages do not fit `config`, and for format "chat" without a chat template.
+        Raises ValueError if the messages do not fit `config`, and for format "chat" without a chat template.
         """
         return self._unmask(self._render_masked(messages, config))
 
     def _render_masked(self, messages: Sequence[Message], config: PromptConfig) -> str:
-        """The text of a prompt, with placeholders for the names of special tokens that stand in the messages.
+        """Returns the text of a prompt, with placeholders for the names of special tokens in the messages.
 
         The configuration's own texts, `system_prompt`, `suffix` and `template`, may name special tokens.
         """
@@ -93,7 +93,7 @@ class Tokenizer:
         return str(text)
 
     def _mask(self, message: Message) -> str:
-        """Replaces the names of special tokens; templates look for `</think>` in an assistant's turn: it stays."""
+        """Replaces special tokens' names, but not `</think>` in an assistant's turn, which templates look for."""
 
         def masked(match: re.Match[str]) -> str:
             is_read = message.role == "assistant" and "think" in match[0].lower()
@@ -105,20 +105,20 @@ class Tokenizer:
         return PLACEHOLDERS.sub(lambda match: self.masked_names[int(match[1])], text)
 
     def encode_prompt(self, messages: Sequence[Message], config: PromptConfig) -> list[int]:
-        """Token ids of a prompt, the chat template's opening of the answer included. Errors: see `render_prompt`."""
+        """Returns a prompt's token ids, with the chat template's opening of the answer. Errors: see `render_prompt`."""
         return self.encode_prompts([messages], config)[0]
 
     def encode_prompts(self, prompts: Sequence[Sequence[Message]], config: PromptConfig) -> list[list[int]]:
-        """Does what `encode_prompt` does for each, several times faster. A prompt without text has no token."""
+        """Encodes prompts as `encode_prompt` does, but several times faster. A prompt without text has no token."""
         texts = [self._render_masked(messages, config) for messages in prompts]
         plain = iter(self.encode_many([text for text in texts if not PLACEHOLDERS.search(text)]))
         encoded = [self._encode_masked(text) if PLACEHOLDERS.search(text) else next(plain) for text in texts]
         if config.format == "chat" and config.template is None:
-            return encoded  # The chat template writes what the model expects in front.
+            return encoded  # The chat template already writes the prefix that the model expects.
         return [with_prefix(ids, self.prefix_ids) for ids in encoded]
 
     def _encode_masked(self, text: str) -> list[int]:
-        """Encodes as text what lies between two special tokens and holds a placeholder; the rest as ever."""
+        """Encodes the stretches between special tokens that hold a placeholder as text, and the rest as usual."""
         ids: list[int] = []
         around = ""
         for stretch in self.special_splitter.split(text):
@@ -140,12 +140,12 @@ class Tokenizer:
         ids = encode_as_text(text)
         if self.control_ids.isdisjoint(ids):
             return ids
-        # The vocabulary of words or pieces has the name too: its first character is encoded apart from the others.
+        # The ordinary vocabulary also has the name, so its first character is encoded apart from the others.
         parts = self.special_names.sub(lambda match: match[0][0] + "\0" + match[0][1:], text).split("\0")
         return [number for part in parts if part for number in encode_as_text(part)]
 
     def without_opening(self, response: str, prompt: str) -> str:
-        """Returns a response without the opening mark, such as `<think>`, with which the prompt's text ends already."""
+        """Removes from a response the opening mark, such as `<think>`, with which the prompt's text already ends."""
         mark = OPENING_MARK.search(prompt)
         if mark is None or not response.lstrip().startswith(mark[1]):
             return response
@@ -156,14 +156,14 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Does what `encode` does for each text, several times faster."""
+        """Encodes each text as `encode` does, but several times faster."""
         if not texts:
             return []
         encoded = self.backend(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [list(ids) for ids in encoded["input_ids"]]
 
     def decode(self, ids: Sequence[int] | Int32Array) -> str:
-        """The text; of the special tokens it keeps those that structure a response (MARK_NAME)."""
+        """Returns the text; it keeps only those special tokens that structure a response (MARK_NAME)."""
         numbers: list[int] = np.asarray(ids).tolist()
         skips = self.marks.isdisjoint(numbers)
         if not skips:
@@ -172,7 +172,7 @@ class Tokenizer:
         return str(text)
 
     def check_stop_strings(self, stop_strings: Sequence[str]) -> None:
-        """Raises ValueError for a stop string that no response can hold: no tokens spell it."""
+        """Raises ValueError for a stop string that no sequence of tokens spells, so that no response can hold it."""
         for stop in stop_strings:
             if self.special.get(stop) in self.silent_ids:
                 raise ValueError(
@@ -188,14 +188,14 @@ class Tokenizer:
                 )
 
     def stop_token_ids(self, stop_tokens: Sequence[str]) -> list[int]:
-        """The end-of-sequence token and then the named ones, each once.
+        """Returns the end-of-sequence token and then the named tokens, each once.
 
         Raises ValueError for a name that is not one token of the vocabulary.
         """
         stop_ids = [self.eos_id]
         for name in stop_tokens:
             ids = self.encode(name)
-            # Qwen2 names <|endoftext|>, a real token, as its unknown one.
+            # Qwen2 names <|endoftext|>, a real token, as its unknown token.
             is_unknown = self.backend.unk_token_id in ids and name != self.backend.unk_token
             if len(ids) != 1 or is_unknown:
                 raise ValueError(
@@ -207,13 +207,13 @@ class Tokenizer:
 
 
 def special_tokens(backend: PreTrainedTokenizerBase | SentencePieceBackend) -> dict[str, int]:
-    """Ids of the special tokens by name."""
+    """Returns the ids of the special tokens by name."""
     added: Mapping[int, Any] = backend.added_tokens_decoder
     return {token.content: number for number, token in added.items() if token.special and token.content}
 
 
 def prefix_ids(backend: PreTrainedTokenizerBase | SentencePieceBackend) -> list[int]:
-    """The tokens that the tokenizer itself puts before a text: the BOS token, or none."""
+    """Returns the tokens that the tokenizer itself puts before a text: the BOS token, or none."""
     tokenizer: Any = backend
     for probe in ("1", "a", "x=1"):
         body = list(tokenizer([probe], add_special_tokens=False)["input_ids"][0])
@@ -225,7 +225,7 @@ def prefix_ids(backend: PreTrainedTokenizerBase | SentencePieceBackend) -> list[
 
 
 def with_prefix(ids: list[int], prefix: list[int]) -> list[int]:
-    """Adds the prefix to a prompt that has tokens and does not begin with it: a template may have written it."""
+    """Adds the prefix to a non-empty prompt unless the prompt already begins with it, as a template may write it."""
     return ids if not ids or ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
@@ -234,12 +234,12 @@ def has_tokenizer(path: Path) -> bool:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer directory; never reaches out to a hub. Raises ValueError naming model.tokenizer."""
+    """Reads a tokenizer directory without access to a hub. Raises ValueError naming model.tokenizer."""
     if not has_tokenizer(path):
         raise ValueError(f"model.tokenizer: {path} holds no tokenizer; give a directory with tokenizer.json")
     try:
         backend = load_backend(path)
-    except Exception as error:  # noqa: BLE001  # the tokenizers library raises nothing more precise for a bad file
+    except Exception as error:  # noqa: BLE001  # The tokenizers library raises nothing more precise.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model.tokenizer: {path} cannot be loaded ({reason}); save the tokenizer again") from None
     if backend.eos_token_id is None:

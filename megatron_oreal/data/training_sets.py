@@ -24,7 +24,7 @@ from megatron_oreal.data.prompts import parse_messages, parse_text
 from megatron_oreal.rewards.answer import extract_answer
 from megatron_oreal.types import Message
 
-# A few of MATH's solutions write \boxed 5.
+# A few of MATH's solutions write \boxed 5 without braces.
 BARE_BOX = re.compile(r"\\boxed\s+([^\s${}]+?)\s*(?:\$|\.?\s*$)")
 DAPO_HEAD = re.compile(
     r"\s*Solve the following math problem step by step\.\s+The last line of your response should be of the form "
@@ -45,7 +45,7 @@ def solved_math_row(row: Any) -> Row:
 
 
 def math_example(row: Any) -> Example:
-    """The solution as it is; it ends with its answer in a box."""
+    """Returns the unchanged solution as an example; it ends with its answer in a box."""
     found = require_object(row)
     math_answer(found)
     return Example((Message("user", parse_text(found, "problem")),), parse_text(found, "solution"))
@@ -76,7 +76,7 @@ def dapo_row(row: Any) -> Row:
 
 
 def dapo_repeat_key(row: Any) -> object:
-    """What the repeats of one question share: all that makes the prompt."""
+    """Returns a key that all repeats of one question share: everything that the prompt is made of."""
     prompt, judged = (row.get("prompt"), row.get("reward_model")) if isinstance(row, dict) else (row, None)
     return repr(prompt), repr(judged.get("ground_truth") if isinstance(judged, dict) else judged)
 
@@ -104,17 +104,17 @@ def big_math_row(row: Any) -> Row:
 
 
 def parse_rate(value: object) -> object:
-    """NaN, and in a CSV file an empty text, stand for a rate that was not measured."""
+    """Returns the rate, or None for NaN or an empty text, which stand for a rate that was not measured."""
     if isinstance(value, str):
         try:
             value = float(value) if value.strip() else None
         except ValueError:
-            return value  # refused where the prompt is parsed
+            return value  # `parse_prompt` refuses it
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def parse_tags(row: Row, key: str) -> list[str]:
-    """The texts of a column: a list of them, one, or none."""
+    """Returns the texts of a column that holds a list of texts, one text, or none."""
     value = row.get(key)
     tags = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(tag, str) for tag in tags):
@@ -151,7 +151,7 @@ class Columns:
 
 
 def pick(row: Row, name: str) -> Any:
-    """The value of a column, or of what a dotted name leads to. Raises ValueError that names what is missing."""
+    """Returns the value of a column or of a dotted name. Raises ValueError that names the missing part."""
     if name in row:
         return row[name]
     value: Any = row

@@ -1,4 +1,4 @@
-"""Held-out accuracy of the policy that the engine holds: greedy, and sampled.
+"""Measures the held-out accuracy of the engine's policy, with greedy and with sampled answers.
 
 `evaluate` measures during training; `evaluate_datasets` is `megatron-oreal eval`, with more numbers and every answer.
 """
@@ -47,7 +47,7 @@ def evaluate_datasets(config: EvalRunConfig) -> str | None:
 
 
 def is_finished(run: EvalRun, name: str) -> bool:
-    """Whether the dataset's file is there. The first rank looks, because other nodes may not see the folder."""
+    """Returns whether the dataset's file exists. Only the first rank looks; other nodes may not see the folder."""
     finished = False
     if run.layout.is_main:
         path = questions_path(run.config.run_dir, name)

@@ -119,7 +119,7 @@ def compare_means(
     confidence: float,
     num_resamples: int,
 ) -> Comparison:
-    """The runs may have drawn different numbers of samples."""
+    """Compares the runs' means over the same questions; the runs may have drawn different numbers of samples."""
     rates = [[question.num_correct / len(question.samples) for question in run] for run in (first, second)]
     paired = paired_bootstrap(rates[0], rates[1], confidence, num_resamples)
     metrics = dict.fromkeys(f"mean@{len(questions[0].samples)}" for questions in (first, second))

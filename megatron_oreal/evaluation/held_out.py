@@ -14,7 +14,7 @@ from megatron_oreal.types import Group
 
 
 def evaluate(run: Run[Any, Any, Any], step: int) -> Metrics:
-    """`eval/<dataset>/greedy` and `eval/<dataset>/pass@1` (mean over prompts and samples), in [0, 1].
+    """Returns `eval/<dataset>/greedy` and `eval/<dataset>/pass@1` (mean over prompts and samples), in [0, 1].
 
     Seeds do not depend on the step: two evaluations differ by the policy alone. A sample without a verdict counts as
     wrong here and in `eval/<dataset>/num_unjudged`.

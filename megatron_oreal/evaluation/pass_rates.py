@@ -1,4 +1,4 @@
-"""`megatron-oreal passrate`: samples every prompt and writes the share of correct responses into a copy of its file.
+"""`megatron-oreal passrate` samples every prompt and writes the share of correct responses into a copy of its file.
 
 OREAL repeats prompts by their pass rate (`data.repeats_by_pass_rate`); this measures it with the model of the
 configuration. Finished batches are kept in RUN_DIR/pass_rates/NAME.jsonl, so that a killed run continues after the last
@@ -29,7 +29,7 @@ from megatron_oreal.types import Group, Prompt
 
 @dataclass(slots=True, frozen=True)
 class PassRate:
-    """How often a prompt was solved. `question` is a digest of the question and its answer."""
+    """The counts of a prompt's correct and judged samples. `question` is a digest of the question and its answer."""
 
     id: str
     question: str
@@ -39,7 +39,7 @@ class PassRate:
 
     @property
     def pass_rate(self) -> float | None:
-        """None where the verifier could judge no sample."""
+        """Returns the pass rate, or None if the verifier could judge no sample."""
         return self.num_correct / self.num_judged if self.num_judged else None
 
 
@@ -65,7 +65,7 @@ def measure_pass_rates(config: EvalRunConfig) -> str | None:
 
 
 def measure(run: EvalRun, name: str) -> list[PassRate]:
-    """Samples the batches that are not done yet. Every rank takes part; the first keeps what was found on disk."""
+    """Samples the batches that are not done yet. Every rank takes part; the first rank writes the results to disk."""
     config, prompts = run.config.eval, run.datasets[name]
     path = run.config.run_dir / "pass_rates" / f"{name}.jsonl"
     records: list[PassRate] = []
@@ -136,7 +136,7 @@ def measured_prompts_path(run: EvalRun, name: str) -> Path:
 
 
 def rows_with_rates(source: Path, name: str, records: Sequence[PassRate]) -> list[Row]:
-    """The rows of the prompts file, all their keys kept. A row that was not asked keeps the pass rate it has."""
+    """Returns the rows of the prompts file with all their keys. A row that was not sampled keeps its pass rate."""
     rates = {record.id: record.pass_rate for record in records}
     rows = []
     for _, row in read_jsonl(source, f"eval.prompts.{name}"):
@@ -146,7 +146,7 @@ def rows_with_rates(source: Path, name: str, records: Sequence[PassRate]) -> lis
 
 
 def format_pass_rates(run: EvalRun, measured: Mapping[str, Sequence[PassRate]]) -> str:
-    """One line a dataset: how many prompts are never, sometimes and always solved; where the new files are."""
+    """Returns a line for each dataset: how many prompts are never, sometimes and always solved, and the new file."""
     lines: list[list[object]] = []
     for name, records in measured.items():
         rates = [rate for record in records if (rate := record.pass_rate) is not None]

@@ -1,4 +1,4 @@
-"""Defines, writes and reads what an evaluation leaves on disk: one JSON object a question, and their summary."""
+"""Defines, writes and reads an evaluation's files: one JSON object for each question, and their summary."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def mean(lengths: Sequence[int]) -> float | None:
 
 
 def write_results(path: Path, model: Path, summaries: Mapping[str, DatasetSummary], notes: Sequence[str]) -> None:
-    """`notes` says what was left out."""
+    """Writes the results. `notes` says what the evaluation left out."""
     datasets = {name: asdict(summary) for name, summary in summaries.items()}
     content = {"model": str(model), "notes": list(notes), "datasets": datasets}
     write_atomically(path, json.dumps(content, indent=2) + "\n")

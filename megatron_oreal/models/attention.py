@@ -41,6 +41,18 @@ class PackedSegments(PackedSeqParams):
     padded_indices: list[Tensor] = field(default_factory=list)  # [segments, longest] int64 into [T], per padded batch
     restore_index: Tensor | None = None  # [T] int64, where token t stands in the concatenated padded batches
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[T, heads, head_dim] with key and value of [T, groups, head_dim] -> [T, heads * head_dim], causal."""
+        if self.restore_index is None:
+            packed = variable_length_attention()
+            assert packed is not None
+            return packed(query, key, value, self.cu_seqlens_q, self.max_seqlen_q, scale).flatten(1)
+        padded = [
+            causal_batch(query[index], key[index], value[index], scale).flatten(0, 1).flatten(1)
+            for index in self.padded_indices
+        ]
+        return torch.cat(padded).index_select(0, self.restore_index)
+
 
 def pack_segments(cu_seqlens: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> PackedSegments:
     """What PackedAttention needs of a micro-batch whose segments have these lengths, for activations of `dtype`.
@@ -234,7 +246,7 @@ class PackedAttention(MegatronModule):
         **_unused: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        assert config.context_parallel_size == 1, "see models/context.py: Megatron is not told of it"
         assert not config.attention_dropout, "outcome-reward training runs without dropout"
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -253,17 +265,7 @@ class PackedAttention(MegatronModule):
             out = causal_batch(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), self.softmax_scale)
             return out.transpose(0, 1).reshape(tokens, batch, heads * head_dim)
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if packed_seq_params.restore_index is None:
-            attend = variable_length_attention()
-            assert attend is not None
-            longest = packed_seq_params.max_seqlen_q
-            out = attend(query, key, value, packed_seq_params.cu_seqlens_q, longest, self.softmax_scale)
-        else:
-            padded = [
-                causal_batch(query[index], key[index], value[index], self.softmax_scale).reshape(-1, heads * head_dim)
-                for index in packed_seq_params.padded_indices
-            ]
-            out = torch.cat(padded).index_select(0, packed_seq_params.restore_index)
+        out = packed_seq_params.attend(query, key, value, self.softmax_scale)
         return out.reshape(tokens, 1, heads * head_dim)
 
 

@@ -56,10 +56,12 @@ def resolved_for(config: ModelConfig, device: torch.device) -> ModelConfig:
     return config.model_copy(update={"dtype": dtype, "recompute": recompute})
 
 
-def uses_transformer_engine(config: ModelConfig, device: torch.device) -> bool:
+def uses_transformer_engine(config: ModelConfig, device: torch.device, context_size: int = 1) -> bool:
     """Raises ValueError when it is asked for and not to be had. The config's dtype is resolved."""
     if config.implementation == "local":
         return False
+    if context_size > 1:
+        return False  # config/layout.py refuses a layout that asks for it
     missing = ""
     if device.type != "cuda":
         missing = "it runs on CUDA only"
@@ -231,6 +233,7 @@ def build_chunks(
                 parallel_output=True,
                 vp_stage=vp_stage,
             )
+        chunk.rotary_pos_emb.cp_group = None  # all positions: _preprocess picks those of this rank's tokens
         if architecture.rope_scaling:
             # Megatron's own scaling knows one setting of three of its four numbers.
             chunk.rotary_pos_emb.inv_freq = rotary_frequencies(

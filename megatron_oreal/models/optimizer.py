@@ -128,7 +128,7 @@ def chosen(settings: OptimizerConfig, config: TransformerConfig, layout: Paralle
     Experts do not overlap unless they are told to: one that no token of the last micro-batch chose has no gradient, and
     Megatron would wait for it.
     """
-    replicated_on_cuda = layout.device.type == "cuda" and layout.data_size > 1
+    replicated_on_cuda = layout.device.type == "cuda" and layout.num_copies > 1
     is_sharded = replicated_on_cuda if settings.distributed == "auto" else settings.distributed
     overlaps = settings.overlap_grad_reduce
     if overlaps == "auto":

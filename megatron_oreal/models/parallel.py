@@ -43,6 +43,8 @@ def initialize(
     on_cpu = megatron_on_cpu.enable()
     if deterministic == "auto":
         deterministic = on_cpu
+    if not on_cpu and parallel.context > 1:
+        raise ValueError("parallel.context > 1 runs on a CPU only so far: set parallel.context=1")
     if not on_cpu:
         set_cuda_environment(parallel, deterministic)
     from megatron.core import parallel_state, tensor_parallel
@@ -60,6 +62,7 @@ def initialize(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             distributed_timeout_minutes=max(1, parallel.timeout_seconds // 60),
             create_gloo_process_groups=False,
@@ -80,6 +83,9 @@ def initialize(
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         deterministic_updates=deterministic and not on_cpu,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel.context,
+        context_group=parallel_state.get_context_parallel_group() if parallel.context > 1 else None,
     )
     random.seed(seed)
     torch.manual_seed(seed)

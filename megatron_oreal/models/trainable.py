@@ -28,6 +28,7 @@ from megatron_oreal.models.build import (
     transformer_config,
     uses_transformer_engine,
 )
+from megatron_oreal.models.context import context_segments, whole_outputs
 from megatron_oreal.models.heads import Head
 from megatron_oreal.models.offload import DeviceMemory
 from megatron_oreal.models.optimizer import Training, prepare_training
@@ -60,7 +61,7 @@ class TrainableModel:
     ) -> None:
         self.name, self.architecture, self.head, self.layout = name, architecture, head, layout
         config = resolved_for(config, layout.device)
-        self.transformer_engine = uses_transformer_engine(config, layout.device)
+        self.transformer_engine = uses_transformer_engine(config, layout.device, layout.context_size)
         self.megatron_config = transformer_config(architecture, config, layout, self.transformer_engine)
         self.chunks: list[PackedGPTModel] = build_chunks(
             architecture, head, self.megatron_config, layout, self.transformer_engine
@@ -243,7 +244,8 @@ class TrainableModel:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batch.microbatches),
-            seq_length=max(len(microbatch.input_ids) for microbatch in batch.microbatches),
+            # Megatron divides it by the number of context-parallel ranks.
+            seq_length=max(len(own_tokens(part).input_ids) for part in batch.microbatches) * self.layout.context_size,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -254,15 +256,19 @@ class TrainableModel:
         self, iterator: Iterator[Microbatch], model: Any, loss: Callable[[TokenOutputs, Microbatch], Any]
     ) -> tuple[Tensor, Callable[..., Any]]:
         microbatch = next(iterator)
+        tokens = own_tokens(microbatch)
         hidden = model(
-            microbatch.input_ids[None],
-            microbatch.position_ids[None],
+            tokens.input_ids[None],
+            tokens.position_ids[None],
             None,
             packed_seq_params=self._packed_parameters(microbatch),
         )
 
         def finish(output: Tensor, non_loss_data: bool = False) -> Any:
-            result = loss(self.head(getattr(model, "module", model), output, microbatch), microbatch)
+            outputs = self.head(getattr(model, "module", model), output, tokens)
+            if microbatch.part is not None:
+                outputs = whole_outputs(outputs, microbatch.part, self.layout)
+            result = loss(outputs, microbatch)
             if non_loss_data:
                 return result
             return result.loss, torch.zeros((), dtype=torch.int, device=self.layout.device), result.metrics
@@ -271,7 +277,9 @@ class TrainableModel:
 
     def _packed_parameters(self, microbatch: Microbatch) -> PackedSeqParams:
         if not self.transformer_engine:
-            if microbatch.packed is None:
+            if microbatch.packed is None and microbatch.part is not None:
+                microbatch.packed = context_segments(microbatch.part, self.layout)
+            elif microbatch.packed is None:
                 dtype = self.megatron_config.params_dtype
                 microbatch.packed = pack_segments(microbatch.cu_seqlens, microbatch.lengths, dtype)
             return microbatch.packed  # type: ignore[return-value]
@@ -305,6 +313,11 @@ class TrainableModel:
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.layout.data_group)
         reduced = torch.where(is_max, maxima, sums).tolist()
         return {f"{self.name}/{name}": value for name, value in zip(names, reduced, strict=True)}
+
+
+def own_tokens(microbatch: Microbatch) -> Microbatch:
+    """The tokens that this rank computes: all, or its part under context parallelism."""
+    return microbatch if microbatch.part is None else microbatch.part.tokens
 
 
 def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_oreal.observability.closing import Closing
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.tensorboard import TensorBoard
+from megatron_oreal.observability.trackers import Tracker
 from megatron_oreal.types import Metrics as Metrics
 
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -22,15 +23,20 @@ class PhaseTimer:
     """Splits a step's wall time into disjoint phases: `with timer("rollout"): ...`.
 
     CUDA runs behind the CPU: `synchronize`, called where a phase begins and ends, lets each phase pay for its own work.
+    `on_phase` is called with the name of each phase that begins, and with "other" where one ends.
     """
 
     def __init__(
-        self, synchronize: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        synchronize: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] = lambda _phase: None,
     ) -> None:
-        self.synchronize = synchronize
+        self.synchronize, self.on_phase = synchronize, on_phase
         self.clock = clock
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
+        self.running_since = 0.0  # by the clock
         self.last_flush = self.now()
 
     @contextmanager
@@ -38,12 +44,20 @@ class PhaseTimer:
         """Adds the block's seconds to `phase`, also when the block raises."""
         assert self.running is None, f"phases are disjoint: {phase!r} begins inside {self.running!r}"
         assert phase not in ("other", "step"), f"{phase!r} is a name that flush() uses"
-        self.running, start = phase, self.now()
+        self.running_since = start = self.now()
+        self.running = phase
+        self.on_phase(phase)
         try:
             yield
         finally:
             self.running = None
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+            self.on_phase("other")
+
+    def under_way(self) -> tuple[str, float]:
+        """Returns the phase that runs and its seconds so far, or ("other", 0). Any thread may ask."""
+        phase, since = self.running, self.running_since
+        return ("other", 0.0) if phase is None else (phase, self.clock() - since)
 
     def flush(self) -> Metrics:
         """Returns seconds since the last flush: of each phase, of the rest, and their sum (`time/step_seconds`)."""
@@ -62,7 +76,7 @@ class PhaseTimer:
 
 
 class MetricsLog(Closing):
-    """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard.
+    """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard and in the trackers.
 
     JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf". A line is on disk when
     `log` returns. A run resumed at `start_step` first drops the records from that step on, so each step has one record.
@@ -77,6 +91,7 @@ class MetricsLog(Closing):
         self.last_step = start_step - 1
         self.file = path.open("ab")
         self.tensorboard = TensorBoard(run_dir, start_step)
+        self.trackers: list[Tracker] = []  # whoever opened them closes them
 
     @staticmethod
     def silent() -> MetricsLog:
@@ -93,6 +108,13 @@ class MetricsLog(Closing):
         os.fsync(self.file.fileno())
         self.last_step = step
         self.tensorboard.scalars(record, step)
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def upload(self, file: Path) -> None:
+        """Keeps a copy of the file with the trackers' runs."""
+        for tracker in self.trackers:
+            tracker.upload(file)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Shows `text`, for example an answer of the policy, in TensorBoard."""
@@ -105,7 +127,7 @@ class MetricsLog(Closing):
 
 class SilentMetricsLog(MetricsLog):
     def __init__(self) -> None:
-        pass
+        self.trackers = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass

@@ -1,1 +1,1 @@
-"""Parallel layout and collectives; imports torch alone."""
+"""Holds the parallel layout and collectives; of other libraries it imports only torch."""

@@ -16,7 +16,7 @@ Error = TypeVar("Error", bound=Exception)
 
 
 def is_alone(group: dist.ProcessGroup | None = None) -> bool:
-    """Whether this process has no other rank to exchange anything with. Not a collective."""
+    """Returns whether this process is the only rank. This function is not a collective."""
     return not dist.is_initialized() or dist.get_world_size(group) == 1
 
 

@@ -19,22 +19,36 @@ class ParallelLayout:
     pipeline_rank: int
     pipeline_size: int
     virtual_size: int  # model chunks on this rank
-    data_rank: int
+    data_rank: int  # of this rank's batch: context-parallel ranks share one
     data_size: int
     sequence_parallel: bool
     device: torch.device
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
-    # Updates run under torch's deterministic algorithms; on a CPU everything does, see models/parallel.py.
+    # Updates use torch's deterministic algorithms; on a CPU all code does, see models/parallel.py.
     deterministic_updates: bool = False
+    # Context-parallel ranks share each sequence's tokens; their weights are copies, as those of replicas are.
+    context_rank: int = 0
+    context_size: int = 1
+    context_group: dist.ProcessGroup | None = None  # None without context parallelism
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first rank, which writes files and speaks to servers."""
+        """Returns whether this is the first rank, which writes files and sends requests to servers."""
         return self.rank == 0
 
     @property
+    def copy_rank(self) -> int:
+        """This rank among those with the same shards of the weights, over which gradients are summed."""
+        return self.data_rank * self.context_size + self.context_rank
+
+    @property
+    def num_copies(self) -> int:
+        """How many ranks have this rank's shards of the weights; a sharded optimizer is split over them."""
+        return self.data_size * self.context_size
+
+    @property
     def last_stage_rank(self) -> int:
-        """The global rank of this pipeline's last stage."""
+        """Returns the global rank of this pipeline's last stage."""
         return dist.get_global_rank(self.pipeline_group, self.pipeline_size - 1)

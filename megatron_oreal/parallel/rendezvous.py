@@ -1,4 +1,4 @@
-"""How the ranks of a run find each other, so that nobody outside of the run can take part.
+"""Connects the ranks of a run with each other, so that no process outside of the run can take part.
 
 What ranks exchange when they start is trusted: addresses, and state that torch's launcher unpickles. torch's own TCP
 store has no key and listens on all interfaces. Here the ranks that `megatron-oreal` starts on one machine share a file

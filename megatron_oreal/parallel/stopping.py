@@ -17,7 +17,7 @@ REQUEUE = 75  # The exit code of a run that was stopped: EX_TEMPFAIL, try again.
 
 
 class RunStopped(Exception):
-    """The run has saved and ends because it was asked to."""
+    """The run was asked to stop; it has saved a checkpoint and ends."""
 
 
 def block_stop_signal() -> None:
@@ -37,5 +37,5 @@ def pass_on_stop_signal(file: Path) -> None:
 
 
 def is_asked_to_stop() -> bool:
-    """Whether this process, or its launcher, has got SIGUSR1."""
+    """Returns whether this process, or its launcher, has received SIGUSR1."""
     return signal.SIGUSR1 in signal.sigpending() or (STOP_FILE in os.environ and Path(os.environ[STOP_FILE]).exists())

@@ -246,6 +246,16 @@ def runs(values: Int32Array) -> list[tuple[int, int]]:
 def read_records(path: Path) -> list[Record]:
     """Returns the whole records at the file's beginning, and cuts off what comes after, so that more can follow."""
     content = path.read_bytes()
+    records, end = parse_records(content)
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
+    return records
+
+
+def parse_records(content: bytes) -> tuple[list[Record], int]:
+    """Returns the whole records at the beginning of a file's content, and where they end."""
     records: list[Record] = []
     start = 0
     while start + FRAME.size <= len(content):
@@ -257,11 +267,7 @@ def read_records(path: Path) -> list[Record]:
             break
         records.append(Record(Header(**json.loads(head)), numbers, number=len(records), is_ours=False))
         start = middle + numbers_size
-    if start < len(content):
-        with path.open("r+b") as file:
-            file.truncate(start)
-            os.fsync(file.fileno())
-    return records
+    return records, start
 
 
 def of_whole_batches(records: Sequence[Record]) -> list[Record]:

@@ -94,7 +94,7 @@ class GroupProducer:
 
     @property
     def _resumes(self) -> bool:
-        return self.config.unfinished == "resume"
+        return self.config.resumes
 
     def _ask(self, step: int, turns: Sequence[Turn], seed: str, num_missing: int) -> list[NumberedGroup]:
         """Samples one round of prompts; returns the complete groups in the prompts' order.
@@ -188,7 +188,9 @@ class GroupProducer:
 
     def _give_up(self, step: int, key: str, generation: Generation | None) -> None:
         """Drops a response of an incomplete group, or hands it to the next step where responses are resumed."""
-        self.counts["given_up"] += generation is None or generation.finish_reason == "abort"
+        is_whole = generation is not None and generation.finish_reason != "abort"
+        self.counts["given_up"] += not is_whole
+        self.counts["whole_given_up"] += is_whole
         if generation is not None and len(generation.response_ids):
             self.counts["tokens_given_up"] += len(generation.response_ids)
             if self._resumes:
@@ -196,7 +198,7 @@ class GroupProducer:
 
     def _metrics(self) -> Metrics:
         """Returns what over-sampling cost, and how long responses and their verification took."""
-        names = ("given_up", "tokens_given_up", "carried", "resumed", "restarted")
+        names = ("given_up", "whole_given_up", "tokens_given_up", "carried", "resumed", "restarted")
         metrics: Metrics = {f"rollout/num_{name}": self.counts[name] for name in names}
         if self.seconds:
             for name, share in {"first": 0.0, "half": 0.5, "nine_tenths": 0.9, "last": 1.0}.items():

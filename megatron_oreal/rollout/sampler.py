@@ -145,14 +145,21 @@ class RequestIndexMap:
 
     def dated(self, index: int, generation: Generation) -> Generation:
         """Returns the generation with a policy version for each token."""
-        if len(generation.policy_versions):
-            return generation
-        begun = self.requests[index][1]
-        num_begun = 0 if begun is None else len(begun.policy_versions)
-        versions = np.full(len(generation.response_ids) - num_begun, self.version, dtype=np.int32)
-        if begun is not None:
-            versions = np.concatenate([begun.policy_versions, versions])
-        return replace(generation, policy_versions=versions)
+        return with_versions(generation, self.requests[index][1], self.version)
+
+
+def with_versions(generation: Generation, begun: Generation | None, version: int) -> Generation:
+    """Returns the generation with a policy version for each token: `version` for those that the engine has added.
+
+    begun: the response that the engine went on from.
+    """
+    if len(generation.policy_versions):
+        return generation
+    num_begun = 0 if begun is None else len(begun.policy_versions)
+    versions = np.full(len(generation.response_ids) - num_begun, version, dtype=np.int32)
+    if begun is not None:
+        versions = np.concatenate([begun.policy_versions, versions])
+    return replace(generation, policy_versions=versions)
 
 
 def continuation(request: GenerationRequest, generation: Generation) -> GenerationRequest:

@@ -14,6 +14,7 @@ from megatron_oreal.models.fp8_layers import fp8_token_multiple
 from megatron_oreal.models.heads import Head, LogprobHead, ScalarHead, Truncation
 from megatron_oreal.models.trainable import TrainableModel
 from megatron_oreal.parallel.layout import ParallelLayout
+from megatron_oreal.run.device_defaults import attention_pair_cost
 from megatron_oreal.weights.families import Architecture, read_architecture
 
 
@@ -75,6 +76,9 @@ class ModelBuilder:
             equal_lengths=interleaved,
             device=self.layout.device,
             engine_logprobs=self.config.rollout.engine_logprobs,
+            pair_cost=attention_pair_cost(self.architecture),
+            context_rank=self.layout.context_rank,
+            context_size=self.layout.context_size,
         )
 
     def _build(

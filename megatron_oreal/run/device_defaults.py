@@ -61,7 +61,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     num_parameters = parameter_count(architecture)
     item = 4 if config.model.dtype == "float32" else 2
     num_trained, num_frozen = model_counts(config, num_parameters)
-    shard = data_parallel_size(parallel)  # the number of ranks over which optimizer states are split
+    shard = data_parallel_size(parallel) * parallel.context  # the number of ranks over which optimizer states are split
     trained_bytes = (item + 4) + (12 if item == 2 else 8) / shard
     states = num_parameters / model_size * (num_trained * trained_bytes + num_frozen * item)
     if config.rollout.engine == "local":
@@ -76,7 +76,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     # Input and its norm; gate and up, and their product.
     mlp = item * (2 * shape.hidden_size + 3 * width) + norm
     # Without sequence parallelism the tensor-parallel ranks keep the whole of some tensors: counted as all of them.
-    share = parallel.tensor if parallel.sequence else 1
+    share = parallel.context * (parallel.tensor if parallel.sequence else 1)
     a_layer = parallel.microbatch_tokens * (attention + mlp) / share
     # A pipeline's first stage keeps as many micro-batches as there are stages: together as much as all layers.
     return Memory(
@@ -100,6 +100,16 @@ def parameter_count(architecture: Architecture, only_active: bool = False) -> in
         mlp = 3 * shape.hidden_size * experts.intermediate_size * num_experts
     vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings or only_active else 2)
     return shape.num_layers * (attention + mlp) + vocabulary
+
+
+def attention_pair_cost(architecture: Architecture) -> float:
+    """Returns what n^2 costs of a sequence of n tokens, where a token's own products cost 1.
+
+    A token is multiplied with each of the parameters (2 FLOPs). Causal attention takes 4 FLOPs for each pair of tokens,
+    each layer and each number of the heads, and there are n^2 / 2 pairs; the backward pass takes twice both.
+    """
+    attention = 2 * architecture.num_layers * architecture.num_heads * architecture.head_dim
+    return attention / (2 * parameter_count(architecture, only_active=True))
 
 
 def facts_of_start(architecture: Architecture, layout: ParallelLayout) -> dict[str, object]:

@@ -12,6 +12,7 @@ from megatron_oreal.config import EvalRunConfig, SftConfig, TrainConfig
 from megatron_oreal.engines.engine import RolloutEngine
 from megatron_oreal.engines.local.engine import LocalEngine
 from megatron_oreal.engines.sglang.client import EventLoopThread, SglangClient
+from megatron_oreal.engines.sglang.endpoints import in_use
 from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.sglang.servers.colocated import open_colocated_servers, trainer_ranks
 from megatron_oreal.engines.sglang.servers.fleet import open_servers
@@ -24,6 +25,7 @@ from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.models.build import DTYPES, resolved_for
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.nodes import this_node
+from megatron_oreal.rollout.recording import ReplayEngine
 from megatron_oreal.types import Notify
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
@@ -34,7 +36,9 @@ AnyConfig = TrainConfig | SftConfig | EvalRunConfig
 def open_engine(
     config: AnyConfig, layout: ParallelLayout, notify: Notify, decode: Decode | None = None
 ) -> Iterator[RolloutEngine]:
-    """The engine of `rollout.engine`, closed at the end together with the servers that it started.
+    """The engine of `rollout.engine`, or the responses that `rollout.replay` names.
+
+    It is closed at the end together with the servers that it started.
 
     decode: the engine needs it to end responses at `rollout.stop_strings`; without it they are cut afterwards.
 
@@ -42,7 +46,9 @@ def open_engine(
     """
     with ExitStack() as stack:
         engine: RolloutEngine
-        if config.rollout.engine == "local":
+        if config.rollout.replay is not None:
+            engine = ReplayEngine(config.rollout.replay, window=config.rollout.staleness + 1)
+        elif config.rollout.engine == "local":
             group = dist.group.WORLD if layout.world_size > 1 else None
             dtype = DTYPES[config.model.dtype]
             engine = LocalEngine(config.model.path, layout.device, dtype, config.rollout.batch_size, group, decode)
@@ -64,6 +70,8 @@ def sglang_engine(
     if servers.placement == "colocated":
         fleet = stack.enter_context(open_colocated_servers(settings, notify))
     elif layout.is_main:
+        if servers.endpoints_file is not None and servers.endpoints_file.is_file():
+            stack.enter_context(in_use(servers.endpoints_file, is_shared=isinstance(config, EvalRunConfig)))
         fleet = stack.enter_context(open_servers(settings, notify))
     thread = EventLoopThread("sglang")
 

@@ -21,4 +21,5 @@ def write_final_report(run: Run[Any, Any, Any]) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         run.progress.note(f"the report was not written ({reason}); `megatron-oreal report` writes it")
         return
+    run.log.upload(out)
     run.progress.note(f"the report of the run is {out}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -19,18 +20,23 @@ from megatron_oreal.config import (
 )
 from megatron_oreal.data.examples import encode_examples, read_examples
 from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor, encode_prompts, read_prompts, repeat_by_pass_rate
+from megatron_oreal.engines.sglang.engine import SglangEngine
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models import parallel
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.alarm_log import AlarmLog
 from megatron_oreal.observability.environment import record_environment
+from megatron_oreal.observability.hang_channel import open_channel
 from megatron_oreal.observability.metrics import MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import Announcer, ProgressBar
+from megatron_oreal.observability.watchdog import Watchdog
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.parallel.rendezvous import clear_traffic
 from megatron_oreal.rollout.ledger import Ledger
 from megatron_oreal.run.algorithms import build_algorithm, build_sft
 from megatron_oreal.run.device_defaults import describe, facts_of_start, with_device_defaults
 from megatron_oreal.run.devices import device_sharing, make_room_for_models
+from megatron_oreal.run.endpoint import open_endpoint
 from megatron_oreal.run.engines import open_engine
 from megatron_oreal.run.inputs import (
     Inputs,
@@ -43,7 +49,14 @@ from megatron_oreal.run.inputs import (
 )
 from megatron_oreal.run.rollouts import build_sampler
 from megatron_oreal.run.run import Algorithm, Config, EvalRun, Item, Run
-from megatron_oreal.run.run_directory import CHANGEABLE_IN_EVAL, RunDirectory, check_run_dir, open_run_directory
+from megatron_oreal.run.run_directory import (
+    CHANGEABLE_IN_EVAL,
+    CONFIG,
+    RunDirectory,
+    check_run_dir,
+    open_run_directory,
+)
+from megatron_oreal.run.trackers import build_trackers
 from megatron_oreal.run.verifiers import open_verifier
 from megatron_oreal.types import TrainingSequence
 
@@ -141,6 +154,7 @@ def open_run(
     with ExitStack() as stack:
         layout = stack.enter_context(open_layout(config))
         directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
+        watchdog = stack.enter_context(open_watchdog(config, layout, directory))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
         if sys.stderr.isatty():  # somebody waits; elsewhere a mistake stays the only line
             announce(
@@ -150,6 +164,8 @@ def open_run(
             announce(line)
         verifier = stack.enter_context(open_verifier(config.verifier, config.run_dir, layout.is_main, announce))
         engine = stack.enter_context(open_engine(config, layout, announce, inputs.tokenizer.decode))
+        if isinstance(engine, SglangEngine):
+            watchdog.server_states = engine.server_states
         make_room_for_models(config, layout, engine)
         algorithm, models = build(config, layout)
         trained = {name: model for name, model in models.items() if model.training is not None}
@@ -159,6 +175,7 @@ def open_run(
         if restored is not None:
             start_step, num_skipped_steps = restored.step, restored.num_skipped_steps
             cursor.restore(restored.cursor)
+        watchdog.step = start_step
         log, keeps_responses = MetricsLog.silent(), keeps_responses and layout.is_main
         if layout.is_main:
             directory.write(config)
@@ -166,6 +183,9 @@ def open_run(
             log = stack.enter_context(MetricsLog(config.run_dir, start_step))
         ledger = stack.enter_context(Ledger(config.run_dir / "ledger" if keeps_responses else None, start_step))
         progress = announce.progress = stack.enter_context(open_progress(config, layout, start_step))
+        if layout.is_main:
+            log.trackers = [stack.enter_context(tracker) for tracker in build_trackers(config, announce)]
+            log.upload(directory.path / CONFIG)
         run = Run(
             config=config,
             layout=layout,
@@ -180,19 +200,35 @@ def open_run(
             ledger=ledger,
             eval_prompts=inputs.eval_prompts,
             train_state=train_state,
-            timer=PhaseTimer(synchronizer(layout)),
+            timer=PhaseTimer(synchronizer(layout), on_phase=watchdog.enter),
+            watchdog=watchdog,
             log=log,
             progress=progress,
             start_step=start_step,
+            step=start_step,
             num_skipped_steps=num_skipped_steps,
         )
+        stack.enter_context(open_endpoint(run, config.prometheus, announce))
         if restored is not None:
             run.progress.note(f"resumed at step {start_step} of {config.num_steps} in {config.run_dir}")
         for note in (*directory.notes, describe(config, models["policy"]), *inputs.notes):
             run.progress.note(note)
+        if layout.is_main:
+            run.alarms = AlarmLog(config.run_dir, start_step, config.alarms, run.progress.note)
+        if isinstance(engine, SglangEngine):
+            engine.lending_devices = partial(run.devices.training, pushes=False)
         run.push_weights(start_step)
         run.devices.generate()
+        watchdog.enter("other")
         yield run
+
+
+def open_watchdog(config: RunConfig, layout: ParallelLayout, directory: RunDirectory) -> Watchdog:
+    """The watchdog of this rank; it gives the run directory back before it ends the run."""
+    watchdog = Watchdog(config.watchdog, config.run_dir, open_channel(layout.rank, layout.world_size))
+    if directory.lock is not None:
+        watchdog.at_end.append(directory.lock.release)
+    return watchdog
 
 
 def synchronizer(layout: ParallelLayout) -> Callable[[], None] | None:

@@ -11,6 +11,7 @@ from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rewards.verifier import Verifier
 from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.rollout.producer import GroupProducer
+from megatron_oreal.rollout.recording import FOLDER, RecordingEngine
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.run.run import Run
 
@@ -22,6 +23,8 @@ def build_sampler(
     tokenizer: Tokenizer,
     verifier: Verifier,
 ) -> Sampler:
+    if config.rollout.record and layout.is_main:
+        engine = RecordingEngine(engine, config.run_dir / FOLDER)
     return Sampler(
         engine=engine,
         tokenizer=tokenizer,
@@ -45,4 +48,5 @@ def build_collector(run: Run[TrainConfig, EncodedPrompt, GroupAlgorithm]) -> Pre
         seed=config.seed,
         ledger=run.ledger,
     )
-    return PrefetchingCollector(producer, run.cursor, run.layout.is_main, run.start_step, config.num_steps)
+    run.collector = PrefetchingCollector(producer, run.cursor, run.layout.is_main, run.start_step, config.num_steps)
+    return run.collector

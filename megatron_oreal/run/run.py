@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,11 +16,16 @@ from megatron_oreal.data.prompts import EncodedPrompt, PromptCursor
 from megatron_oreal.engines.engine import RolloutEngine, SamplingParams
 from megatron_oreal.engines.weight_sync import WeightSync
 from megatron_oreal.models.trainable import TrainableModel
+from megatron_oreal.observability.alarm_log import AlarmLog
 from megatron_oreal.observability.full_disk import describe_os_error
+from megatron_oreal.observability.memory import memory_of_process
 from megatron_oreal.observability.metrics import Metrics, MetricsLog, PhaseTimer
 from megatron_oreal.observability.progress import ProgressBar
+from megatron_oreal.observability.watchdog import Watchdog
+from megatron_oreal.parallel.collectives import all_gather_object
 from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.rollout.ledger import Ledger
+from megatron_oreal.rollout.prefetch import PrefetchingCollector
 from megatron_oreal.rollout.sampler import Sampler
 from megatron_oreal.run.devices import DeviceSharing
 from megatron_oreal.run.run_directory import keep_users_files
@@ -48,17 +53,24 @@ class Run(Generic[Config, Item, Algorithm]):
     eval_prompts: Mapping[str, list[EncodedPrompt]]
     train_state: TrainState
     timer: PhaseTimer
+    watchdog: Watchdog
     log: MetricsLog  # the first rank's writes files
     progress: ProgressBar
+    alarms: AlarmLog | None = None  # the first rank's
     start_step: int = 0
     num_skipped_steps: int = 0
     metrics: Metrics = field(default_factory=dict)  # what the step under way has measured so far
+    step: int = 0  # under way
+    last_record: Metrics = field(default_factory=dict)  # of the step before it
+    collector: PrefetchingCollector | None = None  # that makes the groups of a training on rewards
 
     def record(self, metrics: Metrics) -> None:
         self.metrics |= metrics
 
     def count_skipped(self, step: int) -> None:
         """Counts the step as skipped where its groups gave the algorithm nothing to learn from."""
+        if self.config.rollout.only:
+            return
         if self.metrics["train/skipped"]:
             self.num_skipped_steps += 1
             self.progress.note(f"step {step} skipped: the algorithm learns nothing from it{what_is_in(self.metrics)}")
@@ -100,14 +112,18 @@ class Run(Generic[Config, Item, Algorithm]):
         )
 
     def finish_step(self, step: int) -> None:
-        """Writes the step's record."""
+        """Writes the step's record, and tells of alarms. Collective."""
         self.metrics |= self.timer.flush()
         self.metrics |= self.engine.flush_metrics()
         self.metrics |= rates(self.metrics)
         for model in self.models.values():
             self.metrics |= model.flush_seconds()
+        self.metrics |= largest(all_gather_object(memory_of_process()))
         self.log.log(step, self.metrics)
-        self.metrics = {}
+        if self.alarms is not None:
+            self.alarms.observe(step, self.metrics)
+        self.last_record, self.metrics, self.step = self.metrics, {}, step + 1
+        self.watchdog.step = step + 1
 
     def export(self) -> None:
         """Writes the policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
@@ -137,6 +153,12 @@ def what_is_in(metrics: Metrics) -> str:
     if share := metrics["rollout/length_limit_share"]:
         parts.append(f"{share:.0%} of the samples cut at the length limit")
     return f" ({'; '.join(parts)})"
+
+
+def largest(of_ranks: Sequence[Metrics]) -> Metrics:
+    """Returns the largest value that a rank has, of each metric."""
+    names = {name: None for metrics in of_ranks for name in metrics}
+    return {name: max(metrics[name] for metrics in of_ranks if name in metrics) for name in names}
 
 
 def rates(metrics: Metrics) -> Metrics:

@@ -28,7 +28,7 @@ CONFIG = "config.yaml"
 # Where a judge or a reward server is; what it is asked may not change.
 VERIFIER_ADDRESSES = ("verifier.url", "verifier.judge.url")
 # A checkpoint fits every layout; numbers differ by rounding from then on.
-LAYOUT = ("parallel.tensor", "parallel.pipeline", "parallel.virtual", "parallel.sequence")
+LAYOUT = ("parallel.tensor", "parallel.pipeline", "parallel.virtual", "parallel.sequence", "parallel.context")
 # Beginnings of settings that may change between a run and its continuation.
 CHANGEABLE = (*WITHOUT_INFLUENCE, "num_steps", "checkpoint.", "eval.", *LAYOUT)
 # An evaluation may be given more datasets, and be summed up in another way.
@@ -54,6 +54,7 @@ class RunDirectory:
     path: Path
     inputs: Inputs  # Empty on all ranks but the first.
     notes: list[str]  # Lines for the log about settings that have changed since the run began.
+    lock: RunLock | None = None  # Only the first rank has it.
 
     def write(self, config: ModelRunConfig) -> None:
         """Keeps what the next start compares itself with. Only the first rank calls it, when nothing can be refused."""
@@ -69,14 +70,13 @@ def open_run_directory(
 
     Raises ValueError where another run uses the directory, or where settings or files have changed.
     """
-    lock: RunLock | None = None
     directory = RunDirectory(config.run_dir, {}, [])
     error: ValueError | OSError | None = None
     try:
         if is_main:
             try:
                 prepare_folder(config.run_dir)
-                lock = take_lock(config.run_dir)
+                directory.lock = take_lock(config.run_dir)
                 directory.notes = check_run_dir(
                     config, changeable
                 )  # Another run may have used it since the first look.
@@ -88,8 +88,8 @@ def open_run_directory(
         raise_on_all(error)
         yield directory
     finally:
-        if lock is not None:
-            lock.release()
+        if directory.lock is not None:
+            directory.lock.release()
 
 
 def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEABLE) -> list[str]:

@@ -1,4 +1,4 @@
-"""The table of model families. An entry reads the family's config.json and lists its parameters.
+"""Holds the table of model families. An entry reads the family's config.json and lists its parameters.
 
 To add a family, add a function that reads its config.json, a function that gives its rows, and a line in FAMILIES; see
 README.md in this folder. The module imports neither megatron nor torch: the command line asks it which models can be
@@ -31,7 +31,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What one must know to build the model, in Hugging Face's terms."""
+    """The settings that building the model needs, in Hugging Face's terms."""
 
     family: str
     num_layers: int
@@ -59,8 +59,8 @@ class Architecture:
 class Family:
     read: Callable[[ModelSettings], Architecture]
     rows: Callable[[Architecture, HeadKind], list[Row]]
-    # What the local engine generates with: its own decoder, for layers that are exactly Llama's or Qwen2's, or the
-    # model of transformers. None: checkpoints of the family can be converted, but not trained.
+    # The decoder of the local engine: its own, for layers that are exactly Llama's or Qwen2's, or the model of
+    # transformers. None: checkpoints of the family can be converted, but not trained.
     decoder: Literal["llama", "transformers"] | None = None
 
 
@@ -82,7 +82,7 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def trainable_families() -> list[str]:
-    """The model types that can be trained and evaluated, because the local engine generates with them."""
+    """Returns the model types that can be trained and evaluated, because the local engine can generate with them."""
     return [model_type for model_type, family in FAMILIES.items() if family.decoder is not None]
 
 
@@ -100,8 +100,8 @@ def parameters(architecture: Architecture, head: HeadKind) -> Iterator[tuple[Row
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 
-# In these families every attention head has a key and a value of its own where config.json says nothing. In the others
-# transformers would take a fixed number then, so their config.json must say it.
+# In these families every attention head has its own key and value if config.json does not name their number. For the
+# others transformers would assume a fixed number, so their config.json must name it.
 KV_HEADS_LIKE_HEADS: ModelSettings = {"num_key_value_heads": None}
 
 
@@ -139,7 +139,7 @@ def refuse(settings: ModelSettings, *names: str) -> None:
 
 
 def refuse_sliding_window(settings: ModelSettings) -> None:
-    """Refuses an active window: the Qwen families name its size and switch it on by another setting."""
+    """Raises an error for an active window: the Qwen families name its size even if another setting turns it off."""
     if settings.get("use_sliding_window") or "sliding_attention" in (settings.get("layer_types") or []):
         raise ValueError("model.path: sliding-window attention is not supported; set use_sliding_window to false")
 
@@ -168,7 +168,7 @@ def read_qwen3_moe(settings: ModelSettings) -> Architecture:
         intermediate_size=settings["moe_intermediate_size"],
         weights_sum_to_one=settings.get("norm_topk_prob", False),
     )
-    # Unlike qwen3, its head_dim is hidden_size / heads where config.json leaves it out.
+    # Unlike in qwen3, head_dim is hidden_size / heads if config.json does not name it.
     default_head_dim = settings["hidden_size"] // settings["num_attention_heads"]
     return read_qwen3(settings, "qwen3_moe", default_head_dim, experts=experts)
 
@@ -179,7 +179,7 @@ def read_llama(settings: ModelSettings) -> Architecture:
 
 
 def read_mistral(settings: ModelSettings) -> Architecture:
-    # transformers takes 4096 for a config.json that does not name it.
+    # transformers assumes 4096 if config.json does not name it.
     if settings.get("sliding_window", 4096):
         raise ValueError("model.path: sliding-window attention is not supported; set sliding_window to null")
     return read_common(settings, "mistral")
@@ -321,7 +321,7 @@ def canonical_name(megatron_name: str) -> str:
     return megatron_name
 
 
-# By the model_type of config.json.
+# model_type of config.json -> family
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(read_qwen2, llama_rows, decoder="llama"),
     "qwen3": Family(read_qwen3, llama_rows, decoder="transformers"),

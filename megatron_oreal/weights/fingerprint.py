@@ -21,7 +21,7 @@ SMALL_BYTES = 2**16  # up to here numpy's few calls are faster on a CPU than tor
 
 
 class MeasuredStream:
-    """A weight stream that is measured while it passes. It may be iterated several times, one pass after the other.
+    """A weight stream that counts its bytes and bit sums while it is iterated. Several passes may follow each other.
 
     Example: with `measured = MeasuredStream([("a", torch.ones(3))])`, `dict(measured)` gives the tensors, and
     `measured.num_bytes` is 12 afterwards.
@@ -53,7 +53,7 @@ class MeasuredStream:
 
     @property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits that depend on every bit of the newest pass, which must have ended.
+        """Returns 32 hexadecimal digits that depend on every bit of the newest pass, which must have ended.
 
         Each tensor counts with its name, dtype, shape and `bit_sums`. The order of the tensors does not count, nor does
         the rank that held which shard. Ledgers on disk hold these values: another formula makes their responses
@@ -66,13 +66,13 @@ class MeasuredStream:
 
 
 def drain(stream: Stream) -> None:
-    """Consumes what is left of a stream: the other ranks take part in its collectives until its end."""
+    """Consumes the rest of a stream, because the other ranks take part in its collectives until its end."""
     for _ in stream:
         pass
 
 
 def bit_sums(tensor: Tensor) -> Tensor:
-    """[2] int64: the sum of the tensor's 64-bit words, and the sum of each word times its position, counted from 1.
+    """Returns [2] int64: the sum of the tensor's 64-bit words, and the sum of word times position, counted from 1.
 
     Both sums wrap around. Bytes behind the last whole word count as words of their own. One changed bit always changes
     the first sum, and two values that change places change the second one.

@@ -113,7 +113,7 @@ class HfReader:
 
 
 def save_hf(stream: Iterable[tuple[str, Tensor]], source: Path, tokenizer: Path, out: Path, is_main: bool) -> None:
-    """Consumes the stream on every rank; the first rank, which `is_main`, makes a Hugging Face directory of it.
+    """Consumes the stream on every rank; the first rank (`is_main`) writes it as a Hugging Face directory.
 
     config.json comes from `source`, but names the dtype of the weights that are written; the tokenizer's files are
     those of `tokenizer`. The directory appears whole or not at all.
@@ -161,7 +161,7 @@ class ShardWriter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of the bytes that were added."""
+        """Returns the dtype that most of the added bytes have."""
         return self.bytes_of.most_common(1)[0][0]
 
     def _flush(self) -> None:

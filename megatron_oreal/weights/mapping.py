@@ -1,4 +1,4 @@
-"""Rows that tie a Megatron parameter to its Hugging Face tensors, and the invertible operations between them.
+"""Maps a Megatron parameter to its Hugging Face tensors by rows of a table and invertible operations.
 
 This is pure tensor code, without collectives, files or models. An operation works on a tensor-parallel shard exactly as
 on the whole tensor. To read, rank r of R takes the r-th of R equal slices of every Hugging Face tensor along `axis`
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the tables are read on machines without torch
 
 
 class Op(Protocol):
-    """An operation between the two; tensor parallelism slices the Hugging Face tensors along `axis`.
+    """An invertible operation on tensors; tensor parallelism slices the Hugging Face tensors along `axis`.
 
     Where `axis` is None, every rank has the whole tensor.
     """
@@ -40,7 +40,7 @@ class Op(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """Both have the same tensor, under different names."""
+    """Megatron and Hugging Face have the same tensor, under different names."""
 
     axis: int | None = None
 
@@ -86,7 +86,7 @@ class Qkv:
 
 @dataclass(frozen=True, slots=True)
 class GateUp:
-    """Megatron has the gate's rows above those of the up projection; a shard holds its slice of each."""
+    """Megatron stores the gate's rows above those of the up projection; a shard holds its slice of each."""
 
     axis: int | None = 0
 

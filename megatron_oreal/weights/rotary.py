@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the tables are read on machines without torch
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """rope_type "llama3": long wavelengths are stretched by `factor`, short ones stay, those in between are mixed."""
+    """The rope_type "llama3" stretches long wavelengths by `factor`, keeps short ones, and interpolates in between."""
 
     factor: float
     low_freq_factor: float
@@ -35,7 +35,7 @@ def read_rotary(settings: dict[str, Any], family: str) -> tuple[float, Llama3Sca
             float(rope["high_freq_factor"]),
             int(rope["original_max_position_embeddings"]),
         )
-    # "dynamic" differs from "default" beyond max_position_embeddings only, and no run goes there.
+    # "dynamic" differs from "default" only beyond max_position_embeddings, which no run exceeds.
     if rope_type not in ("default", "dynamic"):
         raise ValueError(
             f"model.path: rope type {rope_type!r} is not supported for {family}; known: default, dynamic, llama3"

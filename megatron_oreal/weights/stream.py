@@ -23,7 +23,7 @@ ALL_GATHER = dist.all_gather_single if hasattr(dist, "all_gather_single") else d
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    """A parameter that one pipeline stage has, and what it becomes in the stream."""
+    """A parameter of one pipeline stage, and the Hugging Face tensors that it becomes in the stream."""
 
     name: str  # Megatron's name; experts are numbered from 0 on their rank
     shape: tuple[int, ...]  # of the shard on one rank
@@ -149,7 +149,7 @@ class WeightStream:
 
 
 def all_gather(flat: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Gathers [n] of every rank: [size * n]."""
+    """Gathers a tensor [n] from every rank into [size * n]."""
     gathered = torch.empty(size * len(flat), dtype=flat.dtype, device=flat.device)
     if flat.device.type == "cpu":
         # gloo broadcasts in place, while its all-gather copies everything twice.

@@ -73,7 +73,7 @@ def fp8_slab(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     padded = F.pad(weight.float(), (0, -num_columns % block, 0, -num_rows % block))
     blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [R / block, block, C / block, block]
     largest = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    # A block of zeros has no scale of its own.
+    # A block of zeros determines no scale, so it gets the scale 1.
     scales = torch.where(largest > 0, largest / FP8_MAX, torch.ones_like(largest))
     quantised = (blocks / scales).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return quantised.flatten(2, 3).flatten(0, 1)[:num_rows, :num_columns], scales[:, 0, :, 0]

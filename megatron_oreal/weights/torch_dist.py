@@ -43,7 +43,7 @@ NORM_KEYS = {canonical: key for key, canonical in TRANSFORMER_ENGINE_ALIASES.ite
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A part of a tensor, and where it is in the files."""
+    """A part of a tensor, and its place in the files."""
 
     key: str
     offsets: tuple[int, ...]
@@ -64,7 +64,7 @@ def stored_keys(row: Row, architecture: Architecture) -> list[str]:
     for canonical, fused in NORM_KEYS.items():
         if key == f"decoder.layers.{canonical}":
             fused_key = f"decoder.layers.{fused}"
-            # In front of experts, the local layers look for the fused name, Transformer Engine's for the plain one.
+            # Before experts, local layers expect the fused name of the norm, Transformer Engine's layers the plain one.
             return [fused_key, key] if architecture.experts and canonical.startswith("pre_mlp") else [fused_key]
     return [key]
 

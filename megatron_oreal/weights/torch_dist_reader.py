@@ -53,7 +53,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 class FileView(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A read-only file object over a part of a file."""
 
     def __init__(self, buffer: memoryview) -> None:
         self.buffer, self.position = buffer, 0
@@ -255,7 +255,7 @@ def iteration_directory(path: Path, setting: str = "--mcore") -> Path:
 def read_common(path: Path) -> dict[str, Any]:
     """Reads common.pt of a checkpoint as plain values; objects that would need code of their own are refused."""
     file = iteration_directory(path) / "common.pt"
-    # For good, as Megatron has it: safe_globals() would take Megatron's own entry away.
+    # The entry stays registered, like Megatron's own: safe_globals() would remove Megatron's entry at its end.
     torch.serialization.add_safe_globals([Namespace])
     try:
         common = torch.load(file, map_location="cpu", weights_only=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_oreal.config import AlarmsConfig
+from megatron_oreal.observability.alarm_log import AlarmLog
 from megatron_oreal.reports.run_report.command import write_report
 from tests.support.browser import INSTALL, open_browser, open_watched
 from tests.support.reported_runs import write_training_run
@@ -18,6 +20,8 @@ def test_the_page_draws_its_charts(tmp_path: Path) -> None:
     runs = [write_training_run(tmp_path / f"run{seed}", 12, seed) for seed in range(2)]
     with (runs[0] / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 13, "eval/<img src=x onerror='document.title=1'>/greedy": 0.5}) + "\n")
+    log = AlarmLog(runs[0], 0, AlarmsConfig(), lambda _line: None)
+    log.observe(4, {"policy/mismatch": 0.5})
     out = tmp_path / "report.html"
     write_report([*runs, write_training_run(tmp_path / "other", 12, group_size=8)], out)
     problems: list[str] = []
@@ -32,6 +36,7 @@ def test_the_page_draws_its_charts(tmp_path: Path) -> None:
         assert page.title().startswith("Report: run0") and page.locator("img").count() == 0
         label = page.locator("figure .plot").first.get_attribute("aria-label")
         assert label is not None and "mean of 2 seeds" in label
+        assert page.locator("figure .plot[aria-label*='alarm run0: mismatch at step 4']").count() == 1
         colours = "getComputedStyle(document.body).backgroundColor"
         light = page.evaluate(colours)
         page.click("#theme")

@@ -229,7 +229,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
             "unfinished": "resume",
             "loss_support": "sampled",
             "ledger": "false",
-            "mismatch_alarm": 3,
+            "only": "true",
+            "mismatch_limit": 3,
         }.items()
     },
     **{
@@ -270,6 +271,9 @@ CASES: dict[tuple[str, str], list[Case]] = {
         Case("verifier.correct_from=0.5", [OWN_FUNCTION], [PPO, OWN_FUNCTION, "verifier.rewards=any"])
     ],
     ("VerifierConfig", "function_memory_gib"): [Case("verifier.function_memory_gib=4", [], [OWN_FUNCTION])],
+    ("MachineAlarms", "slow_phase_seconds"): [
+        Case("alarms.slow_phase_seconds=3", ["alarms.slow_phase=null"], [], kind) for kind in (TrainConfig, SftConfig)
+    ],
     ("EvalRunConfig", "parallel.microbatch_tokens"): [Case("parallel.microbatch_tokens=9", [], None, EvalRunConfig)],
 }
 

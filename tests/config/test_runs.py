@@ -316,6 +316,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ),
         ([], {"model_type": "mamba"}, "model.path: model_type 'mamba' is not supported; known: qwen2, qwen3"),
         ([], {"num_hidden_layers": "many"}, "model.path: "),
+        (
+            ["parallel.context=2"],
+            {"model_type": "qwen3_moe"},
+            "parallel.context > 1 does not run with a mixture of experts (qwen3_moe) yet: set parallel.context=1",
+        ),
     ],
 )
 def test_a_layout_that_the_model_cannot_have_is_refused(
@@ -323,7 +328,7 @@ def test_a_layout_that_the_model_cannot_have_is_refused(
 ) -> None:
     config = load(tmp_path, write_model(tmp_path, **changes), *overrides)
     with pytest.raises(ValueError) as raised:
-        check_layout(config, ["qwen2", "qwen3"])
+        check_layout(config, ["qwen2", "qwen3", "qwen3_moe"])
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
 
 
@@ -394,6 +399,8 @@ def test_the_launcher_decides_the_data_parallel_size(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "12")
     assert (data_parallel_size(layout), num_processes(layout)) == (2, 12)
     assert data_parallel_size(ParallelConfig(tensor=2, pipeline=3, data=2)) == 2
+    layout = ParallelConfig(tensor=2, context=3)
+    assert (data_parallel_size(layout), num_processes(layout)) == (2, 12)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +411,10 @@ def test_the_launcher_decides_the_data_parallel_size(monkeypatch: pytest.MonkeyP
             "parallel.tensor=4 x parallel.pipeline=2 must divide the 12 processes started",
         ),
         (ParallelConfig(tensor=2, data=4), "parallel.data=4 but the 12 processes started make it 6: drop it"),
+        (
+            ParallelConfig(tensor=2, context=4),
+            "parallel.tensor=2 x parallel.context=4 x parallel.pipeline=1 must divide the 12 processes started",
+        ),
     ],
 )
 def test_a_launcher_that_does_not_fit_is_refused(
@@ -426,6 +437,11 @@ def test_the_layouts_table_is_in_megatrons_rank_order(tmp_path: Path) -> None:
     table = [tuple(map(int, line.split())) for line in ranks]
     assert table[:3] == [(0, 0, 0, 0), (1, 1, 0, 0), (2, 0, 1, 0)]
     assert table[-1] == (7, 1, 1, 1)
+    config = load(tmp_path, "parallel.tensor=2", "parallel.data=2", "parallel.context=2")
+    header, columns, *ranks = describe_layout(config).splitlines()
+    assert "8 processes = tensor 2 x context 2 x pipeline 1 x data 2, " in header
+    assert columns.split() == ["rank", "tensor", "context", "data", "pipeline"]
+    assert ranks[5].split() == ["5", "1", "0", "1", "0"]
 
 
 def test_blanks_around_a_text_on_the_command_line_stay() -> None:

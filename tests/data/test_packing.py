@@ -125,6 +125,37 @@ def test_ranks_are_balanced_by_tokens() -> None:
     assert assign([1, 2, 3, 4, 5, 6], num_ranks=2, capacity=100) == [[[1, 2, 5]], [[0, 3, 4]]]
 
 
+def test_ranks_are_balanced_by_cost() -> None:
+    # A token pair costs 1: 10 -> 110, 6 -> 42, 5 -> 30, 4 -> 20. By tokens the rank of 10 would get 4 as well.
+    assert assign([10, 6, 5, 4], num_ranks=2, capacity=100) == [[[0, 3]], [[1, 2]]]
+    assert assign([10, 6, 5, 4], num_ranks=2, capacity=100, pair_cost=1.0) == [[[0]], [[1, 2, 3]]]
+
+
+@pytest.mark.parametrize("num_sequences", [256, 1024])
+def test_long_tails_are_balanced_over_sixteen_ranks(num_sequences: int) -> None:
+    """Lengths of a log-normal distribution of up to 32,768 tokens; pairs cost what they cost in a 7B model."""
+    random_lengths = np.random.default_rng(0).lognormal(np.log(3000), 1.2, num_sequences)
+    lengths, pair_cost = np.clip(random_lengths, 64, 32768).astype(int), 1.4e-5
+    costs = lengths + pair_cost * lengths.astype(float) ** 2
+    assigned = assign(lengths.tolist(), 16, 16384, pair_cost=pair_cost)
+    loads = [sum(costs[number] for bin_ in bins for number in bin_) for bins in assigned]
+    assert max(loads) <= 1.03 * np.mean(loads)
+    assert len({len(bins) for bins in assigned}) == 1
+    assert sorted(number for bins in assigned for bin_ in bins for number in bin_) == list(range(num_sequences))
+
+
+def test_short_sequences_are_balanced_by_tokens() -> None:
+    """Where the pairs of the longest sequence cost less than a tenth of its tokens."""
+    sequences = make_sequences((10, 6, 5, 4))
+
+    def sizes(pair_cost: float) -> list[list[int]]:
+        plans = [PackingPlan(rank, 2, microbatch_tokens=100, pair_cost=pair_cost) for rank in range(2)]
+        return [[sequence.num_tokens for sequence in own_bins(sequences, plan)[0]] for plan in plans]
+
+    assert sizes(0.0) == sizes(0.009) == [[10, 4], [6, 5]]
+    assert sizes(1.0) == [[10], [6, 5, 4]]
+
+
 def test_a_sequence_that_is_too_long_is_alone() -> None:
     assert assign([3, 9, 3], num_ranks=1, capacity=6) == [[[1], [0, 2]]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oreal.observability.alarm_log import read_alarms
 from megatron_oreal.weights.families import parameters, read_architecture
 from megatron_oreal.weights.torch_dist_reader import TorchDistReader
 
@@ -145,7 +147,7 @@ def wait_for_lines(file: Path, count: int, process: subprocess.Popen[bytes]) -> 
 def test_two_processes_are_started_and_learn_the_same(
     unbroken: Path, train_config: Metrics, command_line: Run, tmp_path: Path
 ) -> None:
-    """TP 2 and DP 2 give the rollouts and losses of one process; 5 pairs do not divide by 2.
+    """TP 2, DP 2 and CP 2 give the rollouts and losses of one process; 5 pairs do not divide by 2.
 
     In step 0 the reward model is zero and the policy waits; in step 1 the same policy samples, the reward model has
     learnt and the policy learns, so that every reduction over the ranks shows in a number.
@@ -153,7 +155,7 @@ def test_two_processes_are_started_and_learn_the_same(
     alone = records(unbroken)
     assert abs(alone[1]["reward_model/loss"] - math.log(2)) > 2e-4 and alone[1]["policy/grad_norm"] > 1e-3
     assert abs(alone[1]["policy/loss"]) > 1e-5
-    for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}}.items():
+    for name, layout in {"tensor": {"tensor": 2}, "data": {"data": 2}, "context": {"context": 2}}.items():
         settings = train_config | {"run_dir": str(tmp_path / name), "parallel": layout, "num_steps": 2}
         done = command_line("train", settings, tmp_path / f"{name}.yaml")
         assert done.returncode == 0, done.stderr
@@ -169,6 +171,24 @@ def test_two_processes_are_started_and_learn_the_same(
                 assert together[step][metric] == pytest.approx(value, rel=1e-4, abs=tolerance), (step, metric)
             sampled = Path("rollouts") / f"step_{step:06d}.jsonl"
             assert texts((tmp_path / name / sampled).read_text()) == texts((unbroken / sampled).read_text())
+
+
+@pytest.mark.timeout(600)
+def test_context_parallel_ranks_resume_bit_for_bit(train_config: Metrics, command_line: Run, tmp_path: Path) -> None:
+    """Each has a part of the optimizer's state. Without its later checkpoints, a run takes the steps since again."""
+    settings = train_config | {"run_dir": str(tmp_path / "run"), "parallel": {"context": 2}, "num_steps": 4}
+    settings["policy"] = {"optimizer": {"lr": 0.001, "distributed": True}}
+    settings["checkpoint"] = {"every": 2, "keep_last": 5}
+    assert command_line("train", settings, tmp_path / "config.yaml").returncode == 0
+    unbroken = without_times(tmp_path / "run")
+    assert any(record.get("policy/grad_norm", 0.0) > 0 for record in unbroken[2:])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert len(list((checkpoints / "step_000002" / "policy").glob("optimizer_*_d*.pt"))) == 2
+    shutil.rmtree(checkpoints / "step_000004")
+    done = command_line("train", settings, tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 2" in done.stderr
+    assert without_times(tmp_path / "run") == unbroken
 
 
 def texts(lines: str) -> list[str]:
@@ -206,12 +226,15 @@ def test_prompts_and_samples_are_drawn_in_rounds(train_config: Metrics, command_
     """Pure rejection sampling draws again where correct samples are missing; unusable groups make room for others."""
     algorithm = {"name": "outcome", "objective": "pure_rejection_sampling", "num_correct": 2}
     settings = train_config | {"run_dir": str(tmp_path / "run"), "algorithm": algorithm, "num_steps": 2}
-    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2, "mismatch_alarm": 1e-12}
+    settings["rollout"] = train_config["rollout"] | {"draw_rounds": 3, "prompt_rounds": 2}
+    settings["alarms"] = {"mismatch": 1e-12}
     done = command_line("train", settings, tmp_path / "config.yaml")
     assert done.returncode == 0, done.stderr
     steps = [record for record in records(tmp_path / "run") if "policy/mismatch" in record]
-    assert steps and all(record["policy/mismatch_alarm"] == 1 for record in steps)
-    assert done.stderr.count("engine and trainer disagree by") == len(steps)
+    (fired,) = [event for event in read_alarms(tmp_path / "run") if event.alarm == "mismatch"]
+    assert (fired.event, fired.step, fired.value) == ("fired", steps[0]["step"], steps[0]["policy/mismatch"])
+    assert done.stderr.count("engine and trainer disagree by") == 1, "an alarm that lasts is told once"
+    assert fired.line in (tmp_path / "run/log.txt").read_text()
     rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").read_text().splitlines()]
     by_prompt: dict[str, list[Metrics]] = {}
     for row in rows:

@@ -118,16 +118,17 @@ def test_a_run_killed_in_a_rollout_generates_only_what_is_missing(
 
 
 def test_rollouts_run_ahead_and_are_corrected(served: Settings, command_line: Run, tmp_path: Path) -> None:
-    rollout = served["rollout"] | {"staleness": 1, "mismatch_alarm": 1e-9}
+    rollout = served["rollout"] | {"staleness": 1}
     algorithm = served["algorithm"] | {"policy_freeze_steps": 0}
     settings = served | {"run_dir": str(tmp_path / "run"), "rollout": rollout, "algorithm": algorithm, "num_steps": 4}
+    settings["alarms"] = {"mismatch": 1e-9}
     done = command_line("train", settings, tmp_path / "config.yaml", timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     steps = records(tmp_path / "run")[:-1]
     assert [record["rollout/staleness_max"] for record in steps] == [0, 1, 1, 1]
     trained = [record for record in steps if not record["train/skipped"]]
     assert trained and all(0 < record["policy/importance_mean"] <= 2 for record in trained)
-    assert "more than rollout.mismatch_alarm" in done.stderr
+    assert "alarms.mismatch allows 1e-09" in done.stderr
 
 
 def test_over_sampling_gives_up_the_slowest_and_resumes_them(

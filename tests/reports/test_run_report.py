@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_oreal.config import AlarmsConfig
+from megatron_oreal.observability.alarm_log import AlarmLog
 from megatron_oreal.reports.run_report.charts import Chart, Series, bucket_width, histogram, over_seeds, thinned
 from megatron_oreal.reports.run_report.command import write_report
 from megatron_oreal.reports.run_report.experiments import Drawer, group_by_seed
@@ -59,6 +61,34 @@ def test_a_report_shows_what_the_run_logged(tmp_path: Path) -> None:
     lengths = chart(page, "Histogram of lengths: run")
     assert lengths["kind"] == "bars" and [one["label"] for one in lengths["series"]] == ["step 0", "step 4", "step 9"]
     assert all(sum(one["values"]) == pytest.approx(1.0, abs=1e-3) for one in lengths["series"])
+
+
+def test_alarms_are_listed_and_marked(tmp_path: Path) -> None:
+    runs = [write_training_run(tmp_path / name, 10, samples=False) for name in ("run", "other")]
+    write_report(runs, tmp_path / "out.html")
+    assert "<h2>Alarms" not in (tmp_path / "out.html").read_text("ascii")
+    log = AlarmLog(runs[0], 0, AlarmsConfig(), lambda _line: None)
+    for step in range(10):
+        log.observe(step, {"policy/mismatch": 0.2 if step == 3 else 0.0, "rollout/length_limit_share": 0.5})
+        log.observe(step, {"time/rollout_seconds": 100.0 if step == 8 else 3.0})
+    write_report(runs[:1], tmp_path / "out.html")
+    text = (tmp_path / "out.html").read_text("ascii")
+    listed = re.findall(
+        r'<td>run</td><td class="number">(\d+)</td><td(?: class="number")?>([\w ]+)</td><td>([\w ()]+)</td>', text
+    )
+    assert listed == [
+        ("3", "8", "mismatch"),
+        ("4", "it lasts", "length_limit"),
+        ("8", "it lasts", "slow_phase (rollout)"),
+    ]
+    assert "mismatch: engine and trainer disagree by 0.2 nats a token" in text
+    page = tmp_path / "out.html"
+    assert chart(page, "Mismatch: mean |difference of log-probs|")["marks"] == [{"x": 3, "label": "mismatch"}]
+    assert chart(page, "Share of responses cut at the length limit")["marks"] == [{"x": 4, "label": "length_limit"}]
+    assert chart(page, "Seconds of a step")["marks"] == [{"x": 8, "label": "slow_phase (rollout)"}]
+    assert "marks" not in chart(page, "Reward: share of correct samples")
+    write_report(runs, page)
+    assert chart(page, "Mismatch: mean |difference of log-probs|")["marks"] == [{"x": 3, "label": "run: mismatch"}]
 
 
 def test_seeds_become_one_curve_with_a_band(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tries examples/slurm on a real Slurm with two nodes on this machine (slurm_up.sh). Exits with 0 where Slurm cannot be
 # installed here, and says so. Takes five to six minutes on an idle machine.
-# Usage: tests/slurm/run.sh [layouts] [stop] [kill] [array] [cancel] [mistake]; without a name all; the losses of stop and
+# Usage: tests/slurm/run.sh [layouts] [stop] [kill] [array] [cancel] [mistake] [doctor]; without a name all; the losses of stop and
 # kill are compared with those of layouts.
 # shellcheck disable=SC2317 # the trap and `check` call functions
 set -uo pipefail
@@ -112,9 +112,26 @@ case_mistake() {
     wait_for_end "$job"
     check "a mistake is named in the job's output" grep -q "did you mean 'num_steps'" "$folder"/*_"$job".out
     check "a mistake ends the job with 2" test "$(exit_code "$job")" = 2:0
+    check "a mistake is found before the run starts" test "$(grep -c ", logs " "$folder"/*_"$job".out)" = 0
+    job=$(DOCTOR=0 submit -- sft "$folder/task/tensor.yaml" run_dir="$folder/mistake" num_stepz=3)
+    wait_for_end "$job"
+    check "a mistake ends the job with 2 without the doctor" test "$(exit_code "$job")" = 2:0
     check "a mistake is not tried again" test "$(grep -c ", logs " "$folder"/*_"$job".out)" = 1
 }
 
-if [ $# = 0 ]; then set -- layouts stop kill array cancel mistake; fi
+case_doctor() {
+    job=$(submit -- sft "$folder/task/tensor.yaml" run_dir="$folder/doctor" num_steps=1)
+    wait_for_end "$job"
+    check "the doctor lets a good job start" test "$(exit_code "$job")" = 0:0
+    check "the doctor sums over both nodes" grep -q "all-reduce    2 ranks, gloo" "$LOG_DIR"/*_"${job}"_doctor_*
+    check "both nodes see the files" grep -q "all 2 hosts see the same" "$LOG_DIR"/*_"${job}"_doctor_*
+    job=$(GLOO_SOCKET_IFNAME=nosuch0 submit -- sft "$folder/task/tensor.yaml" run_dir="$folder/hopeless")
+    wait_for_end "$job"
+    check "a hopeless job ends with 1" test "$(exit_code "$job")" = 1:0
+    check "the doctor says why" grep -q "^error .*GLOO_SOCKET_IFNAME=nosuch0 is no interface" "$folder"/*_"$job".out
+    check "a hopeless job does not start" test ! -e "$folder/hopeless"
+}
+
+if [ $# = 0 ]; then set -- layouts stop kill array cancel mistake doctor; fi
 for name in "$@"; do "case_$name"; done
 exit "$failed"

@@ -33,6 +33,8 @@ from megatron_oreal.types import Group, Microbatch, Prompt, Sample, Verdict
 
 CASES = ("1024x14000", "8192x8000")
 GROUP_SIZE, PROMPT_TOKENS, VOCAB_SIZE = 16, 128, 151_936
+BALANCE_RANKS, BALANCE_TOKENS = 16, 16_384
+PAIR_COST = 1.4e-5  # of Qwen2.5-7B, see attention_pair_cost in megatron_oreal/run/device_defaults.py
 FIELDS = ("input_ids", "labels", "position_ids", "loss_mask", "sequence_ids", "advantages", "engine_logprobs")
 
 
@@ -179,15 +181,46 @@ def checksum(microbatches: Sequence[Microbatch], field: str) -> float:
     return total
 
 
+def print_balance(recorded: np.ndarray | None) -> None:
+    """How evenly 16 ranks with micro-batches of 16,384 tokens are loaded, balanced by tokens and by FLOPs."""
+    random = np.random.default_rng(0)
+    mixes: dict[str, np.ndarray] = {} if recorded is None else {f"{len(recorded)} recorded lengths": recorded}
+    for number in (256, 1024, 8192):
+        mixes[f"{number} log-normal lengths"] = np.clip(random.lognormal(np.log(3000), 1.2, number), 64, BALANCE_TOKENS)
+    for name, mix in mixes.items():
+        lengths = mix.astype(int)
+        flops = lengths + PAIR_COST * lengths.astype(float) ** 2
+        for by, pair_cost in (("tokens", 0.0), ("FLOPs", PAIR_COST)):
+            start = time.perf_counter()
+            ranks = assign(lengths.tolist(), BALANCE_RANKS, BALANCE_TOKENS, pair_cost=pair_cost)
+            seconds = time.perf_counter() - start
+            loads = [sum(flops[number] for bin_ in bins for number in bin_) for bins in ranks]
+            full = sum(len(bins) for bins in ranks) * BALANCE_TOKENS
+            click.echo(
+                f"{name}, by {by}: the busiest rank has {max(loads) / np.mean(loads) - 1:.2%} more FLOPs than the "
+                f"mean; {lengths.sum() / full:.1%} of the micro-batches' room is used; {seconds * 1e3:.0f} ms"
+            )
+
+
 @click.command()
+@click.option("--balance", is_flag=True, help="Measure how evenly 16 ranks are loaded instead; takes a second.")
+@click.option(
+    "--lengths", type=click.Path(exists=True, dir_okay=False), help="For --balance: a file with a length in each line."
+)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--microbatch-tokens", default=32_768, show_default=True)
 @click.option("--data-size", default=1, show_default=True, help="Data-parallel ranks that share the micro-batches.")
 @click.option(
     "--case", "cases", multiple=True, default=CASES, show_default=True, help="RESPONSESxTOKENS, several times."
 )
-def main(rounds: int, microbatch_tokens: int, data_size: int, cases: tuple[str, ...]) -> None:
+def main(
+    balance: bool, lengths: str | None, rounds: int, microbatch_tokens: int, data_size: int, cases: tuple[str, ...]
+) -> None:
     """Prints seconds, CPU seconds and peak memory of both, medians of the rounds, and their ratio."""
+    if balance:
+        recorded = None if lengths is None else np.loadtxt(lengths, dtype=np.int64, ndmin=1)
+        print_balance(recorded)
+        return
     plan = PackingPlan(0, data_size, microbatch_tokens)
     context = multiprocessing.get_context("spawn")
     for case in cases:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,12 +39,24 @@ class MalformedAnswer(ServerError):
     """The server's answer is not what this package knows: asking again is no use."""
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class OpenRequest:
+    """A request that waits for its answer; times are those of time.monotonic."""
+
+    what: str  # "POST /generate"
+    request_id: str  # empty where the request has none
+    since: float
+    deadline: float
+
+
 class SglangClient:
     """The connections to one server. Its coroutines run on the event loop of an `EventLoopThread`."""
 
     def __init__(self, endpoint: Endpoint, max_connections: int = 256) -> None:
         self.endpoint, self.max_connections = endpoint, max_connections
+        self.last_answer = 0.0  # when the server last answered, by time.monotonic
         self.session: aiohttp.ClientSession | None = None  # it must be made on the event loop that uses it
+        self.open_requests: set[OpenRequest] = set()  # any thread may take a copy
 
     async def get(self, path: str, timeout_seconds: float) -> Any:
         return await self._request("GET", path, None, timeout_seconds, self.endpoint.api_key)
@@ -78,10 +92,14 @@ class SglangClient:
         timeout = aiohttp.ClientTimeout(total=timeout_seconds, sock_connect=min(CONNECT_SECONDS, timeout_seconds))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         what = f"SGLang server {self.endpoint}: {method} {path}"
+        now, request_id = time.monotonic(), str((body or {}).get("rid", ""))
+        request = OpenRequest(f"{method} {path}", request_id, now, now + timeout_seconds)
+        self.open_requests.add(request)
         try:
             async with self.session.request(
                 method, self.endpoint.url + path, json=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
+                self.last_answer = time.monotonic()
                 if response.status != 200:
                     text = " ".join((await read(response, MAX_REFUSAL_BYTES))[0].split())[:300]
                     raise ServerRefusal(f"{what} was answered {response.status}: {text}", response.status)
@@ -95,6 +113,8 @@ class SglangClient:
             raise ServerError(f"{what} failed: {error or type(error).__name__}") from None
         except (ValueError, RecursionError) as error:
             raise ServerError(f"{what} was answered with broken JSON: {error}") from None
+        finally:
+            self.open_requests.discard(request)
 
     def _open_session(self) -> aiohttp.ClientSession:
         """Opens the connections, which check with whom they speak before a key is sent.

@@ -6,12 +6,13 @@ to this user, and nobody else may read or write it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import stat
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def remove_endpoints(path: Path) -> None:
     """Removes the file if it still names servers."""
     if is_list_of_servers(path):
         path.unlink(missing_ok=True)
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
 
 
 def is_absent(path: Path) -> bool:
@@ -95,6 +97,34 @@ def read_endpoints(path: Path) -> list[Endpoint]:
         if (problem := why_unusable(endpoint)) is not None:
             raise ValueError(f"rollout.sglang.endpoints_file: server {number} of {path} {problem}; {SERVE}")
     return endpoints
+
+
+@contextmanager
+def in_use(path: Path, is_shared: bool) -> Iterator[None]:
+    """Keeps the servers of the file for this run while the block lasts. `is_shared`: it changes no weights.
+
+    Raises ValueError while a run uses them that changes their weights, or, unless `is_shared`, any run. A run that is
+    killed uses nothing any more. A file system without locks lets every run in; the weights' names tell runs apart.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"rollout.sglang.endpoints_file: another run uses the servers of {path}; wait until it has ended, or "
+                "start servers of this run's own"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_private(path: Path) -> bytes:

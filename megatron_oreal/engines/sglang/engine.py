@@ -8,10 +8,12 @@ and what its log-probs mean; README.md in this folder lists the threads.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,14 +24,14 @@ from torch import Tensor
 
 from megatron_oreal.config import SglangConfig, read_model_shape
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams, Watch, check_prompts
-from megatron_oreal.engines.main_thread import MainThreadCalls
+from megatron_oreal.engines.main_thread import CallsClosedError, MainThreadCalls
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, SglangClient
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.generate_api import (
-    WEIGHTS_FROM_DISK,
     Chunk,
     PartialResponse,
     backoff_seconds,
+    check_weights_of,
     may_ask_again,
     read_chunk,
 )
@@ -42,9 +44,14 @@ from megatron_oreal.engines.sglang.server_pool import (
     Server,
     ServerPool,
 )
+from megatron_oreal.engines.sglang.server_recovery import watch_for_returns, watch_outages, watch_silence
+from megatron_oreal.engines.sglang.server_states import describe_server, describe_servers
+from megatron_oreal.engines.sglang.weight_labels import WEIGHTS_FROM_DISK, version_of
 from megatron_oreal.engines.sglang.weights.push import WeightPusher
+from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport
 from megatron_oreal.engines.stop_strings import Decode
+from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.types import Notify
 
 MAX_ATTEMPTS = 12  # that one request may make without a new token, at all servers together
@@ -97,25 +104,35 @@ class SglangEngine:
         self.pool = ServerPool(config, endpoints, fleet, self.statistics, notify, router)
         self.pusher = WeightPusher(self.pool, transport, thread, rank)
         self.vocab_size = read_model_shape(model_path).vocab_size
+        # Around the weights that are sent again in a rollout: colocated servers give the devices to the models.
+        self.lending_devices: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.stream: Iterable[tuple[str, Tensor]] = ()  # of the last update
         try:
-            self.server_facts = thread.run(self._open(model_path, health_every_seconds, health_timeout_seconds))
+            thread.run(self._open(model_path, health_every_seconds, health_timeout_seconds))
         except BaseException:
             self.close()
             raise
 
-    async def _open(self, model_path: Path, every_seconds: float, timeout_seconds: float) -> list[ServerFacts]:
-        checks = (check_server(server.client, model_path, self.vocab_size) for server in self.pool.servers)
-        facts = await asyncio.gather(*checks)
+    async def _open(self, model_path: Path, every_seconds: float, timeout_seconds: float) -> None:
+        def examine(client: SglangClient) -> Coroutine[Any, Any, ServerFacts]:
+            return check_server(client, model_path, self.vocab_size)
+
+        self.pool.in_background(watch_silence(self.pool))
+        facts = await asyncio.gather(*(examine(server.client) for server in self.pool.servers))
+        for server, fact in zip(self.pool.servers, facts, strict=True):
+            server.facts = fact
         self.pool.in_background(self.pool.watch_health(every_seconds, timeout_seconds))
-        return facts
+        self.pool.in_background(watch_for_returns(self.pool, examine))
+        self.pool.in_background(watch_outages(self.pool, self._ask_for_weights))
 
     def check_unchanged(self) -> None:
         """Raises ValueError for a server that has received weights: it no longer has those of `model_path`."""
-        for server, facts in zip(self.pool.servers, self.server_facts, strict=True):
+        for server, facts in self._facts():
             if facts.weight_version != WEIGHTS_FROM_DISK:
                 raise ValueError(
                     f"rollout.sglang.endpoints_file: SGLang server {server} has weights of version "
-                    f"{facts.weight_version} from a training run, not those of model.path: start serve again"
+                    f"{version_of(facts.weight_version)} from a training run, not those of model.path: start serve "
+                    "again"
                 )
 
     def generate(
@@ -150,14 +167,41 @@ class SglangEngine:
             raise RuntimeError("the SGLang engine was closed while it generated") from None
         return [response.generation() for response in call.responses]
 
+    def _facts(self) -> list[tuple[Server, ServerFacts]]:
+        return [(server, server.facts) for server in self.pool.servers if server.facts is not None]
+
     def take_part(self) -> None:
-        """See `RolloutEngine`: servers generate without the ranks."""
+        """See `RolloutEngine`: sends the weights once more, to servers that were started again while none was left."""
+        if self.is_main:
+            self.calls.run_next()
+        else:
+            self._send_again()
+
+    async def _ask_for_weights(self) -> None:
+        """Has the main threads of all ranks send the weights again, and waits for it."""
+        loop, sent = asyncio.get_running_loop(), asyncio.Event()
+
+        def ask() -> None:
+            with suppress(CallsClosedError, ServerError):
+                self.calls.run(self._send_again)
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(sent.set)
+
+        threading.Thread(target=ask, name="weights-again", daemon=True).start()
+        await sent.wait()
+
+    def _send_again(self) -> None:
+        """Collective. An update that the main threads have made meanwhile makes it needless."""
+        if not broadcast_object(self.pool.has_new_weights and not self.pool.living):
+            return
+        with self.lending_devices(), suppress(WeightSyncError):  # on all ranks; the next try follows
+            self.pusher.push(self.stream, self.version)
 
     def _check(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> None:
         check_prompts(requests, self.vocab_size, params)
         longest_prompt = max((len(request.prompt_ids) for request in requests), default=0)
         num_tokens = params.longest_sequence(longest_prompt)
-        for server, facts in zip(self.pool.servers, self.server_facts, strict=True):
+        for server, facts in self._facts():
             if num_tokens > facts.max_tokens:
                 raise ValueError(
                     f"rollout.max_new_tokens: the longest prompt and {num_tokens - longest_prompt} tokens make "
@@ -257,10 +301,10 @@ class SglangEngine:
     async def _generate(self, client: SglangClient, response: PartialResponse, request_id: str) -> Chunk:
         """Asks one server. The answer is read here, before the next one is parsed, to keep few objects alive."""
         body, seconds, version = response.body(request_id), self.pool.config.request_timeout_seconds, self.version
+        run_id = self.pusher.run_id if self.pool.has_new_weights else ""
         given = await client.generate(body, seconds)
         answer = read_chunk(given, response.num_missing, client.endpoint, self.vocab_size)
-        if (answer.policy_versions < version).any():
-            raise ServerError(f"SGLang server {client.endpoint} has weights older than version {version}")
+        check_weights_of(answer, run_id, version, client.endpoint)
         return answer
 
     def _give_up(self, call: Call) -> None:
@@ -298,6 +342,7 @@ class SglangEngine:
         """
         self.thread.run(self._hold())
         try:
+            self.stream = stream
             self.pusher.push(stream, version)
         except BaseException:
             self.has_whole_weights = False
@@ -350,6 +395,16 @@ class SglangEngine:
 
         await asyncio.gather(*map(resume, self.pool.servers))
 
+    def server_states(self) -> tuple[list[str], list[str]]:
+        """Returns what this rank knows of the servers, for the description of a hang; any thread may ask.
+
+        First come sentences about the servers that have not answered, the one that is asked for the longest time first;
+        then a line for each server and each open request.
+        """
+        states = {server.client: describe_server(server) for server in self.pool.servers}
+        states |= {client: f"SGLang server {client.endpoint}" for client in self.pusher.sender_clients.values()}
+        return describe_servers(states, num_waiting=len(self.pool.waiting))
+
     def flush_metrics(self) -> dict[str, float]:
         return self.statistics.flush() if self.is_main else {}
 
@@ -357,6 +412,7 @@ class SglangEngine:
         """Closes all connections. The servers go on: their fleet ends them."""
         if self.is_open:
             self.is_open = False
+            self.calls.close()
             self.pusher.close()
             self.thread.run(self.pool.close())
             self.thread.close()

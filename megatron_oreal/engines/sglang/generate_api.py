@@ -17,13 +17,13 @@ import numpy as np
 from megatron_oreal.engines.engine import Generation, GenerationRequest, SamplingParams
 from megatron_oreal.engines.local.token_sampling import as_int64
 from megatron_oreal.engines.sglang.client import MalformedAnswer, ServerError, ServerRefusal
+from megatron_oreal.engines.sglang.weight_labels import run_of, version_of
 from megatron_oreal.engines.stop_strings import Decode, holds_stop
 from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids, no_logprobs
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.25, 8.0
 BUSY_STATUSES = (408, 429)  # of a server that only has too much to do
 LARGEST_ID = np.iinfo(np.int32).max
-WEIGHTS_FROM_DISK = "default"  # what a server calls the weights that it has read from disk
 
 
 @dataclass(slots=True, frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Chunk(TokenData):
     model_logprobs: Float32Array
     policy_versions: Int32Array
     finish_reason: FinishReason
+    runs: frozenset[str] = frozenset()  # that have sent the weights; "" for weights that the server has read from disk
     matched_token: bool = False  # The server says that an end token ended it, not a stop string.
 
 
@@ -155,6 +156,7 @@ def read_chunk(answer: Any, num_asked: int, server: object, vocab_size: int = LA
             {"version": meta["weight_version"], "start": 0, "end": len(token_ids)}  # of releases before 0.5.2x
         ]
         policy_versions = versions_of_tokens(spans, len(token_ids))
+        run_ids = frozenset(run_of(str(span["version"])) for span in spans)
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise MalformedAnswer(f"SGLang server {server}: the answer of /generate cannot be read ({reason})") from None
@@ -171,7 +173,7 @@ def read_chunk(answer: Any, num_asked: int, server: object, vocab_size: int = LA
         )
     if not np.isfinite(logprobs).all():
         raise FloatingPointError(f"the log-probs of SGLang server {server} are not finite: its weights are broken")
-    return Chunk(token_ids, logprobs, policy_versions, finish_reason, matched_token)
+    return Chunk(token_ids, logprobs, policy_versions, finish_reason, run_ids, matched_token)
 
 
 def read_ids(values: Any, vocab_size: int = LARGEST_ID) -> Int32Array:
@@ -192,18 +194,37 @@ def versions_of_tokens(spans: Any, num_tokens: int) -> Int32Array:
     versions: list[int] = []
     counts: list[int] = []
     for span in spans:
-        versions.append(0 if span["version"] == WEIGHTS_FROM_DISK else int(span["version"]))
+        versions.append(version_of(str(span["version"])))
         counts.append(max(0, span["end"] - max(span["start"], sum(counts))))
     if sum(counts) != num_tokens:
         raise ValueError(f"weight versions of {sum(counts)} tokens, there are {num_tokens}")
     return np.repeat(np.array(versions, dtype=np.int32), counts)
 
 
+class WeightsOfAnotherRun(ServerError):
+    """Another run has sent its weights to a server that this run uses."""
+
+
+def check_weights_of(answer: Chunk, run_id: str, oldest: int, server: object) -> None:
+    """Raises ServerError unless the answer is of this run's weights of version `oldest` or later.
+
+    run_id: of this run; "" before it has sent weights, when servers have those from disk. Raises WeightsOfAnotherRun
+    where asking again is no use.
+    """
+    if others := answer.runs - {run_id, ""}:
+        raise WeightsOfAnotherRun(
+            f"SGLang server {server} has weights of another run ({', '.join(sorted(others))}), which has sent them "
+            "there meanwhile: give each run servers of its own"
+        )
+    if (run_id and "" in answer.runs) or (answer.policy_versions < oldest).any():
+        raise ServerError(f"SGLang server {server} has weights older than version {oldest}")
+
+
 def may_ask_again(error: ServerError) -> bool:
     """No for what the server does not accept, whoever asks."""
     if isinstance(error, ServerRefusal):
         return error.status >= 500 or error.status in BUSY_STATUSES
-    return not isinstance(error, MalformedAnswer)
+    return not isinstance(error, (MalformedAnswer, WeightsOfAnotherRun))
 
 
 def backoff_seconds(num_failures: int, index: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
-from megatron_oreal.engines.sglang.generate_api import WEIGHTS_FROM_DISK
+from megatron_oreal.engines.sglang.weight_labels import WEIGHTS_FROM_DISK
 
 CHECK_SECONDS = 120.0  # a server's first request may compile
 NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation")
@@ -41,6 +42,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
         await check_admin_key(client)
         await client.control("/continue_generation", {}, CHECK_SECONDS)  # a trainer that was killed may have paused it
         check_model(info, model_path, name)
+        check_overrides(details, model_path, name)
         await check_vocabulary(client, vocab_size, model_path, name)
         sizes = [models["data"][0]["max_model_len"], details.get("max_total_num_tokens")]
         max_tokens = min(size for size in sizes if size is not None) - SPARE_TOKENS
@@ -117,6 +119,19 @@ def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
         if key in ours and ours[key] != value:
             raise ValueError(
                 f"{name} has another model ({key} {value}, model.path has {ours[key]}): let it serve {model_path}"
+            )
+
+
+def check_overrides(details: dict[str, Any], model_path: Path, name: str) -> None:
+    """Raises ValueError for a server whose flags change what config.json says of the model's function."""
+    given = details.get("json_model_override_args") or "{}"
+    overrides = given if isinstance(given, dict) else json.loads(given)
+    ours = read_model_settings(model_path)
+    for key, value in overrides.items():
+        if key not in WITHOUT_EFFECT and (key not in ours or ours[key] != value):
+            raise ValueError(
+                f"{name} has another model (its flag json-model-override-args sets {key} to {value}, model.path has "
+                f"{ours.get(key)}): drop the flag, or change config.json"
             )
 
 

@@ -20,6 +20,7 @@ from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, Sgl
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.generate_api import BUSY_STATUSES
 from megatron_oreal.engines.sglang.request_statistics import RequestStatistics
+from megatron_oreal.engines.sglang.server_checks import ServerFacts
 from megatron_oreal.types import Notify
 
 Result = TypeVar("Result")
@@ -33,6 +34,9 @@ class Fleet(Protocol):
     """Starts servers and starts them again. `servers.fleet.ServerFleet` is one."""
 
     def is_alive(self, endpoint: Endpoint) -> bool: ...
+
+    def candidates(self, endpoint: Endpoint) -> list[Endpoint]:
+        """Returns where a server may be that others start again; nothing for one that does not come back."""
 
     def restart(self, endpoint: Endpoint) -> Endpoint: ...
 
@@ -50,6 +54,9 @@ class Server:
     last_failure: float = 0.0
     released: set[str] = field(default_factory=set)  # kinds of memory that it has freed for the trainer
     has_stale_requests: bool = True  # it may still generate for a client that is gone
+    facts: ServerFacts | None = None  # what it has told about itself
+    may_return: bool = False  # whether somebody else starts it again
+    last_line: float = 0.0  # when the log last said that it is waited for
     failure_reason: str = ""  # why the server counts as dead
     log_tail: str = ""  # the last lines of its log then
     requests: set[asyncio.Future[Any]] = field(default_factory=set)  # requests that wait for its answer
@@ -69,15 +76,17 @@ class ServerPool:
         router: Endpoint | None,
     ) -> None:
         self.config, self.fleet, self.statistics, self.notify = config, fleet, statistics, notify
-        self.router = None if router is None else self._client(router)
-        self.servers = [Server(index, self._client(endpoint)) for index, endpoint in enumerate(endpoints)]
+        self.router = None if router is None else self.new_client(router)
+        self.servers = [Server(index, self.new_client(endpoint)) for index, endpoint in enumerate(endpoints)]
         self.waiting: deque[tuple[asyncio.Future[Server], Server | None]] = deque()
         self.has_new_weights = False  # True: the current weights are no longer those on disk
         self.is_paused = False
+        self.is_pushing = False
+        self.outage_is_over = False  # no server has come back in time
         self.newly_dead: list[SglangClient] = []
         self.background: set[asyncio.Task[Any]] = set()  # tasks that end when the pool is closed
 
-    def _client(self, endpoint: Endpoint) -> SglangClient:
+    def new_client(self, endpoint: Endpoint) -> SglangClient:
         return SglangClient(endpoint, self.config.max_concurrent_requests + CONTROL_CONNECTIONS)
 
     @property
@@ -126,19 +135,28 @@ class ServerPool:
         return min(room, key=lambda server: (server is avoid, server.num_running), default=None)
 
     def why_none_is_left(self) -> str:
-        """Returns why no server can generate; it is empty while one lives, or is being started with current weights.
+        """Returns why no server can generate; it is empty while one lives, or may live again in time.
 
         On ranks without servers it is empty too.
         """
         states = {server.state for server in self.servers}
-        if not states or "living" in states or ("restarting" in states and not self.has_new_weights):
+        if not states or "living" in states:
             return ""
-        return f"no SGLang server is left to generate: the same command resumes the run; {self.failure_reasons()}"
+        may_come = states & {"restarting", "stale"} or any(server.may_return for server in self.servers)
+        if may_come and not self.outage_is_over:
+            return ""
+        waited = f" within rollout.sglang.outage_seconds={self.config.outage_seconds:g}" if may_come else ""
+        return (
+            f"no SGLang server is left to generate{waited}: the same command resumes the run; {self.failure_reasons()}"
+        )
 
-    def failure_reasons(self) -> str:
+    def has_waiting(self) -> bool:
+        return any(not turn.done() for turn, _ in self.waiting)
+
+    def failure_reasons(self, with_logs: bool = True) -> str:
         """Says in one line why servers count as dead, and adds the ends of their logs."""
         dead = [server for server in self.servers if server.state != "living"]
-        logs = [f"\nthe log of {server} ends:\n{server.log_tail}" for server in dead if server.log_tail]
+        logs = [f"\nthe log of {server} ends:\n{server.log_tail}" for server in dead if server.log_tail and with_logs]
         return "; ".join(server.failure_reason for server in dead) + "".join(logs)
 
     def pop_dead(self) -> list[SglangClient]:
@@ -210,7 +228,8 @@ class ServerPool:
         for holder in self.servers if self.router is not None else [server]:
             for request in holder.requests:
                 request.cancel()
-        if self.fleet is not None:
+        server.may_return = self.fleet is not None and bool(self.fleet.candidates(server.client.endpoint))
+        if self.fleet is not None and not server.may_return:
             server.state = "restarting"
             self.in_background(self._restart(server, self.fleet))
         self.dispatch()
@@ -224,7 +243,7 @@ class ServerPool:
             self.notify(f"SGLang server {server} stays dead: {error}")
         else:
             await server.client.close()
-            server.client = self._client(endpoint)
+            server.client = self.new_client(endpoint)
             server.num_failures, server.num_missed, server.has_stale_requests = 0, 0, False
             server.released.clear()
             server.state = "stale" if self.has_new_weights else "living"

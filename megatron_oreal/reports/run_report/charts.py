@@ -24,6 +24,14 @@ class Series:
     dashes: int = 0  # index into the page's kinds of dashes
 
 
+@dataclass(slots=True, frozen=True)
+class Mark:
+    """A dashed line at a step."""
+
+    step: float
+    label: str
+
+
 @dataclass(slots=True)
 class Chart:
     title: str
@@ -32,6 +40,7 @@ class Chart:
     note: str = ""
     x_label: str = "step"
     metrics: tuple[str, ...] = ()  # The names of the metrics that are drawn.
+    marks: list[Mark] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
         """Returns the chart with all its curves over one common axis; null where a curve has no value."""
@@ -51,6 +60,9 @@ class Chart:
                 }
                 for one in self.series
             ],
+            **(
+                {"marks": [{"x": rounded(mark.step), "label": mark.label} for mark in self.marks]} if self.marks else {}
+            ),
         }
 
 

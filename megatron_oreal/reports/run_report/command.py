@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_oreal.observability.files import write_atomically
+from megatron_oreal.reports.run_report.alarms import alarms_section, mark_alarms
 from megatron_oreal.reports.run_report.experiments import Drawer, group_by_seed
 from megatron_oreal.reports.run_report.page import render_report
 from megatron_oreal.reports.run_report.runs import ReportedRun, read_reported_run, run_names
@@ -38,7 +39,9 @@ def write_report(paths: Sequence[Path], out: Path) -> list[str]:
 
 def render(runs: Sequence[ReportedRun]) -> str:
     drawer = Drawer.of(group_by_seed(runs))
-    sections = [overview(runs), *chart_sections(drawer), *closing_tables(runs)]
+    alarms, charts = alarms_section(runs), chart_sections(drawer)
+    mark_alarms([chart for section in charts for chart in section.charts], runs)
+    sections = [overview(runs), *([alarms] if alarms is not None else []), *charts, *closing_tables(runs)]
     lead = f"Written {datetime.now():%Y-%m-%d %H:%M}."
     if drawer.width > 1:
         lead += f" Each point of a curve is the mean of {drawer.width} steps."

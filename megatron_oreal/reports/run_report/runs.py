@@ -14,6 +14,8 @@ import yaml
 
 from megatron_oreal.config import WITHOUT_INFLUENCE, flatten
 from megatron_oreal.observability import environment
+from megatron_oreal.observability.alarm_log import read_alarms
+from megatron_oreal.observability.alarms import AlarmEvent
 from megatron_oreal.observability.metrics import Metrics, metrics_path, read_metrics
 from megatron_oreal.reports.run_report.charts import Curve
 from megatron_oreal.reports.run_report.rollouts import RolloutSummary, summarize_rollouts
@@ -39,6 +41,7 @@ class ReportedRun:
     starts: list[dict[str, Any]]  # the lines of environment.jsonl
     checkpoints: list[SavedCheckpoint]
     rollouts: RolloutSummary
+    alarms: list[AlarmEvent] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def curve(self, metric: str) -> Curve:
@@ -90,6 +93,7 @@ def read_reported_run(path: Path, name: str) -> ReportedRun:
         starts=read_json_lines(path / environment.FILE),
         checkpoints=read_checkpoints(path),
         rollouts=summarize_rollouts(path, notes),
+        alarms=read_alarms(path),
         notes=notes,
     )
 

@@ -173,8 +173,12 @@ def verdicts(drawer: Drawer) -> Section:
 
 def seconds(drawer: Drawer) -> Section:
     section = Section("Time", "Where the seconds of a step went, and how much came out of them.")
-    section.add(*drawer.stacks("Seconds of a step", phase_seconds))
+    phases = drawer.stacks("Seconds of a step", phase_seconds)
+    for chart in phases:
+        chart.metrics = tuple(f"time/{series.label.replace(' ', '_')}_seconds" for series in chart.series)
+    section.add(*phases)
     section.add(
+        drawer.metrics("Memory of a rank (GiB), the largest", named("time/memory/", "host_gib", "gpu_gib")),
         drawer.metrics(
             "Tokens a second",
             [("time/rollout_tokens_per_second", "rollout"), ("time/update_tokens_per_second", "update")],

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_oreal.engines.sglang.endpoints import Endpoint, read_endpoints, remove_endpoints, write_endpoints
+from megatron_oreal.engines.sglang.endpoints import Endpoint, in_use, read_endpoints, remove_endpoints, write_endpoints
 
 ENDPOINTS = [
     Endpoint("http://127.0.0.1:31000", "generate", "administer"),
@@ -125,3 +125,17 @@ def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
         read_endpoints(tmp_path / "pipe")
     with pytest.raises(ValueError, match="names no servers"):
         write_endpoints(tmp_path / "pipe", ENDPOINTS)
+
+
+def test_a_second_run_is_told_that_servers_are_in_use(tmp_path: Path) -> None:
+    file = tmp_path / "servers.json"
+    write_endpoints(file, [Endpoint("http://127.0.0.1:1", "a", "b")])
+    with in_use(file, is_shared=True), in_use(file, is_shared=True):
+        with pytest.raises(ValueError, match="another run uses the servers of"), in_use(file, is_shared=False):
+            pass
+    for is_shared in (True, False):
+        with in_use(file, is_shared=False):
+            with pytest.raises(ValueError, match="another run uses the servers of"), in_use(file, is_shared):
+                pass
+    remove_endpoints(file)
+    assert not [*tmp_path.iterdir()]

@@ -565,11 +565,12 @@ def test_tokens_know_their_weights(fleet: ServerFleet, sglang_model: Path, model
         engine.pool.servers[1].client.endpoint = fleet.endpoints[1]
         engine.update_weights(stream, version=6)
         assert [server.state for server in engine.pool.servers] == ["living", "living"]
+        run_id = engine.pusher.run_id
         engine.resume_memory(["weights", "kv_cache"])  # nothing was released: nothing is asked
         engine.thread.run(engine._control_all("/pause_generation", {"mode": "retract"}))
 
     with opened(sglang_model, fleet.endpoints) as engine:  # what a trainer that was killed has paused goes on
-        engine.version = 6
+        engine.version, engine.pusher.run_id, engine.pool.has_new_weights = 6, run_id, True  # the same run
         assert_greedy(engine.generate(requests[:2], GREEDY), model)
         with pytest.raises(ValueError, match=r"has weights of version 6 from a training run, not those of model.path"):
             engine.check_unchanged()

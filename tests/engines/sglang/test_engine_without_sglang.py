@@ -23,7 +23,9 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.engine import MAX_ATTEMPTS, SglangEngine
 from megatron_oreal.engines.sglang.generate_api import MalformedAnswer, may_ask_again
 from megatron_oreal.engines.sglang.server_pool import ServerPool
+from megatron_oreal.engines.sglang.weight_labels import label_of, version_of
 from megatron_oreal.engines.sglang.weights.disk import DiskTransport
+from megatron_oreal.rollout.group_broadcast import in_thread
 from tests.support.stub_server import Body, StubServer, expected_ids, stub_servers, token_logprob
 
 PARAMS = SamplingParams(max_new_tokens=6)
@@ -41,11 +43,15 @@ class FakeFleet:
 
     def __init__(self, spare: list[Endpoint]) -> None:
         self.spare, self.ended = spare, set[Endpoint]()
+        self.elsewhere: list[Endpoint] = []  # what the file of servers that others start names by now
         self.may_restart = threading.Event()
         self.may_restart.set()
 
     def is_alive(self, endpoint: Endpoint) -> bool:
         return endpoint not in self.ended
+
+    def candidates(self, endpoint: Endpoint) -> list[Endpoint]:
+        return [endpoint, *self.elsewhere] if self.elsewhere else []
 
     def restart(self, endpoint: Endpoint) -> Endpoint:
         assert self.may_restart.wait(20)
@@ -158,7 +164,7 @@ def test_answers_of_older_weights_are_not_taken(sglang_model: Path, stream: Any)
     """A server with older weights is not believed, even when it is the only one that answers."""
     with stub_servers(sglang_model, 2) as servers, opened(servers, max_failures=1) as engine:
         engine.update_weights(stream, version=3)
-        assert [server.weight_version for server in servers] == ["3", "3"]
+        assert {server.weight_version for server in servers} == {label_of(engine.pusher.run_id, 3)}
         servers[0].weight_version = "2"
         generations = engine.generate(REQUESTS, PARAMS)
         assert states(engine) == ["dead", "living"]
@@ -169,7 +175,8 @@ def test_answers_of_older_weights_are_not_taken(sglang_model: Path, stream: Any)
         servers[1].weight_version = "default"
     with stub_servers(sglang_model) as servers, opened(servers, max_failures=100) as engine:
         engine.update_weights(stream, version=1)
-        mixed = [{"version": "0", "start": 0, "end": 1}, {"version": "1", "start": 1, "end": 6}]
+        old, new = (label_of(engine.pusher.run_id, version) for version in (0, 1))
+        mixed = [{"version": old, "start": 0, "end": 1}, {"version": new, "start": 1, "end": 6}]
 
         def one_old_token(body: Body) -> Body:
             answer = servers[0].answer(body)
@@ -289,7 +296,7 @@ def test_a_dead_server_is_replaced_and_waits_for_weights(sglang_model: Path, str
             assert not spare.asked("/generate")
             engine.update_weights(stream, version=2)
             assert states(engine) == ["living", "living"]
-            assert (spare.weight_version, second.weight_version, first.weight_version) == ("2", "2", "1")
+            assert [version_of(each.weight_version) for each in (spare, second, first)] == [2, 2, 1]
             assert_whole(engine.generate(REQUESTS, PARAMS), version=2)
             assert spare.asked("/generate")
             metrics = engine.flush_metrics()
@@ -348,7 +355,7 @@ def test_a_server_that_starts_while_the_first_weights_are_pushed_waits_for_the_n
             assert not spare.asked("/generate")
             second.answered = answered  # type: ignore[method-assign]
             engine.update_weights(stream, version=2)
-            assert states(engine) == ["living", "living"] and spare.weight_version == "2"
+            assert states(engine) == ["living", "living"] and version_of(spare.weight_version) == 2
 
 
 def test_a_server_that_refuses_weights_is_left_out(sglang_model: Path, stream: Any) -> None:
@@ -510,3 +517,66 @@ def test_log_probs_of_another_temperature_are_not_the_rollouts(sglang_model: Pat
     assert all(np.array_equal(one.rollout_logprobs, one.model_logprobs) for one in plain)
     assert all(not len(one.rollout_logprobs) and len(one.model_logprobs) == 6 for one in warm)
     assert all(one.rollout_logprobs.tolist() == [0.0] * 6 for one in greedy)
+
+
+def test_weights_of_another_run_are_refused(sglang_model: Path, stream: Any) -> None:
+    """Two runs with the same servers count their versions alike, and each must get its own weights."""
+    with stub_servers(sglang_model) as servers, opened(servers) as engine, opened(servers) as other:
+        engine.update_weights(stream, version=4)
+        assert_whole(engine.generate(REQUESTS, PARAMS), version=4)
+        other.update_weights(stream, version=4)
+        with pytest.raises(ServerError, match=r"has weights of another run \(.*give each run servers of its own"):
+            engine.generate(REQUESTS, PARAMS)
+        with pytest.raises(ServerError, match=r"has weights of another run"):
+            engine.update_weights(stream, version=5)
+        assert_whole(other.generate(REQUESTS, PARAMS), version=4)
+
+
+def test_the_last_server_is_waited_for_and_gets_the_weights(sglang_model: Path, stream: Any) -> None:
+    """The main thread, which waits for the rollout, sends the weights of the step once more."""
+    with stub_servers(sglang_model, 2) as (first, spare):
+        fleet = FakeFleet([spare.endpoint])
+        with opened([first], fleet) as engine:
+            engine.update_weights(stream, version=3)
+            fleet.ended.add(first.endpoint)
+            wait_until(lambda: states(engine) == ["stale"])
+            assert_whole(generate_beside(engine), version=3)
+            assert version_of(spare.weight_version) == 3
+
+
+def test_a_server_that_others_start_again_is_found(sglang_model: Path, stream: Any) -> None:
+    """It has another address and other keys, which the file names by now."""
+    with stub_servers(sglang_model, 2) as (first, second):
+        second.api_key, second.admin_key = "new", "new too"
+        fleet = FakeFleet([])
+        fleet.elsewhere = [first.endpoint]
+        with opened([first], fleet, max_failures=1) as engine:
+            engine.update_weights(stream, version=1)
+            first.faults_of["/generate"] = first.faults_of["/model_info"] = first.faults_of["/health"] = "cut"
+            begin = threading.Timer(1, lambda: fleet.elsewhere.append(second.endpoint))
+            begin.start()
+            assert_whole(generate_beside(engine), version=1)
+            assert engine.pool.servers[0].client.endpoint == second.endpoint
+
+
+def test_the_wait_for_a_server_has_an_end(sglang_model: Path, stream: Any) -> None:
+    with stub_servers(sglang_model) as [server]:
+        fleet = FakeFleet([])
+        fleet.elsewhere = [server.endpoint]
+        with opened([server], fleet, max_failures=1, outage_seconds=0.5) as engine:
+            engine.update_weights(stream, version=1)
+            server.faults_of["/generate"] = server.faults_of["/model_info"] = "cut"
+            with pytest.raises(ServerError, match=r"no SGLang server is left.*outage_seconds=0.5"):
+                generate_beside(engine)
+
+
+def generate_beside(engine: SglangEngine) -> list[Generation]:
+    """Generates in a thread, while the main thread takes part in what the engine asks of it."""
+    future = in_thread(lambda: engine.generate(REQUESTS, PARAMS))
+    future.add_done_callback(lambda _: engine.calls.wake())
+    deadline = time.monotonic() + 60
+    while not future.done():
+        assert time.monotonic() < deadline
+        if engine.calls.wait(future.done, 1):
+            engine.take_part()
+    return future.result()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_oreal.engines.sglang.server_checks import check_model
+from megatron_oreal.engines.sglang.server_checks import check_model, check_overrides
 
 OURS = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
 
@@ -47,3 +47,12 @@ def test_a_window_counts_where_it_is_used(tmp_path: Path, is_used: bool) -> None
             check_model({"model_type": "qwen2", "model_path": str(served)}, ours, "server 1")
     else:
         check_model({"model_type": "qwen2", "model_path": str(served)}, ours, "server 1")
+
+
+@pytest.mark.parametrize("given", ['{"rope_theta": 500.0}', {"rope_theta": 500.0}, '{"rope_scaling": {"factor": 2}}'])
+def test_a_flag_that_changes_the_function_is_refused(tmp_path: Path, given: Any) -> None:
+    ours = write(tmp_path / "ours", OURS)
+    with pytest.raises(ValueError, match="server 1 has another model \\(its flag json-model-override-args sets rope_"):
+        check_overrides({"json_model_override_args": given}, ours, "server 1")
+    for same in ({}, {"json_model_override_args": "{}"}, {"json_model_override_args": '{"rope_theta": 10000.0}'}):
+        check_overrides(same, ours, "server 1")

@@ -27,6 +27,7 @@ LAYOUTS = {
     "PP2": (ParallelConfig(pipeline=2), False),
     "PP2 virtual": (ParallelConfig(pipeline=2, virtual_pipeline=2), False),
     "DP2": (ParallelConfig(), False),
+    "CP2 distributed": (ParallelConfig(context=2), True),
     "DP2 distributed": (ParallelConfig(), True),
 }
 CURSOR: Any = {"position": 3}

@@ -37,6 +37,10 @@ LAYOUTS = {
     "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2),
     "TP2+SP x PP2 virtual": ParallelConfig(tensor=2, pipeline=2, sequence=True, virtual_pipeline=2),
     "PP4": ParallelConfig(pipeline=4),
+    # context_worker.py has others, with all algorithms.
+    "CP2 x TP2": ParallelConfig(context=2, tensor=2),
+    "CP2 x PP2 virtual": ParallelConfig(context=2, pipeline=2, virtual_pipeline=2),
+    "CP4": ParallelConfig(context=4),
 }
 # (dtype, distributed, overlap): every pair of them; all eight would take twice as long.
 OPTIMIZERS = (
@@ -60,7 +64,7 @@ def main(folder: Path) -> None:
     parallel.destroy_groups()
     expected = {name: transformers_results(folder / name) for name in ("tied", "untied")}
     results: dict[str, dict[str, Any]] = {}
-    fitting = {name: c for name, c in LAYOUTS.items() if dist.get_world_size() % (c.tensor * c.pipeline) == 0}
+    fitting = {name: config for name, config in LAYOUTS.items() if fits(config)}
     for layout_name, config in fitting.items():
         layout = parallel.initialize(config, seed=0)
         results[layout_name] = check_layout(folder, expected, layout_name, layout)
@@ -77,6 +81,12 @@ def main(folder: Path) -> None:
         close(torch.tensor(result["reward_losses"]), wanted, 1e-4, f"{name} reward model losses")
     print(f"rank {dist.get_rank()} passed {CHECKS} checks", flush=True)
     dist.destroy_process_group()
+
+
+def fits(config: ParallelConfig) -> bool:
+    if config.context > 1 and torch.cuda.is_available():
+        return False  # it runs on a CPU only
+    return dist.get_world_size() % (config.tensor * config.pipeline * config.context) == 0
 
 
 def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: ParallelLayout) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: Para
             f"{dtype}, distributed {distributed}, overlap {overlap}": updates(
                 folder / "tied", distributed, overlap, dtype, layout
             )
-            for dtype, distributed, overlap in OPTIMIZERS
+            for dtype, distributed, overlap in (OPTIMIZERS if layout.context_size == 1 else OPTIMIZERS[1:3])
         },
         "reward_losses": reward_losses(folder / "untied", layout),
     }
@@ -133,6 +143,8 @@ def plan_of(layout: ParallelLayout, microbatch_tokens: int = 48) -> PackingPlan:
         count_multiple=layout.pipeline_size if interleaved else 1,
         equal_lengths=interleaved,
         device=layout.device,
+        context_rank=layout.context_rank,
+        context_size=layout.context_size,
     )
 
 
@@ -173,14 +185,8 @@ def compare(
     logits, gradients = expected
     model = build(path, layout, recompute=recompute)
     batch = pack(SEQUENCES, plan_of(layout, microbatch_tokens))
-    logprob_head, model.head = model.head, LogitsHead(layout, model.architecture.vocab_size)
-    with torch.no_grad():
-        whole = model._run(batch, lambda outputs, _: outputs.values, forward_only=True)
-    for microbatch, values in zip(batch.microbatches, whole, strict=False):  # `whole` is empty but on the last stage
-        sequences = list(sequences_of(microbatch))
-        for ids, rows in zip(sequences, values.split([len(logits[ids]) for ids in sequences]), strict=True):
-            close(rows, logits[ids], 1e-4, f"{name} logits")
-    model.head = logprob_head
+    if layout.context_size == 1:  # with more, the values of a head are one a token
+        compare_logits(model, batch, logits, name)
     model.forward(batch, "old_logprobs")
     for ids, values in responses(batch):
         chosen = torch.tensor(ids[-len(values) :])[:, None]
@@ -192,6 +198,17 @@ def compare(
     for hf_name, weight in Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict().items():
         if hf_name != "lm_head.weight" or "lm_head.weight" in exported:
             close(exported[hf_name], weight, 0.0, f"{name} export of {hf_name}")
+
+
+def compare_logits(model: TrainableModel, batch: Batch, expected: dict[tuple[int, ...], Tensor], name: str) -> None:
+    logprob_head, model.head = model.head, LogitsHead(model.layout, model.architecture.vocab_size)
+    with torch.no_grad():
+        whole = model._run(batch, lambda outputs, _: outputs.values, forward_only=True)
+    for microbatch, values in zip(batch.microbatches, whole, strict=False):  # `whole` is empty but on the last stage
+        sequences = list(sequences_of(microbatch))
+        for ids, rows in zip(sequences, values.split([len(expected[ids]) for ids in sequences]), strict=True):
+            close(rows, expected[ids], 1e-4, f"{name} logits")
+    model.head = logprob_head
 
 
 def sequences_of(microbatch: Microbatch) -> Iterator[tuple[int, ...]]:

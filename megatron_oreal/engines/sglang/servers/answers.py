@@ -42,6 +42,11 @@ def answer(
         return response.status, None
 
 
+def key_status(endpoint: Endpoint) -> int:
+    """Returns 200 where a server takes its key, 401 or 403 where it refuses it, and 0 where nobody answers."""
+    return answer(endpoint, "/model_info", endpoint.api_key)[0]
+
+
 def connect(endpoint: Endpoint) -> http.client.HTTPConnection:
     """Opens a connection. Raises OSError without one, and for a server that shows another certificate."""
     url = urlsplit(endpoint.url)

@@ -25,7 +25,7 @@ from megatron_oreal.engines.sglang.endpoints import (
     remove_endpoints,
     write_endpoints,
 )
-from megatron_oreal.engines.sglang.servers.answers import answer
+from megatron_oreal.engines.sglang.servers.answers import answer, key_status
 from megatron_oreal.engines.sglang.servers.encryption import clear_traffic, is_loopback
 from megatron_oreal.engines.sglang.servers.listening import open_addresses
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free
@@ -42,6 +42,7 @@ from megatron_oreal.engines.sglang.servers.router import Router
 from megatron_oreal.types import Notify
 
 POLL_SECONDS = 0.5
+TELL_SECONDS = 30.0  # between two lines about a server that starts
 NUM_PORT_ATTEMPTS = 3  # another process may take a port between our probe and the server's start
 PORT_TAKEN = "address already in use"
 
@@ -69,6 +70,20 @@ class ServerFleet:
         """Says whether our process still runs; True for a server that was started elsewhere."""
         process = self.processes.get(endpoint)
         return process.is_running if process is not None else endpoint in self.elsewhere
+
+    def candidates(self, endpoint: Endpoint) -> list[Endpoint]:
+        """Returns where a server of `endpoints_file` may be by now: where it was, or what the file names by now.
+
+        Nothing for a server that this fleet starts again itself, or that nobody does.
+        """
+        file = self.settings.config.endpoints_file
+        if file is None or endpoint in self.processes:
+            return []
+        try:
+            named = read_endpoints(file)
+        except ValueError:  # its servers are being started
+            named = []
+        return [endpoint, *(other for other in named if other != endpoint)]
 
     def pid(self, endpoint: Endpoint) -> int:
         """Returns the process id of a server that this fleet has started."""
@@ -107,9 +122,10 @@ class ServerFleet:
         if (warning := clear_traffic(self.endpoints, self.settings.config)) is not None:
             self.notify(warning)
 
-    def restart(self, endpoint: Endpoint) -> Endpoint:
+    def restart(self, endpoint: Endpoint, keeps_keys: bool = False) -> Endpoint:
         """Ends what is left of a server and starts another one, with other keys and on another port.
 
+        `keeps_keys`: with the same keys, for clients elsewhere that know them.
         It returns when the new server answers; that one has the weights of `model_path`. Raises ServerError when
         rollout.sglang.max_restarts are spent, or when another process has started the server.
         """
@@ -132,7 +148,7 @@ class ServerFleet:
                 self.num_restarts += 1
             self.notify(f"SGLang server {endpoint} is started again ({reason})")
             try:
-                started = self.start_one(process.index)
+                started = self.start_one(process.index, endpoint if keeps_keys else None)
             except ServerError as error:
                 if self.is_closing.is_set():
                     raise
@@ -146,13 +162,13 @@ class ServerFleet:
                 self.router.replace(endpoint, started)
             return started
 
-    def start_one(self, index: int) -> Endpoint:
-        """Starts one server and waits until it answers.
+    def start_one(self, index: int, before: Endpoint | None = None) -> Endpoint:
+        """Starts one server and waits until it answers. `before`: the server whose keys it has.
 
         Raises ServerError when the server dies or does not answer in time, ValueError for a wrong flag.
         """
         for attempt in range(NUM_PORT_ATTEMPTS):
-            process = launch_server(self.settings, index, self.gpus[index - self.first_index])
+            process = launch_server(self.settings, index, self.gpus[index - self.first_index], before)
             with self.lock:
                 self.processes[process.endpoint] = process
             begin = time.monotonic()
@@ -176,7 +192,8 @@ class ServerFleet:
 
     def wait_until_healthy(self, process: ServerProcess) -> None:
         timeout_seconds = self.settings.config.start_timeout_seconds
-        deadline = time.monotonic() + timeout_seconds
+        begin = time.monotonic()
+        deadline, next_line = begin + timeout_seconds, begin + TELL_SECONDS
         name = f"SGLang server {process.index} ({process.endpoint})"
         # A key goes only to a process of ours, and until the server listens, anybody may listen on its port.
         while not (process.listens() and has_answered(process.endpoint)):
@@ -186,6 +203,12 @@ class ServerFleet:
                 raise PortTaken(f"{name}: its port was taken by another process; its log: {process.log}")
             if not process.is_running:
                 self.explain(process, name)
+            if time.monotonic() > next_line:
+                next_line += TELL_SECONDS
+                self.notify(
+                    f"{name} is not ready after {time.monotonic() - begin:.0f} s, of at most "
+                    f"rollout.sglang.start_timeout_seconds={timeout_seconds:g}; its log: {process.log}"
+                )
             if time.monotonic() > deadline:
                 self.notify("\n".join(process.tail(20)))
                 raise ServerError(
@@ -237,7 +260,7 @@ def check_router(config: SglangConfig, endpoints: Sequence[Endpoint]) -> None:
 
 def has_answered(endpoint: Endpoint) -> bool:
     """Says whether this very server generates: another server of ours on its port would not know the key."""
-    return answer(endpoint, "/model_info", endpoint.api_key)[0] == 200 and answer(endpoint, "/health", "")[0] == 200
+    return key_status(endpoint) == 200 and answer(endpoint, "/health", "")[0] == 200
 
 
 @contextmanager
@@ -297,9 +320,10 @@ def visible_gpus() -> list[str]:
 
 
 def serve_until_stopped(settings: ServerSettings, notify: Notify) -> None:
-    """Serves a trainer that runs elsewhere, until Ctrl-C or SIGTERM; no server is started again.
+    """Serves a trainer that runs elsewhere, until Ctrl-C or SIGTERM.
 
-    The servers are named in `endpoints_file`, or in RUN_DIR/servers.json. Raises ServerError when the last one dies.
+    The servers are named in `endpoints_file`, or in RUN_DIR/servers.json. One that dies is started again with its keys,
+    at most `max_restarts` times, and the file says where it is by now. Raises ServerError when the last one is dead.
     """
     config, run_dir = settings.config, settings.run_dir
     if config.placement == "colocated":
@@ -317,6 +341,10 @@ def serve_until_stopped(settings: ServerSettings, notify: Notify) -> None:
             for endpoint in [endpoint for endpoint in living if not fleet.is_alive(endpoint)]:
                 living.remove(endpoint)
                 notify(f"SGLang server {endpoint} has died; the end of its log:\n{fleet.log_tail(endpoint)}")
+                try:
+                    living.append(fleet.restart(endpoint, keeps_keys=True))
+                except ServerError as error:
+                    notify(str(error))
         raise ServerError(f"all SGLang servers have died; their logs: {run_dir / 'servers'}")
 
 

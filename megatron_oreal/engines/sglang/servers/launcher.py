@@ -47,6 +47,7 @@ from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_SECONDS = 0.2
+SCAN_SECONDS = 2.0  # between two looks at the server's files in shared memory
 MAX_LOG_BYTES = 64 * 2**20  # of the log, and as many again in LOG.1
 SHARED_MEMORY = re.compile(r" /dev/shm/(sgl|sem\.mp-)[^ ]*$")
 LIBRARIES: list[Any] = []  # torch's operators exist only as long as the library objects that define them
@@ -61,6 +62,7 @@ def supervise(flags: list[str]) -> int:
     if sys.platform == "linux":  # what the server leaves behind becomes this process's child
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     settings = json.loads(sys.stdin.readline())
+    shared: set[Path] = set()
     with tempfile.TemporaryDirectory(prefix="sglang-") as folder:  # SGLang leaves its sockets behind
         server = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), SERVE, *flags, *write_certificate(settings, Path(folder))],
@@ -75,14 +77,14 @@ def supervise(flags: list[str]) -> int:
             server.stdin.write(json.dumps(settings).encode() + b"\n")
             server.stdin.close()
             print(json.dumps({"pid": server.pid}), flush=True)
-            if wait_while_wanted(server, settings["log"]):
+            if wait_while_wanted(server, settings["log"], shared):
                 server.terminate()
                 wait_at_most(server, settings["grace_seconds"])
         except BrokenPipeError:
             pass  # the server or the trainer is gone already
         finally:
             status = server.poll()
-            end_tree(server)
+            end_tree(server, shared)
     return 128 + signal.SIGKILL if status is None else status if status >= 0 else 128 - status
 
 
@@ -103,10 +105,17 @@ def end_with_supervisor() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def wait_while_wanted(server: subprocess.Popen[bytes], log: str) -> bool:
-    """Waits; returns False when the server has ended, True when the trainer does not need it any more."""
-    parent = os.getppid()
+def wait_while_wanted(server: subprocess.Popen[bytes], log: str, shared: set[Path]) -> bool:
+    """Waits; returns False when the server has ended, True when the trainer does not need it any more.
+
+    It adds to `shared` the server's files in shared memory: processes that are killed leave them behind, and nobody can
+    ask them then.
+    """
+    parent, next_scan = os.getppid(), 0.0
     while server.poll() is None:
+        if time.monotonic() >= next_scan:
+            shared |= shared_memory(descendants(os.getpid()))
+            next_scan = time.monotonic() + SCAN_SECONDS
         readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
         # A process that the trainer forked may hold the pipe open.
         if (readable and not os.read(sys.stdin.fileno(), 1)) or os.getppid() != parent:
@@ -145,10 +154,13 @@ def wait_at_most(server: subprocess.Popen[bytes], seconds: float) -> None:
         pass
 
 
-def end_tree(server: subprocess.Popen[bytes]) -> None:
-    """Kills the server's session and then its other descendants, also stopped ones; returns when all are gone."""
+def end_tree(server: subprocess.Popen[bytes], shared: set[Path]) -> None:
+    """Kills the server's session and then its other descendants, also stopped ones; returns when all are gone.
+
+    Then it removes the files in shared memory that the processes had, `shared` among them.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    shared = shared_memory(descendants(os.getpid()))
+    shared = shared | shared_memory(descendants(os.getpid()))
     try:
         os.killpg(server.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # the latter on macOS, for a session of zombies
@@ -300,7 +312,7 @@ def install_stand_ins() -> None:
         sys.modules["sgl_kernel"] = kernels()
         operators = torch.library.Library("sgl_kernel", "FRAGMENT")
         operators.define("murmur_hash32_cpu(Tensor seeds, Tensor positions, Tensor columns) -> Tensor")
-        operators.impl("murmur_hash32_cpu", murmur_hash, "CPU")
+        operators.impl("murmur_hash32_cpu", seeds().murmur_hash, "CPU")
         LIBRARIES.append(operators)
     try:
         importlib.import_module("torchvision")  # of text models, only its transforms are used
@@ -350,52 +362,20 @@ def assign_req_to_token_pool(
         read += end - start
 
 
-def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
-    """Hashes seed (64 bits), position and column by MurmurHash3 (32 bits): [N], [N], [M] -> [N, M] uint32."""
-    import torch
-
-    mask = 0xFFFFFFFF  # products wrap around in int64, and their lower 32 bits are right
-
-    def rotated(value: Any, count: int) -> Any:
-        return ((value << count) | (value >> (32 - count))) & mask
-
-    def mixed(state: Any, block: Any) -> Any:
-        block = rotated(((block & mask) * 0xCC9E2D51) & mask, 15)
-        return (rotated(state ^ ((block * 0x1B873593) & mask), 13) * 5 + 0xE6546B64) & mask
-
-    seeds = seeds.view(torch.int64)
-    state = torch.zeros_like(seeds)
-    for block in (seeds, seeds >> 32, positions.long()):
-        state = mixed(state, block)
-    state = mixed(state[:, None], columns.long()[None]) ^ 16  # bytes that were mixed
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        state = ((state ^ (state >> shift)) * factor) & mask
-    return state.to(torch.uint32)
-
-
-def honour_seeds() -> None:
-    """Makes the seeds of requests count, which SGLang only does in its deterministic mode, on GPUs.
-
-    It runs after the stand-ins are installed. On a CPU a response then depends on its seed, and besides only on the
-    rounding errors that the other requests of its batch cause.
-    """
-    module = importlib.import_module("sglang.srt.sampling.sampling_batch_info")
-    settings = module.__dict__.get("get_exec")
-    if settings is None:  # another release: seeds are ignored
-        return
-
-    def seeded() -> types.SimpleNamespace:
-        deterministic = types.SimpleNamespace(enable_deterministic_inference=True)
-        return types.SimpleNamespace(features=settings().features, deterministic=deterministic)
-
-    module.__dict__["get_exec"] = seeded
+def seeds() -> types.ModuleType:
+    """Loads the file seeds.py, which lies beside this one; the folder is not on the path of modules."""
+    spec = importlib.util.spec_from_file_location("megatron_oreal_seeds", Path(__file__).with_name("seeds.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__mp_main__":
     listen_on_one_address()
     if is_cpu():
         install_stand_ins()
-        honour_seeds()
+        seeds().honour_seeds()
 
 if __name__ == "__main__":
     if sys.argv[1:3] == [SERVE, ROUTER]:

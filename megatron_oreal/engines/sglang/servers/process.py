@@ -197,10 +197,16 @@ class ServerProcess:
                 self.supervisor.wait()
 
 
-def launch_server(settings: ServerSettings, index: int, gpus: Sequence[str]) -> ServerProcess:
-    """Starts server `index` on a free port, with keys of its own, and returns before it can answer."""
+def launch_server(
+    settings: ServerSettings, index: int, gpus: Sequence[str], before: Endpoint | None = None
+) -> ServerProcess:
+    """Starts server `index` on a free port, with keys of its own, and returns before it can answer.
+
+    before: the server in whose place it comes, and whose keys it takes.
+    """
     certificate = make_certificate() if uses_tls(settings.config) else None
-    return launch(settings, index, f"server_{index}", settings.command, settings.environment(gpus), certificate)
+    environment = settings.environment(gpus)
+    return launch(settings, index, f"server_{index}", settings.command, environment, certificate, before)
 
 
 def launch_router(settings: ServerSettings) -> ServerProcess:
@@ -214,6 +220,7 @@ def launch(
     command: Callable[[int], list[str]],  # gives the flags for a port
     environment: dict[str, str],
     certificate: Certificate | None = None,
+    before: Endpoint | None = None,
 ) -> ServerProcess:
     config = settings.config
     log = settings.run_dir / "servers" / f"{name}.log"
@@ -229,6 +236,8 @@ def launch(
             pass_fds=(held,),  # keeps the port reserved as long as the supervisor lives
         )
     keys = {"api_key": secrets.token_urlsafe(32), "admin_key": secrets.token_urlsafe(32)}
+    if before is not None:
+        keys = {"api_key": before.api_key, "admin_key": before.admin_key}
     scheme, fingerprint = ("http", "") if certificate is None else ("https", certificate.fingerprint)
     endpoint = Endpoint(url(scheme, config.host, port), keys["api_key"], keys["admin_key"], config.tensor, fingerprint)
     assert supervisor.stdin is not None and supervisor.stdout is not None

@@ -46,7 +46,7 @@ class DiskTransport(ServerTransport):
         except (OSError, SafetensorError) as error:
             failure = WeightSyncError(f"{path} cannot be written: {error}", [])
         raise_push_failure(failure)
-        body = {"model_path": str(path), "weight_version": str(version), "flush_cache": True}
+        body = {"model_path": str(path), "weight_version": self.label(version), "flush_cache": True}
         try:
             self.post("/update_weights_from_disk", dict.fromkeys(clients, body), deadline).answers()
         finally:

@@ -84,7 +84,7 @@ class DistributedTransport(ServerTransport):
                 "load_format": "flattened_bucket",
                 "flush_cache": bucket.is_last,
                 # An unfinished push must not look like a finished one.
-                "weight_version": str(version) if bucket.is_last else None,
+                "weight_version": self.label(version) if bucket.is_last else None,
             }
             requests = self.post("/update_weights_from_distributed", dict.fromkeys(group.clients, body), deadline)
             broadcasting = Collective(partial(group.broadcast, bucket.flat, deadline), requests)

@@ -15,6 +15,7 @@ from megatron_oreal.engines.sglang.server_pool import (
     ServerPool,
     abort_stale_requests,
 )
+from megatron_oreal.engines.sglang.weight_labels import new_run_id, run_of
 from megatron_oreal.engines.sglang.weights.requests import WeightSyncError
 from megatron_oreal.engines.sglang.weights.transport import WeightTransport, clients_of_rank, raise_push_failure
 from megatron_oreal.parallel.collectives import broadcast_object
@@ -32,10 +33,13 @@ class WeightPusher:
     def __init__(self, pool: ServerPool, transport: WeightTransport, thread: EventLoopThread, rank: int) -> None:
         self.pool, self.transport, self.thread = pool, transport, thread
         self.rank, self.is_main = rank, rank == 0
+        self.run_id = ""  # the first rank makes one for the first push
+        self.others = ""  # what another run has done to a server of ours
         self.sender_clients: dict[Endpoint, SglangClient] = {}  # of this rank's servers; empty on the first rank
 
     def push(self, stream: Stream, version: int) -> None:
         """Collective. Raises WeightSyncError on every rank when no server is left, or after MAX_PUSHES failures."""
+        self.transport.run_id = self.run_id = self.run_id or broadcast_object(new_run_id())
         failed: set[SglangClient] = set()  # a server that is started again has another client
         for attempt in range(1, MAX_PUSHES + 1):
             reachable = self.thread.run(self._reachable_servers())
@@ -43,9 +47,12 @@ class WeightPusher:
             failure = None
             if self.is_main and not servers:
                 failure = WeightSyncError(f"no SGLang server is left; {self.pool.failure_reasons()}")
+            if self.others:
+                failure = WeightSyncError(self.others)
             raise_push_failure(failure, f"weights of version {version}: ")
             for client in self.pool.pop_dead():
                 self.transport.forget(client)
+            self.pool.is_pushing = True
             try:
                 self.transport.push(stream, version, self._clients_of_this_rank(servers))
             except WeightSyncError as error:
@@ -56,6 +63,8 @@ class WeightPusher:
             else:
                 self.thread.run(self._mark_current(servers))
                 return
+            finally:
+                self.pool.is_pushing = False
 
     def _clients_of_this_rank(self, servers: Sequence[Server]) -> list[SglangClient]:
         """Collective. The first rank names the reachable servers; the first `weight_senders` ranks share them out."""
@@ -75,15 +84,19 @@ class WeightPusher:
 
         A server that counted as dead is asked too, because somebody may have started it again.
         """
-        deadline = time.monotonic() + self.pool.config.start_timeout_seconds
+        seconds = self.pool.config.start_timeout_seconds
+        if any(server.may_return for server in self.pool.servers):
+            seconds = min(seconds, self.pool.config.outage_seconds)
+        deadline = time.monotonic() + seconds
         while {server.state for server in self.pool.servers} <= {"dead", "restarting"} and time.monotonic() < deadline:
-            if not any(server.state == "restarting" for server in self.pool.servers):
+            if not any(server.state == "restarting" or server.may_return for server in self.pool.servers):
                 break
             await asyncio.sleep(POLL_SECONDS)
 
         async def is_reachable(server: Server) -> bool:
             try:
-                await server.client.get("/model_info", CONTROL_SECONDS)
+                info = await server.client.get("/model_info", CONTROL_SECONDS)
+                self._look_for_others(server, str(info.get("weight_version", "")))
                 await abort_stale_requests(server)
             except ServerError as error:
                 if server.state in ("living", "stale"):
@@ -97,6 +110,14 @@ class WeightPusher:
         ]
         answers = await asyncio.gather(*map(is_reachable, asked))
         return [server for server, answer in zip(asked, answers, strict=True) if answer]
+
+    def _look_for_others(self, server: Server, label: str) -> None:
+        """A server that has had our weights, and has those of another run, is used by both."""
+        if server.state == "living" and self.pool.has_new_weights and run_of(label) not in ("", self.run_id):
+            self.others = (
+                f"SGLang server {server} has weights of another run ({run_of(label)}), which has sent them there "
+                "meanwhile: give each run servers of its own"
+            )
 
     async def _mark_all_dead(self, error: WeightSyncError) -> None:
         for server in self.pool.servers:

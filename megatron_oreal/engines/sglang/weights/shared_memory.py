@@ -95,7 +95,7 @@ class TensorTransport(ServerTransport):
                 "load_format": "flattened_bucket",
                 "flush_cache": bucket.is_last,
                 # An unfinished push must not look like a finished one.
-                "weight_version": str(version) if bucket.is_last else None,
+                "weight_version": self.label(version) if bucket.is_last else None,
             }
             for client in clients
         }

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_oreal.engines.sglang.client import EventLoopThread, ServerRefusal, SglangClient
+from megatron_oreal.engines.sglang.weight_labels import label_of, run_of
 from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, WeightSyncError
 from megatron_oreal.parallel.collectives import Result, all_gather_object, raise_on_all
 from megatron_oreal.weights.fingerprint import MeasuredStream, drain
@@ -26,6 +27,8 @@ from megatron_oreal.weights.stream_filters import Stream
 
 
 class WeightTransport(Protocol):
+    run_id: str  # of the run that sends, the same on all ranks
+
     def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         """Collective. `clients`: the servers that this rank sends to; see `clients_of_rank`. Raises WeightSyncError."""
 
@@ -46,6 +49,7 @@ class ServerTransport(ABC):
     def __init__(self, loop: EventLoopThread, timeout_seconds: float, check_weights: bool = False) -> None:
         self.loop, self.timeout_seconds = loop, timeout_seconds
         self.checksums = Checksums() if check_weights else None
+        self.run_id = ""  # part of what servers call the weights
         self.without_session: set[SglangClient] = set()  # of older releases, which know no begin and end of an update
 
     def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
@@ -105,11 +109,17 @@ class ServerTransport(ABC):
         with_session = [client for client in clients if client not in self.without_session]
         self.post("/end_weight_update", {client: {} for client in with_session}, deadline).answers()
 
+    def label(self, version: int) -> str:
+        return label_of(self.run_id, version)
+
     def check_version(self, version: int, clients: Sequence[SglangClient], deadline: Deadline) -> None:
         requests = Requests(self.loop, {client: client.get("/model_info", deadline.left()) for client in clients})
         for client, info in requests.answers().items():
-            if (found := info.get("weight_version")) != str(version):
-                raise WeightSyncError(f"SGLang server {client.endpoint} reports {found}", [client.endpoint.url])
+            if (found := info.get("weight_version")) != self.label(version):
+                raise WeightSyncError(
+                    f"SGLang server {client.endpoint} reports {found}{whose(str(found), self.run_id)}",
+                    [client.endpoint.url],
+                )
 
     def check_weights(
         self, fingerprint: str, version: int, clients: Sequence[SglangClient], deadline: Deadline
@@ -125,6 +135,11 @@ class ServerTransport(ABC):
         raise_push_failure(failure, f"weights of version {version}: ")
         everywhere = {url: checksum for of_rank in all_gather_object(found) for url, checksum in of_rank.items()}
         self.checksums.compare(fingerprint, everywhere, version)
+
+
+def whose(label: str, run_id: str) -> str:
+    other = run_of(label)
+    return " of another run: each run needs servers of its own" if other and run_id and other != run_id else ""
 
 
 def checksum_of(answer: dict[str, Any]) -> str:

@@ -88,6 +88,33 @@
     });
   }
 
+  // A dashed line and a name for each alarm within the visible part; names that would overlap are left out.
+  function drawMarks(plot, marks) {
+    const { ctx, bbox } = plot, ratio = devicePixelRatio || 1;
+    let end = -Infinity;
+    ctx.save();
+    ctx.strokeStyle = ctx.fillStyle = style("--c1");
+    ctx.lineWidth = ratio;
+    ctx.setLineDash([4 * ratio, 4 * ratio]);
+    ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+    ctx.textAlign = "left";
+    ctx.textBaseline = "top";
+    for (const mark of [...marks].sort((one, other) => one.x - other.x)) {
+      const x = plot.valToPos(mark.x, "x", true);
+      if (x < bbox.left || x > bbox.left + bbox.width) continue;
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+      const width = ctx.measureText(mark.label).width, isLate = x + width > bbox.left + bbox.width;
+      const left = isLate ? x - width - 3 * ratio : x + 3 * ratio;
+      if (left < Math.max(end, bbox.left)) continue;
+      ctx.fillText(mark.label, left, bbox.top + 2 * ratio);
+      end = left + width + 6 * ratio;
+    }
+    ctx.restore();
+  }
+
   function draw(figure) {
     const chart = charts[Number(figure.dataset.chart)], place = figure.querySelector(".plot");
     figure.querySelector(".legend")?.remove();
@@ -111,12 +138,13 @@
         { ...axis, label: chart.xLabel, labelSize: 18, size: 34, values: (_, ticks) => ticks.map(shown) },
         { ...axis, size: 72, values: (_, ticks) => ticks.map(shown) },
       ],
-      hooks: { setCursor: [(self) => tell(self.cursor.idx)] },
+      hooks: { setCursor: [(self) => tell(self.cursor.idx)], draw: [(self) => drawMarks(self, chart.marks || [])] },
     }, columns, place);
     tell(null);
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", `${figure.querySelector("figcaption").textContent}: ` + chart.series.map((series) =>
-      `${series.label || "value"}, last ${shown(series.values.findLast((value) => value !== null))}`).join("; "));
+      `${series.label || "value"}, last ${shown(series.values.findLast((value) => value !== null))}`).join("; ") +
+      (chart.marks || []).map((mark) => `; alarm ${mark.label} at step ${mark.x}`).join(""));
     drawn.set(figure, plot);
   }
 
