@@ -1,4 +1,4 @@
-"""Log-probs of target tokens from hidden states and a vocabulary-parallel head, without ever holding [T, V] in float32.
+"""Computes target tokens' log-probs from hidden states and a vocabulary-parallel head, without float32 logits [T, V].
 
 The float32 logits exist a tile of tokens x vocabulary at a time. A pass over them leaves each token's maximum, sum of
 exponentials and target logit, and for the entropy a weighted sum; these are merged over tiles, and over the
@@ -116,7 +116,7 @@ def check_inputs(
     vocabulary = columns if valid_vocab is None else valid_vocab
     if not 1 <= vocabulary <= columns:
         raise ValueError(f"valid_vocab must be in [1, {columns}], the columns of all ranks, got {vocabulary}")
-    # On an accelerator the comparison would stall the queue: there a stray target gives -inf.
+    # On an accelerator, the comparison would block the host; an invalid target gives -inf there.
     if target.device.type == "cpu" and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocabulary:
         raise ValueError(f"target must hold ids in [0, {vocabulary}), got [{int(target.min())}, {int(target.max())}]")
 

@@ -1,4 +1,4 @@
-"""The passes over a tile of logits that are not matrix products, one read of the tile each, for CUDA.
+"""Implements the passes over a tile of logits that are not matrix products, for CUDA; each reads the tile once.
 
 The functions have the signatures and the meaning of those in torch_rows.py. Import this module only where Triton is:
 TRITON_INTERPRET=1, set before, runs it on a CPU.
@@ -44,7 +44,7 @@ def reduce_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    # Finite, so that nothing seen yet times nothing is 0. A NaN may be skipped by the maximum, but stays in the sums.
+    # Finite, so that an empty sum times its factor is 0, not NaN. The maximum can skip a NaN, but the sums keep it.
     maximum = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -145,7 +145,7 @@ def kept_gradient_kernel(
 
 @triton.jit
 def widened(values: tl.tensor) -> tl.tensor:
-    """bfloat16 as float32, byte by byte.
+    """Converts bfloat16 to float32 by moving its bits.
 
     With one conversion, Triton 3.6 moves the transposition of the results up to it, and computes everything twice, once
     in each layout: three times the registers, some of them spilled. It does not do so where there are two conversions.
@@ -156,7 +156,7 @@ def widened(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def opaque(values: tl.tensor) -> tl.tensor:
-    """The same e4m3 values, of which the compiler no longer knows that they are stored in another order too.
+    """Returns the same e4m3 values; hides from the compiler that they are also stored in another order.
 
     Where it does, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
     fills three columns in eight of the transposed matrix with such parts. Triton's interpreter has no assembly.
@@ -196,7 +196,7 @@ def fp8_gradient_kernel(
 ) -> None:
     first_row = tl.program_id(1) * ROWS
     first_column = tl.program_id(0) * COLUMNS
-    # Offsets within a program's part need 32 bits only.
+    # Offsets within a program's part fit into 32 bits.
     local_rows, local_columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     rows, columns = first_row + local_rows, first_column + local_columns
     is_row = rows < num_rows

@@ -124,7 +124,7 @@ def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
 
 
 def is_close(form: Approximated, algebra: Algebra) -> bool:
-    """Returns whether the approximation differs by at most a twentieth, if both are numbers."""
+    """Returns whether both sides are numbers and the approximation differs by at most a twentieth."""
     exact = form.exact
     while isinstance(exact, (Assignment, Measured)):
         exact = exact.values[-1] if isinstance(exact, Assignment) else exact.value

@@ -169,7 +169,7 @@ class Parser:
         return sign
 
     def term(self, sign: int) -> Expression:
-        """Parses a term. Juxtaposition binds more tightly than the signs of multiplication and division: 1/2x is 1/(2x)."""
+        """Parses a term. Juxtaposition binds more tightly than multiplication and division signs: 1/2x is 1/(2x)."""
         factors = self.juxtaposed()
         while True:
             if self.accept(r"\cdot"):

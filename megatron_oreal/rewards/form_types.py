@@ -24,7 +24,7 @@ class Collection:
 
 @dataclass(slots=True, frozen=True)
 class Assignment:
-    """`x = 5`, `f(x) = x^2 = xx`, `x \\in [1,2]`: a name and its values, which have to agree."""
+    """A name and its values, which must agree: `x = 5`, `f(x) = x^2 = xx`, `x \\in [1,2]`."""
 
     name: str
     values: tuple[Form, ...]

@@ -103,7 +103,7 @@ def parse_form(text: str) -> Form:
 
 
 def measured(value: Form, unit: Factors | None) -> Form:
-    """The unit of `x = 5 \\text{cm}` belongs to the value."""
+    """Attaches the unit in `x = 5 \\text{cm}` to the value."""
     if unit is None:
         return value
     if isinstance(value, Assignment):

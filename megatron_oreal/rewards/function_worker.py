@@ -98,7 +98,7 @@ def seed_random_numbers(seed: str) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Converts a number, a `Verdict` (or an object with its fields) or a mapping to JSON. Raises TypeError otherwise."""
+    """Converts a number, a `Verdict` (or an object with its fields) or a mapping to JSON, else raises TypeError."""
     if isinstance(value, dict):
         return {str(name): as_json(entry) for name, entry in value.items()}
     if hasattr(value, "reward") and hasattr(value, "status"):

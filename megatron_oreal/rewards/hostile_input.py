@@ -30,7 +30,7 @@ PLAIN_POWER = re.compile(r"(?<!\d)\d+\^\d+")
 def refusal(text: str, may_be_unevaluated: bool = False) -> str | None:
     """Returns the reason to refuse a text to the algebra system, or None to admit it.
 
-    With `may_be_unevaluated`, sums, products, integrals and limits pass, as for a reference whose spelling alone counts.
+    With `may_be_unevaluated`, sums, products, integrals and limits pass: only the spelling of a reference counts then.
     """
     if CODE.search(text) is not None:
         return "what could run as code"

@@ -173,7 +173,7 @@ class JsonClient(Closing):
         return bytes(content)
 
     def _shown(self, content: bytes | str) -> str:
-        """Returns the beginning of an answer on one line, without the key, which a server may repeat when it refuses it."""
+        """Returns the beginning of an answer on one line, without the key, which an error of the server may repeat."""
         text = content.decode(errors="replace") if isinstance(content, bytes) else content
         if self.key:
             text = text.replace(self.key, "[key]")
