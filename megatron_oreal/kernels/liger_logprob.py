@@ -47,7 +47,7 @@ class LigerOperator:
         kernels.configure(bootstrap_group=group, flsce=largest)
 
     def fits(self, num_tokens: int) -> bool:
-        """Returns whether the operator can compute a call of this many tokens: at least one, at most the configured number."""
+        """Returns whether the operator accepts this many tokens: at least one, at most the configured number."""
         return 0 < num_tokens <= self.call.max_tokens
 
     def __call__(self, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

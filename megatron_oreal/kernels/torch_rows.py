@@ -1,4 +1,4 @@
-"""Implements the passes over a tile of logits that are not matrix products, in plain torch; for CUDA see triton_rows.py.
+"""Implements the passes over a tile of logits that are not matrix products in plain torch; triton_rows.py, for CUDA.
 
 They go over the tile in blocks of rows that stay in the processor's cache, and so need next to no memory.
 """
@@ -41,7 +41,7 @@ def reduce_rows(
     with_entropy: bool,
     kept: Exponentials | None = None,
 ) -> Tensor:
-    """Returns [3, t]: maximum m, sum exp(z - m), the target's z or -inf; a fourth row sum exp(z - m) (z - m) for entropy.
+    """Returns [3, t]: maximum m, sum exp(z - m), the target's z or -inf; with entropy [4, t]: sum exp(z - m) (z - m).
 
     z = logits / temperature. The logits stay as they are. A NaN among them makes the sum NaN. The exponentials are
     written to `kept`, if it is given.
@@ -163,7 +163,7 @@ def _gradient_of_kept(
 
 
 def cast_transpose(matrix: Tensor, factors: Tensor | None, scale: Tensor, out: Tensor) -> None:
-    """Writes (matrix [m, n] * factors [m, 1] / scale).T to `out`, e4m3 with sizes that are multiples of 16; 0 beyond."""
+    """Writes (matrix [m, n] * factors [m, 1] / scale).T to `out`, e4m3 with sizes in multiples of 16; 0 beyond."""
     product = matrix.float() if factors is None else matrix.float() * factors[:, None]
     out.copy_(padded((product / scale).clamp_(-E4M3_MAX, E4M3_MAX).T, *out.shape))
 

@@ -15,12 +15,12 @@ from megatron_oreal.kernels.torch_rows import SHIFT_COLUMNS, Exponentials
 
 BLOCK = SHIFT_COLUMNS  # columns that a program looks at, at a time
 NUM_WARPS = 8
-# Rows of one program in kernels that also write the transpose, where they become 128 contiguous bytes of e4m3.
+# Rows of one program in kernels that also write the transpose: a column of it has 128 contiguous bytes of e4m3.
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
-# The smallest normal float32. Triton computes with anything smaller in float64, and converts that to e4m3 only from
-# version 3.9 on.
+# The smallest normal float32. Triton holds a smaller constant in float64, which only version 3.9 and later convert to
+# e4m3.
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
@@ -148,7 +148,7 @@ def widened(values: tl.tensor) -> tl.tensor:
     """Converts bfloat16 to float32 by moving its bits.
 
     With one conversion, Triton 3.6 moves the transposition of the results up to it, and computes everything twice, once
-    in each layout: three times the registers, some of them spilled. It does not do so where there are two conversions.
+    in each layout: three times the registers, some of them spilled. It does not do so with two conversions.
     """
     bits = values.to(tl.uint16, bitcast=True)
     return ((bits >> 8).to(tl.uint32) << 24 | (bits & 255).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -158,7 +158,7 @@ def widened(values: tl.tensor) -> tl.tensor:
 def opaque(values: tl.tensor) -> tl.tensor:
     """Returns the same e4m3 values; hides from the compiler that they are also stored in another order.
 
-    Where it does, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
+    Without this, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
     fills three columns in eight of the transposed matrix with such parts. Triton's interpreter has no assembly.
     """
     bits = values.to(tl.uint8, bitcast=True)

@@ -70,7 +70,7 @@ class WorkerProcess:
             bufsize=0,
             start_new_session=True,  # the trainer handles Ctrl-C, also while this process starts
             env={name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-            # Python finds packages installed for this user alone by PYTHONUSERBASE: HOME, a folder of secrets, is not passed.
+            # PYTHONUSERBASE leads Python to the user's own packages; HOME, a folder with secrets, is hidden.
             | {"HOME": NO_HOME, "PYTHONUSERBASE": site.getuserbase()}
             | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"}
             | dict.fromkeys(THREAD_COUNTS, "1"),  # a worker must not start threads

@@ -98,7 +98,7 @@ class TorchFp8Gradients:
             part = new_matrix(width, columns.stop - columns.start, weight.device)
             call.rows.cast_transpose(weight[columns], None, self.weight_scale, part)
             left = gradient[:, columns.start : columns.start + part.shape[1]]
-            # The product is rounded to bfloat16: it has half the bytes, and FP8's error is ten times that of the rounding.
+            # Rounding the product to bfloat16 halves its bytes; FP8's error is ten times as large as the rounding's.
             product = scaled_product(left, part, self.weight_scale, torch.bfloat16)[: len(out), :width]
             if columns.start:
                 out.add_(product)

@@ -20,7 +20,7 @@ Scaling = Literal["tensor", "block", "mx"]  # one scale a tensor, a block of 128
 
 @dataclass(frozen=True, slots=True)
 class Fp8Options:
-    """The library whose FP8 products the gradients use. For torch's, our own kernels quantise with one scale per token."""
+    """The library whose FP8 products the gradients use. For torch's, our kernels quantise with one scale a token."""
 
     backend: Backend = "torch"
     scaling: Scaling = "tensor"  # through Transformer Engine
@@ -41,7 +41,7 @@ def check_capability(device: torch.device, needed: tuple[int, int], what: str) -
 def scale_of(largest: Tensor) -> Tensor:
     """Returns the scale ([] float32) that maps `largest`, a matrix's largest magnitude, to the maximum of e4m3.
 
-    NaN and infinities make it NaN or infinite, and the product NaN: they are not hidden.
+    NaN and infinities make the scale NaN or infinite and the product NaN, so that they stay visible.
     """
     return (largest.float() / E4M3_MAX).clamp_min(SMALLEST_SCALE)
 
