@@ -94,7 +94,7 @@ def compare(old: Path, new: Path) -> None:
 
 
 def is_same(value: Any, other: Any, exact: bool) -> bool:
-    """Compares values; with SGLang, the last digits of log-probs may differ, because arrival times decide its batches."""
+    """Compares two values. Runs with SGLang differ in the last digits, because arrival times decide its batches."""
     if exact or not isinstance(value, float) or not isinstance(other, float):
         return bool(value == other)
     return math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-8)
@@ -108,7 +108,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def configuration(folder: Path, name: str) -> dict[str, Any]:
-    """Returns one run's settings; a run that needs another model's initial weights uses those of the warmed-up policy."""
+    """Returns one run's settings; reinforcement learning starts each model from the warmed-up policy's weights."""
     is_sft = name.startswith("sft")
     settings: dict[str, Any] = yaml.safe_load((QUICKSTART / ("sft.yaml" if is_sft else "config.yaml")).read_text())
     settings |= {"run_dir": str(folder / name), "seed": 0, "checkpoint": {"every": 5, "keep_last": 1}}

@@ -60,7 +60,7 @@ def prompt_texts(file: Path) -> list[str]:
 
 
 def shrink(settings: dict[str, Any], folder: Path, whole: bool) -> dict[str, Any]:
-    """Replaces the model, the data, the lengths, and settings that need GPUs; without `whole`, also shrinks the batches."""
+    """Replaces model, data, lengths, and settings that need GPUs; without `whole`, shrinks the batches too."""
     settings["run_dir"] = str(folder / "runs" / settings["run_dir"].removeprefix("runs/"))
     stem = "annealing" if settings["run_dir"].endswith("annealing") else "config"
     recipe = Path(settings["run_dir"]).name.removesuffix("_annealing")
