@@ -228,7 +228,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 @click.option("--search", default="", help="Show only samples with this text in prompt, answer or response.")
 @click.option("--sort", default=None, help="Order of the table: worst (default), run, newest, longest, shortest, ...")
 @click.option("--full", is_flag=True, help="Print whole responses instead of a table.")
-@click.option("--limit", type=click.IntRange(min=1), help="Default: 20 in the terminal, the newest 20000 on a page.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most samples to show: 20 by default, on a page 20000.")
 def view(
     run: Path, out: Path | None, sort: str | None, full: bool, limit: int | None, disagree: bool, **chosen: Any
 ) -> None:

@@ -1,8 +1,8 @@
 """Runs linear_logprob's passes over blocks of tokens, for half-precision products on a GPU.
 
-forward   logits of a tile in float32; their reduction, and in the same pass exp(z - shift) in bfloat16, if it is kept
-backward  in the place of the exponentials: d loss / d logits; then one product for the hidden states and one for the
-          weight. A block that was not kept is first made again: the bits are the same.
+forward   computes a tile's logits in float32; one pass reduces them, and writes exp(z - shift) in bfloat16 if kept
+backward  overwrites the exponentials with d loss / d logits, then computes one product for the hidden states and one
+          for the weight; first recomputes a block that was not kept, with the same bits
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class BlockPasses:
             self.gradients.add(
                 self.call, block, part, hidden[rows], weight[:used], of_rows, of_weight, accumulate=accumulate
             )
-        del block  # its memory is free before the next one is made
+        del block  # frees its memory before the next block is allocated
         if of_rows is not None:
             sums.store_hidden(rows, of_rows)
 

@@ -1,7 +1,7 @@
 """Plans blocks of tokens over the whole vocabulary, for half-precision products: how many, and how many are kept.
 
 A block of t tokens and V columns holds 2 t V bytes: exp(z - shift) in bfloat16 after the forward pass, and in the same
-memory the gradient of the logits in the backward pass. The float32 logits exist a tile of columns at a time.
+memory the gradient of the logits in the backward pass. Only one tile of columns of the float32 logits exists at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megatron_oreal.kernels.torch_rows import Exponentials
 
 TOKEN_ALIGNMENT = 128  # of blocks: rows of a tile of a matrix product
 COLUMN_ALIGNMENT = 256  # of tiles of logits
-ROW_ALIGNMENT = 64  # elements: a row of a block begins where the products can load it whole
-WAVE_COLUMNS = 64  # a multiprocessor. 4 row tiles of 128 x 33 column tiles of 256 are one for each of 132
+ROW_ALIGNMENT = 64  # elements: alignment of a block's rows for aligned loads by the products
+WAVE_COLUMNS = 64  # per multiprocessor: 4 row tiles of 128 x 33 column tiles of 256 give each of 132 one tile
 TILE_BYTES = 160 * 2**20  # of a tile's float32 logits, at most
 MOST_BLOCKS = 512
 # The choice between more blocks and more recomputation assumes these rates, which are measured on an H200.
@@ -36,7 +36,7 @@ class BlockSizes:
     columns: int  # of this rank, with padding
     hidden: int
     total_bytes: int  # of blocks and of what one block takes beside them
-    fixed_bytes: int  # of the gradients of a block, whatever its tokens
+    fixed_bytes: int  # of the gradients of a block, for any number of tokens
     token_bytes: int  # of the gradients of a block, a token
     weight_bytes: int  # of one number of the weight's gradient
     num_processors: int  # multiprocessors of the GPU

@@ -55,11 +55,11 @@ class GradientSums:
 
 
 def mark_main_grad(call: Call) -> Tensor | None:
-    """Says that main_grad has the weight's gradient, and returns what autograd gets in its place.
+    """Marks that main_grad has the weight's gradient, and returns the gradient for autograd in its place.
 
-    Megatron's hook then adds nothing of what autograd has, except where the weight is tied to the embedding of the same
-    stage (`zero_out_wgrad`): there it adds autograd's gradient, which is the embedding's part. With overlapped
-    reduction the hook also asserts that autograd has a gradient: the embedding's, or the placeholder.
+    Megatron's hook then does not add autograd's gradient, unless the weight is tied to the embedding of the same stage
+    (`zero_out_wgrad`): then it adds autograd's gradient, which is the embedding's part. With overlapped reduction, the
+    hook also asserts that autograd has a gradient: the embedding's, or the placeholder.
     """
     assert call.fused_weight is not None
     call.fused_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

@@ -2,10 +2,10 @@
 
     log p(y) = z_y - log sum_{k in kept} exp(z_k),   z = logits / temperature
 
-The set stays as it is while the weights change, so that the gradient is that of the truncated distribution: in
-expectation over its samples, grad log p is 0. Plain torch, a block of rows at a time: it is slower than
-`linear_logprob`, and never holds more than BLOCK_BYTES of logits a buffer. Under tensor parallelism every rank sees the
-logits of the whole vocabulary of a block.
+The set does not change with the weights, so that the gradient is that of the truncated distribution: in expectation
+over its samples, grad log p is 0. The module uses plain torch and processes one block of rows at a time: it is slower
+than `linear_logprob`, and holds at most BLOCK_BYTES of logits in each buffer. Under tensor parallelism, every rank
+computes with a block's logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def choose_kept(
 ) -> KeptTokens:
     """Keeps the tokens whose logits `truncate` leaves finite, and the target, which rounding can exclude.
 
-    truncate: [t, V] logits at the temperature -> the same with -inf for what is never sampled.
+    truncate: maps logits [t, V], divided by the temperature, to the same with -inf for tokens that are never sampled.
     """
     counts, ids = [], []
     for rows in vocabulary.blocks(len(target)):

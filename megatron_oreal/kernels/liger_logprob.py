@@ -4,7 +4,7 @@ The packages are liger-kernel and liger-cute-kernels: CUTLASS kernels that reduc
 computed, and exchange the ranks' sums through NVSHMEM. The operator is configured once a process, for the largest call;
 its buffers stay on the GPU from then on.
 
-It knows no padded columns of the vocabulary, no FP8 products, and no device but Hopper with bfloat16.
+The operator supports only bfloat16 on Hopper GPUs, and neither padded columns of the vocabulary nor FP8 products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NO_TARGET = -100  # the operator leaves such targets out; ours are never negative
+NO_TARGET = -100  # the operator ignores such targets; ours are never negative
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LigerCall:
 class LigerOperator:
     """The configured operator. Its construction is a collective of `group`, the tensor-parallel ranks.
 
-    Raises ImportError where a package is missing, and RuntimeError where the operator cannot be configured.
+    Raises ImportError if a package is missing, and RuntimeError if the operator cannot be configured.
     """
 
     def __init__(self, call: LigerCall, group: dist.ProcessGroup) -> None:
@@ -61,7 +61,7 @@ class LigerOperator:
 
 
 def missing_for_liger(device: torch.device, dtype: torch.dtype, num_padded: int) -> str:
-    """Returns what the operator lacks on this device and for this model, or "" where it lacks nothing.
+    """Returns what the operator lacks on this device and for this model, or "" if it lacks nothing.
 
     num_padded: columns of the vocabulary that belong to no token, over all ranks.
     """

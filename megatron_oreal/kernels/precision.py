@@ -20,7 +20,7 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Says with which products a call of linear_logprob computes."""
+    """Defines which products a call of linear_logprob uses."""
 
     products: Products
     # Makes the gradients of one call; None: from tiles of float32 logits, with `products`

@@ -1,6 +1,7 @@
 """Computes the three matrix products of the loss without logits, in a chosen precision.
 
-`linear_logprob` cuts tokens and vocabulary into tiles and calls these on each: t tokens, v columns, H hidden units.
+`linear_logprob` splits tokens and vocabulary into tiles of t tokens and v columns, and calls these on each; H is the
+hidden size.
 """
 
 from __future__ import annotations

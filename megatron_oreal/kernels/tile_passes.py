@@ -1,7 +1,6 @@
 """Runs linear_logprob's passes over tiles of float32 logits: on a CPU, and for float32 inputs on a GPU.
 
-The first tiles' logits are kept for the backward pass, as many as there is room for (tiles.py); the others are
-computed again.
+The logits of as many first tiles as fit (tiles.py) are kept for the backward pass, which recomputes the others.
 """
 
 from __future__ import annotations

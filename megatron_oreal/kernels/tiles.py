@@ -48,8 +48,8 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    tokens: list[slice]  # the same on every rank: each meets the others
-    columns: list[slice]  # none where there is only padding
+    tokens: list[slice]  # the same on every rank, because the ranks run collectives for each
+    columns: list[slice]  # empty if this rank has only padding
 
     @staticmethod
     def square(sizes: Sizes) -> Tiling:
@@ -86,8 +86,8 @@ class Tiling:
 class TileLogits:
     """The logits of a tiling's tiles; the first ones, as many as fit, are kept.
 
-    On a CPU they lie in two pieces of memory, of the kept ones and of all others in turn: tiles that are freed leave
-    holes there that no other tile fits into.
+    On a CPU, two buffers hold the logits: one the kept ones, the other each further tile in turn. Separate allocations
+    would fragment the memory, because no other tile fits into the space of a freed tile.
     """
 
     def __init__(self, tiling: Tiling, num_bytes: int, is_cpu: bool) -> None:
@@ -112,7 +112,7 @@ class TileLogits:
             del logits  # before the next tile is made
 
     def again(self, rows: slice, compute: Compute) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the tiles of `first` once more: kept logits are handed over, the others are computed again."""
+        """Yields the tiles of `first` again: removes kept logits from the store, and recomputes the others."""
         for columns in self.tiling.columns:
             logits = self.kept.pop((rows.start, columns.start), None)
             if logits is None:

@@ -1,6 +1,6 @@
 """Implements the passes over a tile of logits that are not matrix products in plain torch; triton_rows.py, for CUDA.
 
-They go over the tile in blocks of rows that stay in the processor's cache, and so need next to no memory.
+They process the tile in blocks of rows that stay in the processor's cache, and so need little memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK_BYTES = 2**20
 CUDA_BLOCK_BYTES = 2**26
-SHIFT_COLUMNS = 4096  # columns of a tile that share a shift: the Triton kernels look at so many at a time
+SHIFT_COLUMNS = 4096  # columns of a tile that share a shift; a Triton program reads this many at a time
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -43,8 +43,8 @@ def reduce_rows(
 ) -> Tensor:
     """Returns [3, t]: maximum m, sum exp(z - m), the target's z or -inf; with entropy [4, t]: sum exp(z - m) (z - m).
 
-    z = logits / temperature. The logits stay as they are. A NaN among them makes the sum NaN. The exponentials are
-    written to `kept`, if it is given.
+    z = logits / temperature. The function does not change the logits. A NaN among them makes the sum NaN. If `kept` is
+    given, it receives the exponentials.
     """
     if kept is not None:
         keep_exponentials(logits, num_valid, temperature, kept)

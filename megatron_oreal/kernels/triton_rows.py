@@ -1,7 +1,7 @@
 """Implements the passes over a tile of logits that are not matrix products, for CUDA; each reads the tile once.
 
-The functions have the signatures and the meaning of those in torch_rows.py. Import this module only where Triton is:
-TRITON_INTERPRET=1, set before, runs it on a CPU.
+The functions have the signatures and the meaning of those in torch_rows.py. Import this module only if Triton is
+installed. With TRITON_INTERPRET=1, set before the import, it runs on a CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_oreal.kernels.torch_rows import SHIFT_COLUMNS, Exponentials
 
 BLOCK = SHIFT_COLUMNS  # columns that a program looks at, at a time
 NUM_WARPS = 8
-# Rows of one program in kernels that also write the transpose: a column of it has 128 contiguous bytes of e4m3.
+# Rows of one program in kernels that also write the transpose, in which they are 128 contiguous bytes of e4m3.
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
@@ -288,7 +288,7 @@ def reduce_rows(
 ) -> Tensor:
     num_rows, num_columns = logits.shape
     numbers = torch.empty(4 if with_entropy else 3, num_rows, dtype=torch.float32, device=logits.device)
-    with torch.cuda.device_of(logits):  # Triton launches on the current one; tensors of a CPU leave it as it is
+    with torch.cuda.device_of(logits):  # Triton launches on the current device; CPU tensors do not change it
         reduce_kernel[(num_rows,)](
             logits,
             logits.stride(0),

@@ -10,7 +10,7 @@ that are at least as likely, still has the wanted count (top-k) or mass (top-p).
 floats' bits, whose order as integers is that of the floats: two bits in the first pass over the row, three in each of
 ten more.
 
-Import this module only where Triton is. TRITON_INTERPRET=1, set before, runs it on a CPU.
+Import this module only if Triton is installed. With TRITON_INTERPRET=1, set before the import, it runs on a CPU.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class RowKernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Holds what the gradient of the logits needs to know of its t tokens, besides the logits."""
+    """Holds the inputs of the gradient of t tokens' logits, besides the logits."""
 
     target: Tensor  # [t]
     logsumexp: Tensor  # [t], of all columns of all ranks
@@ -87,7 +87,7 @@ class Upstream:
 
 
 class BlockGradients(Protocol):
-    """Makes the gradients of a block's logits of its exponentials, and multiplies them. One object a call."""
+    """Computes the gradients of a block's logits from its exponentials, and their products; one object per call."""
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
         """Returns (bytes of any block, bytes for each of its tokens), besides the block and a tile of its logits."""

@@ -1,7 +1,7 @@
 """Computes FP8 gradients of the logits: one kernel makes them, in both layouts, from a block's exponentials.
 
-A token's gradient g is at most as large as a bound r that follows from its scales alone, without a look at the logits:
-|p - onehot| <= 1. So g 448 / r is rounded to e4m3, and r / 448 goes where the token's row is in each product:
+The magnitude of a token's gradient g is at most r, a bound that depends on the token's scales but not on the logits,
+because |p - onehot| <= 1. So g 448 / r is rounded to e4m3, and each product multiplies the token's row by r / 448:
 
     d hidden[t] = (r_t / 448) sum_v e4m3[t, v] weight[v]
     d weight[v] = sum_t e4m3[t, v] (r_t / 448) hidden[t]

@@ -58,7 +58,7 @@ def new_matrix(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
 def scaled_product(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Returns (left [m, k] @ right [n, k].T) * scale in `dtype`, summed in float32; `out` [m, n] receives it if given.
 
-    Of e4m3 matrices with aligned dimensions whose rows are contiguous.
+    The matrices are e4m3, with aligned dimensions and contiguous rows.
     """
     one = torch.ones((), dtype=torch.float32, device=left.device)
     multiply = partial(torch._scaled_mm, left, right.T, scale_a=one, scale_b=scale, out_dtype=dtype)

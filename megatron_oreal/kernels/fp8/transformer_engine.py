@@ -1,7 +1,7 @@
 """Computes FP8 products with Transformer Engine's quantizers and general_gemm, for its versions 2.10 to 2.20.
 
-Not run on hardware yet: tests/gpu/test_fp8.py checks it where it can be imported. Everything that is known of
-Transformer Engine is in this file.
+It has not run on hardware: tests/gpu/test_fp8.py checks it if Transformer Engine can be imported. This module contains all
+calls to Transformer Engine's quantizers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_oreal.kernels.blocks import TILE_BYTES, Block
 from megatron_oreal.kernels.fp8.scaled import Scaling, check_capability
 from megatron_oreal.kernels.vocabulary_reduction import Call, Upstream
 
-MIN_VERSION = (2, 10)  # from here general_gemm brings its own workspace
+MIN_VERSION = (2, 10)  # from this version on, general_gemm allocates its own workspace
 NEEDED_CAPABILITY: dict[Scaling, tuple[int, int]] = {"tensor": (8, 9), "block": (9, 0), "mx": (10, 0)}
 BLOCK_CUDA_VERSION = (12, 9)  # block scales are a feature of its cuBLASLt
 ALIGNMENT: dict[Scaling, int] = {"tensor": 16, "block": 16, "mx": 32}  # elements, of both dimensions of every operand
