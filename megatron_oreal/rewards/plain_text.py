@@ -83,7 +83,7 @@ def mark_joints(text: str) -> str:
 
 
 def run_text(run: str, before: str, after: str, is_sentence: bool) -> str:
-    """Returns the LaTeX that a run of letters stands for between its neighbours."""
+    """Returns the LaTeX that a run of letters means between its neighbours."""
     if CJK.search(run):
         return rf" \text{{{CJK_JOINTS.get(run, run)}}} "
     if len(run) == 1:

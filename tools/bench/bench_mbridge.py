@@ -1,6 +1,6 @@
 """Measures loading a Hugging Face directory into a live model and saving it, beside mbridge in the same process.
 
-    python tools/bench/bench_mbridge.py DIR --rounds 3        (bench_convert.py runs it by itself)
+    python tools/bench/bench_mbridge.py DIR --rounds 3        (bench_convert.py also runs it)
 
 mbridge (`pip install --no-deps mbridge`) only moves weights between files and live models, so both rivals do that, in
 one process without a GPU. mbridge builds its models with Transformer Engine; here it fills a module that has the

@@ -1,7 +1,7 @@
 """Computes FP8 products with Transformer Engine's quantizers and general_gemm, for its versions 2.10 to 2.20.
 
-It has not run on hardware: tests/gpu/test_fp8.py checks it if Transformer Engine can be imported. This module contains all
-calls to Transformer Engine's quantizers.
+It has not run on hardware: tests/gpu/test_fp8.py checks it if Transformer Engine can be imported. This module contains
+all calls to Transformer Engine's quantizers.
 """
 
 from __future__ import annotations
