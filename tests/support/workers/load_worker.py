@@ -70,7 +70,7 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = chunk.sharded_state_dict(metadata=metadata)
-    loaded = dist_checkpointing.load({"model": sharded}, str(mcore))  # with default strictness, no tensor may be missing
+    loaded = dist_checkpointing.load({"model": sharded}, str(mcore))  # default strictness: no missing tensor
     chunk.load_state_dict(loaded["model"], strict=False)
     if (layout.tensor_size, layout.pipeline_size) == (2, 2):
         save(folder / f"{name}-saved", chunk)
