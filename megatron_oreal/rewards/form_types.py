@@ -76,7 +76,7 @@ class Measured:
 
 @dataclass(slots=True, frozen=True)
 class Approximated:
-    r"""`\\sqrt{2} \\approx 1.41`: the exact value counts."""
+    r"""An approximation such as `\\sqrt{2} \\approx 1.41`; the exact value counts."""
 
     exact: Form
     approximation: str
