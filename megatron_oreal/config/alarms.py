@@ -11,9 +11,7 @@ from megatron_oreal.config.section import Section
 
 
 class MachineAlarms(Section):
-    """The settings of the alarms about time and memory. A threshold of null turns its alarm off; no alarm changes a
-    result.
-    """
+    """The settings of the alarms about time and memory. A threshold of null turns its alarm off."""
 
     # A phase of a step counts as slow when it takes this many times the median of its last 50 durations.
     slow_phase: float | None = Field(default=3.0, gt=1)

@@ -287,9 +287,7 @@ SINGLE_UPDATE_WORDS = (
 
 
 class OutcomeConfig(AlgorithmConfig):
-    """The settings of any objective h(p) of the pass rate p over a weighted log-prob loss: GRPO, Dr. GRPO, DAPO, RLOO
-    ...
-    """
+    """The settings of any objective h(p) of the pass rate p, on a weighted log-prob loss: GRPO, Dr. GRPO, DAPO, ..."""
 
     name: Literal["outcome"]
     # The objective. pure_rejection_sampling trains on the first num_correct correct samples of each group.

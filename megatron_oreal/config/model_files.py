@@ -67,9 +67,7 @@ def write_model_settings(directory: Path, settings: ModelSettings, dtype: object
 
 
 def copy_model_file(source: Path, target: Path) -> None:
-    """Copies a file that lies beside a model's weights, without a JSON file's byte order mark, which other readers
-    refuse.
-    """
+    """Copies a file beside a model's weights. Removes JSON's byte order mark, which other readers refuse."""
     if source.suffix == ".json":
         target.write_bytes(source.read_bytes().removeprefix(codecs.BOM_UTF8))
     else:

@@ -22,7 +22,7 @@ class MlflowConfig(Section):
 
 
 class WandbConfig(Section):
-    """The settings of Weights & Biases, which gets records directly or from a folder that `wandb sync` uploads later."""
+    """The settings of Weights & Biases, which gets records directly or from a folder that `wandb sync` uploads."""
 
     enabled: bool = False  # The run logs its records to Weights & Biases.
     # online sends records during the run; offline writes them to RUN_DIR/wandb for `wandb sync`.

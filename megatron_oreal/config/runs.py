@@ -228,9 +228,7 @@ class TrainConfig(RunConfig):
 
     @property
     def has_fresh_ratios(self) -> bool:
-        """Says whether the ratios in a step's first update are 1, as they are to the trainer's own policy before the
-        step.
-        """
+        """Says whether the ratios in a step's first update, to the trainer's policy before the step, are 1."""
         return self.correction is None or self.correction.old_logprobs == "trainer"
 
     @model_validator(mode="before")

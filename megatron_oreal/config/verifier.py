@@ -39,7 +39,7 @@ Reply with one word, CORRECT or INCORRECT."""
 
 
 def check_url(name: str, url: str) -> None:
-    """Raises ValueError unless the value is a plain http or https address. The message omits it, for it may hold a key."""
+    """Raises ValueError unless the value is a plain http or https address. The message omits it: it may hold a key."""
     if not url:
         return
     try:
