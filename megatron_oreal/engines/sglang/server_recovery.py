@@ -100,8 +100,7 @@ async def look_for(pool: ServerPool, server: Server, examine: Examine) -> str:
 
 
 async def watch_silence(pool: ServerPool) -> None:
-    """Never ends. It names the servers that have answered nothing for TELL_SECONDS, what they were asked, and until
-    when they may answer."""
+    """Never ends. Logs which servers have been silent for TELL_SECONDS, their requests, and their deadlines."""
     while True:
         await asyncio.sleep(TELL_SECONDS / 3)
         now, silent = time.monotonic(), []
