@@ -142,7 +142,7 @@ class Ledger(Closing):
             self._write(step, key, generation, batch=batch)
 
     def carry(self, step: int, key: str, generation: Generation) -> None:
-        """Hands a response, whole or begun, to `step`, unless `step` has it from before a kill."""
+        """Passes a response, complete or partial, to `step`, unless `step` has it from before a kill."""
         with self.lock:
             if self._find(step, key, 0) is None:
                 self._keep(step, self._write(step, key, generation, is_carried=True))

@@ -122,7 +122,7 @@ class Sampler:
         )
 
     def _verify(self, samples: Sequence[Sample], prompt: Prompt) -> list[Verdict]:
-        """Verifies one response. With `require_stop`, a response that was cut is wrong without a call of the verifier."""
+        """Verifies samples. With `require_stop`, a response that was cut is wrong without a call of the verifier."""
         is_cut = [self.require_stop and sample.finish_reason != "stop" for sample in samples]
         whole = [sample.response_text for sample, cut in zip(samples, is_cut, strict=True) if not cut]
         judged = iter(self.verifier.verify_responses(prompt, whole) if whole else [])
