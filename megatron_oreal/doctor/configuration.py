@@ -78,7 +78,7 @@ def missing_weights(path: Path) -> str:
     try:
         index = json.loads((path / "model.safetensors.index.json").read_bytes())
         names = sorted({str(name) for name in index["weight_map"].values()})
-    # the loader of the weights reports these errors better
+    # The loader of the weights reports these errors better
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
     return next((name for name in names if not (path / name).is_file()), "")

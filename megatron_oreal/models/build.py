@@ -235,7 +235,7 @@ def build_chunks(
                 parallel_output=True,
                 vp_stage=vp_stage,
             )
-        # the table covers all positions; _preprocess selects those of this rank's tokens
+        # The table covers all positions; _preprocess selects those of this rank's tokens
         chunk.rotary_pos_emb.cp_group = None
         if architecture.rope_scaling:
             # Megatron's own scaling fixes three of the four numbers of this scaling.

@@ -21,7 +21,7 @@ from megatron_oreal.parallel.layout import ParallelLayout
 class Fp8RecipeNeeds:
     scaling: Scaling
     engine_version: tuple[int, int]
-    # the number of tokens of a linear layer must be a multiple of this, for the gradient of its weight
+    # The number of tokens of a linear layer must be a multiple of this, for the gradient of its weight
     token_multiple: int
     settings: dict[str, Any]  # arguments of TransformerConfig
 

@@ -92,7 +92,7 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if deterministic:
         torch.backends.cudnn.benchmark = False
-        # all memory is written before it is read
+        # All memory is written before it is read
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic and on_cpu:
         torch.use_deterministic_algorithms(True, warn_only=True)

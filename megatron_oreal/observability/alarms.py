@@ -19,7 +19,7 @@ from megatron_oreal.types import Metrics
 
 PAGE = "docs/alarms.md"
 PHASES = ("rollout", "update", "weight_sync", "evaluation", "checkpoint")
-# durations of a phase: the number kept, and the number needed before one counts as slow
+# Durations of a phase: the number kept, and the number needed before one counts as slow
 PHASE_HISTORY, MIN_PHASE_HISTORY = 50, 5
 MEMORY_STEPS, MEMORY_WARMUP_STEPS = 10, 2  # steps that are compared, and steps before the first of them
 QUIET_STEPS = 5  # steps without the cause, after which an alarm about time or memory ends
@@ -239,7 +239,7 @@ def sample_alarms(config: MachineAlarms) -> list[Alarm]:
     if not isinstance(config, AlarmsConfig):
         return []
     steps = config.window_steps
-    # the setting, its threshold, the metric, its check, the value in words, and the advice
+    # The setting, its threshold, the metric, its check, the value in words, and the advice
     rows: list[tuple[str, float | None, str, Callable[[Metrics], float | None], str, str]] = [
         (
             "groups_solved",

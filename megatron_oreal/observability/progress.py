@@ -47,7 +47,7 @@ class ProgressBar(Closing):
         self.log: TextIO | None = None
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            # line buffering lets `tail -f` show each line at once
+            # Line buffering lets `tail -f` show each line at once
             self.log = log_file.open("a", encoding="utf-8", buffering=1)
 
     @staticmethod

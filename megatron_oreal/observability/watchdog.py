@@ -132,7 +132,7 @@ class Watchdog(Closing):
             else "the same command continues from the last checkpoint"
         )
         line = printable(f"Error: hang: {description}; the stacks of all ranks are in {file.parent}; {end}")
-        # a hanging thread may hold the lock of sys.stderr
+        # A hanging thread may hold the lock of sys.stderr
         within(WRITE_SECONDS, lambda: os.write(STDERR, f"{line}\n".encode()))
         within(WRITE_SECONDS, lambda: append(self.run_dir / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n"))
         write_where_possible(file.parent, "hang.txt", f"{line}\n", WRITE_SECONDS)

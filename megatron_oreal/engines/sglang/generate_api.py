@@ -35,7 +35,7 @@ class Chunk(TokenData):
     model_logprobs: Float32Array
     policy_versions: Int32Array
     finish_reason: FinishReason
-    # the runs that sent the weights; "" for weights that the server has read from disk
+    # The runs that sent the weights; "" for weights that the server has read from disk
     runs: frozenset[str] = frozenset()
     matched_token: bool = False  # whether an end token ended it, not a stop string
 
@@ -120,7 +120,7 @@ class PartialResponse:
         self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
         self.model_logprobs = np.concatenate([self.model_logprobs, answer.model_logprobs])
         self.policy_versions = np.concatenate([self.policy_versions, answer.policy_versions])
-        # if there are none, end tokens had to be ignored
+        # If there are none, end tokens had to be ignored
         if answer.finish_reason == "stop" and self.params.stop_token_ids:
             self.ends_with_token_of_server = answer.matched_token or not self.sends_stop_strings
         if answer.finish_reason == "stop" and self.params.stop_strings and self.decode is not None:

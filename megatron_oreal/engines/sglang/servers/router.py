@@ -25,7 +25,7 @@ class Router:
     def __init__(self, settings: ServerSettings, endpoints: Sequence[Endpoint]) -> None:
         self.process = launch_router(settings)
         try:
-            # before that, another user's process could receive the key
+            # Before that, another user's process could receive the key
             self.wait_for(self.process.listens, "did not start")
             self.wait_for(lambda: self.ask("GET", "/workers") is not None, "did not start")
             for endpoint in endpoints:

@@ -174,7 +174,7 @@ class BroadcastGroup:
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
-            # listens on this address only, not on all interfaces
+            # Listens on this address only, not on all interfaces
             gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]
             self.backend = dist.ProcessGroupGloo(store, 0, self.world_size, gloo)
 

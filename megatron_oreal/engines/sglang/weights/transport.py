@@ -50,7 +50,7 @@ class ServerTransport(ABC):
         self.loop, self.timeout_seconds = loop, timeout_seconds
         self.checksums = Checksums() if check_weights else None
         self.run_id = ""  # part of the label of the servers' weights
-        # servers of older releases, which have no requests to begin and end an update
+        # Servers of older releases, which have no requests to begin and end an update
         self.without_session: set[SglangClient] = set()
 
     def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
