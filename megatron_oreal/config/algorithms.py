@@ -93,7 +93,7 @@ class OrealConfig(AlgorithmConfig):
     # The KL divergence is to the frozen initial policy, or to the policy at the start of the step.
     kl_target: Literal["initial", "old"] = "initial"
     kl_coef: float = Field(default=0.01, ge=0)  # The weight of the KL divergence in the loss.
-    policy_freeze_steps: int = Field(default=10, ge=0)  # The first steps train only the reward model.
+    policy_freeze_steps: int = Field(default=10, ge=0)  # The number of first steps for the reward model only.
     # The policy's learning rate schedule advances while the policy is frozen, so that its warm-up passes meanwhile.
     freeze_advances_schedule: bool = True
     filter_overlong: bool = False  # Samples cut at the length limit count in pass rates, but training skips them.
@@ -221,7 +221,7 @@ class PpoConfig(AlgorithmConfig):
     kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the initial policy in the loss.
     kl_reward_coef: float = Field(default=0.0, ge=0)  # The weight of the same KL as a penalty in each token's reward.
     entropy_coef: float = Field(default=0.0, ge=0)  # The weight of the entropy bonus.
-    policy_freeze_steps: int = Field(default=0, ge=0)  # The first steps train only the critic.
+    policy_freeze_steps: int = Field(default=0, ge=0)  # The number of first steps that train only the critic.
     filter_overlong: bool = False  # Training of policy and critic skips samples cut at the length limit.
     critic: CriticConfig = CriticConfig()  # The model that predicts the return.
 

@@ -34,7 +34,7 @@ class PromptConfig(Section):
     template: str | None = None  # The text for format=template; {prompt} marks the place of the message.
     system_prompt: str | None = None  # The system prompt of prompts that have no system message.
     suffix: str = ""  # A text that is appended to the last user message, e.g. "Put the final answer in \\boxed{}."
-    max_prompt_tokens: PositiveInt = 2048  # The run skips longer prompts, and counts and logs them.
+    max_prompt_tokens: PositiveInt = 2048  # The run skips longer prompts, and logs their number.
 
     effects: ClassVar[Effects] = ((("system_prompt",), choice("format", "chat", "plain")),)
 
