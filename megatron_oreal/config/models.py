@@ -70,8 +70,8 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1  # The number of pipeline stages; each stage holds consecutive layers.
     # The number of parts of a pipeline stage that take turns (interleaved schedule); null means one part.
     virtual_pipeline: int | None = Field(default=None, ge=2)
-    # The number of processes that share the tokens of each sequence, for long responses (context parallelism). Only a
-    # CPU supports more than 1.
+    # The number of processes that share the tokens of each sequence, for long responses (context parallelism). Only
+    # runs on a CPU support more than 1.
     context: PositiveInt = 1
     # The number of replicas of the model; null uses what the launcher started, or else 1.
     data: PositiveInt | None = None

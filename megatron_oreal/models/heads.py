@@ -65,8 +65,7 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True)
 class LogprobHead:
-    """Log-probs and entropies of the labels in the loss mask, and 0 elsewhere. Only those labels' tokens reach the
-    head.
+    """Log-probs and entropies of the labels in the loss mask, 0 elsewhere. Only their tokens reach the head.
 
     Both belong to the distribution at `temperature`, over the whole vocabulary or, with a `truncation`, within the
     tokens that it keeps. The first pass over a micro-batch, with the policy that sampled, selects these tokens, and

@@ -119,9 +119,7 @@ class Watchdog(Closing):
         os._exit(REQUEUE)
 
     def _tell(self, hang: Hang, description: str, file: Path) -> None:
-        """Prints the line, and writes it to log.txt and beside the stacks. Ends the process if the step hangs too
-        often.
-        """
+        """Prints the line, and writes it to log.txt and beside the stacks. Ends the process after too many hangs."""
         folder = self.run_dir / FOLDER
         counts: list[int] = []
         within(WRITE_SECONDS, lambda: counts.append(hangs_of_step(folder, hang.step)))
