@@ -1,4 +1,4 @@
-"""megatron-oreal: the command line. A user's mistake ends with one line on stderr and exit code 2."""
+"""Implements the command line, megatron-oreal. It reports a user's mistake in one line on stderr, with exit code 2."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cli() -> None:
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Trains with outcome rewards. The same command again resumes."""
+    """Trains with outcome rewards. Run the same command again to resume."""
 
     def run(resolved: TrainConfig) -> None:
         from megatron_oreal.train import train
@@ -73,7 +73,7 @@ def train(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Supervised warm-up on examples. The same command again resumes."""
+    """Trains on examples (supervised warm-up). Run the same command again to resume."""
 
     def run(resolved: SftConfig) -> None:
         from megatron_oreal.train import sft
@@ -87,14 +87,15 @@ def sft(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
-@click.option("--run", "trained", type=click.Path(path_type=Path), help="Take the model of this run_dir of training.")
-@click.option("--checkpoint", help="For --run: best (default), last, or the number of a step.")
+@click.option("--run", "trained", type=click.Path(path_type=Path), help="Measure the model of this training run_dir.")
+@click.option("--checkpoint", help="With --run: best (default), last, or a step number.")
 def evaluate(
     config: Path, overrides: tuple[str, ...], dry_run: bool, trained: Path | None, checkpoint: str | None
 ) -> None:
-    """Measures a model on datasets. The same command again continues after the last finished dataset.
+    """Measures a model on datasets. Run the same command again to continue after the last finished dataset.
 
-    With --run RUN_DIR, the model is a checkpoint of that run: its policy is written to RUN_DIR/exports/step_NUMBER.
+    With --run RUN_DIR, the model is a checkpoint of that run; the command writes its policy to
+    RUN_DIR/exports/step_NUMBER.
     """
     if trained is None and checkpoint is not None:
         raise ValueError("--checkpoint chooses a checkpoint of --run: give that too, or drop it")
@@ -116,10 +117,11 @@ def evaluate(
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Check settings, layout and data, print them, and stop.")
 def passrate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Measures how often a model solves each prompt. The same command again continues.
+    """Measures how often a model solves each prompt. Run the same command again to continue.
 
-    CONFIG is a configuration of `eval`: eval.num_samples responses to each prompt of eval.prompts.NAME. The file
-    RUN_DIR/prompts/NAME.jsonl is that prompts file with "pass_rate", for data.repeats_by_pass_rate of `train`.
+    CONFIG is a configuration of `eval`. The model gives eval.num_samples responses to each prompt of eval.prompts.NAME.
+    The command writes RUN_DIR/prompts/NAME.jsonl: the prompts file with "pass_rate", which data.repeats_by_pass_rate
+    of `train` uses.
     """
 
     def run(resolved: EvalRunConfig) -> None:
@@ -136,11 +138,12 @@ def passrate(config: Path, overrides: tuple[str, ...], dry_run: bool) -> None:
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 def serve(config: Path, overrides: tuple[str, ...]) -> None:
-    """Starts only the SGLang servers of a training run, and stays until Ctrl-C.
+    """Starts only the SGLang servers of a training run, and runs until Ctrl-C.
 
-    For servers on another node than the trainer: set rollout.sglang.host to an address of this node that the trainer
-    reaches. The servers' addresses and keys go to rollout.sglang.endpoints_file, or else to RUN_DIR/servers.json;
-    the trainer takes them with rollout.sglang.endpoints_file=FILE, from a folder that both nodes see.
+    If the trainer is on another node, set rollout.sglang.host to an address of this node that the trainer can reach.
+    The command writes the servers' addresses and keys to rollout.sglang.endpoints_file, or else to
+    RUN_DIR/servers.json. The trainer reads them with rollout.sglang.endpoints_file=FILE, from a folder that both
+    nodes can read.
     """
     resolved = load_config(TrainConfig, config, overrides)
     check_lengths(resolved, check_layout(resolved, trainable_families()))
@@ -166,21 +169,21 @@ def compare(run_a: Path, run_b: Path, confidence: float) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--group-size", type=int, required=True, help="Samples of a prompt.")
-@click.option("--h", help='For expression: h(t), t the pass rate, e.g. "log(t / (1 - t))".')
-@click.option("--smoothing", type=float, help="For expression: keeps h finite at 0 and 1.")
-@click.option("--n", type=int, help="For pass_at_n; 2 by default.")
-@click.option("--std", help="For grpo: population, bessel or none.")
-@click.option("--epsilon", type=float, help="For grpo: added to the standard deviation.")
+@click.option("--group-size", type=int, required=True, help="Number of samples per prompt.")
+@click.option("--h", help='For expression: h(t) of the pass rate t, e.g. "log(t / (1 - t))".')
+@click.option("--smoothing", type=float, help="For expression: a constant that keeps h finite at 0 and 1.")
+@click.option("--n", type=int, help="For pass_at_n: the number n (default 2).")
+@click.option("--std", help="For grpo: the standard deviation, population, bessel or none.")
+@click.option("--epsilon", type=float, help="For grpo: the number added to the standard deviation.")
 @click.option("--baseline", help="For pass_at_n, logit and expression: leave_one_out or none.")
-@click.option("--negative-coef", type=float, help="For OREAL's variants: eta.")
-@click.option("--out", type=click.Path(path_type=Path), help="Plot to this PNG.")
+@click.option("--negative-coef", type=float, help="For the variants of OREAL: the coefficient eta.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write a plot to this PNG file.")
 def objective(names: tuple[str, ...], group_size: int, out: Path | None, **options: Any) -> None:
     """Prints what an algorithm optimises: its weights, and the function h of the pass rate that they induce.
 
-    NAME: reinforce, rloo, rejection_sampling, grpo, pass_at_n, logit, expression, oreal_reference,
-    oreal_reference_all, oreal_paper. Or a law, alone: best_of_n (of --group-size samples), optimum (under
-    a KL penalty), arcsine (which GRPO approaches).
+    NAME is reinforce, rloo, rejection_sampling, grpo, pass_at_n, logit, expression, oreal_reference,
+    oreal_reference_all or oreal_paper. It can also be one law: best_of_n (of --group-size samples), optimum (under
+    a KL penalty) or arcsine (the limit of GRPO).
     """
     from megatron_oreal.reports.objective import describe_objective, plot_objectives, read_objectives
     from megatron_oreal.reports.theory import plot_law, read_law
@@ -205,9 +208,9 @@ def objective(names: tuple[str, ...], group_size: int, out: Path | None, **optio
 
 @cli.command()
 @click.argument("runs", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The page of HTML to write.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Write the HTML page to this file.")
 def report(runs: tuple[Path, ...], out: Path) -> None:
-    """Writes one page about runs of train or sft, finished or not: curves, pass rates, times, differences."""
+    """Writes one page about finished or unfinished runs of train or sft: curves, pass rates, times, differences."""
     from megatron_oreal.reports.run_report.command import write_report
 
     click.echo("\n".join(write_report(runs, out)))
@@ -215,21 +218,21 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Write a page of HTML here instead of printing a table.")
-@click.option("--steps", metavar="A:B", default="", help="Steps: N, A:B, A: or :B.")
-@click.option("--source", "sources", multiple=True, help="A data set; may be given several times.")
-@click.option("--status", "statuses", multiple=True, help="A status of the verifier; may be given several times.")
-@click.option("--reward", metavar="A:B", default="", help="Rewards, as for --steps.")
-@click.option("--tokens", metavar="A:B", default="", help="Tokens of a response, as for --steps.")
-@click.option("--disagree", is_flag=True, help="Only samples about which the judge and the rules disagree.")
-@click.option("--search", default="", help="A part of a prompt, an answer or a response.")
-@click.option("--sort", default=None, help="Of the table: worst (default), run, newest, longest, shortest, ...")
+@click.option("--out", type=click.Path(path_type=Path), help="Write an HTML page to this file; print no table.")
+@click.option("--steps", metavar="A:B", default="", help="Show only these steps: N, A:B, A: or :B.")
+@click.option("--source", "sources", multiple=True, help="Show only this data set; may be given several times.")
+@click.option("--status", "statuses", multiple=True, help="Show only this status; may be given several times.")
+@click.option("--reward", metavar="A:B", default="", help="Show only these rewards, written as for --steps.")
+@click.option("--tokens", metavar="A:B", default="", help="Show only responses with this many tokens, as for --steps.")
+@click.option("--disagree", is_flag=True, help="Show only samples on which judge and rules disagree.")
+@click.option("--search", default="", help="Show only samples with this text in prompt, answer or response.")
+@click.option("--sort", default=None, help="Order of the table: worst (default), run, newest, longest, shortest, ...")
 @click.option("--full", is_flag=True, help="Print whole responses instead of a table.")
-@click.option("--limit", type=click.IntRange(min=1), help="Samples: 20 in the terminal, the newest 20000 on a page.")
+@click.option("--limit", type=click.IntRange(min=1), help="Most samples to show: 20 by default, on a page 20000.")
 def view(
     run: Path, out: Path | None, sort: str | None, full: bool, limit: int | None, disagree: bool, **chosen: Any
 ) -> None:
-    """Shows the samples of a training run, finished or not: a table, or with --out a page for the browser."""
+    """Shows the samples of a finished or unfinished training run: as a table, or with --out as a page for a browser."""
     from megatron_oreal.reports.viewer.command import read_filters, view_as_page, view_as_table
 
     filters = read_filters(disagreements=disagree, **chosen)
@@ -242,7 +245,7 @@ def view(
     encoding = sys.stdout.encoding or "utf-8"
     try:
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding))
-    except BrokenPipeError:  # The reader, such as `head`, has seen enough; nothing is left to be flushed at the end.
+    except BrokenPipeError:  # A reader such as `head` has closed the pipe; the flush at the exit must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for note in notes:
         click.echo(note, err=True)
@@ -266,7 +269,7 @@ def exported_model(run_dir: Path, checkpoint: str) -> Path:
 
 
 def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: Callable[[Any], None]) -> None:
-    """Checks what can be checked without torch, then runs here or in processes of its own."""
+    """Makes all checks that need no torch, then runs in this process or in new ones."""
     adopt_slurm_task()
     config = load_config(kind, path, overrides)
     if isinstance(config, RunConfig) and os.environ.get("RANK", "0") == "0":
@@ -289,7 +292,7 @@ def start(kind: Any, path: Path, overrides: Sequence[str], dry_run: bool, run: C
         is_first = os.environ.get("RANK", "0") == "0"
         try:
             run(config)
-        except RunStopped:  # One process alone says so, for a launcher ends the others at the first code that is not 0.
+        except RunStopped:  # Only one process reports it: a launcher ends the others at the first code other than 0.
             sys.exit(REQUEUE if is_first else 0)
 
 
@@ -307,7 +310,7 @@ def main() -> None:
         interrupted(signal.SIGINT)
     except RuntimeError as error:
         if is_lost_connection(error):
-            time.sleep(60)  # a process that fails takes the connections of the others with it: let it speak first
+            time.sleep(60)  # a failing process breaks the others' connections: let it report its error first
         raise
 
 

@@ -1,7 +1,7 @@
-"""Every setting, with its one default and its meaning. Imports no torch: a dry run works on a login node.
+"""Defines every setting, with its one default and its meaning. Imports no torch, so a dry run works on a login node.
 
-A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`). Unknown keys are errors, and what can
-be checked without loading anything is checked when the configuration is built.
+A run is configured by a YAML file and dotted overrides (`rollout.group_size=8`). Unknown keys are errors. The
+configuration checks itself when it is built, as far as it can without loading anything.
 """
 
 from megatron_oreal.config.alarms import AlarmsConfig, MachineAlarms

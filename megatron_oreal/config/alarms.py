@@ -1,4 +1,4 @@
-"""The thresholds of the alarms, which docs/alarms.md explains one by one. Imports no torch."""
+"""Defines the thresholds of the alarms, which docs/alarms.md explains one by one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from megatron_oreal.config.section import Section
 
 
 class MachineAlarms(Section):
-    """The alarms about time and memory. A threshold of null switches its alarm off; an alarm changes no number."""
+    """The settings of the alarms about time and memory. A threshold of null turns its alarm off."""
 
-    # A phase of a step counts as slow when it takes so many times the median of its last 50 times.
+    # A phase of a step counts as slow when it takes this many times the median of its last 50 durations.
     slow_phase: float | None = Field(default=3.0, gt=1)
-    # A slow phase also takes so many seconds more than that median, so that short phases raise no alarm.
+    # A slow phase must also exceed that median by this many seconds, so that short phases raise no alarm.
     slow_phase_seconds: float = Field(default=10.0, ge=0)
-    # Memory counts as growing when it is by this share above that of the first steps of this start, for ten steps.
+    # Memory counts as growing when it exceeds its level in the first steps after this start by this share, for ten
+    # steps.
     memory_growth: PositiveFloat | None = 0.5
 
     effects: ClassVar[Effects] = (
@@ -29,18 +30,22 @@ class MachineAlarms(Section):
 
 
 class AlarmsConfig(MachineAlarms):
-    """The alarms. A threshold of null switches its alarm off; an alarm changes no number of the training."""
+    """The settings of all alarms. A threshold of null turns its alarm off; no alarm changes a number of training."""
 
-    # The alarms about samples compare the mean over so many steps; an alarm ends after as many steps without its cause.
+    # The alarms about samples compare the mean over this many steps. An alarm ends after the same number of steps
+    # without its cause.
     window_steps: PositiveInt = 5
-    # The mean difference of the engine's and the trainer's log-probs, in nats a token, that is too large in any step.
+    # An alarm fires when the mean difference of the engine's and the trainer's log-probs, in nats per token, exceeds
+    # this in any step.
     mismatch: PositiveFloat | None = 0.05
-    # The entropy of the policy has collapsed below this share of what it was over its first window.
+    # An alarm fires when the policy's entropy falls below this share of its mean over the first window.
     entropy_share: float | None = Field(default=0.1, gt=0, lt=1)
-    groups_solved: float | None = Field(default=0.9, gt=0, le=1)  # The share of all-correct groups that is too large.
-    # The share of groups without a correct sample that is too large.
+    # An alarm fires above this share of groups that are all correct.
+    groups_solved: float | None = Field(default=0.9, gt=0, le=1)
+    # An alarm fires above this share of groups without a correct sample.
     groups_unsolved: float | None = Field(default=0.9, gt=0, le=1)
-    length_limit: float | None = Field(default=0.2, gt=0, le=1)  # The share of cut responses that is too large.
-    # The share of samples without a verdict (timeouts, crashes, a failed judge or reward) that is too large.
+    # An alarm fires above this share of responses that were cut.
+    length_limit: float | None = Field(default=0.2, gt=0, le=1)
+    # An alarm fires above this share of samples without a verdict (timeouts, crashes, a failed judge or reward).
     verifier_timeouts: float | None = Field(default=0.02, gt=0, le=1)
-    staleness: PositiveFloat | None = 4.0  # The mean age of the samples, in steps, that is too large.
+    staleness: PositiveFloat | None = 4.0  # An alarm fires above this mean age of the samples, in steps.

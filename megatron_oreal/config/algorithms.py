@@ -1,6 +1,6 @@
-"""The settings of each algorithm of `megatron-oreal train`, and what each needs of a run. Imports no torch.
+"""Defines the settings of each algorithm of `megatron-oreal train`, and what each needs from a run. Imports no torch.
 
-To add an algorithm, write its section here and name it in AnyAlgorithm; algorithms/README.md has the other two steps.
+To add an algorithm, write its section here and name it in AnyAlgorithm; algorithms/README.md lists the other two steps.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from megatron_oreal.config.section import Section
 
 @dataclass(frozen=True, slots=True)
 class SampleNeeds:
-    """What an algorithm needs of the groups that it trains on.
+    """The requirements of an algorithm on the groups that it trains on.
 
     Example: pure rejection sampling with algorithm.num_correct=2 has SampleNeeds(num_correct=2).
     """
 
-    num_correct: int = 0  # Correct samples that each prompt should have; prompts with fewer are sampled again.
-    needs_mixed: bool = False  # Groups that are all correct or all incorrect are left out: others should replace them.
+    num_correct: int = 0  # Each prompt should have this many correct samples; the run samples prompts with fewer again.
+    # The run should replace groups that are all correct or all incorrect, because training skips them.
+    needs_mixed: bool = False
 
 
 class AlgorithmConfig(Section):
-    """The settings that every algorithm has. Each algorithm has a subclass with a `name` and its settings."""
+    """The settings that every algorithm has. Each algorithm has a subclass with a `name` and its own settings."""
 
-    name: str  # Which algorithm it is; its section has the settings below.
+    name: str  # The algorithm; its section has the settings below.
     min_group_size: ClassVar[int] = 1
-    takes_importance_weights: ClassVar[bool] = True  # Whether it corrects for samples that are older than the policy.
-    takes_any_reward: ClassVar[bool] = False  # Whether rewards may be other numbers than 0 and 1.
-    # When settings of other sections act with this algorithm; the conditions are called with the whole TrainConfig.
+    takes_importance_weights: ClassVar[bool] = True  # whether it corrects for samples of an older policy
+    takes_any_reward: ClassVar[bool] = False  # whether rewards may be numbers other than 0 and 1
+    # When settings of other sections act with this algorithm. The conditions receive the whole TrainConfig.
     run_effects: ClassVar[Effects] = ()
 
     @property
@@ -45,49 +46,57 @@ class AlgorithmConfig(Section):
 
     @property
     def uses_reference(self) -> bool:
-        """Whether it holds the frozen initial policy, or a teacher in its place."""
+        """Says whether the algorithm holds a reference model: the frozen initial policy or a teacher."""
         return False
 
     @property
     def reference_path(self) -> Path | None:
-        """The directory of the model in the reference's place; None for the initial policy."""
+        """Returns the directory of the reference model; None means the initial policy."""
         return None
 
     def check_rollout(self, rollout: RolloutConfig) -> None:
-        """Raises ValueError for a setting that does not fit those of the rollouts."""
+        """Raises ValueError for a setting that conflicts with the settings of the rollouts."""
 
     @property
     def scalar_models(self) -> dict[str, ScalarModelConfig]:
-        """The sections of the models that it trains besides the policy, by name: {"critic": ...}."""
+        """Returns the sections of the models that the algorithm trains besides the policy, by name: {"critic": ...}."""
         return {name: value for name, value in self if isinstance(value, ScalarModelConfig)}
 
 
 class OrealConfig(AlgorithmConfig):
-    """OREAL. The defaults are those of the published code; `preset` chooses them or the paper's."""
+    """The settings of OREAL. The defaults are those of the published code; `preset` chooses them or the paper's."""
 
     name: Literal["oreal"] = "oreal"
-    preset: Literal["reference", "paper"] = "reference"  # The published code's choices, or the paper's.
-    rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"  # The rewards that advantages are made of.
-    advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"  # How a group's rewards become advantages.
-    # The samples trained on: one correct and one incorrect of each group with both kinds, all of those groups, or all.
+    # Selects the defaults of the published code (reference) or of the paper.
+    preset: Literal["reference", "paper"] = "reference"
+    # The reward values from which advantages are computed.
+    rewards: Literal["plus_minus_one", "zero_one"] = "plus_minus_one"
+    # How advantages are computed from the rewards of a group.
+    advantage: Literal["leave_one_out", "grpo"] = "leave_one_out"
+    # The samples to train on: one correct and one incorrect sample of each mixed group (one_pair), all samples of mixed
+    # groups, or all samples.
     selection: Literal["one_pair", "mixed", "all"] = "one_pair"
     positive_weight: Literal["advantage", "one"] = "advantage"  # The weight of a correct sample.
-    # The weight of an incorrect sample; one_minus_pass_rate takes the pass rate of its group.
+    # The weight of an incorrect sample; one_minus_pass_rate uses the pass rate of its group.
     negative_weight: Literal["advantage", "one_minus_pass_rate", "one"] = "advantage"
-    prefix_mean: bool = True  # Token weights come from the mean of the scores so far, not from the token's own score.
-    score_position: Literal["before", "at"] = "before"  # A token's score stands where it is predicted, or where it is.
-    token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"  # How scores become token weights.
+    # Token weights use the mean of the scores up to the token instead of the token's own score.
+    prefix_mean: bool = True
+    # Takes a token's score at the position that predicts it, or at its own position.
+    score_position: Literal["before", "at"] = "before"
+    # How token weights are computed from scores.
+    token_weights: Literal["threshold", "top_k", "mean_one"] = "threshold"
     top_k_ratio: float = Field(default=0.25, gt=0, le=1)  # top_k keeps this share of a sequence's tokens.
     negative_coef: float = Field(default=0.5, ge=0)  # The weight of the incorrect samples' loss (eta).
-    # What the loss is divided by: its correct, incorrect and all tokens (the code), or all sequences (eq. 11).
+    # What divides the losses: the numbers of correct, incorrect and all tokens (the code), or of sequences (eq. 11).
     denominators: Literal["tokens", "sequences"] = "tokens"
-    kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
-    kl_target: Literal["initial", "old"] = "initial"  # The frozen initial policy, or the policy at the step's start.
+    kl_kind: Literal["k3", "mse"] = "k3"  # The estimator of the KL divergence.
+    # The KL divergence is to the frozen initial policy, or to the policy at the start of the step.
+    kl_target: Literal["initial", "old"] = "initial"
     kl_coef: float = Field(default=0.01, ge=0)  # The weight of the KL divergence in the loss.
-    policy_freeze_steps: int = Field(default=10, ge=0)  # The first steps train the reward model only.
-    # Whether the policy's learning rate moves on while the policy is frozen, so that its warm-up passes meanwhile.
+    policy_freeze_steps: int = Field(default=10, ge=0)  # The number of first steps for the reward model only.
+    # The policy's learning rate schedule advances while the policy is frozen, so that its warm-up passes meanwhile.
     freeze_advances_schedule: bool = True
-    filter_overlong: bool = False  # Samples cut at the length limit count in pass rates, but are not trained on.
+    filter_overlong: bool = False  # Samples cut at the length limit count in pass rates, but training skips them.
     reward_model: RewardModelConfig = RewardModelConfig()  # The token-level reward model.
 
     min_group_size: ClassVar[int] = 2
@@ -150,7 +159,7 @@ class OrealConfig(AlgorithmConfig):
         return self
 
     def default_of(self, name: str) -> Any:
-        """The preset's choice, or the default where the preset makes none."""
+        """Returns the preset's choice, or the default if the preset makes none."""
         choices = OREAL_PRESETS[self.preset]
         if not self.reward_model.enabled:
             choices = choices | PRESETS_WITHOUT_REWARD_MODEL[self.preset]
@@ -185,7 +194,7 @@ OREAL_PRESETS: dict[str, dict[str, Any]] = {
         "freeze_advances_schedule": False,
     },
 }
-# What a preset chooses besides where reward_model.enabled is false. The published code has a configuration for that.
+# The choices of a preset when reward_model.enabled is false. The published code has a configuration for that case.
 PRESETS_WITHOUT_REWARD_MODEL: dict[str, dict[str, Any]] = {
     "reference": {"selection": "all", "policy_freeze_steps": 0},
     "paper": {},
@@ -193,26 +202,28 @@ PRESETS_WITHOUT_REWARD_MODEL: dict[str, dict[str, Any]] = {
 
 
 class PpoConfig(AlgorithmConfig):
-    """Open-Reasoner-Zero's PPO: one on-policy update of the policy, several of the critic before it."""
+    """The settings of Open-Reasoner-Zero's PPO: several critic updates, then one on-policy update of the policy."""
 
     name: Literal["ppo"]
-    discount: float = Field(default=1.0, gt=0, le=1)  # The discount of later rewards (gamma).
-    gae_lambda: float = Field(default=1.0, ge=0, le=1)  # GAE's lambda: 1 takes the whole return, 0 the next value only.
-    clip_low: float = Field(default=0.2, gt=0, le=1)  # The ratio counts in [1 - clip_low, 1 + clip_high].
+    discount: float = Field(default=1.0, gt=0, le=1)  # The discount factor of later rewards (gamma).
+    # The lambda of GAE: 1 uses the whole return, 0 only the next value.
+    gae_lambda: float = Field(default=1.0, ge=0, le=1)
+    clip_low: float = Field(default=0.2, gt=0, le=1)  # The ratio is clipped to [1 - clip_low, 1 + clip_high].
     clip_high: float = Field(default=0.2, gt=0)  # The upper bound of the same interval.
-    value_clip: float | None = Field(default=0.2, gt=0)  # How far a value may move in a step; null does not clip.
-    whiten_advantages: bool = True  # Advantages get mean 0 and variance 1 over the step's tokens.
-    policy_minibatches: PositiveInt = 1  # The policy's optimizer steps in an epoch over the step's samples.
-    policy_epochs: PositiveInt = 1  # The policy's passes over the step's samples.
-    critic_minibatches: PositiveInt = 12  # The critic's optimizer steps in an epoch over the step's samples.
-    critic_epochs: PositiveInt = 1  # The critic's passes over the step's samples.
-    kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence in the loss.
-    kl_coef: float = Field(default=0.0, ge=0)  # The weight in the loss of the KL to the initial policy.
-    kl_reward_coef: float = Field(default=0.0, ge=0)  # The weight of the same KL, subtracted from each token's reward.
+    # The largest change of a value in one step; null does not clip.
+    value_clip: float | None = Field(default=0.2, gt=0)
+    whiten_advantages: bool = True  # Normalises advantages to mean 0 and variance 1 over the step's tokens.
+    policy_minibatches: PositiveInt = 1  # The number of policy optimizer steps in an epoch over the step's samples.
+    policy_epochs: PositiveInt = 1  # The number of policy epochs over the step's samples.
+    critic_minibatches: PositiveInt = 12  # The number of critic optimizer steps in an epoch over the step's samples.
+    critic_epochs: PositiveInt = 1  # The number of critic epochs over the step's samples.
+    kl_kind: Literal["k3", "mse"] = "k3"  # The estimator of the KL divergence in the loss.
+    kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the initial policy in the loss.
+    kl_reward_coef: float = Field(default=0.0, ge=0)  # The weight of the same KL as a penalty in each token's reward.
     entropy_coef: float = Field(default=0.0, ge=0)  # The weight of the entropy bonus.
-    policy_freeze_steps: int = Field(default=0, ge=0)  # The first steps train the critic only.
-    filter_overlong: bool = False  # Samples cut at the length limit are not trained on, neither policy nor critic.
-    critic: CriticConfig = CriticConfig()  # The model that predicts the reward.
+    policy_freeze_steps: int = Field(default=0, ge=0)  # The number of first steps that train only the critic.
+    filter_overlong: bool = False  # Training of policy and critic skips samples cut at the length limit.
+    critic: CriticConfig = CriticConfig()  # The model that predicts the return.
 
     takes_any_reward: ClassVar[bool] = True
     effects: ClassVar[Effects] = (
@@ -258,7 +269,7 @@ class PpoConfig(AlgorithmConfig):
         return self.kl_coef > 0 or self.kl_reward_coef > 0
 
 
-OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # which objectives an option belongs to
+OBJECTIVE_OPTIONS: dict[str, tuple[str, ...]] = {  # the objectives that use each option
     "h": ("expression",),
     "smoothing": ("expression",),
     "n": ("pass_at_n",),
@@ -276,10 +287,10 @@ SINGLE_UPDATE_WORDS = (
 
 
 class OutcomeConfig(AlgorithmConfig):
-    """Any objective h(p) of the pass rate p over one weighted log-prob loss: GRPO, Dr. GRPO, DAPO, GSPO, RLOO ..."""
+    """The settings of any objective h(p) of the pass rate p, on a weighted log-prob loss: GRPO, Dr. GRPO, DAPO, ..."""
 
     name: Literal["outcome"]
-    # What is optimised. pure_rejection_sampling clones the first num_correct correct samples of each group.
+    # The objective. pure_rejection_sampling trains on the first num_correct correct samples of each group.
     objective: Literal[
         "reinforce",
         "rloo",
@@ -289,46 +300,55 @@ class OutcomeConfig(AlgorithmConfig):
         "pass_at_n",
         "logit",
         "expression",
-        "distillation",  # No reward counts: distill_coef or kl_coef says what is learnt.
+        "distillation",  # Rewards are unused; distill_coef or kl_coef defines the loss.
     ] = "grpo"
-    h: str = ""  # The function of expression: h(t), t the pass rate, for example "log(t / (1 - t))".
-    smoothing: float = Field(default=0.0, ge=0)  # It keeps expression's h finite at 0 and 1, e.g. 1/(2 group_size).
-    n: PositiveInt = 2  # The n of pass_at_n: the more, the less is learnt from prompts that are often answered.
-    std: Literal["population", "bessel", "none"] = "population"  # What grpo divides by; none: Dr. GRPO.
-    epsilon: float = Field(default=0.0, ge=0)  # What grpo adds to the standard deviation.
-    baseline: Literal["leave_one_out", "none"] = "leave_one_out"  # leave_one_out has the same mean, and less variance.
-    num_correct: PositiveInt = 1  # How many correct samples of each group pure_rejection_sampling takes (B).
-    dynamic_sampling: bool = False  # Groups that are all correct or all incorrect are left out.
-    whiten_advantages: bool = False  # Weights get mean 0 and variance 1 over the step's tokens (REINFORCE++).
-    filter_overlong: bool = False  # Samples cut at the length limit count in advantages, but are not trained on.
-    # DAPO's soft punishment: in the last overlong_tokens before the length limit, a sample's reward falls linearly by
-    # overlong_penalty; 0 punishes nothing.
+    h: str = ""  # The function h(t) of objective=expression, where t is the pass rate, for example "log(t / (1 - t))".
+    # Keeps expression's h finite at t = 0 and t = 1, e.g. 1/(2 group_size).
+    smoothing: float = Field(default=0.0, ge=0)
+    n: PositiveInt = 2  # The n of pass_at_n; a larger n gives less weight to prompts that are often solved.
+    # The standard deviation that divides grpo's advantages; none: Dr. GRPO.
+    std: Literal["population", "bessel", "none"] = "population"
+    epsilon: float = Field(default=0.0, ge=0)  # The number that grpo adds to the standard deviation.
+    # leave_one_out has the same mean as none, and less variance.
+    baseline: Literal["leave_one_out", "none"] = "leave_one_out"
+    # The number of correct samples that pure_rejection_sampling takes from each group (B).
+    num_correct: PositiveInt = 1
+    dynamic_sampling: bool = False  # Training skips groups that are all correct or all incorrect.
+    whiten_advantages: bool = False  # Normalises weights to mean 0 and variance 1 over the step's tokens (REINFORCE++).
+    filter_overlong: bool = False  # Samples cut at the length limit count in advantages, but training skips them.
+    # DAPO's soft overlong penalty: over the last overlong_tokens before the length limit, a sample's reward falls
+    # linearly by overlong_penalty. 0 applies no penalty.
     overlong_tokens: int = Field(default=0, ge=0)
-    overlong_penalty: float = Field(default=1.0, gt=0)  # What the longest responses lose of their reward, 1 or 0.
-    # Each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each sequence's sum divided by
-    # constant_tokens (Dr. GRPO; with 1, exactly the gradient of h). All count the samples of weight 0 too.
+    # The largest amount that the penalty subtracts from a reward of 0 or 1.
+    overlong_penalty: float = Field(default=1.0, gt=0)
+    # How the loss averages: each sequence's mean over its tokens (GRPO), the mean over all tokens (DAPO), or each
+    # sequence's sum divided by constant_tokens (Dr. GRPO; with 1, exactly the gradient of h). All three also count
+    # samples of weight 0.
     normalisation: Literal["sequence", "token", "constant"] = "token"
     constant_tokens: PositiveInt = 1  # The divisor of normalisation=constant, for example rollout.max_new_tokens.
-    ratio: Literal["token", "sequence"] = "token"  # The ratio to the old policy is a token's, or its sequence's (GSPO).
-    clip_low: float | None = Field(default=0.2, gt=0, le=1)  # The ratio counts from 1 - clip_low; null does not clip.
-    clip_high: float | None = Field(default=0.2, gt=0)  # The ratio counts to 1 + clip_high, DAPO: 0.28; null: no clip.
-    # What is made of the ratio: PPO's clipped gain, or log-probs weighted with the clipped ratio itself, so that no
-    # token loses its gradient (CISPO).
+    # The importance ratio of each token, or of its whole sequence (GSPO).
+    ratio: Literal["token", "sequence"] = "token"
+    # The lower bound of the ratio is 1 - clip_low; null does not clip.
+    clip_low: float | None = Field(default=0.2, gt=0, le=1)
+    # The upper bound of the ratio is 1 + clip_high, 0.28 for DAPO; null does not clip.
+    clip_high: float | None = Field(default=0.2, gt=0)
+    # How the loss uses the ratio: PPO's clipped objective, or log-probs weighted with the clipped ratio, which keeps
+    # every token's gradient (CISPO).
     surrogate: Literal["clip", "cispo"] = "clip"
-    # What happens to the few tokens whose log-prob and weight vary together most, which cost the most entropy: nothing,
-    # some of them are left out at random (Clip-Cov), or they are held back by a KL to the old policy (KL-Cov).
+    # How the loss treats the few tokens whose log-prob and weight have the largest covariance, because these reduce the
+    # entropy most: it does nothing, drops some of them at random (Clip-Cov), or adds a KL to the old policy (KL-Cov).
     covariance: Literal["none", "clip", "kl"] = "none"
-    covariance_share: float = Field(default=2e-4, gt=0, le=1)  # The share of the step's tokens that are chosen.
-    covariance_low: float = 1.0  # Clip-Cov chooses among the tokens above this covariance.
-    covariance_high: float = 5.0  # Clip-Cov chooses among the tokens below this covariance.
-    covariance_coef: float = Field(default=1.0, gt=0)  # KL-Cov's weight of |log ratio|.
-    kl_kind: Literal["k3", "mse"] = "k3"  # The estimate of the KL divergence.
-    kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the reference, a mean over tokens.
-    # The weight of log(reference / old policy), which is added to each token's weight: distillation on the policy's own
-    # samples, where the reference is a teacher.
+    covariance_share: float = Field(default=2e-4, gt=0, le=1)  # The share of the step's tokens that this selects.
+    covariance_low: float = 1.0  # Clip-Cov selects among the tokens above this covariance.
+    covariance_high: float = 5.0  # Clip-Cov selects among the tokens below this covariance.
+    covariance_coef: float = Field(default=1.0, gt=0)  # The weight of |log ratio| in KL-Cov.
+    kl_kind: Literal["k3", "mse"] = "k3"  # The estimator of the KL divergence.
+    kl_coef: float = Field(default=0.0, ge=0)  # The weight of the KL to the reference, as a mean over tokens.
+    # The weight of log(reference / old policy), which the loss adds to each token's weight. This is distillation on the
+    # policy's own samples, with a teacher as the reference.
     distill_coef: float = Field(default=0.0, ge=0)
-    # The Hugging Face directory of a model that takes the initial policy's place as the reference: a teacher with the
-    # same tokens. It may be of another size.
+    # The Hugging Face directory of a teacher, which replaces the initial policy as the reference. It must have the same
+    # tokens and may have another size.
     teacher: Path | None = None
 
     effects: ClassVar[Effects] = (
@@ -420,7 +440,7 @@ class OutcomeConfig(AlgorithmConfig):
         return self.teacher
 
 
-# Adding an algorithm: its section joins this union, and its row ALGORITHMS in algorithms/registry.py.
+# To add an algorithm, add its section to this union and its row to ALGORITHMS in algorithms/registry.py.
 AnyAlgorithm = OrealConfig | OutcomeConfig | PpoConfig
 ALGORITHM_SECTIONS: dict[str, type[AlgorithmConfig]] = {
     get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(AnyAlgorithm)

@@ -1,6 +1,6 @@
-"""The settings that correct for samples of another distribution than the one that is trained. Imports no torch.
+"""Defines the settings that correct for samples from another distribution than the trained policy. Imports no torch.
 
-The engine sampled with its own kernels, and perhaps with older weights. `Correction` is what the losses get of them;
+The engine samples with its own kernels, and possibly with older weights. The losses receive a `Correction`;
 algorithms/corrections.py has the arithmetic.
 """
 
@@ -23,12 +23,12 @@ OldLogprobs = Literal["trainer", "engine"]
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """How a loss weighs and masks the tokens of a sample, by their ratios to the engine's probabilities.
+    """The weights and masks that a loss applies to tokens, by the ratios to the engine's probabilities.
 
     Example: Correction(importance_cap=2.0) is truncated importance sampling of each token.
     """
 
-    importance_cap: float | None = None  # None: every weight is 1.
+    importance_cap: float | None = None  # None: every weight is 1
     importance_level: ImportanceLevel = "token"
     mask_level: MaskLevel = "none"
     mask_low: float = 0.0
@@ -46,27 +46,29 @@ class Correction:
 
 
 class CorrectionSettings(Section):
-    """The part of `rollout` that says how the losses correct for the distribution that was really sampled from.
+    """The settings of `rollout` that say how the losses correct for the distribution that the engine sampled from.
 
-    A ratio is the probability of a token under the trainer's policy before the step, over the engine's.
+    A ratio is the probability of a token under the trainer's policy before the step, divided by its probability in the
+    engine.
     """
 
-    # A choice of the settings below: truncated (tis) or masked (mis) importance sampling of tokens or of whole
+    # A preset for the settings below: truncated (tis) or masked (mis) importance sampling of tokens or of whole
     # sequences, IcePop's two-sided mask, or a mask by the geometric mean of a sequence's ratios.
     correction: CorrectionPreset = "tis"
-    # When it acts: where samples may be older than the policy, or always, for what trainer and engine compute
-    # differently with the same weights too.
+    # When the correction acts: only if samples may be older than the policy, or always, because trainer and engine
+    # compute different probabilities even with the same weights.
     corrects: Literal["off_policy", "always"] = "off_policy"
-    importance_level: ImportanceLevel = "token"  # A weight is the ratio of its token, or the product over its sequence.
-    importance_cap: float | None = Field(default=2.0, gt=0)  # The largest weight; null: all weights are 1.
-    # Whose ratio must lie in [mask_low, mask_high], or else the token, or its whole sequence, has the weight 0: the
-    # token's, or the product or the geometric mean over the sequence.
+    # A weight is the ratio of its token, or the product of the ratios over its sequence.
+    importance_level: ImportanceLevel = "token"
+    importance_cap: float | None = Field(default=2.0, gt=0)  # The upper bound of a weight; null sets all weights to 1.
+    # The ratio that must lie in [mask_low, mask_high]: the token's, or the product or the geometric mean over its
+    # sequence. Otherwise the token or its whole sequence gets the weight 0.
     mask_level: MaskLevel = "none"
-    mask_low: float = Field(default=0.0, ge=0, le=1)  # The smallest ratio that is kept.
-    mask_high: float = Field(default=2.0, ge=1)  # The largest ratio that is kept.
-    mask_veto: float | None = Field(default=None, gt=0, le=1)  # A token of a lower ratio masks its whole sequence.
-    # The policy whose ratio the losses clip: the trainer's before the step, or the engine's. With the engine's there
-    # are no weights, and no pass that computes the trainer's.
+    mask_low: float = Field(default=0.0, ge=0, le=1)  # The smallest ratio that the mask keeps.
+    mask_high: float = Field(default=2.0, ge=1)  # The largest ratio that the mask keeps.
+    mask_veto: float | None = Field(default=None, gt=0, le=1)  # A token with a lower ratio masks its whole sequence.
+    # The policy whose ratio the losses clip: the trainer's before the step, or the engine's. With the engine's, the run
+    # computes no weights and skips the pass for the trainer's log-probs.
     old_logprobs: OldLogprobs = "trainer"
 
     effects: ClassVar[Effects] = (
@@ -95,7 +97,7 @@ class CorrectionSettings(Section):
         return self
 
     def default_of(self, name: str) -> Any:
-        """The preset's choice. Where the mask bounds the weights themselves, its upper bound is their cap too."""
+        """Returns the preset's choice. If the mask bounds the weights themselves, its upper bound is also their cap."""
         if name == "importance_cap" and self.old_logprobs == "engine":
             return None
         if name == "importance_cap" and self.mask_level == self.importance_level:
@@ -103,7 +105,7 @@ class CorrectionSettings(Section):
         return CORRECTION_PRESETS.get(self.correction, {}).get(name, super().default_of(name))
 
     def as_correction(self) -> Correction | None:
-        """Returns the correction that the losses apply; None where nothing is corrected."""
+        """Returns the correction that the losses apply; None means no correction."""
         found = Correction(
             importance_cap=self.importance_cap if self.old_logprobs == "trainer" else None,
             importance_level=self.importance_level,
@@ -116,7 +118,7 @@ class CorrectionSettings(Section):
         return found if found.acts else None
 
 
-CORRECTION_PRESETS: dict[str, dict[str, Any]] = {  # algorithms/README.md names their sources
+CORRECTION_PRESETS: dict[str, dict[str, Any]] = {  # algorithms/README.md names the sources of the presets
     "tis": {},  # the defaults
     "sequence_tis": {"importance_level": "sequence"},
     "mis": {"mask_level": "token"},

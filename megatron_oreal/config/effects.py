@@ -1,12 +1,12 @@
-"""Says when a setting has an effect. A setting that is given and has none is an error, like an unknown key.
+"""Says when a setting has an effect. A setting that is given without effect is an error, like an unknown key.
 
-Each section of the configuration has a table `effects`: its rows name settings and the condition under which they act.
-Settings in no row always act. A row of a section sees that section alone; TrainConfig, SftConfig and EvalRunConfig have
-the rows whose condition lies in another section.
+Each section of the configuration has a table `effects`, whose rows name settings and the condition under which they
+act. A setting that is in no row always acts. A condition sees only its own section; TrainConfig, SftConfig and
+EvalRunConfig have the rows whose condition lies in another section.
 
-Two kinds of settings are no errors although they do nothing: values that ask for nothing (null, no frozen steps), and
-what stands in a section that is switched off as a whole, for it waits there until the section is switched on again. The
-switches are rollout.engine, eval.prompts and algorithm.reward_model.enabled.
+Two kinds of settings are not errors although they have no effect: values that request nothing (null, no frozen steps),
+and settings of a section that is turned off as a whole, which act again when the section is turned on. The switches are
+rollout.engine, eval.prompts and algorithm.reward_model.enabled.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class IdleSetting:
     """A setting without effect, for example algorithm.top_k_ratio with algorithm.token_weights=threshold."""
 
     name: str  # the whole path, "algorithm.top_k_ratio"
-    is_given: bool  # its value is not its default; null counts as the default, for it asks for nothing
-    words: str  # why it has no effect, and what would help
+    is_given: bool  # its value is not its default; null counts as the default, because it requests nothing
+    words: str  # why the setting has no effect, and how to fix it
 
 
 def choice(setting: str, *values: Any) -> Condition:
-    """The settings of the row act where `setting` has one of these values."""
+    """Makes a condition: the settings of the row act if `setting` has one of these values."""
 
     def words(section: Any, where: str) -> str:
         name, fitting = f"{where}{setting}", " or ".join(map(as_yaml, values))
@@ -58,7 +58,7 @@ def choice(setting: str, *values: Any) -> Condition:
 
 
 def positive(setting: str) -> Condition:
-    """The settings of the row act where the number `setting` is above zero."""
+    """Makes a condition: the settings of the row act if the number `setting` is above zero."""
 
     def words(_section: Any, where: str) -> str:
         return f"for {where}{setting}=0: drop it, or raise {where}{setting}"
@@ -69,7 +69,7 @@ def positive(setting: str) -> Condition:
 
 
 def condition(holds: Callable[[Any], bool], words: str) -> Condition:
-    """A condition in words of its own, which follow "SETTING has no meaning "; {at} in them is where it stands."""
+    """Makes a condition from `words`, which follow "SETTING has no meaning "; {at} in them is the section's path."""
 
     def sentence(where: str) -> str:
         return f"Has no effect {words.partition(': ')[0].replace('{at}', where)}."
@@ -78,17 +78,17 @@ def condition(holds: Callable[[Any], bool], words: str) -> Condition:
 
 
 def never(words: str) -> Condition:
-    """The settings of the row never act."""
+    """Makes a condition under which the settings of the row never act."""
     return condition(lambda _section: False, words)
 
 
 def value_at(section: Any, path: str) -> Any:
-    """The value of "reward_model.enabled", seen from `section`."""
+    """Returns the value of a setting such as "reward_model.enabled", whose path starts at `section`."""
     for name in path.split("."):
         section = getattr(section, name)
     return section
 
 
 def as_yaml(value: Any) -> str:
-    """The value as one writes it in the file: true, not True."""
+    """Returns the value as YAML spells it: true, not True."""
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

@@ -22,7 +22,7 @@ class ModelShape(BaseModel):
     model_type: str
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt  # as many as attention heads where config.json does not say, as Llama's may
+    num_key_value_heads: PositiveInt  # if config.json has none, as for some Llamas: the number of attention heads
     vocab_size: PositiveInt
     max_position_embeddings: PositiveInt = 1 << 30
 
@@ -35,7 +35,7 @@ class ModelShape(BaseModel):
 
 
 def read_model_shape(path: Path) -> ModelShape:
-    """Reads the shape from `path`/config.json. Raises ValueError when the file is not there or lacks a setting."""
+    """Reads the shape from `path`/config.json. Raises ValueError if the file is missing or lacks a setting."""
     try:
         return ModelShape.model_validate(read_model_settings(path))
     except ValidationError as error:
@@ -43,9 +43,9 @@ def read_model_shape(path: Path) -> ModelShape:
 
 
 def data_parallel_size(parallel: ParallelConfig) -> int:
-    """Returns the number of replicas. Raises ValueError where a launcher's world size does not fit the layout."""
+    """Returns the number of replicas. Raises ValueError if a launcher's world size does not fit the layout."""
     model_size = parallel.tensor * parallel.pipeline * parallel.context
-    world_size = os.environ.get("WORLD_SIZE")  # torchrun and the Slurm scripts set it.
+    world_size = os.environ.get("WORLD_SIZE")  # torchrun and the Slurm scripts set this variable.
     if world_size is None:
         return parallel.data or 1
     if not world_size.isdecimal() or int(world_size) == 0:
@@ -72,7 +72,7 @@ def num_processes(parallel: ParallelConfig) -> int:
 
 
 def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> ModelShape:
-    """Refuses a layout that the model cannot have. It reads config.json only, no weights."""
+    """Raises ValueError for a layout that the model does not support. Reads config.json only, no weights."""
     shape, parallel = read_model_shape(config.model.path), config.parallel
     if shape.model_type not in known_model_types:
         raise ValueError(
@@ -94,10 +94,11 @@ def check_layout(config: ModelRunConfig, known_model_types: Sequence[str]) -> Mo
 
 
 def check_context(model: ModelConfig, shape: ModelShape) -> None:
-    """Refuses what context parallelism does not run with. Raises ValueError."""
+    """Refuses settings that context parallelism does not support. Raises ValueError."""
     refused = {
         "model.implementation=transformer_engine": model.implementation == "transformer_engine",
-        f"model.fp8={model.fp8}": model.fp8 is not None,  # it needs Transformer Engine
+        # FP8 needs Transformer Engine, which context parallelism does not support
+        f"model.fp8={model.fp8}": model.fp8 is not None,
         f"a mixture of experts ({shape.model_type})": "moe" in shape.model_type or shape.model_type == "mixtral",
     }
     for what, is_asked_for in refused.items():
@@ -125,7 +126,7 @@ def check_lengths(config: TrainConfig | SftConfig | EvalRunConfig, shape: ModelS
 
 
 def describe_layout(config: ModelRunConfig) -> str:
-    """Returns the parallel layout as a table, in Megatron's order of ranks: tensor, context, data, pipeline."""
+    """Returns the parallel layout as a table in Megatron's order of ranks: tensor, context, data, pipeline."""
     parallel, data = config.parallel, data_parallel_size(config.parallel)
     sizes = {"tensor": parallel.tensor, "context": parallel.context, "data": data, "pipeline": parallel.pipeline}
     if parallel.context == 1:

@@ -1,4 +1,4 @@
-"""Reads a YAML file and its overrides into a configuration, and names every mistake in one line."""
+"""Reads a YAML file and its overrides into a configuration, and describes every mistake in one line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from megatron_oreal.config.algorithms import ALGORITHM_SECTIONS, OutcomeConfig
 from megatron_oreal.config.runs import EvalRunConfig, ModelRunConfig, SftConfig, TrainConfig
 
 ConfigType = TypeVar("ConfigType", bound=ModelRunConfig)
-# Where sections of `train` stood before, and where they stand now.
+# The old and the new places of sections of `train`.
 MOVED = {"reward_model": "algorithm.reward_model", "critic": "algorithm.critic"}
 COMMANDS: dict[type[ModelRunConfig], str] = {TrainConfig: "train", SftConfig: "sft", EvalRunConfig: "eval"}
-SECTION_ERRORS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")  # pydantic's names
-AUTO = "auto"  # The value of a setting that is chosen when the run starts.
-# Settings that never had an effect, and what takes their place.
+# pydantic's names of these errors
+SECTION_ERRORS = ("model_type", "model_attributes_type", "dict_type", "dataclass_type")
+AUTO = "auto"  # When the run starts, it chooses the value of a setting that has this value.
+# Settings that never had an effect, and the settings that replace them.
 WITHDRAWN = {
     "algorithm.critic.updates_per_step": "algorithm.critic_minibatches and algorithm.critic_epochs",
     "rollout.mismatch_alarm": "alarms.mismatch",
@@ -32,7 +33,8 @@ WITHDRAWN = {
 def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = ()) -> ConfigType:
     """Builds a configuration from YAML and `section.key=value` overrides, whose values are YAML too.
 
-    Relative paths stay relative to the working directory. Raises ValueError, one line, naming the field and the fix.
+    Relative paths stay relative to the working directory. Raises ValueError with one line that names the field and the
+    fix.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -58,7 +60,7 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Sequence[str] = (
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice in one mapping, where YAML's own keeps the last one silently."""
+    """A YAML loader that refuses a duplicate key in a mapping. YAML's own loader silently keeps the last value."""
 
 
 def unique_mapping(loader: UniqueKeyLoader, node: yaml.MappingNode) -> dict[object, object]:
@@ -78,12 +80,12 @@ UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", unique_mapping)
 
 
 def read_yaml(text: str) -> Any:
-    """Reads plain YAML. Raises ValueError for a key that stands twice, and yaml.YAMLError for what is not YAML."""
-    return yaml.load(text, UniqueKeyLoader)  # a safe loader
+    """Reads plain YAML. Raises ValueError for a duplicate key, and yaml.YAMLError if the text is not YAML."""
+    return yaml.load(text, UniqueKeyLoader)  # this is a safe loader
 
 
 def command_of(settings: dict[str, Any], kind: type[BaseModel], error: ValidationError) -> str:
-    """Names the command whose configuration the settings are, where `kind` is that of another command."""
+    """Names the command that the settings belong to, if it is not the command of `kind`."""
     unfit = [one for one in error.errors() if one["type"] in ("extra_forbidden", "missing")]
     for other, command in COMMANDS.items():
         if other is not kind and unfit:
@@ -115,14 +117,14 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {error}") from None
 
 
-# What a value begins with that is more than a plain text: quotes, braces, brackets, and signs of YAML.
+# A value that begins with one of these is more than a plain text: quotes, braces, brackets, and other signs of YAML.
 MARKS_OF_YAML = ("'", '"', "{", "[", "|", ">", "&", "*", "!", "?", "- ")
 
 
 def parse_scalar(text: str) -> Any:
-    """Reads a YAML value, and also numbers such as 1e-6, which YAML 1.1 takes for strings.
+    """Reads a YAML value. Also reads numbers such as 1e-6, which YAML 1.1 treats as strings.
 
-    A text without quotes stays as it is, with blanks, colons and number signs: data.suffix=" Problem #1:".
+    Text without quotes stays unchanged, including blanks, colons and number signs: data.suffix=" Problem #1:".
     """
     value = read_yaml(text)
     if isinstance(value, str):
@@ -137,7 +139,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str:
-    """Says in one line what the first mistake is, and how many more there are."""
+    """Describes the first mistake in one line, and counts the others."""
     errors = error.errors()
     first = errors[0]
     location = without_tag(first["loc"])
@@ -166,7 +168,7 @@ def describe(error: ValidationError, kind: type[BaseModel] | None = None) -> str
 
 
 def unknown_algorithm(name: str) -> str:
-    """Says what stands for an algorithm that `algorithm.name` does not know; objectives such as grpo are settings."""
+    """Explains an unknown `algorithm.name`; objectives such as grpo are settings, not algorithms."""
     known = f"algorithm.name {name!r} is not known; known: {', '.join(ALGORITHM_SECTIONS)}"
     objectives = get_args(OutcomeConfig.model_fields["objective"].annotation)
     if name in objectives:
@@ -177,12 +179,12 @@ def unknown_algorithm(name: str) -> str:
 
 
 def without_tag(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Removes the algorithm's name, which pydantic puts behind "algorithm" in the paths of its fields."""
+    """Removes the algorithm's name, which pydantic adds after "algorithm" in the paths of its fields."""
     return location[:1] + location[2:] if location[:1] == ("algorithm",) and len(location) > 1 else location
 
 
 def moved(name: str, value: object) -> str:
-    """Names the new place of a section that is given at its old one, e.g. `reward_model: {enabled: false}`."""
+    """Names the new place of a section that is given at its old place, e.g. `reward_model: {enabled: false}`."""
     settings = flatten(value, f"{MOVED[name]}.") if isinstance(value, dict) else {}
     example = next(iter(settings), MOVED[name])
     owners = [owner for owner, section in ALGORITHM_SECTIONS.items() if name in section.model_fields]
@@ -190,7 +192,7 @@ def moved(name: str, value: object) -> str:
 
 
 def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) -> str:
-    """Says what an unknown key may mean: the setting that took its place, its algorithm, or a key of a near name."""
+    """Suggests what an unknown key may mean: the setting that replaced it, its algorithm, or a similar key."""
     if place := WITHDRAWN.get(".".join(str(part) for part in without_tag(location))):
         return f"; set {place}"
     if location[0] == "algorithm" and len(location) > 1:
@@ -211,7 +213,7 @@ def suggestion(kind: type[BaseModel] | None, location: tuple[int | str, ...]) ->
 
 
 def to_yaml(config: ModelRunConfig) -> str:
-    """Writes the resolved configuration: every setting with its value."""
+    """Returns the resolved configuration as YAML: every setting with its value."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
@@ -226,12 +228,12 @@ def flatten(settings: object, prefix: str = "") -> dict[str, object]:
 
 
 def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
-    """Reads the config.yaml that a run has written, perhaps of an older version, as {"rollout.top_p": 1.0}.
+    """Reads the config.yaml of a run, perhaps from an older version, as {"rollout.top_p": 1.0}.
 
-    Sections are read where they stand now, those that the algorithm does not have are left out, and a setting that the
-    file lacks, because it did not exist when the run began, has the value that stands for what runs did then. That is
-    its default in `config`, unless its section says otherwise. A setting that is auto in the file or in `config` reads
-    as it is in `config`.
+    Sections are read at their new places, and sections that the algorithm does not have are left out. A setting that
+    did not exist when the run began is missing in the file; it gets the value that describes what runs did then. This
+    is its default in `config`, unless its section overrides it. A setting that is auto in the file or in `config` gets
+    its value in `config`.
     """
     settings = yaml.safe_load(text)
     if isinstance(settings, dict) and isinstance(config, TrainConfig):
@@ -241,12 +243,12 @@ def read_resolved(text: str, config: ModelRunConfig) -> dict[str, object]:
     for name in now.keys() - found.keys():
         with contextlib.suppress(KeyError):  # an entry of a mapping such as eval.prompts has no default
             found[name] = json.loads(to_json(config.value_before_at(name)))
-    # Where either run leaves a choice to the device, there is nothing to compare.
+    # If either run leaves the choice to the device, the comparison ignores the setting.
     return found | {name: value for name, value in now.items() if AUTO in (value, found.get(name))}
 
 
 def at_new_places(settings: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """Puts each section of MOVED where it stands now, and drops it where the algorithm does not have it."""
+    """Moves each section of MOVED to its new place, and drops it if the algorithm does not have it."""
     algorithm = settings.get("algorithm") or {}
     moved_sections = {name: settings[name] for name in MOVED if name in settings}
     ours = {name: section for name, section in moved_sections.items() if name in config.algorithm.scalar_models}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 GENERATION_FILE = "generation_config.json"
-ModelSettings = dict[str, Any]  # a parsed config.json, e.g. {"model_type": "qwen2", "num_hidden_layers": 28, ...}
+ModelSettings = dict[str, Any]  # the parsed config.json, e.g. {"model_type": "qwen2", "num_hidden_layers": 28, ...}
 
 
 def read_model_settings(path: Path) -> ModelSettings:
@@ -26,8 +26,8 @@ def read_model_settings(path: Path) -> ModelSettings:
 def read_end_tokens(path: Path) -> dict[int, str]:
     """Returns the ids of the model's end tokens, each with the file that names it.
 
-    Both config.json and generation_config.json count, which need not exist; `eos_token_id` is a number or a list.
-    Example: {151645: "generation_config.json", 151643: "generation_config.json"}.
+    The function reads config.json and generation_config.json, and either may be missing; `eos_token_id` is a number or
+    a list. Example: {151645: "generation_config.json", 151643: "generation_config.json"}.
     """
     found: dict[int, str] = {}
     for name in ("config.json", GENERATION_FILE):
@@ -37,7 +37,8 @@ def read_end_tokens(path: Path) -> dict[int, str]:
             raise ValueError(
                 f"model.path: {path / name}: eos_token_id must be a number or a list of numbers, got {value!r}"
             )
-        found |= {number: name for number in ids if number not in found and number >= 0}  # -1 stands for none
+        # -1 means that there is no end token
+        found |= {number: name for number in ids if number not in found and number >= 0}
     return found
 
 
@@ -60,13 +61,13 @@ def read_mapping(file: Path) -> ModelSettings:
 
 
 def write_model_settings(directory: Path, settings: ModelSettings, dtype: object) -> None:
-    """Writes `directory`/config.json; where the settings name a dtype, `dtype` (e.g. torch.float32) takes its place."""
+    """Writes `directory`/config.json; `dtype` (e.g. torch.float32) replaces the dtype that the settings name."""
     dtypes = {name: str(dtype).removeprefix("torch.") for name in ("torch_dtype", "dtype") if name in settings}
     (directory / "config.json").write_text(json.dumps(settings | dtypes, indent=2))
 
 
 def copy_model_file(source: Path, target: Path) -> None:
-    """Copies a file that lies beside a model's weights; JSON loses its byte order mark, which other readers refuse."""
+    """Copies a file beside a model's weights. Removes JSON's byte order mark, which other readers refuse."""
     if source.suffix == ".json":
         target.write_bytes(source.read_bytes().removeprefix(codecs.BOM_UTF8))
     else:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its run directory: experiment trackers and a Prometheus endpoint."""
+"""Defines where a run sends its metrics besides its run directory: to experiment trackers and a Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from megatron_oreal.config.section import Section
 
 
 class MlflowConfig(Section):
-    """MLflow, on a server or in a folder of its own."""
+    """The settings of MLflow, which keeps runs on a server or in a local folder."""
 
-    enabled: bool = False  # Whether the run is logged to MLflow.
+    enabled: bool = False  # The run logs its records to MLflow.
     # Where MLflow keeps its runs: http://HOST:PORT, sqlite:///FILE, or a folder; null: the folder RUN_DIR/mlflow.
     tracking_uri: str | None = None
-    experiment: str = Field(default="megatron_oreal", min_length=1)  # The experiment; it is made where there is none.
-    run_name: str | None = None  # The name that MLflow shows for the run; null: the name of the run directory.
+    # The experiment; the run creates it if it does not exist.
+    experiment: str = Field(default="megatron_oreal", min_length=1)
+    run_name: str | None = None  # The name that MLflow shows for the run; null uses the name of the run directory.
 
 
 class WandbConfig(Section):
-    """Weights & Biases, on its server or in a folder that `wandb sync` uploads later."""
+    """The settings of Weights & Biases, which gets records directly or from a folder that `wandb sync` uploads."""
 
-    enabled: bool = False  # Whether the run is logged to Weights & Biases.
-    # online sends records while the run goes on; offline writes them to RUN_DIR/wandb for `wandb sync`.
+    enabled: bool = False  # The run logs its records to Weights & Biases.
+    # online sends records during the run; offline writes them to RUN_DIR/wandb for `wandb sync`.
     mode: Literal["online", "offline"] = "online"
-    project: str = Field(default="megatron_oreal", min_length=1)  # The project; it is made where there is none.
-    entity: str | None = None  # The user or the team that owns the project; null: the default of the account.
-    group: str | None = None  # The group of runs to which this one belongs, for example the seeds of one experiment.
-    run_name: str | None = None  # The name that the page shows for the run; null: the name of the run directory.
+    # The project; the run creates it if it does not exist.
+    project: str = Field(default="megatron_oreal", min_length=1)
+    entity: str | None = None  # The user or the team that owns the project; null uses the default of the account.
+    group: str | None = None  # The group that this run belongs to, for example the seeds of one experiment.
+    run_name: str | None = None  # The name that the page shows for the run; null uses the name of the run directory.
 
 
 class TrackersConfig(Section):
     """The experiment trackers that get the records of `metrics.jsonl`. TensorBoard always gets them."""
 
-    mlflow: MlflowConfig = MlflowConfig()  # MLflow.
-    wandb: WandbConfig = WandbConfig()  # Weights & Biases.
+    mlflow: MlflowConfig = MlflowConfig()  # The settings of MLflow.
+    wandb: WandbConfig = WandbConfig()  # The settings of Weights & Biases.
 
 
 class PrometheusConfig(Section):
-    """An HTTP endpoint that Prometheus asks what the trainer is doing."""
+    """The settings of an HTTP endpoint from which Prometheus reads the state of the trainer."""
 
-    # The port of /metrics; null: there is no endpoint. With ranks=all, rank N of a node has the port N higher.
+    # The port of /metrics; null opens no endpoint. With ranks=all, rank N of a node uses the port plus N.
     port: int | None = Field(default=None, ge=1, le=65535)
-    host: str = "127.0.0.1"  # The address that the endpoint listens on; it has no password and no encryption.
-    ranks: Literal["first", "all"] = "first"  # Which ranks have an endpoint; the first rank alone knows the rollout.
+    host: str = "127.0.0.1"  # The address that the endpoint listens on; the endpoint has no password and no encryption.
+    # The ranks that open an endpoint; only the first rank reports the rollout.
+    ranks: Literal["first", "all"] = "first"
 
 
 def check_packages(trackers: TrackersConfig, prometheus: PrometheusConfig) -> None:
@@ -65,6 +68,6 @@ def check_packages(trackers: TrackersConfig, prometheus: PrometheusConfig) -> No
 
 
 def is_installed(package: str) -> bool:
-    """Whether the package can be imported; a folder of its name in the working directory is no package."""
+    """Says whether the package can be imported. A folder of that name in the working directory does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None

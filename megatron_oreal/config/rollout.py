@@ -1,4 +1,4 @@
-"""The settings of generation and of the servers that do it. Imports no torch."""
+"""Defines the settings of generation and of the generation servers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,60 +16,65 @@ EngineLogprobs = Literal["model", "rollout", "unknown"]
 
 
 class SamplingConfig(Section):
-    """How a response is drawn, token by token."""
+    """The settings of the distribution from which the engine draws each token."""
 
-    # Samples are drawn from softmax(logits / temperature), and that distribution is trained; 0 is greedy.
+    # The engine samples from softmax(logits / temperature), and the losses train that distribution; 0 is greedy
+    # decoding.
     temperature: float = Field(default=1.0, ge=0)
-    # Only the likeliest tokens that together have this probability are drawn. rollout.loss_support says whether losses
-    # are within them.
+    # Nucleus sampling: the engine draws only from the likeliest tokens whose probabilities together reach top_p.
+    # rollout.loss_support says whether the losses use the same tokens.
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)  # Only so many of the likeliest tokens are drawn; 0 draws from all.
-    max_new_tokens: PositiveInt = 1024  # The length limit of a response; one that reaches it is cut.
-    max_total_tokens: PositiveInt | None = None  # The limit of prompt and response together; null: there is none.
+    top_k: int = Field(default=0, ge=0)  # The engine draws only from the top_k likeliest tokens; 0 draws from all.
+    max_new_tokens: PositiveInt = 1024  # The length limit of a response; the engine cuts a response that reaches it.
+    max_total_tokens: PositiveInt | None = None  # The limit of prompt and response together; null sets no limit.
 
     @property
     def is_truncated(self) -> bool:
-        """Whether some tokens are never drawn."""
+        """Says whether top_p or top_k excludes some tokens from sampling."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
 
 class SglangConfig(Section):
-    """SGLang servers: started by the run, or named in `endpoints_file`."""
+    """The settings of SGLang servers, which the run starts, or which `endpoints_file` names."""
 
-    python: Path = Path(".venv-sglang/bin/python")  # The servers' interpreter; tools/setup_sglang.sh makes it.
-    num_servers: PositiveInt = 1  # The number of servers that the run starts; with colocated, on each node.
-    tensor: PositiveInt = 1  # The GPUs that one server uses.
-    # disaggregated puts servers on GPUs of their own; colocated puts them on the trainer's, where each gives way to the
-    # other.
+    # The Python interpreter of the servers; tools/setup_sglang.sh makes it.
+    python: Path = Path(".venv-sglang/bin/python")
+    # The number of servers that the run starts; with colocated, it is the number on each node.
+    num_servers: PositiveInt = 1
+    tensor: PositiveInt = 1  # The number of GPUs that one server uses.
+    # disaggregated gives the servers GPUs of their own; colocated lets servers and trainer take turns on the trainer's
+    # GPUs.
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    # The GPUs of this node that servers take, in order; an empty list takes those after the trainer's, or with
-    # colocated the trainer's own.
+    # The GPUs of this node that the servers use, in order. An empty list takes the GPUs after the trainer's; with
+    # colocated it takes the trainer's own.
     gpus: list[int] = []
-    # The address of the interface that servers listen on. With colocated on several nodes, leave it as it is.
+    # The address of the interface that servers listen on. With colocated on several nodes, keep the default.
     host: str = "127.0.0.1"
-    ports: tuple[int, int] = (31000, 31999)  # The first and the last port that servers may take.
-    # More options of SGLang's server, for example {mem-fraction-static: 0.8}; true gives an option without a value.
+    ports: tuple[int, int] = (31000, 31999)  # The first and the last port that servers may use.
+    # More options of SGLang's server, for example {mem-fraction-static: 0.8}; true passes an option without a value.
     flags: dict[str, bool | int | float | str] = {}
-    # Servers speak https with a certificate of their own; auto does so where host is no loopback address.
+    # true makes the servers use https with their own certificate; auto does so if host is not a loopback address.
     tls: bool | Literal["auto"] = "auto"
-    # The environment variables that servers get although they look like secrets, for example [HF_TOKEN].
+    # The environment variables that servers receive although their names look like secrets, for example [HF_TOKEN].
     secrets: list[str] = []
-    # The file that `megatron-oreal serve` wrote: the run uses those servers and starts none.
+    # The file that `megatron-oreal serve` wrote; the run uses those servers and starts none.
     endpoints_file: Path | None = None
     router: bool = False  # The run puts sglang-router between the trainer and its servers.
-    start_timeout_seconds: PositiveFloat = 900  # How long a server may take to start.
-    request_timeout_seconds: PositiveFloat = 3600  # How long one response may take.
-    max_concurrent_requests: PositiveInt = 256  # The requests that a server gets at the same time.
-    max_failures: PositiveInt = 3  # A server with so many failures one after the other counts as dead.
-    max_restarts: int = Field(default=3, ge=0)  # How often the run restarts a server, all servers together.
-    # How long a run waits for a server to be started again when none is left; then it ends.
+    start_timeout_seconds: PositiveFloat = 900  # The time limit for the start of a server.
+    request_timeout_seconds: PositiveFloat = 3600  # The time limit for one response.
+    # The largest number of requests that one server handles at the same time.
+    max_concurrent_requests: PositiveInt = 256
+    max_failures: PositiveInt = 3  # The run treats a server as dead after this many consecutive failures.
+    max_restarts: int = Field(default=3, ge=0)  # The total number of server restarts that the run may make.
+    # The time that a run without a living server waits for one to restart, before the run ends.
     outage_seconds: float = Field(default=1800, ge=0)
-    # How weights reach the servers: through files, over a process group, or (colocated only) as shared GPU memory.
+    # How the trainer sends weights to the servers: through files, over a process group, or (colocated only) as shared
+    # GPU memory.
     weight_transport: Literal["disk", "distributed", "tensor"] = "distributed"
-    weight_senders: PositiveInt = 1  # So many trainer ranks share the servers out to send them weights.
-    weight_timeout_seconds: PositiveFloat = 600  # How long one synchronisation of weights may take.
-    bucket_bytes: PositiveInt = 512 * 2**20  # The bytes of weights that travel together.
-    check_weights: bool = False  # The servers' checksums are compared after each synchronisation.
+    weight_senders: PositiveInt = 1  # The number of trainer ranks that send weights; each serves a part of the servers.
+    weight_timeout_seconds: PositiveFloat = 600  # The time limit for one weight synchronisation.
+    bucket_bytes: PositiveInt = 512 * 2**20  # The trainer sends weights in buckets of about this many bytes.
+    check_weights: bool = False  # The run compares the servers' checksums after each weight synchronisation.
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -94,36 +99,39 @@ class SglangConfig(Section):
 
 
 class RolloutConfig(SamplingConfig, CorrectionSettings):
-    """How responses are generated: by which engine, how many, and how long."""
+    """The settings of generation: the engine, and the number and length of the responses."""
 
-    engine: Literal["local", "sglang"] = "local"  # The trainer's own processes generate, or servers beside them.
-    sglang: SglangConfig = SglangConfig()  # The servers of engine=sglang.
+    # Where responses are generated: in the trainer's own processes (local) or on servers (sglang).
+    engine: Literal["local", "sglang"] = "local"
+    sglang: SglangConfig = SglangConfig()  # The settings of the servers for engine=sglang.
     group_size: int = Field(default=16, ge=1)  # The number of samples of each prompt.
-    # How often a prompt is sampled at most, until pure_rejection_sampling has its num_correct correct samples.
+    # The largest number of times that the run samples one prompt, until pure_rejection_sampling has num_correct correct
+    # samples.
     draw_rounds: PositiveInt = 1
-    # How many batches of prompts a step samples at most, until prompts_per_step groups are mixed (DAPO).
+    # The largest number of prompt batches that a step samples, until prompts_per_step groups are mixed (DAPO).
     prompt_rounds: PositiveInt = 1
-    # Tokens that end a response, besides the end tokens of tokenizer, config.json and generation_config.json.
+    # Token ids that end a response, besides the end tokens of tokenizer, config.json and generation_config.json.
     stop_tokens: list[str] = []
-    stop_strings: list[str] = []  # Texts that end a response too, and stay in it.
-    batch_size: PositiveInt = 512  # The sequences that a process of the local engine decodes together.
-    # How many steps a sample may be older than the policy that it trains; more than 0 needs servers.
+    stop_strings: list[str] = []  # Texts that also end a response; the response keeps the text.
+    batch_size: PositiveInt = 512  # The number of sequences that one process of the local engine decodes together.
+    # The largest age of a sample, in steps, when the policy trains on it; more than 0 needs servers.
     staleness: int = Field(default=0, ge=0)
-    # So many prompts are asked for each one that is needed; the slowest are given up.
+    # The run requests this many prompts for each prompt that it needs, and abandons the slowest ones.
     oversampling: float = Field(default=1.0, ge=1)
-    # What happens to the responses that were given up: they are dropped, which prefers short ones, or a later step
-    # resumes them; auto resumes them where servers generate and the losses are among all tokens.
+    # What happens to abandoned responses. The run drops them, which favours short responses, or a later step resumes
+    # them; auto resumes them where servers generate and the losses use all tokens.
     unfinished: Literal["auto", "drop", "resume"] = "auto"
-    # The policy's log-probs in the losses are those among all tokens, or among the tokens that top_p and top_k keep.
+    # The losses use the policy's log-probs over all tokens, or over the tokens that top_p and top_k keep.
     loss_support: Literal["all", "sampled"] = "all"
-    # Every response is kept on disk at once, so that after a kill only the missing ones are generated.
+    # The run writes every response to disk at once, so that a restart generates only the missing ones.
     ledger: bool = True
-    record: bool = False  # Every response stays in RUN_DIR/recording, for a replay.
-    # The run directory whose recorded responses are taken instead of generating any; null: the engine generates.
+    record: bool = False  # The run keeps every response in RUN_DIR/recording, for a replay.
+    # The run directory whose recorded responses replace generation; null: the engine generates.
     replay: Path | None = None
-    # Nothing is trained: each step generates and judges with the weights of the start, and no checkpoint is written.
+    # The run trains nothing and writes no checkpoint; each step generates and judges with the initial weights.
     only: bool = False
-    # The mean difference from which the run ends, because the engine has another model; null never ends it.
+    # The run ends when the mean difference of log-probs reaches this value, because the engine then has another model;
+    # null never ends the run.
     mismatch_limit: float | None = Field(default=1.0, gt=0)
 
     effects: ClassVar[Effects] = (
@@ -138,36 +146,37 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
 
     @property
     def resumes(self) -> bool:
-        """Whether a later step resumes the responses that were given up."""
+        """Says whether a later step resumes the responses that the run abandoned."""
         if self.unfinished == "auto":
             return self.oversampling > 1 and self.engine == "sglang" and not self.trains_truncated
         return self.unfinished == "resume"
 
     @property
     def trains_truncated(self) -> bool:
-        """Whether the losses are within the tokens that top_p and top_k keep."""
+        """Says whether the losses use only the tokens that top_p and top_k keep."""
         return self.is_truncated and self.loss_support == "sampled"
 
     @property
     def engine_logprobs(self) -> EngineLogprobs:
-        """Which of the engine's log-probs are of the trained distribution.
+        """Says which of the engine's log-probs belong to the trained distribution.
 
-        Where the losses are within the kept tokens, they are those that were sampled from, which the local engine
-        tells. Else they are those without truncation: at temperature 1 the model's own, and at another one those that
-        were sampled from, if nothing was truncated. SGLang's answers tell neither.
+        If the losses use only the kept tokens, these are the log-probs of the sampled distribution, which the local
+        engine reports. Otherwise they are the log-probs without truncation: at temperature 1 those of the model itself,
+        and at another temperature those of the sampled distribution, if nothing was truncated. SGLang's answers report
+        neither of these two.
         """
         if self.trains_truncated:
             return "rollout" if self.engine == "local" else "unknown"
-        if self.temperature in (0, 1):  # Nothing is trained on greedy samples.
+        if self.temperature in (0, 1):  # A temperature of 0 trains nothing.
             return "model"
         return "rollout" if self.engine == "local" and not self.is_truncated else "unknown"
 
     def longest_response(self, num_prompt_tokens: int) -> int:
-        """Returns how many tokens the response to a prompt may have; 0 or less where there is no room for one."""
+        """Returns the largest number of tokens that the response to a prompt may have; 0 or less if no token fits."""
         return longest_response(self.max_new_tokens, self.max_total_tokens, num_prompt_tokens)
 
     def longest_sequence(self, max_prompt_tokens: int) -> int:
-        """Returns how many tokens a prompt and its response may have together."""
+        """Returns the largest number of tokens that a prompt and its response may have together."""
         longest = max_prompt_tokens + self.max_new_tokens
         return longest if self.max_total_tokens is None else min(longest, self.max_total_tokens)
 
@@ -192,7 +201,7 @@ class RolloutConfig(SamplingConfig, CorrectionSettings):
             )
         if self.record and self.replay is not None:
             raise ValueError("rollout.record: a replay has nothing new to record; drop it, or rollout.replay")
-        # The local engine generates while the trainer waits, and begins no response that it does not finish.
+        # The local engine generates while the trainer waits, and finishes every response that it begins.
         needs_servers = {"staleness": self.staleness > 0, "unfinished": self.unfinished == "resume"}
         for name in (name for name, is_set in needs_servers.items() if is_set and self.engine == "local"):
             raise ValueError(f"rollout.{name} needs servers: set rollout.engine=sglang, or drop it")

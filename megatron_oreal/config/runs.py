@@ -1,7 +1,7 @@
-"""The whole configuration of each command: `train` (TrainConfig), `sft` (SftConfig) and `eval` (EvalRunConfig).
+"""Defines the whole configuration of each command: `train` (TrainConfig), `sft` (SftConfig) and `eval` (EvalRunConfig).
 
-What can be checked without loading anything is checked when the configuration is built, and so is whether each setting
-that was given has an effect.
+When the configuration is built, it checks itself as far as it can without loading anything, and it checks that each
+given setting has an effect.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from megatron_oreal.config.watchdog import WatchdogConfig
 
 
 class PromptConfig(Section):
-    """How a prompt becomes tokens; training and evaluation share it."""
+    """The settings that turn a prompt into tokens; training and evaluation share them."""
 
-    # The tokenizer's chat template, the contents joined as they are, or `template` around the last user message.
+    # How messages become text: by the tokenizer's chat template, by joining their contents (plain), or by `template`
+    # around the last user message.
     format: Literal["chat", "plain", "template"] = "chat"
-    template: str | None = None  # The text of format=template, with {prompt} where the message goes.
-    system_prompt: str | None = None  # It is put before prompts that have no system message of their own.
-    suffix: str = ""  # It is appended to the last user message, e.g. "Put the final answer in \\boxed{}."
-    max_prompt_tokens: PositiveInt = 2048  # Longer prompts are counted, logged and skipped.
+    template: str | None = None  # The text for format=template; {prompt} marks the place of the message.
+    system_prompt: str | None = None  # The system prompt of prompts that have no system message.
+    suffix: str = ""  # A text that is appended to the last user message, e.g. "Put the final answer in \\boxed{}."
+    max_prompt_tokens: PositiveInt = 2048  # The run skips longer prompts, and logs their number.
 
     effects: ClassVar[Effects] = ((("system_prompt",), choice("format", "chat", "plain")),)
 
@@ -47,13 +48,14 @@ class PromptConfig(Section):
 
 
 class DataConfig(PromptConfig):
-    """The prompts of a training run."""
+    """The settings of the prompts of a training run."""
 
     prompts: Path  # A file of JSON lines {"id", "prompt", "answer", "source", "pass_rate"}.
-    prompts_per_step: PositiveInt = 64  # The number of groups that a step trains on.
-    shuffle: bool = True  # Each epoch has an order of its own, drawn from the seed; false keeps the file's order.
-    # How often a prompt comes in an epoch, by its pass rate: [[0.2, 6], [0.6, 4], [0.8, 2]] gives six turns to pass
-    # rates below 0.2, and leaves out those at or above 0.8.
+    prompts_per_step: PositiveInt = 64  # The number of groups (prompts) that a step trains on.
+    # Each epoch has its own random order, which depends on the seed; false keeps the file's order.
+    shuffle: bool = True
+    # How often a prompt occurs in an epoch, by its pass rate: [[0.2, 6], [0.6, 4], [0.8, 2]] repeats pass rates below
+    # 0.2 six times and leaves out pass rates of 0.8 and above.
     repeats_by_pass_rate: list[tuple[float, int]] = []
 
     @model_validator(mode="after")
@@ -65,24 +67,26 @@ class DataConfig(PromptConfig):
 
 
 class EvalConfig(Section):
-    """The evaluation on held-out prompts during training."""
+    """The settings of the evaluation on held-out prompts during training."""
 
-    prompts: dict[str, Path] = {}  # Each dataset's name and its file of JSON lines; {} evaluates nothing.
-    every: PositiveInt = 10  # Steps between two evaluations; the first one comes before the first step.
-    num_samples: int = Field(default=1, ge=0)  # Responses to a prompt at rollout's temperature; 0: greedy only.
-    max_prompts: PositiveInt | None = None  # Only the first so many prompts of each dataset are used; null: all.
-    num_examples: int = Field(default=3, ge=0)  # Greedy responses that are written out at each evaluation.
+    prompts: dict[str, Path] = {}  # The name of each data set and its file of JSON lines; {} evaluates nothing.
+    every: PositiveInt = 10  # The number of steps between two evaluations; the first one precedes the first step.
+    # The number of responses to each prompt at rollout's temperature; 0 evaluates greedy responses only.
+    num_samples: int = Field(default=1, ge=0)
+    max_prompts: PositiveInt | None = None  # Only the first max_prompts prompts of each data set are used; null: all.
+    num_examples: int = Field(default=3, ge=0)  # The number of greedy responses that each evaluation writes to a file.
 
 
 class CheckpointConfig(Section):
-    """What a run writes besides its metrics, and how often."""
+    """The settings of checkpoints and of the exported model."""
 
-    every: PositiveInt = 50  # Steps between two checkpoints.
-    keep_last: PositiveInt = 2  # The newest checkpoints that are kept.
-    keep_best: int = Field(default=1, ge=0)  # The checkpoints with the highest best_metric that are kept besides.
-    # The metric that says which checkpoints are best, e.g. "eval/gsm8k/greedy"; empty keeps only the last ones.
+    every: PositiveInt = 50  # The number of steps between two checkpoints.
+    keep_last: PositiveInt = 2  # The number of newest checkpoints that the run keeps.
+    # The number of further checkpoints, those with the highest best_metric, that the run keeps.
+    keep_best: int = Field(default=1, ge=0)
+    # The metric that ranks checkpoints, e.g. "eval/gsm8k/greedy"; empty keeps only the newest ones.
     best_metric: str = ""
-    export_hf: bool = True  # The final policy is written to RUN_DIR/hf.
+    export_hf: bool = True  # At its end the run writes the final policy to RUN_DIR/hf.
 
     effects: ClassVar[Effects] = (
         (
@@ -97,20 +101,20 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What a run records for `megatron-oreal view` besides its metrics and its samples."""
+    """The settings of records for `megatron-oreal view` besides metrics and samples."""
 
-    # The first so many groups of each step are recorded token by token, with log-probs and weights; 0: none.
+    # The run records this many groups of each step token by token, with log-probs and weights; 0 records none.
     rollout_tokens: int = Field(default=0, ge=0)
 
 
 class ModelRunConfig(Section):
-    """What every command that runs a model has."""
+    """The settings of every command that runs a model."""
 
-    run_dir: Path  # The folder of everything that the run writes; the same command again resumes what is there.
-    seed: int = 0  # Everything that is drawn at random depends on it.
-    # Updates give the same numbers each time; auto: on a CPU, where that costs little, and not on CUDA.
+    run_dir: Path  # The folder for all output; the same command resumes the run in it.
+    seed: int = 0  # The seed of all random numbers.
+    # true makes updates reproducible, bit by bit. auto is true on a CPU, where it costs little, and false on CUDA.
     deterministic: bool | Literal["auto"] = "auto"
-    model: ModelConfig  # The model, and how it computes.
+    model: ModelConfig  # The model and how it computes.
     parallel: ParallelConfig = ParallelConfig()  # How the processes share the model and the batch.
 
     @model_validator(mode="after")
@@ -120,13 +124,13 @@ class ModelRunConfig(Section):
 
 
 class RunConfig(ModelRunConfig):
-    """What every kind of training has."""
+    """The settings of every kind of training."""
 
-    num_steps: PositiveInt  # The length of the run.
-    checkpoint: CheckpointConfig = CheckpointConfig()  # What is written, and how often.
+    num_steps: PositiveInt  # The number of training steps of the run.
+    checkpoint: CheckpointConfig = CheckpointConfig()  # What the run saves, and how often.
     watchdog: WatchdogConfig = WatchdogConfig()  # When the run counts as hanging.
-    trackers: TrackersConfig = TrackersConfig()  # The experiment trackers that get the run's records.
-    prometheus: PrometheusConfig = PrometheusConfig()  # The endpoint that says what the trainer is doing.
+    trackers: TrackersConfig = TrackersConfig()  # The experiment trackers that receive the run's records.
+    prometheus: PrometheusConfig = PrometheusConfig()  # The endpoint that reports the trainer's state.
 
 
 ON_POLICY_WORDS = (
@@ -134,7 +138,7 @@ ON_POLICY_WORDS = (
     "rollout.unfinished to resume, or rollout.corrects to always"
 )
 CORRECTIONS = tuple(f"rollout.{name}" for name in CORRECTION_SETTINGS)
-# The settings of rollouts that only the training on outcome rewards uses.
+# The settings of rollouts that only `train` uses.
 TRAINING_ROLLOUTS = tuple(
     f"rollout.{name}"
     for name in (
@@ -157,14 +161,14 @@ GREEDY_WORDS = "for eval.num_samples=0, which is greedy: drop it, or raise eval.
 GREEDY_ONLY: Effects = (
     (("rollout.top_p", "rollout.top_k"), condition(lambda run: run.eval.num_samples > 0, GREEDY_WORDS)),
     (
-        ("rollout.temperature",),  # A temperature of 0 says what is the case.
+        ("rollout.temperature",),  # another check reports a temperature of 0
         condition(lambda run: run.eval.num_samples > 0 or run.rollout.temperature == 0, GREEDY_WORDS),
     ),
 )
 
 
 class TrainConfig(RunConfig):
-    """`megatron-oreal train`: reinforcement learning on outcome rewards."""
+    """The configuration of `megatron-oreal train`: reinforcement learning on outcome rewards."""
 
     data: DataConfig  # The prompts.
     rollout: RolloutConfig = RolloutConfig()  # How responses are generated.
@@ -173,7 +177,7 @@ class TrainConfig(RunConfig):
     policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
     logging: LoggingConfig = LoggingConfig()  # What is recorded besides metrics and samples.
-    alarms: AlarmsConfig = AlarmsConfig()  # What the log warns of.
+    alarms: AlarmsConfig = AlarmsConfig()  # When the log warns.
 
     effects: ClassVar[Effects] = (
         (
@@ -208,29 +212,29 @@ class TrainConfig(RunConfig):
 
     @property
     def is_off_policy(self) -> bool:
-        """Whether samples may come from an older policy than the one that they train."""
+        """Says whether samples may come from an older policy than the one that trains on them."""
         return self.rollout.staleness > 0 or self.rollout.resumes
 
     @property
     def corrects_samples(self) -> bool:
-        """Whether the settings of `rollout` ask for a correction of samples that are not of the trained policy."""
+        """Says whether `rollout` requests a correction of samples from another distribution than the trained policy."""
         return self.is_off_policy or self.rollout.corrects == "always"
 
     @property
     def correction(self) -> Correction | None:
-        """How the losses correct for the distribution that was sampled from; None where nothing is corrected."""
+        """Returns how the losses correct for the sampled distribution; None means no correction."""
         is_asked_for = self.corrects_samples and self.algorithm.takes_importance_weights
         return self.rollout.as_correction() if is_asked_for else None
 
     @property
     def has_fresh_ratios(self) -> bool:
-        """Whether the ratios of a step's first update are 1, as they are to the trainer's own policy before it."""
+        """Says whether the ratios in a step's first update, to the trainer's policy before the step, are 1."""
         return self.correction is None or self.correction.old_logprobs == "trainer"
 
     @model_validator(mode="before")
     @classmethod
     def name_the_algorithm(cls, settings: Any) -> Any:
-        """Takes OREAL where the file names no algorithm."""
+        """Sets the algorithm to OREAL if the file names none."""
         algorithm = settings.get("algorithm") or {} if isinstance(settings, dict) else None
         return settings | {"algorithm": {"name": "oreal"} | algorithm} if isinstance(algorithm, dict) else settings
 
@@ -263,24 +267,25 @@ class TrainConfig(RunConfig):
 
 
 class SftDataConfig(PromptConfig):
-    """The examples of a supervised run."""
+    """The settings of the examples of a supervised run."""
 
     examples: Path  # A file of JSON lines {"prompt", "response"}.
     sequences_per_step: PositiveInt = 64  # The number of examples that a step trains on.
-    # The limit of prompt and response together; longer examples are counted, logged and skipped.
+    # The limit of prompt and response together; the run skips longer examples, and counts and logs them.
     max_tokens: PositiveInt = 4096
-    shuffle: bool = True  # Each epoch has an order of its own, drawn from the seed; false keeps the file's order.
+    # Each epoch has its own random order, which depends on the seed; false keeps the file's order.
+    shuffle: bool = True
 
 
 class SftConfig(RunConfig):
-    """`megatron-oreal sft`: supervised training on examples."""
+    """The configuration of `megatron-oreal sft`: supervised training on examples."""
 
     data: SftDataConfig  # The examples.
     policy: PolicyConfig = PolicyConfig()  # The policy's optimizer.
-    rollout: RolloutConfig = RolloutConfig()  # How the evaluation samples.
-    verifier: VerifierConfig = VerifierConfig()  # How the evaluation's answers are judged.
+    rollout: RolloutConfig = RolloutConfig()  # How the evaluation generates responses.
+    verifier: VerifierConfig = VerifierConfig()  # How the evaluation judges answers.
     eval: EvalConfig = EvalConfig()  # The evaluation during training.
-    alarms: MachineAlarms = MachineAlarms()  # What the log warns of.
+    alarms: MachineAlarms = MachineAlarms()  # When the log warns.
 
     effects: ClassVar[Effects] = (
         (TRAINING_ROLLOUTS, never("for sft, which trains on examples: drop it")),
@@ -294,12 +299,12 @@ class SftConfig(RunConfig):
 
 
 class EvalRunConfig(ModelRunConfig):
-    """`megatron-oreal eval`: measures a model on datasets."""
+    """The configuration of `megatron-oreal eval`, which measures a model on data sets."""
 
     data: PromptConfig = PromptConfig()  # How a prompt becomes tokens.
     rollout: RolloutConfig = RolloutConfig()  # How answers are generated.
     verifier: VerifierConfig = VerifierConfig()  # How answers are judged.
-    eval: BenchmarkConfig  # What is measured.
+    eval: BenchmarkConfig  # What the evaluation measures.
 
     effects: ClassVar[Effects] = (
         (("rollout.group_size",), never("for eval: drop it, or set eval.num_samples")),
@@ -332,8 +337,9 @@ def check_best_metric(checkpoint: CheckpointConfig, evaluation: EvalConfig) -> N
         raise ValueError(f"checkpoint.best_metric {checkpoint.best_metric!r} is not measured here; known: {known}")
 
 
-# Beginnings of the settings that do not change what a run computes. How a judge or a reward server is asked is one of
-# them. So is the number of replicas, unless the replicas share the optimizer, which the checkpoint knows.
+# The first parts of the names of settings that do not change the result of a run. The settings of requests to a judge
+# or a reward server are among them. The number of replicas is too, unless the replicas share the optimizer, which the
+# checkpoint records.
 WITHOUT_INFLUENCE = (
     "run_dir", "model.recompute", "parallel.microbatch_tokens", "parallel.data", "parallel.timeout_seconds",
     "verifier.num_workers", "verifier.judge.cache",

@@ -12,12 +12,12 @@ from megatron_oreal.config.effects import Effects, IdleSetting
 
 
 class Section(BaseModel):
-    """One section: named settings, each with a type, a default and the values that it may have."""
+    """A section of the configuration: named settings, each with a type, a default and its allowed values."""
 
     model_config = ConfigDict(
         extra="forbid", strict=False, validate_default=False, protected_namespaces=(), allow_inf_nan=False
     )
-    effects: ClassVar[Effects] = ()  # when settings of this section act; those in no row always do
+    effects: ClassVar[Effects] = ()  # when the settings of this section act; a setting in no row always acts
 
     @model_validator(mode="before")
     @classmethod
@@ -31,25 +31,25 @@ class Section(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def expand_home(cls, value: Any) -> Any:
-        """Reads `~/data` as a path in the home directory, as a shell does: in every path, also those of a mapping."""
+        """Replaces `~` by the home directory, as a shell does, in every path and in the paths of mappings."""
         if isinstance(value, dict):
             return {name: in_home(entry) for name, entry in value.items()}
         return in_home(value)
 
     def effect_rows(self) -> Effects:
-        """The rows of this section's table, and of the tables of the sections that it extends."""
+        """Returns the rows of this section's table and of the tables of the sections that it extends."""
         return tuple(row for section in type(self).__mro__ for row in section.__dict__.get("effects", ()))
 
     def default_of(self, name: str) -> Any:
-        """The value that the setting has where neither file nor command line gives one."""
+        """Returns the value of a setting that neither the file nor the command line gives."""
         return type(self).model_fields[name].get_default(call_default_factory=True)
 
     def value_before(self, name: str) -> Any:
-        """What runs did before the setting existed: its default, unless a section says otherwise."""
+        """Returns what runs did before the setting existed: its default, unless a section overrides this function."""
         return self.default_of(name)
 
     def value_before_at(self, path: str) -> Any:
-        """Returns the default of, for example, "policy.optimizer.lr". Raises KeyError for what has no default."""
+        """Returns the default of, for example, "policy.optimizer.lr". Raises KeyError for a name without a default."""
         name, _, rest = path.partition(".")
         field = type(self).model_fields.get(name)
         if rest and field is not None and isinstance(section := getattr(self, name), Section):
@@ -59,7 +59,7 @@ class Section(BaseModel):
         return self.value_before(name)
 
     def idle_settings(self, where: str = "") -> Iterator[IdleSetting]:
-        """The settings of this section and of those within it that have no effect here, given or not."""
+        """Returns the settings of this section and its nested sections that have no effect here, given or not."""
         for settings, acts in self.effect_rows():
             if not acts.holds(self):
                 words = acts.words(self, where)
@@ -70,7 +70,7 @@ class Section(BaseModel):
                 yield from value.idle_settings(f"{where}{name}.")
 
     def leaves(self, path: str) -> Iterator[tuple[str, bool]]:
-        """The settings at and below `path`, and whether each was given a value that is not its default."""
+        """Returns the settings at and below `path`, and whether each one has a value other than its default."""
         name, _, rest = path.partition(".")
         value = getattr(self, name)
         if isinstance(value, Section):
@@ -80,20 +80,20 @@ class Section(BaseModel):
             yield name, value is not None and value != self.default_of(name)
 
     def refuse_idle_settings(self, where: str = "") -> None:
-        """Raises ValueError, one line, for the first setting that is given and has no effect."""
+        """Raises ValueError, with one line, for the first given setting that has no effect."""
         for idle in self.idle_settings(where):
             if idle.is_given:
                 raise ValueError(f"{idle.name} has no meaning {idle.words}")
 
 
 def is_section(annotation: Any) -> bool:
-    """Whether a field is a nested section, or a mapping such as eval.prompts."""
+    """Says whether a field is a nested section, or a mapping such as eval.prompts."""
     kind = get_origin(annotation) or annotation
     return isinstance(kind, type) and issubclass(kind, (Section, dict))
 
 
 def in_home(value: Any) -> Any:
-    """Returns the path with `~` and `~user` replaced. Raises ValueError for a user whom the system does not know."""
+    """Returns the path with `~` and `~user` replaced. Raises ValueError for a user that the system does not know."""
     if not isinstance(value, Path):
         return value
     try:

@@ -1,4 +1,4 @@
-"""How responses are rewarded: by rules, by rules and a judge, or by a reward of the user's own."""
+"""Defines how responses are rewarded: by rules, by rules and a judge, or by the user's own reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_oreal.config.section import Section
 AnswerRule = Literal["last_box", "answer_tags", "conclusion"]
 
 PLACEHOLDERS = ("question", "reference", "answer")
-# Not the braces of LaTeX: \frac{a}{bcd} has a command or a brace before it.
+# This pattern must not match the braces of LaTeX: \frac{a}{bcd} has a command or a brace before them.
 PLACEHOLDER = re.compile(r"(?<![\w}\\])\{([A-Za-z_]{3,})\}")
 IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -39,7 +39,7 @@ Reply with one word, CORRECT or INCORRECT."""
 
 
 def check_url(name: str, url: str) -> None:
-    """Raises ValueError, without the address, which may hold a key, for what is not a plain http or https address."""
+    """Raises ValueError unless the value is a plain http or https address. The message omits it: it may hold a key."""
     if not url:
         return
     try:
@@ -57,7 +57,7 @@ def check_url(name: str, url: str) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ValueError where the judge would not be shown what it has to compare."""
+    """Raises ValueError if the judge's prompt lacks a text that the judge has to compare."""
     missing = [f"{{{name}}}" for name in PLACEHOLDERS if f"{{{name}}}" not in prompt]
     if missing:
         raise ValueError(f"verifier.judge.prompt must hold {', '.join(missing)}")
@@ -70,43 +70,47 @@ def check_prompt(prompt: str) -> None:
 
 
 class HttpConfig(Section):
-    """How a server that is asked for rewards is spoken to."""
+    """The settings of the requests to a server that computes rewards."""
 
-    timeout_seconds: PositiveFloat = 60.0  # One attempt, from the connection to the end of the answer.
-    max_retries: int = Field(default=3, ge=0)  # Further attempts after no connection, 429, 5xx or a broken answer.
-    retry_seconds: float = Field(default=1.0, ge=0)  # The pause before the first retry; it doubles with each one.
-    max_concurrent_requests: PositiveInt = 32  # Requests under way at the same time.
-    # The environment variable that holds the API key; the key itself is never written anywhere. Empty: no key.
+    # The time limit of one attempt, from the connection to the end of the answer.
+    timeout_seconds: PositiveFloat = 60.0
+    # The number of further attempts after a failed connection, status 429 or 5xx, or a malformed answer.
+    max_retries: int = Field(default=3, ge=0)
+    retry_seconds: float = Field(default=1.0, ge=0)  # The pause before the first retry; it doubles with each retry.
+    max_concurrent_requests: PositiveInt = 32  # The largest number of concurrent requests.
+    # The environment variable that holds the API key; the key itself is never written anywhere. Empty means no key.
     api_key_env: str = ""
 
     @model_validator(mode="after")
     def check_variable(self) -> Self:
         if self.api_key_env and not VARIABLE.fullmatch(self.api_key_env):
-            raise ValueError(  # what stands here may be the key itself, so it is not repeated
+            raise ValueError(  # the value may be the key itself, so the message does not repeat it
                 "api_key_env must be the name of an environment variable, such as JUDGE_API_KEY, not the key"
             )
         return self
 
 
 class JudgeConfig(HttpConfig):
-    """A language model that is asked where the rules do not accept an answer: the reward is rules or judge."""
+    """The settings of a language model that judges the answers that the rules do not accept."""
 
-    url: str = ""  # The base of an OpenAI-compatible API, for example http://node7:8000/v1. Empty: there is no judge.
-    model: str = ""  # The model's name at that server.
-    api: Literal["chat", "completions"] = "chat"  # POST URL/chat/completions, or POST URL/completions.
-    prompt: str = DEFAULT_JUDGE_PROMPT  # It holds {question}, {reference} and {answer}.
-    system_prompt: str = ""  # A system message before it; api=completions has none.
-    accept_word: str = "CORRECT"  # The reply, or a line of it, that accepts an answer.
-    reject_word: str = "INCORRECT"  # The one that rejects it. Any other reply is a failure, not a rejection.
-    max_tokens: PositiveInt = 1024  # The length limit of the reply; one that is cut is a failure.
-    temperature: float = Field(default=0.0, ge=0)  # The temperature of the reply; 0 is greedy.
-    # More keys of each request, e.g. {chat_template_kwargs: {enable_thinking: false}}; null removes a key of ours.
+    url: str = ""  # The base URL of an OpenAI-compatible API, for example http://node7:8000/v1. Empty uses no judge.
+    model: str = ""  # The model's name on that server.
+    api: Literal["chat", "completions"] = "chat"  # The endpoint: POST URL/chat/completions, or POST URL/completions.
+    prompt: str = DEFAULT_JUDGE_PROMPT  # The prompt; it contains {question}, {reference} and {answer}.
+    system_prompt: str = ""  # A system message before the prompt; api=completions has none.
+    accept_word: str = "CORRECT"  # The judge accepts an answer if its reply, or a line of it, is this word.
+    # The judge rejects an answer with this word. Any other reply is a failure, not a rejection.
+    reject_word: str = "INCORRECT"
+    max_tokens: PositiveInt = 1024  # The length limit of the reply; a reply that is cut is a failure.
+    temperature: float = Field(default=0.0, ge=0)  # The sampling temperature of the reply; 0 is greedy decoding.
+    # More keys of each request, e.g. {chat_template_kwargs: {enable_thinking: false}}; null removes one of the default
+    # keys.
     extra: dict[str, Any] = {}
-    # The verdicts of the rules that it is asked about. Of no_answer it is shown the end of the response.
+    # The judge examines responses with these verdicts of the rules. For no_answer it sees the end of the response.
     asks_about: list[Literal["incorrect", "no_answer", "timeout", "crash"]] = ["incorrect", "timeout", "crash"]
-    audit_share: float = Field(default=0.0, ge=0, le=1)  # The share of the accepted answers that it audits.
-    audit_overrules: bool = False  # Whether an accepted answer that the judge rejects becomes incorrect.
-    cache: Path | None = None  # The file of known opinions; null: RUN_DIR/judge.sqlite.
+    audit_share: float = Field(default=0.0, ge=0, le=1)  # The share of accepted answers that the judge audits.
+    audit_overrules: bool = False  # An accepted answer that the judge rejects becomes incorrect.
+    cache: Path | None = None  # The file of earlier judgements; null uses RUN_DIR/judge.sqlite.
 
     effects: ClassVar[Effects] = (
         (("audit_overrules",), positive("audit_share")),
@@ -143,30 +147,34 @@ class JudgeConfig(HttpConfig):
 
 
 class RemoteRewardConfig(HttpConfig):
-    """The requests to verifier.url."""
+    """The settings of the requests to verifier.url."""
 
-    batch_size: PositiveInt = 16  # Responses in one request.
+    batch_size: PositiveInt = 16  # The number of responses in one request.
 
 
 class VerifierConfig(Section):
-    """How responses are compared with the right answer."""
+    """The settings of the comparison of responses with the right answer."""
 
-    num_workers: PositiveInt = 4  # Processes for comparisons that take algebra; they start when the first one comes.
-    cpu_seconds: float = Field(default=3.0, gt=0)  # A comparison that takes longer loses its worker, and its verdict.
-    # Timeouts among the samples of one prompt that are left out of training; where there are more, all count as wrong.
+    num_workers: PositiveInt = 4  # The number of processes for algebraic comparisons; they start at the first one.
+    # The time limit of a comparison; at the limit its worker is killed and the sample has no verdict.
+    cpu_seconds: float = Field(default=3.0, gt=0)
+    # Training skips up to this many samples of a prompt whose comparison timed out; if there are more, all of them
+    # count as wrong.
     max_timeouts: int = Field(default=1, ge=0)
-    # Where the answer stands: in the last box, in the last box within <answer> tags, or in the one after the reasoning.
+    # Where the answer is: in the last box, in the last box within <answer> tags, or in the last box after the
+    # reasoning.
     answer_rule: AnswerRule = "last_box"
-    require_stop: bool = True  # A response cut at the length limit is wrong, whatever it says.
-    judge: JudgeConfig = JudgeConfig()  # The model that gives a second opinion.
-    # A reward of your own in place of the rules: package.module:function, called with the prompt and the response.
+    require_stop: bool = True  # A response cut at the length limit is always wrong.
+    judge: JudgeConfig = JudgeConfig()  # The model that judges answers that the rules do not accept.
+    # The user's reward function, which replaces the rules: package.module:function, called with the prompt and the
+    # response.
     function: str = ""
-    url: str = ""  # A reward of your own behind HTTP, in place of the rules.
-    remote: RemoteRewardConfig = RemoteRewardConfig()  # The requests to url.
-    # What a reward of your own may be: 0 or 1, or any number, for algorithms that take such rewards.
+    url: str = ""  # The URL of the user's reward server, which replaces the rules.
+    remote: RemoteRewardConfig = RemoteRewardConfig()  # The settings of the requests to url.
+    # The values that the user's reward may have: 0 or 1, or any number, for algorithms that accept such rewards.
     rewards: Literal["binary", "any"] = "binary"
-    correct_from: float = 1.0  # With rewards=any, a sample counts as correct from this reward on.
-    function_memory_gib: PositiveFloat = 2.0  # The address space of a process that calls function.
+    correct_from: float = 1.0  # With rewards=any, a sample counts as correct if its reward is at least this.
+    function_memory_gib: PositiveFloat = 2.0  # The limit of the address space of a process that calls function.
 
     effects: ClassVar[Effects] = (
         (

@@ -1,1 +1,1 @@
-"""Checks what a run needs of its machines, before the run: `megatron-oreal doctor`."""
+"""Checks before a run what the run needs from its machines: `megatron-oreal doctor`."""

@@ -18,9 +18,9 @@ from megatron_oreal.doctor.network import Link
 from megatron_oreal.parallel.collectives import all_gather_object, wait_for_all_ranks
 from megatron_oreal.parallel.rendezvous import rendezvous, stay_on_loopback
 
-GPU_BYTES, CPU_BYTES = 64 * 2**20, 4 * 2**20  # of the tensor that is reduced
-NUM_TRIES = 3  # the fastest counts
-MIN_SHARE = 0.25  # of what the link gives; less is slow
+GPU_BYTES, CPU_BYTES = 64 * 2**20, 4 * 2**20  # the size of the reduced tensor
+NUM_TRIES = 3  # the fastest try counts
+MIN_SHARE = 0.25  # of the link's expected rate; a lower rate is slow
 NUM_CLOCK_TRIES = 3
 
 
@@ -28,13 +28,13 @@ NUM_CLOCK_TRIES = 3
 class AllReduce:
     backend: str
     num_bytes: int
-    seconds: float  # of the fastest of several
-    is_right: bool  # whether the sum is
+    seconds: float  # of the fastest try
+    is_right: bool  # whether the sum is correct
     num_ranks: int
 
     @property
     def bus_gigabytes_per_second(self) -> float:
-        """What each rank's link carried: 2 (n - 1) / n of the tensor in one direction, as nccl-tests count it."""
+        """Returns the rate of each rank's link: 2 (n - 1) / n of the tensor in one direction, as nccl-tests count."""
         return 2 * (self.num_ranks - 1) / self.num_ranks * self.num_bytes / self.seconds / 1e9
 
 
@@ -44,9 +44,9 @@ def world_size() -> int:
 
 @contextmanager
 def joined(seconds: float) -> Iterator[None]:
-    """Joins the ranks that the launcher has started, as a run does; a process alone needs no other.
+    """Connects the ranks that the launcher has started, as a run does. A single process connects to no other.
 
-    Raises ValueError where they do not find each other.
+    Raises ValueError if the ranks do not find each other.
     """
     if world_size() == 1:
         yield
@@ -76,13 +76,13 @@ def joined(seconds: float) -> Iterator[None]:
 
 
 def measure_all_reduce() -> AllReduce:
-    """Collective. Sums ones over all ranks, on the GPUs where there are some."""
+    """Collective. Sums ones over all ranks, on the GPUs if there are any."""
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     num_bytes = GPU_BYTES if on_cuda else CPU_BYTES
     values = torch.ones(num_bytes // 4, device=device)
     times, is_right = [], True
-    for _ in range(NUM_TRIES + 1):  # the first one connects
+    for _ in range(NUM_TRIES + 1):  # the first try includes the connection
         values.fill_(1.0)
         wait_for_all_ranks()
         start = time.perf_counter()
@@ -98,10 +98,10 @@ def measure_all_reduce() -> AllReduce:
 
 
 def check_all_reduce(found: AllReduce, link: Link) -> Iterator[Finding]:
-    """`link`: what all ranks of a host share when the ring leaves the host; its GPUs' own within one host.
+    """Checks the measured rate. `link`: the link between hosts that a host's ranks share, or that of one GPU.
 
-    Within a host each GPU has its links for itself. Between hosts NCCL makes a ring for each network card, so that a
-    rank sees the rate of all the host's cards.
+    Within a host each GPU has its own links. Between hosts NCCL makes a ring for each network card, so that a rank sees
+    the rate of all the host's cards.
     """
     name, speed = "all-reduce", found.bus_gigabytes_per_second
     words = f"{found.num_ranks} ranks, {found.backend}, {found.num_bytes / 2**20:.0f} MiB: {speed:.2f} GB/s"
@@ -122,10 +122,10 @@ def check_all_reduce(found: AllReduce, link: Link) -> Iterator[Finding]:
 
 
 def measure_clocks() -> list[tuple[str, float]]:
-    """Collective. Returns each host and how far its clock is ahead of the first rank's, in seconds.
+    """Collective. Returns each host and the lead of its clock over the first rank's, in seconds.
 
-    All ranks look at their clocks when they leave a barrier; the smallest difference of several tries counts, for a
-    rank that the system lets wait looks late.
+    All ranks read their clocks when they leave a barrier. The smallest difference of several tries counts, because a
+    rank that the system delays appears late.
     """
     host, tries = os.uname().nodename, []
     for _ in range(NUM_CLOCK_TRIES):

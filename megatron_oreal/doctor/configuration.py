@@ -27,9 +27,9 @@ def load_as(command: str, path: Path, overrides: Sequence[str]) -> Config:
 
 
 def load_any(path: Path, overrides: Sequence[str], command: str = "") -> Config:
-    """Reads the configuration of `command`, or else of the first command that takes it.
+    """Reads the configuration of `command`, or of the first command that accepts it.
 
-    Raises ValueError as `load_config` does; where no command takes the file, as for `train`.
+    Raises ValueError as `load_config` does; if no command accepts the file, the error is that of `train`.
     """
     if command:
         return load_as(command, path, overrides)
@@ -43,7 +43,7 @@ def load_any(path: Path, overrides: Sequence[str], command: str = "") -> Config:
 
 
 def check_configuration(config: Config) -> Iterator[Finding]:
-    """Checks model, paths, layout and run directory. What a login node can check too; see `check_fit` for the rest."""
+    """Checks model, paths, layout and run directory, which also works on a login node; `check_fit` does the rest."""
     is_fine = True
     for finding in (*check_model(config), *check_paths(config), *check_run_dir(config.run_dir)):
         is_fine &= finding.status == "ok"
@@ -74,11 +74,12 @@ def check_model(config: Config) -> Iterator[Finding]:
 
 
 def missing_weights(path: Path) -> str:
-    """Returns a file of weights that the index names and the folder lacks; empty where all are there."""
+    """Returns a file of weights that the index names and the folder lacks; empty if there is none."""
     try:
         index = json.loads((path / "model.safetensors.index.json").read_bytes())
         names = sorted({str(name) for name in index["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whoever loads them says better what is wrong
+    # The loader of the weights reports these errors better
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
     return next((name for name in names if not (path / name).is_file()), "")
 
@@ -108,7 +109,7 @@ def check_paths(config: Config) -> Iterator[Finding]:
 
 
 def check_run_dir(folder: Path) -> Iterator[Finding]:
-    """Looks whether another run holds the directory."""
+    """Checks whether another run owns the directory."""
     lock = folder / LOCK
     try:
         content, age = lock.read_bytes(), time.time() - lock.stat().st_mtime
@@ -124,13 +125,13 @@ def check_run_dir(folder: Path) -> Iterator[Finding]:
 
 
 def check_fit(config: Config, facts: GpuFacts) -> Iterator[Finding]:
-    """Compares the layout with this host's GPUs, and what the run keeps on a GPU with its memory."""
+    """Compares the layout with this host's GPUs, and the run's permanent GPU memory with their memory."""
     if not facts.gpus:
         return
     try:
         count = num_processes(config.parallel)
     except ValueError:
-        return  # `check_configuration` says so
+        return  # `check_configuration` reports this
     if "RANK" not in os.environ and count > len(facts.gpus):
         yield error(
             "layout",
@@ -144,5 +145,5 @@ def check_fit(config: Config, facts: GpuFacts) -> Iterator[Finding]:
         try:
             states = estimate(config, read_architecture(config.model.path)).states
         except ValueError:
-            return  # `check_configuration` says what is wrong with the model
+            return  # `check_configuration` reports the error of the model
         yield from check_memory_need(states, facts, "parallel.tensor or parallel.pipeline")

@@ -1,7 +1,7 @@
-"""The whole examination: what each host checks, what the ranks check together, and the one report of the first rank.
+"""Runs the whole examination: the checks of each host, the joint checks of the ranks, and the first rank's report.
 
-One process a host looks at the host. A check that hangs, as a lost file server makes it, ends the doctor too: after
-`seconds` it names the check and exits with 1.
+One process per host checks the host. If a check hangs, for example because a file server does not answer, the doctor
+names the check after `seconds` and exits with 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_RANKS = "ran on one process: start it under torchrun or srun to try the job's
 
 
 class Examination:
-    """The findings of this process so far, and the check that is going on."""
+    """The findings of this process so far, and its current check."""
 
     def __init__(self, config: Config | None, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -54,7 +54,7 @@ class Examination:
         self.host = socket.gethostname()
 
     def take(self, name: str, check: Callable[[], Iterable[Finding]]) -> None:
-        """Adds what a check finds. A check that breaks is an error of its own, and the others go on."""
+        """Adds the findings of a check. An exception becomes an error finding, and the other checks continue."""
         self.current = name
         try:
             self.findings.extend(check())
@@ -65,7 +65,7 @@ class Examination:
             self.findings.append(error(name, f"the check itself failed ({reason})", "see the message"))
 
     def examine_host(self) -> None:
-        """What one process of each host does."""
+        """Runs the checks of one process of each host."""
         config = self.config
         self.take("packages", check_versions)
         gpus, network = read_gpus(), read_network()
@@ -101,7 +101,7 @@ class Examination:
                 yield from check_ports(servers)
 
     def examine_job(self, network: NetworkFacts, on_gpus: bool) -> list[tuple[str, list[Finding]]]:
-        """Collective. What the ranks find together, and what each host has found."""
+        """Collective. Collects the joint findings of the ranks and the findings of each host."""
         if is_alone():
             self.findings.append(ok("all-reduce", NO_RANKS))
             self.findings.append(ok("clocks", "one host has one clock"))
@@ -115,7 +115,7 @@ class Examination:
         return all_gather_object((self.host, self.findings))
 
     def check_shared(self) -> Iterator[Finding]:
-        """Collective. Whether what the first rank writes is there for every other host."""
+        """Collective. Checks whether every other host sees what the first rank writes."""
         folder = self.folder
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
@@ -137,9 +137,9 @@ class Examination:
 
 
 def examine(config: Config | None, folder: Path, seconds: float, show: Callable[[Report], None]) -> int:
-    """Collective. Examines the job, has the first rank show the report, and returns the exit code of every rank.
+    """Collective. Examines the job, makes the first rank show the report, and returns the exit code of every rank.
 
-    Where the ranks do not find each other, one process of each host shows what that host has found.
+    If the ranks do not find each other, one process of each host shows that host's findings.
     """
     examination = Examination(config, folder)
     stop = watch(examination, seconds, show)
@@ -154,7 +154,7 @@ def examine(config: Config | None, folder: Path, seconds: float, show: Callable[
             report = report_of(examination, by_host)
             if is_first:
                 show(report)
-            all_gather_object(None)  # no rank ends before the report is out
+            all_gather_object(None)  # no rank may end before the report is printed
     except ValueError as mistake:
         found = of_mistake("all-reduce", mistake)
         report = report_of(examination, [(examination.host, [*examination.findings, found])])

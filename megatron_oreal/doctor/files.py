@@ -1,4 +1,4 @@
-"""Tries the file system of a run: whether it can be written, renames and locks, and how fast it is."""
+"""Tests the file system of a run: whether it supports writing, renaming and locking, and how fast it is."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pathlib import Path
 
 from megatron_oreal.doctor.findings import Finding, error, ok, warning
 
-NUM_BYTES = 4 * 2**20  # of the file that is written
-SLOW_BYTES = 5e6  # a second, below which a checkpoint of one billion parameters takes an hour
+NUM_BYTES = 4 * 2**20  # the size of the test file
+SLOW_BYTES = 5e6  # bytes per second; at a lower rate, a checkpoint of one billion parameters takes more than an hour
 MIN_FREE_BYTES = 10 * 2**30
 FULL_BYTES = 64 * 2**20
 MAX_SKEW_SECONDS, HARMFUL_SKEW_SECONDS = 2.0, 60.0
 LOCK_SECONDS = 10.0
-# Says by its exit code whether the lock is held: 3 if it is. Locks of one process do not exclude each other.
+# This script exits with status 3 if the lock is held. It must be another process, because locks of one process do not
+# exclude each other.
 TRY_LOCK = """
 import fcntl, os, sys
 descriptor = os.open(sys.argv[1], os.O_RDWR)
@@ -34,17 +35,17 @@ except OSError:
 @dataclass(frozen=True, slots=True)
 class FileFacts:
     folder: Path
-    problem: str = ""  # what writing raised; the rest is then unknown
+    problem: str = ""  # the error of writing; all other values are then unknown
     bytes_per_second: float = 0.0  # of a file that is written and synchronised
     free_bytes: int = 0
-    renames: bool = True  # a rename replaces a file at once
-    creates_once: bool = True  # a file is created by one process alone (O_EXCL)
+    renames: bool = True  # a rename replaces a file atomically
+    creates_once: bool = True  # only one process can create a file (O_EXCL)
     locks: bool = True  # POSIX locks exclude another process
     clock_skew_seconds: float = 0.0  # the file system's clock minus this host's
 
 
 def try_files(folder: Path) -> FileFacts:
-    """Writes into a new folder below `folder`, or below the nearest parent that exists, and clears it away."""
+    """Writes into a new folder below `folder`, or below its nearest existing parent, and removes it afterwards."""
     where = folder
     while not where.exists() and where != where.parent:
         where = where.parent
@@ -91,7 +92,7 @@ def try_in(mine: Path, where: Path) -> FileFacts:
 
 
 def excludes(file: Path) -> bool:
-    """Says whether a lock of this process keeps another one out."""
+    """Says whether a lock of this process excludes another process."""
     descriptor = os.open(file, os.O_RDWR)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +131,7 @@ def check_files(facts: FileFacts) -> Iterator[Finding]:
 
 
 def skew(what: str, where: str, seconds: float) -> Finding:
-    """The finding about a clock that differs. A lock of another host counts as abandoned by its age in seconds."""
+    """Returns the finding about a clock difference. Locks of other hosts are judged by their age in seconds."""
     message = f"the clock of {what} {where} differs by {seconds:+.1f} s"
     kind = error if abs(seconds) > HARMFUL_SKEW_SECONDS else warning
     return kind("clocks", message, "synchronise the clocks (chrony, ntp): locks and certificates depend on them")

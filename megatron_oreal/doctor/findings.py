@@ -1,4 +1,4 @@
-"""What a check has found: ok, a warning or an error, each of the last two with the fix. How they are printed."""
+"""Defines the result of a check, which is ok, a warning or an error with a fix, and how results are printed."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Literal
 from megatron_oreal.observability.printable import printable
 
 Status = Literal["ok", "warning", "error"]
-STATUSES: tuple[Status, ...] = ("ok", "warning", "error")  # from the mildest to the gravest
-MAX_HOSTS = 4  # that a line names
+STATUSES: tuple[Status, ...] = ("ok", "warning", "error")  # in ascending severity
+MAX_HOSTS = 4  # named in one line
 NUMBER = re.compile(r"\d+(\.\d+)*")
-SCHEMA = 1  # The version of the JSON: a field that is renamed or removed raises it.
+SCHEMA = 1  # The version of the JSON format. Renaming or removing a field raises it.
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     check: str  # a short name, such as gpus
     status: Status
-    message: str  # what is the case
-    fix: str = ""  # what to do about it; empty where all is well
-    hosts: tuple[str, ...] = ()  # where it is so; empty: in the whole job
+    message: str  # the observation
+    fix: str = ""  # what to do about it; empty if the status is ok
+    hosts: tuple[str, ...] = ()  # the hosts concerned; empty means the whole job
 
     def line(self, num_hosts: int) -> str:
-        """Returns the finding as one line. Hosts are named where some of several are meant."""
+        """Returns the finding as one line. Names hosts if only some of several are concerned."""
         named = f" [{', '.join(self.hosts[:MAX_HOSTS])}{', ...' if self.hosts[MAX_HOSTS:] else ''}]"
         where = named if 0 < len(self.hosts) < num_hosts else ""
         text = f"{self.message}; {self.fix}" if self.fix else self.message
@@ -38,11 +38,11 @@ class Report:
     findings: Sequence[Finding]
     num_ranks: int
     hosts: Sequence[str]
-    seconds: float  # that the checks took
+    seconds: float  # the duration of the checks
 
     @property
     def status(self) -> Status:
-        """The gravest status that was found."""
+        """Returns the most severe status of the findings."""
         return max((finding.status for finding in self.findings), key=STATUSES.index, default="ok")
 
     @property
@@ -50,7 +50,7 @@ class Report:
         return 1 if self.status == "error" else 0
 
     def text(self) -> str:
-        """Returns a line a finding, and a last one that counts them."""
+        """Returns one line per finding, and a last line that counts them."""
         counts = {status: sum(finding.status == status for finding in self.findings) for status in STATUSES}
         ranks = f"{self.num_ranks} process{'es' * (self.num_ranks > 1)}"
         hosts = f"{len(self.hosts)} host{'s' * (len(self.hosts) > 1)}"
@@ -85,7 +85,7 @@ def error(check: str, message: str, fix: str) -> Finding:
 
 
 def of_mistake(check: str, mistake: BaseException) -> Finding:
-    """Makes an error of an exception whose line names the field, and after a semicolon or a second colon the fix."""
+    """Makes an error from an exception whose line names the field and, after a semicolon or a second colon, the fix."""
     text = str(mistake)
     message, _, fix = text.partition("; ")
     if not fix and text.count(": ") > 1:
@@ -94,10 +94,10 @@ def of_mistake(check: str, mistake: BaseException) -> Finding:
 
 
 def merged(by_host: Iterable[tuple[str, Sequence[Finding]]]) -> list[Finding]:
-    """Makes one finding of those that several hosts share, with the names of the hosts.
+    """Merges the findings that several hosts share into one, with the names of the hosts.
 
-    Warnings and errors must be the same word for word; what is ok may differ in its numbers, and those of the first
-    host are shown.
+    Warnings and errors must be identical; findings that are ok may differ in their numbers, and those of the first host
+    are shown.
     """
     shown: dict[tuple[object, ...], Finding] = {}
     for host, findings in by_host:

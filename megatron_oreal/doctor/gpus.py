@@ -1,4 +1,4 @@
-"""Checks the GPUs of this host, Transformer Engine and FP8. What is found and what is thought of it are separate."""
+"""Checks the GPUs of this host, Transformer Engine and FP8. Separate functions read the facts and judge them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_oreal.doctor.findings import Finding, error, ok, warning
 from megatron_oreal.doctor.versions import is_met, read_requirements
 from megatron_oreal.kernels.fp8.transformer_engine import check_version
 
-MAX_USED_SHARE = 0.2  # of a GPU's memory that other processes may have
+MAX_USED_SHARE = 0.2  # of a GPU's memory that other processes may use
 FP8_CAPABILITY = (8, 9)
 TRANSFORMER_ENGINE = "transformer-engine"
 SMI_SECONDS = 10.0
@@ -29,23 +29,23 @@ class Gpu:
     capability: tuple[int, int]
     free_bytes: int
     total_bytes: int
-    problem: str = ""  # what a small product on it raised
+    problem: str = ""  # the error of a small matrix product on it
 
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     gpus: Sequence[Gpu]  # that torch sees
-    num_local_ranks: int  # processes of the job on this host; 1 where it is not known
-    num_devices: int  # of NVIDIA's driver on this host, seen by torch or not
-    cuda: str | None  # torch's CUDA; None for a build without it
+    num_local_ranks: int  # processes of the job on this host; 1 if unknown
+    num_devices: int  # known to NVIDIA's driver on this host, whether torch sees them or not
+    cuda: str | None  # torch's CUDA version; None for a build without CUDA
     driver: str = ""
-    given: str = ""  # the GPUs that CUDA_VISIBLE_DEVICES or Slurm gives to this process
+    given: str = ""  # the GPUs that CUDA_VISIBLE_DEVICES or Slurm assigns to this process
     hides_gpus: bool = False  # CUDA_VISIBLE_DEVICES is set and empty
-    num_memory_errors: int = 0  # uncorrected ones since the driver started
+    num_memory_errors: int = 0  # uncorrected errors since the driver started
 
 
 def read_gpus() -> GpuFacts:
-    """Looks at the GPUs. Takes about a second a GPU, in which CUDA starts."""
+    """Reads the facts about the GPUs. Takes about a second per GPU, because CUDA starts."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = len(list(GPU_FOLDER.iterdir())) if GPU_FOLDER.is_dir() else 0
     environment = os.environ
@@ -76,7 +76,7 @@ def read_gpu(number: int) -> Gpu:
 
 
 def ask_smi(query: str) -> list[list[str]]:
-    """Returns nvidia-smi's answer for each GPU; [] without one."""
+    """Returns nvidia-smi's answer for each GPU; [] without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True)
@@ -115,7 +115,7 @@ def check_gpus(facts: GpuFacts) -> Iterator[Finding]:
 
 
 def check_without_gpus(facts: GpuFacts) -> Iterator[Finding]:
-    """A machine without GPUs is fine; one whose GPUs torch does not see is not."""
+    """Accepts a machine without GPUs, but not one with GPUs that torch does not see."""
     is_given = facts.given not in ("", "-1", "NoDevFiles")
     if not (facts.num_devices or is_given):
         yield ok("gpus", "none: the run is on the CPU, with gloo")
@@ -132,7 +132,7 @@ def check_without_gpus(facts: GpuFacts) -> Iterator[Finding]:
 
 
 def check_transformer_engine(facts: GpuFacts, wanted: bool = False) -> Iterator[Finding]:
-    """`wanted`: whether the configuration cannot do without it."""
+    """Checks Transformer Engine. `wanted`: whether the configuration requires it."""
     if not facts.gpus and not wanted:
         yield ok("te", "Transformer Engine is for GPUs; there are none")
         return
@@ -157,7 +157,7 @@ def check_transformer_engine(facts: GpuFacts, wanted: bool = False) -> Iterator[
 
 
 def check_fp8(facts: GpuFacts, recipe: Fp8Recipe | None = None, head_precision: str = "bf16") -> Iterator[Finding]:
-    """Compares what the GPUs can with what the configuration asks for; without one, it only tells."""
+    """Compares the GPUs' FP8 support with the configuration; without a configuration, only reports it."""
     wanted = [f"model.fp8={recipe}"] if recipe else []
     wanted += ["model.head_precision=fp8_grad"] if head_precision == "fp8_grad" else []
     needed = (10, 0) if recipe == "mxfp8" else (9, 0) if recipe == "blockwise" else FP8_CAPABILITY
@@ -172,7 +172,7 @@ def check_fp8(facts: GpuFacts, recipe: Fp8Recipe | None = None, head_precision: 
 
 
 def check_memory_need(state_bytes: int, facts: GpuFacts, names: str) -> Iterator[Finding]:
-    """Compares what the run always keeps on a GPU with the smallest GPU."""
+    """Compares the permanent GPU memory of the run with the smallest GPU."""
     total = min(gpu.total_bytes for gpu in facts.gpus)
     need = f"weights, gradients and optimizer take {state_bytes / 2**30:.1f} of a GPU's {total / 2**30:.0f} GiB"
     fix = f"raise {names}, or share the optimizer among more replicas (docs/memory.md)"

@@ -1,4 +1,4 @@
-"""Checks the host's memory, its shared memory, the limits of processes, and the leftovers of earlier runs."""
+"""Checks the host's memory, its shared memory, the limits of processes, and the remains of earlier runs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ GIB = 2**30
 SHM = Path("/dev/shm")
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 INFINIBAND = Path("/sys/class/infiniband")
-MIN_FILES = 4096  # descriptors: each connection of a rollout takes one
-MIN_SHM_BYTES = GIB  # a container's default of 64 MiB ends NCCL and data workers
-MIN_RANK_BYTES = 2 * GIB  # of host memory that torch and its libraries take for each process
+MIN_FILES = 4096  # file descriptors; each connection of a rollout uses one
+MIN_SHM_BYTES = GIB  # NCCL and data workers fail with a container's default of 64 MiB
+MIN_RANK_BYTES = 2 * GIB  # of host memory that each process needs for torch and its libraries
 UNLIMITED = resource.RLIM_INFINITY
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    available_bytes: int | None  # of memory; None where the system does not say
+    available_bytes: int | None  # of memory; None if the system does not report it
     limit_bytes: int | None  # of the container or the job; None: no limit
-    shm_free_bytes: int | None  # None: there is no /dev/shm
-    max_files: int  # descriptors of a process
-    max_locked_bytes: int  # of memory that a process may pin; UNLIMITED without a limit
+    shm_free_bytes: int | None  # None: no /dev/shm
+    max_files: int  # file descriptors of a process
+    max_locked_bytes: int  # of memory that a process may pin; UNLIMITED means no limit
     has_infiniband: bool
     num_local_ranks: int
     num_gpus: int
@@ -51,7 +51,7 @@ def read_host(num_gpus: int) -> HostFacts:
 def read_available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # This is not Linux.
+    except OSError:  # The system is not Linux.
         return None
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     return found[0] if found else None
@@ -63,7 +63,7 @@ def read_limit() -> int | None:
             text = file.read_text().strip()
         except OSError:
             continue
-        if text.isdecimal() and int(text) < 2**60:  # an absurdly large number stands for no limit
+        if text.isdecimal() and int(text) < 2**60:  # an extremely large number means no limit
             return int(text)
     return None
 
@@ -95,7 +95,7 @@ def check_shm(facts: HostFacts) -> Iterator[Finding]:
         yield warning("shared memory", "there is no /dev/shm", "mount one, or keep to one process")
         return
     words = f"/dev/shm has {facts.shm_free_bytes / 2**20:.0f} MiB free"
-    needs_it = min(facts.num_local_ranks, facts.num_gpus) > 1  # NCCL between the GPUs of a host
+    needs_it = min(facts.num_local_ranks, facts.num_gpus) > 1  # NCCL needs it between the GPUs of a host
     if facts.shm_free_bytes >= MIN_SHM_BYTES:
         yield ok("shared memory", words)
     elif needs_it and facts.shm_free_bytes <= 64 * 2**20:

@@ -1,4 +1,4 @@
-"""Checks the interfaces that gloo and NCCL take, and says how fast the job's links should be."""
+"""Checks the interfaces that gloo and NCCL use, and returns the expected speed of the job's links."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NVLINK = re.compile(r"Link \d+: ([\d.]+) GB/s")
 
 @dataclass(frozen=True, slots=True)
 class NetworkFacts:
-    interfaces: Mapping[str, int]  # name: Mbit/s, 0 where it does not say
+    interfaces: Mapping[str, int]  # name: Mbit/s, 0 if unknown
     infiniband: Mapping[str, tuple[str, float]] = field(default_factory=dict)  # device: state and Gbit/s of its port 1
     gloo: str = ""  # GLOO_SOCKET_IFNAME
     nccl: str = ""  # NCCL_SOCKET_IFNAME
     host: str = ""
-    host_address: str = ""  # what the host's own name stands for; empty where it is unknown
+    host_address: str = ""  # the address of the host's own name; empty if unknown
     master: str = ""  # MASTER_ADDR
     master_is_known: bool = True
     is_on_one_node: bool = True
@@ -58,7 +58,7 @@ def read_number(file: Path) -> int:
 
 
 def read_infiniband() -> dict[str, tuple[str, float]]:
-    """Returns state and rate, such as ("ACTIVE", 400.0), of each device's first port."""
+    """Returns the state and rate of each device's first port, such as ("ACTIVE", 400.0)."""
     found = {}
     for port in sorted(INFINIBAND.glob("*/ports/1")):
         try:
@@ -78,7 +78,7 @@ def resolve(name: str) -> str:
 
 
 def chosen_by_nccl(setting: str, interfaces: Sequence[str]) -> list[str]:
-    """Reads NCCL_SOCKET_IFNAME: beginnings of names, after = whole names, after ^ those that are left out."""
+    """Applies NCCL_SOCKET_IFNAME: prefixes of names; after =, whole names; after ^, names to exclude."""
     kind, names = (setting[0], setting[1:]) if setting[:1] in ("^", "=") else ("", setting)
     if setting.startswith("^="):
         kind, names = "^=", setting[2:]
@@ -135,14 +135,14 @@ def check_infiniband(facts: NetworkFacts) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """The slowest link that an all-reduce of all ranks crosses."""
+    """The slowest link that an all-reduce over all ranks uses."""
 
     name: str
-    gigabytes_per_second: float | None  # in one direction, for all ranks of a host together; None: not known
+    gigabytes_per_second: float | None  # in one direction, for all ranks of a host together; None: unknown
 
 
 def expected_link(facts: NetworkFacts, on_gpus: bool) -> Link:
-    """Returns what the hardware says about its own speed."""
+    """Returns the speed that the hardware reports."""
     if facts.is_on_one_node:
         return gpu_link() if on_gpus else Link("loopback", None)
     active = [rate for state, rate in facts.infiniband.values() if state == "ACTIVE"]
@@ -155,7 +155,7 @@ def expected_link(facts: NetworkFacts, on_gpus: bool) -> Link:
 
 
 def gpu_link() -> Link:
-    """Asks nvidia-smi for the NVLinks of the first GPU, or else for its PCIe slot."""
+    """Asks nvidia-smi for the NVLinks of the first GPU, or otherwise for its PCIe slot."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "nvlink", "--status", "--id=0"],

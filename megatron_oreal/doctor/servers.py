@@ -1,4 +1,4 @@
-"""Checks SGLang: its own environment, the servers that a file names, and the ports and GPUs of those to be started."""
+"""Checks SGLang: its environment, the servers that a file names, and the ports and GPUs of servers to start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_oreal.engines.sglang.servers.fleet import visible_gpus
 from megatron_oreal.engines.sglang.servers.node import assign_gpus, check_gpus_are_free, is_free
 
 PYTHON_SECONDS = 15.0
-MAX_SERVERS = 64  # that are asked at the same time
+MAX_SERVERS = 64  # checked concurrently
 ASK_VERSIONS = """
 import importlib.metadata, json
 found = {}
@@ -36,15 +36,15 @@ MAKE = "make it with tools/setup_sglang.sh, or name another interpreter in rollo
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """SGLang's own environment."""
+    """SGLang's own Python environment."""
 
     python: Path
     versions: dict[str, str]
-    problem: str = ""  # why the interpreter cannot be run
+    problem: str = ""  # why the interpreter does not run
 
 
 def read_environment(python: Path) -> Environment:
-    """Asks the interpreter for its packages; nothing is imported, for that takes seconds."""
+    """Lists the packages of the interpreter without importing them, because imports take seconds."""
     try:
         done = subprocess.run(
             [str(python), "-c", ASK_VERSIONS], capture_output=True, text=True, timeout=PYTHON_SECONDS, check=True
@@ -59,7 +59,7 @@ def read_environment(python: Path) -> Environment:
 
 
 def check_environment(found: Environment, is_needed: bool, has_gpus: bool) -> Iterator[Finding]:
-    """`is_needed`: whether the configuration starts servers. Without one, a machine may do without SGLang."""
+    """Checks the environment. `is_needed`: whether the configuration starts servers; otherwise it is optional."""
     name, kind = "sglang", error if is_needed else warning
     if found.problem or "sglang" not in found.versions:
         what = found.problem or "it has no sglang"
@@ -77,7 +77,7 @@ def check_environment(found: Environment, is_needed: bool, has_gpus: bool) -> It
 
 
 def check_endpoints(file: Path) -> Iterator[Finding]:
-    """Asks each server that the file names whether it is there and takes its key."""
+    """Checks whether each server that the file names answers and accepts its key."""
     name = "endpoints"
     try:
         endpoints = read_endpoints(file)
@@ -99,7 +99,7 @@ def check_endpoints(file: Path) -> Iterator[Finding]:
 
 
 def check_ports(config: SglangConfig) -> Iterator[Finding]:
-    """Looks whether as many ports are free as servers, and the router, need."""
+    """Checks whether enough ports are free for the servers and the router."""
     first, last = config.ports
     needed, free = config.num_servers + config.router, 0
     try:
@@ -121,7 +121,7 @@ def check_ports(config: SglangConfig) -> Iterator[Finding]:
 def check_server_gpus(
     config: SglangConfig, num_local_ranks: int, visible: Sequence[str] | None = None
 ) -> Iterator[Finding]:
-    """Compares the servers' GPUs with this host's; on a CPU there is nothing to share out."""
+    """Compares the servers' GPUs with this host's; does nothing on a CPU."""
     if visible is None:
         visible = visible_gpus() if torch.cuda.is_available() else []
     if not visible:

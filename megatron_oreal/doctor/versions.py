@@ -1,4 +1,4 @@
-"""Checks the installed packages against what this package requires, as its own metadata say."""
+"""Checks the installed packages against the requirements in this package's metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INSTALL = "run tools/setup_env.sh, or pip install . in the checkout"
 
 
 def read_requirements(extra: str = "") -> list[Requirement]:
-    """Returns what the package requires here, or what an extra adds. Raises ValueError when it is not installed."""
+    """Returns the package's requirements here, or those of an extra. Raises ValueError if it is not installed."""
     try:
         lines = requires(PACKAGE) or []
     except PackageNotFoundError:
@@ -41,7 +41,7 @@ def installed_version(name: str) -> str | None:
 def check_versions(
     requirements: Sequence[Requirement] | None = None, installed: Callable[[str], str | None] = installed_version
 ) -> Iterator[Finding]:
-    """Yields an error for each requirement that does not hold. Preliminary releases, as in NGC's images, count."""
+    """Yields an error for each requirement that is not met. Pre-releases, as in NGC's images, also count."""
     requirements = read_requirements() if requirements is None else requirements
     python = SpecifierSet(metadata(PACKAGE)["Requires-Python"] or "")
     if not python.contains(platform.python_version(), prereleases=True):
@@ -60,13 +60,13 @@ def is_met(requirement: Requirement, found: str | None) -> bool:
 
 
 def version_facts() -> dict[str, str]:
-    """Returns the versions that all ranks must share."""
+    """Returns the versions that must be equal on all ranks."""
     found = {name: installed_version(name) for name in (PACKAGE, *SHOWN, "transformer-engine", "numpy")}
     return {"python": platform.python_version()} | {name: each for name, each in found.items() if each is not None}
 
 
 def compare_versions(by_host: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
-    """Yields an error for each package whose version is not the same on all hosts."""
+    """Yields an error for each package whose version differs between hosts."""
     for name in sorted({name for versions in by_host.values() for name in versions}):
         found: dict[str, str] = {}
         for host, versions in by_host.items():

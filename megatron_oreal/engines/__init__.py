@@ -1,1 +1,1 @@
-"""Generation engines behind one interface: the local engine and SGLang servers."""
+"""Defines one interface for generation engines, and the engines: the local engine and SGLang servers."""

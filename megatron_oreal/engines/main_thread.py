@@ -1,7 +1,7 @@
-"""Lets other threads of the first rank have work done by its main thread.
+"""Lets other threads of the first rank run functions in its main thread.
 
 Only the main threads of the ranks run collectives, so that every rank runs them in the same order. A rollout thread
-that needs all ranks hands a call to the main thread and waits for its result.
+that needs all ranks passes a call to the main thread and waits for its result.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Result = TypeVar("Result")
 
 
 class CallsClosedError(RuntimeError):
-    """The main thread takes no more calls: the run ends."""
+    """Raised if the main thread accepts no more calls, because the run ends."""
 
 
 class MainThreadCalls:
-    """Calls that wait for the main thread, in the order in which they came.
+    """Calls that wait for the main thread, in order of arrival.
 
     `run` may be called from any thread; all other methods belong to the main thread, except `wake`.
     """
@@ -28,12 +28,13 @@ class MainThreadCalls:
     def __init__(self) -> None:
         self.waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.is_closed = False
-        self.changed = threading.Condition()  # guards both of the above
+        self.changed = threading.Condition()  # guards both fields above
 
     def run(self, function: Callable[[], Result]) -> Result:
-        """Has the main thread run `function`; returns its result, or raises its error.
+        """Runs `function` in the main thread; returns its result, or raises its error.
 
-        The main thread itself runs it at once. Raises CallsClosedError when the main thread takes no calls any more.
+        If the caller is the main thread, it runs at once. Raises CallsClosedError if the main thread accepts no more
+        calls.
         """
         if threading.current_thread() is threading.main_thread():
             return function()
@@ -46,9 +47,9 @@ class MainThreadCalls:
         return future.result()
 
     def wait(self, is_done: Callable[[], bool], seconds: float) -> bool:
-        """Waits until there is a call or `is_done`, at most `seconds` long; returns whether there is a call.
+        """Waits until there is a call or `is_done`, for at most `seconds`; returns whether there is a call.
 
-        Whoever changes the answer of `is_done` calls `wake`.
+        The thread that changes the result of `is_done` must call `wake`.
         """
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or is_done(), seconds)
@@ -59,18 +60,18 @@ class MainThreadCalls:
             self.changed.notify_all()
 
     def run_next(self) -> None:
-        """Runs the call that has waited longest; the thread that made it gets the result or the error."""
+        """Runs the oldest call; the thread that made it gets the result or the error."""
         with self.changed:
             function, future = self.waiting.popleft()
         try:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
-            if not isinstance(error, Exception):  # for example Ctrl-C, which ends the main thread too
+            if not isinstance(error, Exception):  # for example Ctrl-C, which must also end the main thread
                 raise
 
     def close(self) -> None:
-        """Lets the threads that wait go, with CallsClosedError."""
+        """Ends the waits of other threads with CallsClosedError."""
         with self.changed:
             self.is_closed = True
             for _, future in self.waiting:

@@ -1,4 +1,4 @@
-"""Sends the policy's weights to the generation engine, after every step."""
+"""Sends the policy's weights to the generation engine after every step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_oreal.weights.stream import WeightStream
 
 @dataclass(slots=True, frozen=True)
 class PushReport:
-    num_bytes: int  # of the whole model, counted once however many servers receive it
+    num_bytes: int  # of the whole model, counted once for any number of servers
     seconds: float
 
     def metrics(self) -> dict[str, float]:
@@ -21,13 +21,13 @@ class PushReport:
 
 @dataclass(slots=True)
 class WeightSync:
-    stream: WeightStream  # of the live policy: each pass reads the weights as they are at that time
+    stream: WeightStream  # of the live policy; each pass reads the current weights
     engine: RolloutEngine
     has_fingerprint: bool = False  # whether a push also computes the fingerprint, which the response ledger needs
-    fingerprint: str = ""  # of the weights that were pushed last
+    fingerprint: str = ""  # of the last pushed weights
 
     def push(self, version: int) -> PushReport:
-        """Collective. The engine generates with these weights from then on, and calls them `version`."""
+        """Collective. The engine then generates with these weights, and names them `version`."""
         begin = time.monotonic()
         measured = MeasuredStream(self.stream, self.has_fingerprint)
         self.engine.update_weights(measured, version)

@@ -1,4 +1,4 @@
-"""Kernels. `linear_logprob` turns hidden states into log-probs without ever holding [T, V]."""
+"""Provides kernels. `linear_logprob` computes log-probs from hidden states without holding logits [T, V] in memory."""
 
 from megatron_oreal.kernels.linear_logprob import linear_logprob
 

@@ -1,8 +1,8 @@
-"""The passes of linear_logprob over blocks of tokens, for half-precision products on a GPU.
+"""Runs linear_logprob's passes over blocks of tokens, for half-precision products on a GPU.
 
-forward   logits of a tile in float32; their reduction, and in the same pass exp(z - shift) in bfloat16, if it is kept
-backward  in the place of the exponentials: d loss / d logits; then one product for the hidden states and one for the
-          weight. A block that was not kept is first made again: the bits are the same.
+forward   computes a tile's logits in float32; one pass reduces them, and writes exp(z - shift) in bfloat16 if kept
+backward  overwrites the exponentials with d loss / d logits, then computes one product for the hidden states and one
+          for the weight; first recomputes a block that was not kept, with the same bits
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class BlockPasses:
         is_eager: bool,
         keeps: bool,
     ) -> None:
-        """`is_eager`: a block goes through both passes before the next; `keeps`: there is a backward pass."""
+        """`is_eager`: each block completes both passes before the next begins; `keeps`: a backward pass follows."""
         self.call, self.gradients, self.keeps = call, gradients, keeps
         self.plan = BlockPlan.choose(sizes_of(call, gradients, hidden, weight, keeps=keeps and not is_eager))
         self.num_kept = 1 if is_eager else self.plan.num_kept
@@ -35,7 +35,7 @@ class BlockPasses:
         self.kept: dict[int, Block] = {}  # by the first token
 
     def reduce(self, hidden: Tensor, weight: Tensor, target: Tensor, rows: slice) -> Tensor:
-        """[3 or 4, t] (see torch_rows) of these tokens."""
+        """Returns the reduction [3 or 4, t] (see torch_rows) of these tokens."""
         keeps = self.keeps and len(self.kept) < self.num_kept
         block = self._new_block(hidden[rows]) if keeps else None
         if block is not None:
@@ -45,7 +45,7 @@ class BlockPasses:
     def add_gradients(
         self, sums: GradientSums, hidden: Tensor, weight: Tensor, upstream: Upstream, rows: slice
     ) -> None:
-        """Those of these tokens, which must come in order. `upstream` is of all tokens."""
+        """Adds the gradients of these tokens; callers pass the rows in order. `upstream` covers all tokens."""
         part, used = upstream.part(rows), self.call.used_columns(weight)
         block = self.kept.pop(rows.start, None)
         if block is None:
@@ -61,15 +61,15 @@ class BlockPasses:
             self.gradients.add(
                 self.call, block, part, hidden[rows], weight[:used], of_rows, of_weight, accumulate=accumulate
             )
-        del block  # its memory is free before the next one is made
+        del block  # frees its memory before the next block is allocated
         if of_rows is not None:
             sums.store_hidden(rows, of_rows)
 
     def end_block(self) -> None:
-        """Both passes over these tokens are over."""
+        """Does nothing after both passes over these tokens: a block that is not kept is free already."""
 
     def end_pass(self) -> None:
-        """Nothing is held that is not kept."""
+        """Does nothing, because this class holds kept blocks only."""
 
     def _new_block(self, hidden: Tensor) -> Block:
         return Block(len(hidden), self.columns, hidden.device)
@@ -105,7 +105,7 @@ def sizes_of(call: Call, gradients: BlockGradients, hidden: Tensor, weight: Tens
 
 
 class HalfPrecisionGradients:
-    """Gradients of logits in half precision, and the two products of them."""
+    """Computes the gradients of logits in half precision, and their two products."""
 
     def __init__(self, products: Products, dtype: torch.dtype) -> None:
         self.products, self.dtype = products, dtype

@@ -1,7 +1,7 @@
-"""Blocks of tokens over the whole vocabulary, for half-precision products: how many, and how many are kept.
+"""Plans blocks of tokens over the whole vocabulary, for half-precision products: how many, and how many are kept.
 
 A block of t tokens and V columns holds 2 t V bytes: exp(z - shift) in bfloat16 after the forward pass, and in the same
-memory the gradient of the logits in the backward pass. The float32 logits exist a tile of columns at a time.
+memory the gradient of the logits in the backward pass. Only one tile of columns of the float32 logits exists at a time.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from megatron_oreal.kernels.torch_rows import Exponentials
 
 TOKEN_ALIGNMENT = 128  # of blocks: rows of a tile of a matrix product
 COLUMN_ALIGNMENT = 256  # of tiles of logits
-ROW_ALIGNMENT = 64  # elements: a row of a block begins where the products can load it whole
-WAVE_COLUMNS = 64  # a multiprocessor. 4 row tiles of 128 x 33 column tiles of 256 are one for each of 132
+ROW_ALIGNMENT = 64  # elements: alignment of a block's rows for aligned loads by the products
+WAVE_COLUMNS = 64  # per multiprocessor: 4 row tiles of 128 x 33 column tiles of 256 give each of 132 one tile
 TILE_BYTES = 160 * 2**20  # of a tile's float32 logits, at most
 MOST_BLOCKS = 512
-# The choice between more blocks and more recomputation assumes these rates; both were measured on an H200.
+# The choice between more blocks and more recomputation assumes these rates, which are measured on an H200.
 OPERATIONS_PER_SECOND = 800e12
 BYTES_PER_SECOND = 4e12
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
-    """The sizes of the call for which a plan is made. It is the same on all tensor-parallel ranks."""
+    """The sizes of the call for which a plan is made; all tensor-parallel ranks have the same."""
 
     tokens: int
     columns: int  # of this rank, with padding
     hidden: int
     total_bytes: int  # of blocks and of what one block takes beside them
-    fixed_bytes: int  # of the gradients of a block, whatever its tokens
+    fixed_bytes: int  # of the gradients of a block, for any number of tokens
     token_bytes: int  # of the gradients of a block, a token
     weight_bytes: int  # of one number of the weight's gradient
     num_processors: int  # multiprocessors of the GPU
     keeps: bool  # blocks are kept from the forward to the backward pass; without it, one block exists at a time
 
     def num_fitting(self, block: int) -> int:
-        """Blocks of so many tokens that fit into memory together, beside a tile of logits or the gradients of one."""
+        """Returns how many blocks of `block` tokens fit into memory beside a tile of logits or a block's gradients."""
         tile = min(4 * block * self.columns, max(TILE_BYTES, 4 * block * COLUMN_ALIGNMENT))
         left = self.total_bytes - max(tile, self.fixed_bytes + self.token_bytes * block)
         return max(0, left // (2 * block * self.columns))
@@ -70,7 +70,7 @@ class BlockPlan:
     @staticmethod
     @cache
     def choose(sizes: BlockSizes) -> BlockPlan:
-        """The cheapest plan, over all numbers of equal blocks; the smallest blocks where not even one of them fits."""
+        """Returns the cheapest plan over all numbers of equal blocks; the smallest blocks if not even one fits."""
         most = min(MOST_BLOCKS, ceil(sizes.tokens / TOKEN_ALIGNMENT))
         blocks = {aligned(ceil(sizes.tokens / number)) for number in range(1, most + 1)} | {TOKEN_ALIGNMENT}
         plans = [BlockPlan.of(sizes, block) for block in sorted(blocks, reverse=True) if sizes.num_fitting(block)]
@@ -80,7 +80,7 @@ class BlockPlan:
 
     @staticmethod
     def of(sizes: BlockSizes, block: int) -> BlockPlan:
-        """Blocks of so many tokens, of which as many are kept as fit; those grow into the memory that is left over."""
+        """Plans blocks of `block` tokens and keeps as many as fit; the blocks then grow to use the remaining memory."""
         num_blocks = ceil(sizes.tokens / block)
         num_kept = min(num_blocks, sizes.num_fitting(block)) if sizes.keeps else 0
         while 0 < num_kept < num_blocks and sizes.num_fitting(block + TOKEN_ALIGNMENT) >= num_kept:
@@ -94,14 +94,14 @@ def aligned(num_tokens: int) -> int:
 
 
 def tile_columns(block: int, num_processors: int) -> int:
-    """Columns of a tile of logits: where possible such that its product keeps all multiprocessors busy to the end."""
+    """Returns the columns of a tile of logits; if possible, its product keeps all multiprocessors busy to the end."""
     columns, wave = TILE_BYTES // (4 * block), WAVE_COLUMNS * num_processors
     step = wave if columns >= wave else COLUMN_ALIGNMENT
     return max(COLUMN_ALIGNMENT, columns // step * step)
 
 
 class Block:
-    """The exponentials of a block's tiles, and in the same memory what the backward pass makes of them."""
+    """The exponentials of a block's tiles; the backward pass overwrites them with the gradients."""
 
     def __init__(self, num_tokens: int, columns: list[slice], device: torch.device) -> None:
         self.num_tokens, self.columns = num_tokens, columns
@@ -117,7 +117,7 @@ class Block:
             yield columns, Exponentials(self.values[:, columns], shifts)
 
     def gradient(self, dtype: torch.dtype) -> Tensor:
-        """[t, v] of this half-precision dtype, in the place of the exponentials."""
+        """Returns a tensor [t, v] of this half-precision dtype in the memory of the exponentials."""
         return self.memory.view(dtype)[: self.num_tokens, : self.values.shape[1]]
 
 

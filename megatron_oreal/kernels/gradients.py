@@ -1,4 +1,4 @@
-"""The sums of the gradients of hidden states and weight over blocks of tokens, and where they end."""
+"""Sums the gradients of hidden states and weight over blocks of tokens, and hands them to autograd or main_grad."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from megatron_oreal.kernels.vocabulary_reduction import Call
 
-# The most roundings of a bfloat16 sum over blocks: 12 give a relative error of 4e-3, 33 give 6e-3 and 64 give 8e-3.
+# The most roundings in a bfloat16 sum over blocks: 12 give a relative error of 4e-3, 33 give 6e-3 and 64 give 8e-3.
 MAX_ROUNDINGS = 12
 
 
 class GradientSums:
-    """The gradients of hidden and weight, summed over blocks of tokens; None where they are not needed."""
+    """The gradients of hidden and weight, summed over blocks of tokens; None if they are not needed."""
 
     def __init__(
         self, call: Call, hidden: Tensor, weight: Tensor, needed: tuple[bool, bool], fused: bool, num_blocks: int
     ) -> None:
-        """`fused`: the gradient of a weight with a main_grad is added to it. `num_blocks`: blocks of tokens."""
+        """With `fused`, a weight's gradient is added to its main_grad, if it has one. `num_blocks`: of tokens."""
         self.call = call
         self.of_hidden = torch.zeros_like(hidden) if needed[0] else None
         self.of_weight: Tensor | None = None
@@ -34,18 +34,18 @@ class GradientSums:
             self.of_weight[call.used_columns(weight) if len(hidden) else 0 :] = 0.0  # the rest is overwritten
 
     def accumulates(self, rows: slice) -> bool:
-        """Whether products for the weight's gradient of these tokens are added to what is there."""
+        """Returns whether the weight's gradient of these tokens is added to the existing sum or overwrites it."""
         return self.is_in_main_grad or rows.start > 0
 
     def store_hidden(self, rows: slice, of_rows: Tensor) -> None:
-        """`of_rows` [t, H] float32: this rank's part."""
+        """Stores the gradient of these tokens' hidden states. `of_rows` [t, H] float32 is this rank's part."""
         if self.of_hidden is not None:
             if self.call.group is not None:
                 dist.all_reduce(of_rows, group=self.call.group)
             self.of_hidden[rows] = of_rows
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """(of hidden, of weight) for autograd, once all tokens were added."""
+        """Returns the gradients (of hidden, of weight) for autograd, after all tokens were added."""
         of_weight = self.of_weight
         if of_weight is not None and self.main_grad is not None:
             if not self.is_in_main_grad:
@@ -55,11 +55,11 @@ class GradientSums:
 
 
 def mark_main_grad(call: Call) -> Tensor | None:
-    """Says that main_grad has the weight's gradient, and returns what autograd gets in its place.
+    """Marks that main_grad has the weight's gradient, and returns the gradient for autograd in its place.
 
-    Megatron's hook then adds nothing of what autograd has, except where the weight is tied to the embedding of the same
-    stage (`zero_out_wgrad`): there it adds autograd's gradient, which is the embedding's part. With overlapped
-    reduction the hook also asserts that autograd has a gradient: the embedding's, or the placeholder.
+    Megatron's hook then does not add autograd's gradient, unless the weight is tied to the embedding of the same stage
+    (`zero_out_wgrad`): then it adds autograd's gradient, which is the embedding's part. With overlapped reduction, the
+    hook also asserts that autograd has a gradient: the embedding's, or the placeholder.
     """
     assert call.fused_weight is not None
     call.fused_weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def mark_main_grad(call: Call) -> Tensor | None:
 
 
 def common_factor(grad_logprobs: Tensor, token_scale: Tensor) -> Tensor:
-    """The number c in grad_logprobs = c token_scale; ValueError or, on an accelerator, NaN where there is none."""
+    """Returns c in grad_logprobs = c token_scale. Without such a c, raises ValueError; on an accelerator, c is NaN."""
     squares = token_scale.square().sum()
     factor = torch.where(squares > 0, (grad_logprobs * token_scale).sum() / squares, 0.0)
     scaled = factor * token_scale

@@ -1,11 +1,11 @@
-"""Log-probs within a set of kept tokens a row: of the distribution that top_p and top_k leave.
+"""Computes log-probs within each row's set of kept tokens: those of the distribution after top_p and top_k.
 
     log p(y) = z_y - log sum_{k in kept} exp(z_k),   z = logits / temperature
 
-The set stays as it is while the weights change, so that the gradient is that of the truncated distribution: in
-expectation over its samples, grad log p is 0. Plain torch, a block of rows at a time: it is slower than
-`linear_logprob`, and never holds more than BLOCK_BYTES of logits a buffer. Under tensor parallelism every rank sees the
-logits of the whole vocabulary of a block.
+The set does not change with the weights, so that the gradient is that of the truncated distribution: in expectation
+over its samples, grad log p is 0. The module uses plain torch and processes one block of rows at a time: it is slower
+than `linear_logprob`, and holds at most BLOCK_BYTES of logits in each buffer. Under tensor parallelism, every rank
+computes with a block's logits of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BLOCK_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True)
 class KeptTokens:
-    """The kept tokens of T rows, row after row. Example: KeptTokens([2, 1], [5, 7, 0]) keeps 5 and 7, and then 0."""
+    """The kept tokens of T rows, row by row. Example: KeptTokens([2, 1], [5, 7, 0]) keeps 5 and 7, and then 0."""
 
     counts: Tensor  # [T] int64, at least 1
     ids: Tensor  # [sum of counts] int32
 
     def mask(self, rows: slice, num_columns: int) -> Tensor:
-        """[t, V] bool of these rows."""
+        """Returns a mask [t, V] (bool) of these rows' kept tokens."""
         counts = self.counts[rows]
         first = int(self.counts[: rows.start].sum())
         ids = self.ids[first : first + int(counts.sum())].long()
@@ -42,7 +42,7 @@ class KeptTokens:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """How logits come from hidden states."""
+    """Computes logits from hidden states."""
 
     products: Products
     temperature: float
@@ -50,7 +50,7 @@ class Vocabulary:
     group: dist.ProcessGroup | None = None  # the ranks that share the vocabulary; None: this one has all of it
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[t, V] float32 at the temperature, of the whole vocabulary."""
+        """Returns logits [t, V] in float32, divided by the temperature, of the whole vocabulary."""
         own = self.products.logits(hidden, weight)
         if self.group is not None:
             parts = [torch.empty_like(own) for _ in range(self.group.size())]
@@ -59,7 +59,7 @@ class Vocabulary:
         return own[:, : self.num_valid] / self.temperature
 
     def own_columns(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """The columns of [t, V] that this rank has, with zeros for padding."""
+        """Returns this rank's columns of [t, V], with zeros for padding."""
         first = len(weight) * (self.group.rank() if self.group is not None else 0)
         own = gradient[:, first : first + len(weight)]
         return torch.nn.functional.pad(own, (0, len(weight) - own.shape[1]))
@@ -77,9 +77,9 @@ def choose_kept(
     vocabulary: Vocabulary,
     truncate: Callable[[Tensor], Tensor],
 ) -> KeptTokens:
-    """The tokens whose logits `truncate` leaves finite, and the target: rounding may put it just outside.
+    """Keeps the tokens whose logits `truncate` leaves finite, and the target, which rounding can exclude.
 
-    truncate: [t, V] logits at the temperature -> the same with -inf for what is never sampled.
+    truncate: maps logits [t, V], divided by the temperature, to the same with -inf for tokens that are never sampled.
     """
     counts, ids = [], []
     for rows in vocabulary.blocks(len(target)):
@@ -99,7 +99,7 @@ def kept_logprob(
     kept: KeptTokens,
     vocabulary: Vocabulary,
 ) -> tuple[Tensor, Tensor]:
-    """(log-probs[T], entropy[T]) in float32 within the kept tokens, in nats; both are differentiable."""
+    """Returns (log-probs [T], entropy [T]) in float32 within the kept tokens, in nats; both are differentiable."""
     result: tuple[Tensor, Tensor] = _KeptLogprob.apply(hidden, weight, target, kept, vocabulary)  # type: ignore[no-untyped-call]
     return result
 
@@ -139,10 +139,10 @@ class _KeptLogprob(torch.autograd.Function):
 
 
 def within(logits: Tensor, kept: KeptTokens, rows: slice) -> Tensor:
-    """Log-probs [t, V] within the kept tokens, -inf for the others."""
+    """Returns log-probs [t, V] within the kept tokens, and -inf for the others."""
     return torch.log_softmax(logits.masked_fill(~kept.mask(rows, logits.shape[1]), -torch.inf), dim=1)
 
 
 def entropy_of(inside: Tensor) -> Tensor:
-    """[t] of log-probs [t, V], some of which are -inf."""
+    """Returns the entropy [t] of log-probs [t, V], some of which are -inf."""
     return -(inside.exp() * torch.where(inside > -torch.inf, inside, 0.0)).sum(dim=1)

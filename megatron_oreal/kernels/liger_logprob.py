@@ -1,10 +1,10 @@
-"""Liger's operator for Hopper GPUs, which gives log-probs and entropies as linear_logprob does, and faster.
+"""Wraps Liger's operator for Hopper GPUs, which computes the outputs of linear_logprob faster.
 
 The packages are liger-kernel and liger-cute-kernels: CUTLASS kernels that reduce each tile of logits where it is
 computed, and exchange the ranks' sums through NVSHMEM. The operator is configured once a process, for the largest call;
 its buffers stay on the GPU from then on.
 
-It knows no padded columns of the vocabulary, no FP8 products, and no device but Hopper with bfloat16.
+The operator supports only bfloat16 on Hopper GPUs, and neither padded columns of the vocabulary nor FP8 products.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NO_TARGET = -100  # the operator leaves such targets out; ours are never negative
+NO_TARGET = -100  # the operator ignores such targets; ours are never negative
 
 
 @dataclass(frozen=True, slots=True)
 class LigerCall:
-    """The largest call that a process makes: what the operator is configured for."""
+    """The largest call of a process, for which the operator is configured."""
 
     max_tokens: int  # of one micro-batch
     hidden_size: int
@@ -31,9 +31,9 @@ class LigerCall:
 
 
 class LigerOperator:
-    """The configured operator. Making one is a collective of `group`, the tensor-parallel ranks.
+    """The configured operator. Its construction is a collective of `group`, the tensor-parallel ranks.
 
-    Raises ImportError where a package is missing, and RuntimeError where the operator cannot be configured.
+    Raises ImportError if a package is missing, and RuntimeError if the operator cannot be configured.
     """
 
     def __init__(self, call: LigerCall, group: dist.ProcessGroup) -> None:
@@ -47,11 +47,11 @@ class LigerOperator:
         kernels.configure(bootstrap_group=group, flsce=largest)
 
     def fits(self, num_tokens: int) -> bool:
-        """Whether a call of so many tokens is within what was configured. It is not made for no token at all."""
+        """Returns whether the operator accepts this many tokens: at least one, at most the configured number."""
         return 0 < num_tokens <= self.call.max_tokens
 
     def __call__(self, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """(logprobs [T], entropy [T]) in float32, in nats.
+        """Returns (logprobs [T], entropy [T]) in float32, in nats.
 
         hidden [T, H] and weight [V, H] bfloat16, target [T] int64 global token ids. Differentiable in hidden and
         weight: the gradient of hidden is the whole one, that of weight this rank's, in bfloat16.
@@ -61,7 +61,7 @@ class LigerOperator:
 
 
 def missing_for_liger(device: torch.device, dtype: torch.dtype, num_padded: int) -> str:
-    """Returns what the operator lacks on this device and for this model, or "" where it lacks nothing.
+    """Returns what the operator lacks on this device and for this model, or "" if it lacks nothing.
 
     num_padded: columns of the vocabulary that belong to no token, over all ranks.
     """

@@ -1,14 +1,14 @@
-"""Log-probs of target tokens from hidden states and a vocabulary-parallel head, without ever holding [T, V] in float32.
+"""Computes target tokens' log-probs from hidden states and a vocabulary-parallel head, without float32 logits [T, V].
 
-The float32 logits exist a tile of tokens x vocabulary at a time. A pass over them leaves each token's maximum, sum of
-exponentials and target logit, and for the entropy a weighted sum; these are merged over tiles, and over the
-tensor-parallel ranks with one all-gather. The gradients come in one of two modes:
+Only one tile of tokens x vocabulary of the float32 logits exists at a time. A pass over a tile computes each token's
+maximum, sum of exponentials and target logit, and for the entropy a weighted sum; these are merged over tiles, and over
+the tensor-parallel ranks with one all-gather. One of two modes computes the gradients:
 
 recompute  The forward pass keeps what fits into the memory bound: on a CPU float32 logits, on a GPU their exponentials
-           in bfloat16. The backward pass computes the rest again: 3 matrix products if all is kept, at most 4.
+           in bfloat16. The backward pass recomputes the rest: 3 matrix products if all is kept, at most 4.
 eager      The forward pass computes the gradients, for d loss / d logprobs known up to a common factor. 3 products.
 
-README.md has the equations, the memory bounds, and what was measured.
+README.md has the equations, the memory bounds and the measurements.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def linear_logprob(
     placeholder_gradient: bool = False,
     memory_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(logprobs[T], logsumexp[T], entropy[T] or None) in float32 of softmax(hidden @ weight.T / temperature), in nats.
+    """Returns (logprobs, logsumexp, entropy or None), each [T] float32, of softmax(hidden @ weight.T / temperature).
+
+    The unit of all three is nats.
 
     All three are differentiable with respect to hidden and weight. Under tensor parallelism every rank passes the same
     hidden states and targets, and the gradient of hidden is the whole one. Columns from `valid_vocab` on (global count)
@@ -54,11 +56,11 @@ def linear_logprob(
 
     `precision="bf16"` multiplies half-precision inputs as they are, into float32 logits; float32 inputs, and all inputs
     on a CPU, are multiplied in float32. "fp8_grad" computes the gradients by FP8 products; the log-probs are
-    those of "bf16". An arithmetic with options of its own is passed as an object.
+    those of "bf16". Pass an object for an arithmetic that has options.
 
-    `mode="eager"` is for a loss of sum_t token_scale[t] * logprobs[t] times any one number: supervised fine-tuning,
-    REINFORCE, a policy gradient at ratio 1. Only logprobs is differentiable then, and once. A gradient that is not a
-    multiple of `token_scale` raises ValueError on a CPU, and makes the gradients NaN elsewhere.
+    `mode="eager"` is for a loss that is one number times sum_t token_scale[t] * logprobs[t]: supervised fine-tuning,
+    REINFORCE, a policy gradient at ratio 1. Then only logprobs is differentiable, and only once. A gradient
+    that is not a multiple of `token_scale` raises ValueError on a CPU, and makes the gradients NaN elsewhere.
 
     `accumulate_main_grad` adds the weight's gradient to its `main_grad`, if it has one, as Megatron's gradient
     accumulation fusion does: `grad_added_to_main_grad` is set, and autograd sees none. With `placeholder_gradient`
@@ -68,8 +70,8 @@ def linear_logprob(
     `memory_bytes` bounds what the call holds beyond inputs and gradients; default: tiles.CPU_BYTES or CUDA_BYTES. More
     memory saves recomputation.
 
-    A half-precision gradient of the weight is summed in float32 where there are more than MAX_ROUNDINGS blocks of
-    tokens: twice its bytes, until it is whole. A float32 main_grad needs nothing.
+    With more than MAX_ROUNDINGS blocks of tokens, a half-precision gradient of the weight is summed in float32, which
+    takes twice its bytes until the sum is complete. A float32 main_grad needs no extra memory.
 
     Raises ValueError for mismatched shapes or dtypes, a temperature or valid_vocab out of range, targets outside the
     vocabulary, and a precision that this device does not have.
@@ -116,7 +118,7 @@ def check_inputs(
     vocabulary = columns if valid_vocab is None else valid_vocab
     if not 1 <= vocabulary <= columns:
         raise ValueError(f"valid_vocab must be in [1, {columns}], the columns of all ranks, got {vocabulary}")
-    # On an accelerator the comparison would stall the queue: there a stray target gives -inf.
+    # On an accelerator, the comparison would block the host; an invalid target gives -inf there.
     if target.device.type == "cpu" and target.numel() and not 0 <= int(target.min()) <= int(target.max()) < vocabulary:
         raise ValueError(f"target must hold ids in [0, {vocabulary}), got [{int(target.min())}, {int(target.max())}]")
 
@@ -153,7 +155,7 @@ class _Recompute(torch.autograd.Function):
         logprobs, logsumexp, entropy = call.outputs(numbers)
         ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
         ctx.call, ctx.passes = call, passes
-        ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
+        ctx.set_materialize_grads(False)  # no work for an output without a gradient
         return logprobs, logsumexp, entropy
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Chooses the arithmetic that belongs to a precision."""
+"""Chooses the arithmetic of a precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """Says with which products a call of linear_logprob computes."""
+    """Defines which products a call of linear_logprob uses."""
 
     products: Products
     # Makes the gradients of one call; None: from tiles of float32 logits, with `products`
@@ -33,7 +33,7 @@ def make_arithmetic(
     """Chooses the products for inputs of `dtype`. Raises ValueError for a precision that this device does not have."""
     if precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision}")
-    # A product of half-precision inputs on a CPU is rounded to half precision, and slower than one in float32.
+    # On a CPU, a product of half-precision inputs is rounded to half precision, and is slower than one in float32.
     in_float32 = precision == "fp32" or device.type == "cpu" or dtype not in HALF_PRECISION
     products = Products(torch.float32 if in_float32 else dtype)
     if precision == "fp8_grad":

@@ -1,4 +1,4 @@
-"""The definition of linear_logprob in plain torch: for tests and for reading. Holds the logits; float64 works."""
+"""Defines linear_logprob in plain torch, for tests and readers. It holds all logits, and accepts float64 too."""
 
 from __future__ import annotations
 

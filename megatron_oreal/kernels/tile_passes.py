@@ -1,7 +1,6 @@
-"""The passes of linear_logprob over tiles of float32 logits: on a CPU, and of float32 inputs on a GPU.
+"""Runs linear_logprob's passes over tiles of float32 logits: on a CPU, and for float32 inputs on a GPU.
 
-The first tiles' logits are kept for the backward pass, as many as there is room for (tiles.py); the others are
-computed again.
+The logits of as many first tiles as fit (tiles.py) are kept for the backward pass, which recomputes the others.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from megatron_oreal.kernels.vocabulary_reduction import Call, Upstream
 
 class TilePasses:
     def __init__(self, call: Call, hidden: Tensor, weight: Tensor, is_eager: bool, keeps: bool) -> None:
-        """`is_eager`: a row of tiles goes through both passes before the next; `keeps`: there is a backward pass."""
+        """`is_eager`: each row of tiles completes both passes before the next; `keeps`: a backward pass follows."""
         self.call = call
         sizes = sizes_of(call, hidden, weight)
         tiling = Tiling.eager(sizes) if is_eager else Tiling.square(sizes)
@@ -25,13 +24,13 @@ class TilePasses:
         self.tokens = tuple(tiling.tokens)
 
     def reduce(self, hidden: Tensor, weight: Tensor, target: Tensor, rows: slice) -> Tensor:
-        """[3 or 4, t] (see torch_rows) of these tokens."""
+        """Returns the reduction [3 or 4, t] (see torch_rows) of these tokens."""
         return self.call.reduce(self.logits.first(rows, self._compute(hidden, weight)), target[rows])
 
     def add_gradients(
         self, sums: GradientSums, hidden: Tensor, weight: Tensor, upstream: Upstream, rows: slice
     ) -> None:
-        """Those of these tokens, which must come in order. `upstream` is of all tokens."""
+        """Adds the gradients of these tokens; callers pass the rows in order. `upstream` covers all tokens."""
         call, part = self.call, upstream.part(rows)
         of_rows = torch.zeros(hidden[rows].shape, dtype=torch.float32, device=hidden.device)
         for columns, logits in self.logits.again(rows, self._compute(hidden, weight)):
@@ -54,7 +53,7 @@ class TilePasses:
         sums.store_hidden(rows, of_rows)
 
     def end_block(self) -> None:
-        """Both passes over these tokens are over: their memory serves again."""
+        """Releases the memory of these tokens for reuse, after both passes over them."""
         self.logits.forget()
 
     def end_pass(self) -> None:

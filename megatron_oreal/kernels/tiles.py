@@ -1,4 +1,4 @@
-"""Tokens x vocabulary in tiles, within a bound of bytes, and the memory of the tiles' logits."""
+"""Splits tokens x vocabulary into tiles within a bound of bytes, and manages the memory of the tiles' logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-# The bound for tiles, copies by the products and sums together. The libraries' own workspaces come on top.
+# The bound for tiles, copies by the products and sums together. It excludes the libraries' own workspaces.
 CPU_BYTES = 176 * 2**20
 CUDA_BYTES = 1472 * 2**20
 # The share of these bytes for logits that mode=recompute keeps until the backward pass. A GPU needs the rest for
@@ -24,7 +24,7 @@ Compute = Callable[[slice, slice, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The sizes of the call for which tiles are chosen."""
+    """The sizes of the call for which the tiles are chosen."""
 
     tokens: int
     columns: int
@@ -48,8 +48,8 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    tokens: list[slice]  # the same on every rank: each meets the others
-    columns: list[slice]  # none where there is only padding
+    tokens: list[slice]  # the same on every rank, because the ranks run collectives for each
+    columns: list[slice]  # empty if this rank has only padding
 
     @staticmethod
     def square(sizes: Sizes) -> Tiling:
@@ -64,7 +64,7 @@ class Tiling:
 
     @staticmethod
     def eager(sizes: Sizes) -> Tiling:
-        """All logits of the tokens are held, and one tile of them is worked on."""
+        """Returns the tiling that holds all logits of some tokens, and processes one tile of them at a time."""
         limit, columns = sizes.total_bytes, aligned(sizes.columns / 8)
         while sizes.column_bytes * columns > limit / 4 and columns > ALIGNMENT:
             columns = aligned(columns / 2)
@@ -74,24 +74,24 @@ class Tiling:
 
     @property
     def num_elements(self) -> int:
-        """The number of logits in the largest tile, which is the first."""
+        """Returns the number of logits in the largest tile, which is the first."""
         return size_of(self.tokens[0], self.columns[0])
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of the logits of a row of tiles."""
+        """Returns the bytes of the logits of a row of tiles."""
         return LOGIT_BYTES * sum(size_of(rows, columns) for rows in self.tokens[:1] for columns in self.columns)
 
 
 class TileLogits:
-    """The logits of a tiling's tiles, the first of which are kept, as many as there is room for.
+    """The logits of a tiling's tiles; the first ones, as many as fit, are kept.
 
-    On a CPU they lie in two pieces of memory, of the kept ones and of all others in turn: tiles that are freed leave
-    holes there that no other tile fits into.
+    On a CPU, two buffers hold the logits: one the kept ones, the other each further tile in turn. Separate allocations
+    would fragment the memory, because no other tile fits into the space of a freed tile.
     """
 
     def __init__(self, tiling: Tiling, num_bytes: int, is_cpu: bool) -> None:
-        """`num_bytes`: for the kept ones."""
+        """`num_bytes` is the memory for kept logits."""
         self.tiling, self.is_cpu = tiling, is_cpu
         num_elements = sum(size_of(rows, columns) for rows in tiling.tokens for columns in tiling.columns)
         self.room = self.num_free = min(num_bytes // LOGIT_BYTES, num_elements)
@@ -112,7 +112,7 @@ class TileLogits:
             del logits  # before the next tile is made
 
     def again(self, rows: slice, compute: Compute) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the tiles of `first` once more: kept logits are handed over, the others are computed again."""
+        """Yields the tiles of `first` again: removes kept logits from the store, and recomputes the others."""
         for columns in self.tiling.columns:
             logits = self.kept.pop((rows.start, columns.start), None)
             if logits is None:
@@ -121,13 +121,13 @@ class TileLogits:
             del logits
 
     def end_pass(self) -> None:
-        """Frees the memory of what is not kept."""
+        """Frees the memory of logits that are not kept."""
         self.memory = None
         if not self.kept:
             self.memory_of_kept = None
 
     def forget(self) -> None:
-        """What was kept; its memory serves again."""
+        """Discards kept logits, so that their memory can be reused."""
         self.kept.clear()
         self.num_free = self.room
 

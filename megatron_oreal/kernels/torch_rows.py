@@ -1,6 +1,6 @@
-"""The passes over a tile of logits that are not matrix products, in plain torch; triton_rows.py has them for CUDA.
+"""Implements the passes over a tile of logits that are not matrix products in plain torch; triton_rows.py, for CUDA.
 
-They go over the tile in blocks of rows that stay in the processor's cache, and so need next to no memory.
+They process the tile in blocks of rows that stay in the processor's cache, and so need little memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 BLOCK_BYTES = 2**20
 CUDA_BLOCK_BYTES = 2**26
-SHIFT_COLUMNS = 4096  # columns of a tile that share a shift: the Triton kernels look at so many at a time
+SHIFT_COLUMNS = 4096  # columns of a tile that share a shift; a Triton program reads this many at a time
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True, slots=True)
 class Exponentials:
-    """exp(z - shift) of a tile's logits: half the bytes of float32 logits, and the relative error of bfloat16.
+    """exp(z - shift) of a tile's logits, with half the bytes of float32 logits and bfloat16's relative error.
 
     z = logits / temperature. A probability is exp(z - shift) exp(shift - logsumexp).
     """
@@ -41,10 +41,10 @@ def reduce_rows(
     with_entropy: bool,
     kept: Exponentials | None = None,
 ) -> Tensor:
-    """[3, t]: maximum m, sum exp(z - m), the target's z or -inf; with entropy also sum exp(z - m) (z - m).
+    """Returns [3, t]: maximum m, sum exp(z - m), the target's z or -inf; with entropy [4, t]: sum exp(z - m) (z - m).
 
-    z = logits / temperature. The logits stay as they are. A NaN among them makes the sum NaN. The exponentials are
-    written to `kept`, if it is given.
+    z = logits / temperature. The function does not change the logits. A NaN among them makes the sum NaN. If `kept` is
+    given, it receives the exponentials.
     """
     if kept is not None:
         keep_exponentials(logits, num_valid, temperature, kept)
@@ -75,7 +75,7 @@ def gradient_rows(
     scales: Tensor,  # [3, t]: of the target's one-hot, of the probabilities, of d entropy / d logits
     dtype: torch.dtype,
 ) -> Tensor:
-    """d loss / d logits [t, v] in `dtype`, 0 from column `num_valid` on; float32 takes the place of the logits.
+    """Returns d loss / d logits [t, v] in `dtype`, 0 from column `num_valid` on; float32 overwrites the logits.
 
     z = logits / temperature and p = exp(z - logsumexp): onehot scale + p scale - p (z - logsumexp + entropy) scale.
     """
@@ -120,7 +120,7 @@ def gradient_of_kept(
     scales: Tensor,
     out: Tensor,  # [t, v] half precision; may be the memory of the kept exponentials
 ) -> None:
-    """d loss / d logits from kept exponentials."""
+    """Computes d loss / d logits from kept exponentials."""
     out.copy_(_gradient_of_kept(kept, target, num_valid, logsumexp, entropy, scales))
 
 
@@ -145,7 +145,7 @@ def fp8_gradient_of_kept(
 def _gradient_of_kept(
     kept: Exponentials, target: Tensor, num_valid: int, logsumexp: Tensor, entropy: Tensor | None, scales: Tensor
 ) -> Tensor:
-    """[t, v] float32"""
+    """Returns the gradient [t, v] in float32."""
     onehot_scale, probs_scale, entropy_scale = scales[:, :, None].unbind()
     local, inside = local_target(target, num_valid)
     num_columns = kept.values.shape[1]
@@ -163,7 +163,7 @@ def _gradient_of_kept(
 
 
 def cast_transpose(matrix: Tensor, factors: Tensor | None, scale: Tensor, out: Tensor) -> None:
-    """out e4m3 = (matrix [m, n] * factors [m, 1] / scale).T; 0 beyond n and m. `out` has multiples of 16."""
+    """Writes (matrix [m, n] * factors [m, 1] / scale).T to `out`, e4m3 with sizes in multiples of 16; 0 beyond."""
     product = matrix.float() if factors is None else matrix.float() * factors[:, None]
     out.copy_(padded((product / scale).clamp_(-E4M3_MAX, E4M3_MAX).T, *out.shape))
 
@@ -173,7 +173,7 @@ def padded(matrix: Tensor, num_rows: int, num_columns: int) -> Tensor:
 
 
 def local_target(target: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
-    """A column of the tile for each target (0 where it is elsewhere), and whether it is here."""
+    """Returns each target's column in the tile (0 if the tile does not have it), and whether the tile has it."""
     inside = (target >= 0) & (target < num_valid)
     return torch.where(inside, target, 0), inside
 

@@ -1,7 +1,7 @@
-"""The passes over a tile of logits that are not matrix products, one read of the tile each, for CUDA.
+"""Implements the passes over a tile of logits that are not matrix products, for CUDA; each reads the tile once.
 
-The functions have the signatures and the meaning of those in torch_rows.py. Import this module only where Triton is:
-TRITON_INTERPRET=1, set before, runs it on a CPU.
+The functions have the signatures and the meaning of those in torch_rows.py. Import this module only if Triton is
+installed. With TRITON_INTERPRET=1, set before the import, it runs on a CPU.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megatron_oreal.kernels.torch_rows import SHIFT_COLUMNS, Exponentials
 
 BLOCK = SHIFT_COLUMNS  # columns that a program looks at, at a time
 NUM_WARPS = 8
-# Rows of one program in kernels that also write the transpose, where they become 128 contiguous bytes of e4m3.
+# Rows of one program in kernels that also write the transpose, in which they are 128 contiguous bytes of e4m3.
 TRANSPOSE_ROWS = 128
 TRANSPOSE_COLUMNS = 64
 E4M3_MAX = tl.constexpr(448.0)
-# The smallest normal float32. Triton computes with anything smaller in float64, and converts that to e4m3 only from
-# version 3.9 on.
+# The smallest normal float32. Triton holds a smaller constant in float64, which only version 3.9 and later convert to
+# e4m3.
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
@@ -44,7 +44,7 @@ def reduce_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    # Finite, so that nothing seen yet times nothing is 0. A NaN may be skipped by the maximum, but stays in the sums.
+    # Finite, so that an empty sum times its factor is 0, not NaN. The maximum can skip a NaN, but the sums keep it.
     maximum = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -145,10 +145,10 @@ def kept_gradient_kernel(
 
 @triton.jit
 def widened(values: tl.tensor) -> tl.tensor:
-    """bfloat16 as float32, byte by byte.
+    """Converts bfloat16 to float32 by moving its bits.
 
     With one conversion, Triton 3.6 moves the transposition of the results up to it, and computes everything twice, once
-    in each layout: three times the registers, some of them spilled. It does not do so where there are two conversions.
+    in each layout: three times the registers, some of them spilled. It does not do so with two conversions.
     """
     bits = values.to(tl.uint16, bitcast=True)
     return ((bits >> 8).to(tl.uint32) << 24 | (bits & 255).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -156,9 +156,9 @@ def widened(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def opaque(values: tl.tensor) -> tl.tensor:
-    """The same e4m3 values, of which the compiler no longer knows that they are stored in another order too.
+    """Returns the same e4m3 values; hides from the compiler that they are also stored in another order.
 
-    Where it does, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
+    Without this, LLVM packs the bytes of both orders together and leaves parts of registers undefined, and ptxas 12.8
     fills three columns in eight of the transposed matrix with such parts. Triton's interpreter has no assembly.
     """
     bits = values.to(tl.uint8, bitcast=True)
@@ -196,7 +196,7 @@ def fp8_gradient_kernel(
 ) -> None:
     first_row = tl.program_id(1) * ROWS
     first_column = tl.program_id(0) * COLUMNS
-    # Offsets within a program's part need 32 bits only.
+    # Offsets within a program's part fit into 32 bits.
     local_rows, local_columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     rows, columns = first_row + local_rows, first_column + local_columns
     is_row = rows < num_rows
@@ -288,7 +288,7 @@ def reduce_rows(
 ) -> Tensor:
     num_rows, num_columns = logits.shape
     numbers = torch.empty(4 if with_entropy else 3, num_rows, dtype=torch.float32, device=logits.device)
-    with torch.cuda.device_of(logits):  # Triton launches on the current one; tensors of a CPU leave it as it is
+    with torch.cuda.device_of(logits):  # Triton launches on the current device; CPU tensors do not change it
         reduce_kernel[(num_rows,)](
             logits,
             logits.stride(0),

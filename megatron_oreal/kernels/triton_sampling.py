@@ -10,7 +10,7 @@ that are at least as likely, still has the wanted count (top-k) or mass (top-p).
 floats' bits, whose order as integers is that of the floats: two bits in the first pass over the row, three in each of
 ten more.
 
-Import this module only where Triton is. TRITON_INTERPRET=1, set before, runs it on a CPU.
+Import this module only if Triton is installed. With TRITON_INTERPRET=1, set before the import, it runs on a CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MASS_ONE = 2**30  # of top_p, as an integer
 
 @triton.jit
 def keys_of(values: tl.tensor) -> tl.tensor:
-    """int32 in the order of the floats; the two zeros are one."""
+    """Maps floats to int32 of the same order; both zeros map to the same number."""
     values = tl.where(values == 0.0, 0.0, values)
     bits = values.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -37,7 +37,7 @@ def keys_of(values: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def masses_of(values: tl.tensor, maximum: tl.tensor, inverse_temperature: float) -> tl.tensor:
-    """Probabilities in units of 2^-44 of the largest one, int64."""
+    """Returns int64 probabilities in units of 2^-44 of the largest one."""
     return (tl.exp((values - maximum) * inverse_temperature) * UNIT).to(tl.int64)
 
 
@@ -69,7 +69,7 @@ def find_key(
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """The largest key whose upper set has a measure of at least `needed`."""
+    """Returns the largest key such that the keys from it on have a measure of at least `needed`."""
     found = LOWEST_KEY
     found = found.to(tl.int32)
     first = tl.zeros((BLOCK,), tl.int64)
@@ -153,7 +153,7 @@ def measure_at(
 @triton.jit
 def logsumexp_of(logits: tl.tensor, vocab_size: int, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Returns (logsumexp, maximum) of the row."""
-    # Finite, so that nothing seen yet times nothing is 0. A NaN may be skipped by the maximum, but stays in the sums.
+    # Finite, so that an empty sum times its factor is 0, not NaN. The maximum can skip a NaN, but the sums keep it.
     maximum = -3.0e38
     sums = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab_size, BLOCK):
@@ -177,7 +177,7 @@ def token_at(
     TRUNCATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """The first token at which the kept tokens' mass, in the order of their ids, passes `target`."""
+    """Returns the first token at which the kept tokens' mass, summed in the order of ids, exceeds `target`."""
     token = 0
     before = tl.zeros((), tl.int64)
     num_seen = tl.zeros((), tl.int64)  # tokens at the key
@@ -199,7 +199,7 @@ def token_at(
     return tl.minimum(token, vocab_size - 1)
 
 
-# Triton makes constants of integers that are 1, and a constant has no type to convert.
+# Triton treats an integer argument of 1 as a constant, which has no type to convert.
 @triton.jit(do_not_specialize=["top_k", "top_p"])
 def sample_kernel(
     logits: tl.tensor,  # [N, vocab_size], any float type
@@ -220,7 +220,7 @@ def sample_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     logsumexp, maximum = logsumexp_of(logits, vocab_size, BLOCK)
-    # Kept are all tokens above `key`, and the first `num_at_key` of those at it.
+    # The kernel keeps all tokens above `key`, and the first `num_at_key` tokens at `key`.
     key = LOWEST_KEY
     key = key.to(tl.int32)
     num_at_key = tl.zeros((), tl.int64)
@@ -239,7 +239,7 @@ def sample_kernel(
     if HAS_TOP_P:
         share = top_p.to(tl.float64) / 1073741824.0
         exact = total.to(tl.float64) * share
-        # A token stays while the mass before it is short of the share; the most likely one always does.
+        # A token is kept if the mass before it is less than the share; the most likely token is always kept.
         needed = exact.to(tl.int64)
         needed += (needed.to(tl.float64) < exact).to(tl.int64)
         needed = tl.maximum(tl.minimum(needed, total), 1)
@@ -264,7 +264,7 @@ def sample_kernel(
         tl.store(rollout_logprobs + row, model_logprob)
     else:
         mass = (total.to(tl.float64) / UNIT).to(tl.float32)
-        # A model's log-prob that is not finite shows here too.
+        # This also detects a log-prob of the model that is not finite.
         rollout_logprob = (chosen - maximum) * inverse_temperature - tl.log(mass)
         tl.store(rollout_logprobs + row, tl.where(model_logprob == model_logprob, rollout_logprob, model_logprob))
 

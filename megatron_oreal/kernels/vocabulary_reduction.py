@@ -1,4 +1,4 @@
-"""Reduces tiles of logits to log-sum-exp, target logit and entropy, and merges the reductions; what a call is."""
+"""Reduces tiles of logits to log-sum-exp, target logit and entropy, merges reductions, and describes a call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_oreal.kernels.torch_rows import Exponentials
 
 
 class RowKernels(Protocol):
-    """torch_rows, which documents them, or triton_rows."""
+    """The functions of torch_rows, which documents them, or of triton_rows."""
 
     def reduce_rows(
         self,
@@ -74,7 +74,7 @@ class RowKernels(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Holds what the gradient of the logits needs to know of its t tokens, besides the logits."""
+    """Holds the inputs of the gradient of t tokens' logits, besides the logits."""
 
     target: Tensor  # [t]
     logsumexp: Tensor  # [t], of all columns of all ranks
@@ -87,7 +87,7 @@ class Upstream:
 
 
 class BlockGradients(Protocol):
-    """Makes the gradients of a block's logits of its exponentials, and multiplies them. One object a call."""
+    """Computes the gradients of a block's logits from its exponentials, and their products; one object per call."""
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
         """Returns (bytes of any block, bytes for each of its tokens), besides the block and a tile of its logits."""
@@ -144,7 +144,7 @@ class Call:
         return target - (self.first + columns.start), min(columns.stop, self.num_valid) - columns.start
 
     def reduce(self, tiles: Iterable[tuple[slice, Tensor]], target: Tensor) -> Tensor:
-        """[3 or 4, t] (see torch_rows) of this rank's columns, from the (columns, logits) of its tiles."""
+        """Reduces this rank's columns to [3 or 4, t] (see torch_rows), from the (columns, logits) of its tiles."""
         parts = []
         for columns, logits in tiles:
             parts.append(
@@ -154,7 +154,7 @@ class Call:
         return self.merged(parts, target)
 
     def merged(self, parts: list[Tensor], target: Tensor) -> Tensor:
-        """[3 or 4, t] of all parts; without any, of no columns."""
+        """Returns the reduction [3 or 4, t] of all parts; without parts, that of zero columns."""
         if parts:
             return merge(parts)
         nothing = torch.zeros(self.num_numbers, len(target), dtype=torch.float32, device=target.device)
@@ -174,7 +174,7 @@ class Call:
 
 
 def merge(parts: list[Tensor]) -> Tensor:
-    """[3 or 4, t] of the columns of all parts."""
+    """Returns the reduction [3 or 4, t] of the columns of all parts."""
     if len(parts) == 1:
         return parts[0]
     maximum, sums, target_logit, *weighted = torch.stack(parts).unbind(1)  # each [parts, t]
@@ -183,6 +183,6 @@ def merge(parts: list[Tensor]) -> Tensor:
     scale = lower.exp()
     merged = [overall, (sums * scale).sum(0), target_logit.amax(0)]
     if weighted:
-        # Finite: a part without columns adds 0, and not 0 * -inf.
+        # Finite, so that a part without columns adds 0 instead of 0 * -inf.
         merged.append(((weighted[0] + sums * lower.clamp_min(-1e30)) * scale).sum(0))
     return torch.stack(merged)

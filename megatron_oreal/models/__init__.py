@@ -1,4 +1,4 @@
-"""Megatron-Core models: built, sharded, run and trained. The only package besides checkpoint that imports megatron."""
+"""Builds, shards, runs and trains Megatron-Core models. Only this package and checkpoint import megatron."""
 
 import logging
 import warnings

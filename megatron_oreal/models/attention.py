@@ -1,8 +1,8 @@
-"""Attention over packed sequences with torch alone, and the norm that goes with it.
+"""Computes attention over packed sequences with torch alone, and the norm that the local layers use.
 
 Megatron's local DotProductAttention refuses packed sequences. On CUDA in half precision, torch's variable-length
-attention takes the packed tokens as they are. Elsewhere the segments of a micro-batch are gathered into a few padded
-batches of similar length, and each batch is one call of scaled_dot_product_attention. That is exact and needs no mask,
+attention accepts the packed tokens directly. Elsewhere the segments of a micro-batch are gathered into a few padded
+batches of similar length, and each batch is one call of scaled_dot_product_attention. This is exact and needs no mask,
 because causality hides the padding at the end.
 """
 
@@ -27,22 +27,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_oreal.data.packing import copy_to_device
 
-# A padded batch holds segments of at least this share of its longest: the padding is bounded by 1 / share.
+# A padded batch holds segments of at least this share of its longest one, which bounds the padding.
 SHORTEST_SHARE = 0.6
 
 
 @dataclass
 class PackedSegments(PackedSeqParams):
-    """PackedSeqParams for the local layers: "sbhd" keeps Megatron from its per-segment rotary loop.
+    """PackedSeqParams for the local layers. The format "sbhd" avoids Megatron's rotary loop over segments.
 
-    The index tensors are empty where variable-length attention takes the packed tokens.
+    The index tensors are empty if variable-length attention handles the packed tokens.
     """
 
     padded_indices: list[Tensor] = field(default_factory=list)  # [segments, longest] int64 into [T], per padded batch
-    restore_index: Tensor | None = None  # [T] int64, where token t stands in the concatenated padded batches
+    restore_index: Tensor | None = None  # [T] int64, the position of token t in the concatenated padded batches
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[T, heads, head_dim] with key and value of [T, groups, head_dim] -> [T, heads * head_dim], causal."""
+        """Computes causal attention: [T, heads, D] with key and value of [T, groups, D] -> [T, heads * D]."""
         if self.restore_index is None:
             packed = variable_length_attention()
             assert packed is not None
@@ -55,10 +55,10 @@ class PackedSegments(PackedSeqParams):
 
 
 def pack_segments(cu_seqlens: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> PackedSegments:
-    """What PackedAttention needs of a micro-batch whose segments have these lengths, for activations of `dtype`.
+    """Builds what PackedAttention needs for a micro-batch with segments of these lengths and activations of `dtype`.
 
-    cu_seqlens: [N + 1] int32 on the device of the activations; `lengths` are the same numbers on the host, so nothing
-    here waits for the device.
+    cu_seqlens: [N + 1] int32 on the device of the activations. `lengths` are the same numbers on the host, so the
+    function never waits for the device.
     """
     packed = PackedSegments(
         qkv_format="sbhd",
@@ -75,7 +75,7 @@ def pack_segments(cu_seqlens: Tensor, lengths: Sequence[int], dtype: torch.dtype
 
 
 def padded_batches(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-    """`padded_indices` and `restore_index` of PackedSegments, on the host."""
+    """Returns `padded_indices` and `restore_index` of PackedSegments, on the host."""
     of_segment = torch.tensor(lengths)
     starts = of_segment.cumsum(0) - of_segment
     padded_indices: list[Tensor] = []
@@ -95,7 +95,7 @@ def padded_batches(lengths: Sequence[int]) -> tuple[list[Tensor], Tensor]:
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Segment numbers in groups, longest first, each within SHORTEST_SHARE of its longest."""
+    """Groups segment numbers, longest first; all lengths of a group reach SHORTEST_SHARE of its longest one."""
     order = sorted((number for number, length in enumerate(lengths) if length), key=lambda n: (-lengths[n], n))
     groups: list[list[int]] = []
     for number in order:
@@ -108,22 +108,22 @@ def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
 
 # (query [T, heads, D], key [T, groups, D], value, cu_seqlens, longest, scale) -> [T, heads, D], causal
 PackedAttend = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
-# The largest relative error against scaled_dot_product_attention in float32: bfloat16 keeps 8 bits of each number.
+# The largest accepted relative error against scaled_dot_product_attention in float32; bfloat16 keeps 8 bits.
 CHECK_TOLERANCE = 0.03
 
 
 def takes_packed_tokens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention on this device and in this precision takes packed tokens without padded copies."""
+    """Says whether attention on this device and in this precision accepts packed tokens without padded copies."""
     in_half = dtype in (torch.float16, torch.bfloat16)
     return device.type == "cuda" and in_half and variable_length_attention() is not None
 
 
 @functools.cache
 def variable_length_attention() -> PackedAttend | None:
-    """torch's variable-length attention with causal masks and grouped heads; None where torch cannot do both.
+    """Returns torch's variable-length attention with causal masks and grouped heads, or None if torch lacks either.
 
-    On CUDA one small case is computed both ways first, because releases differ in what they accept: torch 2.11 takes
-    grouped heads without an `enable_gqa` argument. Warns where the padded form must be used on CUDA instead.
+    On CUDA the function first computes one small case both ways, because releases accept different arguments; torch
+    2.11 takes grouped heads without an `enable_gqa` argument. Warns if CUDA must use the padded form instead.
     """
     attend = causal_attention(torch_varlen_attn())
     if attend is None or not torch.cuda.is_available():
@@ -147,7 +147,7 @@ def torch_varlen_attn() -> Callable[..., Any] | None:
 
 
 def causal_attention(varlen_attn: Callable[..., Any] | None) -> PackedAttend | None:
-    """A release's varlen_attn behind one signature; None for those before torch 2.11, which have no window."""
+    """Wraps varlen_attn of this torch release; returns None for releases before 2.11, which have no window."""
     if varlen_attn is None:
         return None
     known = inspect.signature(varlen_attn).parameters.keys()
@@ -155,7 +155,7 @@ def causal_attention(varlen_attn: Callable[..., Any] | None) -> PackedAttend | N
         return None
 
     def attend(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
-        # Releases without the argument do not compare the numbers of heads, and their operator takes grouped ones.
+        # Releases without the argument do not compare the numbers of heads, and their operator accepts grouped heads.
         grouped = {"enable_gqa": query.size(1) != key.size(1)} if "enable_gqa" in known else {}
         out = varlen_attn(
             query,
@@ -166,7 +166,7 @@ def causal_attention(varlen_attn: Callable[..., Any] | None) -> PackedAttend | N
             longest,
             longest,
             scale=scale,
-            window_size=(-1, 0),  # no token sees a later one
+            window_size=(-1, 0),  # no token attends to a later one
             **grouped,
         )
         assert isinstance(out, Tensor)
@@ -176,11 +176,11 @@ def causal_attention(varlen_attn: Callable[..., Any] | None) -> PackedAttend | N
 
 
 def difference_from_padded(attend: PackedAttend, device: str = "cuda") -> str:
-    """Says what is wrong with values or gradients of `attend`, beside padded attention in float32; empty if nothing is.
+    """Describes errors in values or gradients of `attend` against padded attention in float32; empty if there are none.
 
-    Two segments, three query heads a key head.
+    The check uses two segments and three query heads for each key head.
     """
-    generator = torch.Generator().manual_seed(0)  # the state of CUDA's generator is left alone
+    generator = torch.Generator().manual_seed(0)  # this leaves CUDA's generator unchanged
     lengths, heads, groups, head_dim = [5, 19], 6, 2, 64
     query, key, value, weights = (
         torch.randn(sum(lengths), count, head_dim, generator=generator).bfloat16().to(device)
@@ -214,10 +214,10 @@ def difference_from_padded(attend: PackedAttend, device: str = "cuda") -> str:
 
 
 def causal_batch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention of [B, S, heads, head_dim]; key and value may have fewer heads."""
+    """Computes causal attention of [B, S, heads, head_dim]; key and value may have fewer heads."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     grouped = query.size(1) != key.size(1)
-    if grouped and query.is_cuda:  # the fused kernels take equal numbers of heads; without them scores are O(S^2)
+    if grouped and query.is_cuda:  # the fused kernels need equal numbers of heads; other kernels keep O(S^2) scores
         key, value = (x.repeat_interleave(query.size(1) // x.size(1), dim=1) for x in (key, value))
         grouped = False
     with deterministic_backend(query):
@@ -226,14 +226,14 @@ def causal_batch(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Ten
 
 
 def deterministic_backend(query: Tensor) -> AbstractContextManager[Any]:
-    """The memory-efficient kernel, CUDA's only fused one for float32, has no deterministic backward pass."""
+    """Avoids the memory-efficient kernel, CUDA's only fused one for float32, if results must be deterministic."""
     if query.is_cuda and query.dtype is torch.float32 and torch.are_deterministic_algorithms_enabled():
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
 
 class PackedAttention(MegatronModule):
-    """A core attention for Megatron's local layers: causal, packed [T, 1, heads, head_dim] or batched [S, B, ...]."""
+    """Causal core attention for Megatron's local layers: packed [T, 1, heads, head_dim] or batched [S, B, ...]."""
 
     def __init__(
         self,
@@ -270,9 +270,9 @@ class PackedAttention(MegatronModule):
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm; Megatron's wrapper of it refuses sequence parallelism."""
+    """torch's RMSNorm. Megatron's wrapper of it refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # finalize_model_grads sums the gradients of parameters that say so over the tensor-parallel ranks.
+        # finalize_model_grads sums the gradients of marked parameters over the tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

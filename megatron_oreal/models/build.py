@@ -1,4 +1,4 @@
-"""Builds Megatron's GPTModel from a Hugging Face config.json, one chunk a (virtual) pipeline stage of this rank."""
+"""Builds Megatron's GPTModel from a Hugging Face config.json, one chunk per (virtual) pipeline stage of this rank."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PackedGPTModel(GPTModel):
-    """GPTModel over packed tokens that ends in hidden states: its head is applied by whoever owns the loss."""
+    """GPTModel over packed tokens that returns hidden states; the owner of the loss applies the head."""
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, rotary, *rest = super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
         packed = kwargs.get("packed_seq_params")
         if packed is not None and packed.qkv_format == "sbhd":
-            # One row a token instead of one a position: the rotary embedding needs no segments then.
+            # The table has one row per token, not per position, so the rotary embedding needs no segments.
             rotary = rotary[position_ids[0]]
         return decoder_input, rotary, *rest
 
@@ -46,7 +46,7 @@ class PackedGPTModel(GPTModel):
 
 
 def resolved_for(config: ModelConfig, device: torch.device) -> ModelConfig:
-    """Returns the configuration without `auto`, by the device alone; run/device_defaults.py weighs memory."""
+    """Returns the configuration without `auto`, chosen by the device alone; run/device_defaults.py considers memory."""
     on_cuda = device.type == "cuda"
     dtype, recompute = config.dtype, config.recompute
     if dtype == "auto":
@@ -57,11 +57,11 @@ def resolved_for(config: ModelConfig, device: torch.device) -> ModelConfig:
 
 
 def uses_transformer_engine(config: ModelConfig, device: torch.device, context_size: int = 1) -> bool:
-    """Raises ValueError when it is asked for and not to be had. The config's dtype is resolved."""
+    """Says whether layers use Transformer Engine. Raises ValueError if it is requested and missing. Needs a dtype."""
     if config.implementation == "local":
         return False
     if context_size > 1:
-        return False  # config/layout.py refuses a layout that asks for it
+        return False  # config/layout.py refuses a layout that requests it
     missing = ""
     if device.type != "cuda":
         missing = "it runs on CUDA only"
@@ -117,20 +117,22 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_size if layout.virtual_size > 1 else None,
         sequence_parallel=layout.sequence_parallel,
-        # Interleaved over two stages, Megatron would mix up the shapes that go forth and back: there lengths are equal.
+        # With two interleaved stages, Megatron would confuse the shapes of the two directions, so lengths must be equal
+        # there.
         variable_seq_lengths=pipelined and layout.virtual_size == 1,
-        # Variable lengths ask for alltoall, also of dense models; it runs on CUDA only.
+        # Variable lengths need alltoall, also in dense models; it runs on CUDA only.
         moe_token_dispatcher_type="alltoall" if pipelined or layout.device.type == "cuda" else "allgather",
         batch_p2p_comm=pipelined and layout.device.type == "cuda",
-        perform_initialization=False,  # every parameter comes from a checkpoint or from its head
+        perform_initialization=False,  # a checkpoint or the head initialises every parameter
         use_cpu_initialization=layout.device.type == "cpu",
-        # The loss is global already: no division by tokens or micro-batches, see optimizer.finalize_gradients.
+        # The loss is already global, so Megatron must not divide by tokens or micro-batches; see
+        # optimizer.finalize_gradients.
         calculate_per_token_loss=True,
-        # Transformer Engine adds weights' gradients to main_grad inside the product; see OutputLayer.
+        # Transformer Engine adds gradients of weights to main_grad inside the product; see OutputLayer.
         gradient_accumulation_fusion=transformer_engine,
         masked_softmax_fusion=False,
         persist_layer_norm=transformer_engine,
-        # SwiGLU as one kernel by torch.compile, which keeps a third of the activations.
+        # torch.compile makes SwiGLU one kernel, which keeps a third of the activations.
         bias_activation_fusion=layout.device.type == "cuda",
         bias_dropout_fusion=False,
         apply_rope_fusion=transformer_engine,
@@ -151,7 +153,7 @@ def expert_settings(architecture: Architecture, layout: ParallelLayout) -> dict[
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.intermediate_size,
         "moe_router_topk": experts.num_per_token,
-        # A softmax over the chosen experts only is the one over all of them, scaled to sum to one.
+        # A softmax over the chosen experts equals the softmax over all experts, scaled to sum to one.
         "moe_router_pre_softmax": not experts.weights_sum_to_one,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -177,18 +179,18 @@ def layer_spec(config: TransformerConfig, transformer_engine: bool, vp_stage: in
 
 
 def prepare_megatron_experts(device: torch.device) -> None:
-    """Lets Megatron's expert layers run without Transformer Engine, and on a CPU."""
+    """Makes Megatron's expert layers run without Transformer Engine, and on a CPU."""
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # Megatron 0.16's router asks whether it is None, without defining it so
+        moe_utils.te_general_gemm = None  # Megatron 0.16's router compares it with None without defining it
     if device.type == "cpu":
-        # The layers fuse a few functions with torch.compile, which needs a compiler and an unpatched torch.cuda.
+        # torch.compile fuses a few functions of these layers; it needs a compiler and an unpatched torch.cuda.
         torch.compiler.set_stance("force_eager")
 
 
 class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
-    """Megatron's output layer without gradient accumulation fusion, which it would need Apex for.
+    """Megatron's output layer without gradient accumulation fusion, because that needs Apex.
 
-    Only its weight is used: linear_logprob adds the gradient to main_grad by itself.
+    Only its weight is used. linear_logprob itself adds the gradient to main_grad.
     """
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
@@ -199,7 +201,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
 
 @contextmanager
 def own_output_layer() -> Iterator[None]:
-    """Inside, GPTModel makes an OutputLayer."""
+    """Makes GPTModel build an OutputLayer inside the block."""
     original = tensor_parallel.ColumnParallelLinear
     tensor_parallel.ColumnParallelLinear = OutputLayer
     try:
@@ -211,7 +213,7 @@ def own_output_layer() -> Iterator[None]:
 def build_chunks(
     architecture: Architecture, head: Head, config: TransformerConfig, layout: ParallelLayout, transformer_engine: bool
 ) -> list[PackedGPTModel]:
-    """This rank's chunks, uninitialised but for the head, on the layout's device."""
+    """Builds this rank's chunks on the layout's device. Only the head is initialised."""
     if architecture.experts:
         prepare_megatron_experts(layout.device)
     tied = architecture.tied_embeddings and head.kind == "lm"
@@ -233,9 +235,10 @@ def build_chunks(
                 parallel_output=True,
                 vp_stage=vp_stage,
             )
-        chunk.rotary_pos_emb.cp_group = None  # all positions: _preprocess picks those of this rank's tokens
+        # The table covers all positions; _preprocess selects those of this rank's tokens
+        chunk.rotary_pos_emb.cp_group = None
         if architecture.rope_scaling:
-            # Megatron's own scaling knows one setting of three of its four numbers.
+            # Megatron's own scaling fixes three of the four numbers of this scaling.
             chunk.rotary_pos_emb.inv_freq = rotary_frequencies(
                 architecture.rope_theta, architecture.head_dim, architecture.rope_scaling, layout.device
             )
@@ -247,14 +250,14 @@ def build_chunks(
 
 
 def mark_shards(chunks: list[PackedGPTModel], rows: list[Row]) -> None:
-    """Says which parameters are shards: Megatron does it where it initialises, and takes the others for copies."""
+    """Marks the parameters that are shards. Megatron does so only when it initialises parameters."""
     for name, parameter in global_parameters(chunks):
         row, _ = find_row(rows, canonical_name(name))
         parameter.tensor_model_parallel = row.op.axis is not None  # type: ignore[attr-defined]
 
 
 def global_parameters(chunks: list[PackedGPTModel]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, parameter) of this rank, with layers counted from 0 over the whole model."""
+    """Yields (name, parameter) of this rank, with layer numbers of the whole model."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")

@@ -1,13 +1,13 @@
-"""Context parallelism: attention of one rank's tokens to those of all ranks, and values of whole micro-batches.
+"""Implements context parallelism: attention across ranks, and per-token values of whole micro-batches.
 
 Keys and values are gathered over the ranks, and their gradients are summed and scattered back. Each of a rank's two
-chunks of a sequence (data/context.py) then attends to the sequence's beginning, up to its own tokens: the memory for
-keys and values does not shrink with the number of ranks, that for everything else does.
+chunks of a sequence (data/context.py) attends to the sequence up to its own tokens. The memory for keys and values
+therefore does not shrink with the number of ranks; all other memory does.
 
-The heads' values are gathered too, a few numbers a token, so that losses, prefix means and advantages are computed on
-whole sequences, by every rank alike. A rank's gradients are those of its own tokens' values: their sum over the ranks
-is the gradient, as it is for replicas. Megatron sums over both, and is told of its process groups alone: a
-TransformerConfig with a context_parallel_size would have its layers split rotary embeddings, which here follow
+The heads' values, a few numbers per token, are gathered too, so that every rank computes losses, prefix means and
+advantages on whole sequences. A rank's gradients belong to the values of its own tokens; their sum over the ranks is
+the gradient, as for replicas. Megatron sums over both kinds of ranks. It receives only the process groups, because with
+a context_parallel_size in its TransformerConfig the layers would split rotary embeddings, which here follow
 position_ids.
 """
 
@@ -35,25 +35,25 @@ class ChunkBatch:
 
     queries: Tensor  # [B, Q] int64 into this rank's tokens
     keys: Tensor  # [B, K] int64 into the tokens of all ranks
-    positions: Tensor  # [B, Q] int64, each query's place in its sequence: it sees the keys up to there
+    positions: Tensor  # [B, Q] int64, each query's position in its sequence: it attends to the keys up to there
 
 
 @dataclass
 class ContextSegments(PackedSegments):
-    """PackedSegments of one rank's tokens; `restore_index` orders them as they are on the rank."""
+    """PackedSegments of one rank's tokens; `restore_index` restores the rank's order."""
 
     group: dist.ProcessGroup | None = None
     batches: list[ChunkBatch] = field(default_factory=list)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As PackedSegments.attend, for L tokens of each rank. All ranks of the group call it."""
+        """Computes PackedSegments.attend for the L tokens of each rank. Collective over the context-parallel group."""
         assert self.group is not None
         pair = torch.stack([key, value], dim=1)  # [L, 2, groups, head_dim]
         keys, values = gather_from_sequence_parallel_region(pair, group=self.group).unbind(dim=1)
         return self.attend_to(query, keys, values, scale)
 
     def attend_to(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """The same with keys and values of all ranks, [C * L, groups, head_dim]."""
+        """Computes the same with keys and values of all ranks, [C * L, groups, head_dim]."""
         assert self.restore_index is not None
         padded = []
         for batch in self.batches:
@@ -64,7 +64,7 @@ class ContextSegments(PackedSegments):
 
 
 def attend_batch(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """query: [B, Q, heads, head_dim]; key and value: [B, K, groups, head_dim]; visible: [B, Q, K] bool."""
+    """Attends in one batch. query: [B, Q, heads, D]; key and value: [B, K, groups, D]; visible: [B, Q, K] bool."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     grouped = query.size(1) != key.size(1)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], scale=scale, enable_gqa=grouped)
@@ -72,7 +72,7 @@ def attend_batch(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, sca
 
 
 def context_segments(part: ContextPart, layout: ParallelLayout) -> ContextSegments:
-    """Returns what the attention needs to know of a rank's tokens, which no pass changes."""
+    """Returns the indices that attention needs for a rank's tokens; no pass changes them."""
     tokens, device = part.tokens, layout.device
     chunks = [length // 2 for length in tokens.lengths]
     places = gathered_places(chunks, layout.context_size)
@@ -94,7 +94,7 @@ def context_segments(part: ContextPart, layout: ParallelLayout) -> ContextSegmen
         qkv_format="sbhd",
         cu_seqlens_q=tokens.cu_seqlens,
         cu_seqlens_kv=tokens.cu_seqlens,
-        max_seqlen_q=tokens.max_seqlen,  # of the whole sequences: rotary embeddings reach to there
+        max_seqlen_q=tokens.max_seqlen,  # of the whole sequences, because rotary embeddings cover all positions
         max_seqlen_kv=tokens.max_seqlen,
         restore_index=copy_to_device(restore_index, device),
         group=layout.context_group,
@@ -103,7 +103,7 @@ def context_segments(part: ContextPart, layout: ParallelLayout) -> ContextSegmen
 
 
 def padded_chunks(chunks: list[int], places: list[Tensor], sequences: list[int], number: int, late: bool) -> ChunkBatch:
-    """Returns one chunk, by its number, of each of the sequences, the longest first. Padding repeats a first token."""
+    """Returns chunk number `number` of each sequence, longest first. Padding repeats the first token."""
     begins = list(begins_of(chunks))
     longest = chunks[sequences[0]]
     slot = torch.arange(longest)
@@ -119,7 +119,7 @@ def padded_chunks(chunks: list[int], places: list[Tensor], sequences: list[int],
 
 
 def begins_of(chunks: list[int]) -> Iterator[int]:
-    """Yields where each sequence begins among a rank's tokens."""
+    """Yields the position where each sequence begins among a rank's tokens."""
     begin = 0
     for length in chunks:
         yield begin
@@ -127,7 +127,7 @@ def begins_of(chunks: list[int]) -> Iterator[int]:
 
 
 def whole_outputs(outputs: TokenOutputs, part: ContextPart, layout: ParallelLayout) -> TokenOutputs:
-    """[L] of each rank -> [T] of the micro-batch. Backward, each rank keeps the gradients of its own tokens."""
+    """Gathers [L] of each rank into [T] of the micro-batch. Backward keeps the gradients of this rank's own tokens."""
     columns = [outputs.values] if outputs.entropy is None else [outputs.values, outputs.entropy]
     gathered = gather_from_sequence_parallel_region(
         torch.stack(columns, dim=1), tensor_parallel_output_grad=False, group=layout.context_group

@@ -1,7 +1,7 @@
-"""FP8 for the linear layers of the transformer, through Megatron's own settings and Transformer Engine.
+"""Configures FP8 for the transformer's linear layers, through Megatron's own settings and Transformer Engine.
 
-The head is not among them: its precision is linear_logprob's. Parameters stay in bfloat16: checkpoints, weight sync and
-the optimizer see nothing of FP8.
+The head is not one of these layers; linear_logprob sets its precision. Parameters stay in bfloat16, so checkpoints,
+weight sync and the optimizer are unaffected.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from megatron_oreal.parallel.layout import ParallelLayout
 class Fp8RecipeNeeds:
     scaling: Scaling
     engine_version: tuple[int, int]
-    token_multiple: int  # of the tokens that one linear layer sees: they are contracted for its weight's gradient
-    settings: dict[str, Any]  # of TransformerConfig
+    # The number of tokens of a linear layer must be a multiple of this, for the gradient of its weight
+    token_multiple: int
+    settings: dict[str, Any]  # arguments of TransformerConfig
 
 
-# hybrid: e5m2 for gradients of activations, which one scale a tensor would underflow in e4m3.
+# hybrid uses e5m2 for the gradients of activations; with one scale per tensor they would underflow in e4m3.
 RECIPES: dict[Fp8Recipe, Fp8RecipeNeeds] = {
     "tensorwise": Fp8RecipeNeeds("tensor", (2, 2), 16, {"fp8": "hybrid"}),
     "blockwise": Fp8RecipeNeeds("block", (2, 3), 16, {"fp8": "e4m3"}),
@@ -34,7 +35,7 @@ RECIPES: dict[Fp8Recipe, Fp8RecipeNeeds] = {
         "tensor",
         (2, 1),
         16,
-        # Scales of the largest values that were seen, which Megatron's default would take from the last step alone.
+        # The scales use a history of largest values. Megatron's default would use the last step alone.
         {"fp8": "hybrid", "fp8_margin": 0, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
     ),
 }
@@ -43,13 +44,13 @@ RECIPES: dict[Fp8Recipe, Fp8RecipeNeeds] = {
 def fp8_layer_settings(
     recipe: Fp8Recipe,
     layout: ParallelLayout,
-    transformer_engine: bool,  # whether the layers are its
+    transformer_engine: bool,  # whether the layers come from Transformer Engine
     *,
     num_layers: int,  # of the whole model
     has_experts: bool,
     num_bf16_ends: int,
 ) -> dict[str, Any]:
-    """Arguments of TransformerConfig. `num_bf16_ends` layers at the start, and as many at the end, stay in bfloat16.
+    """Returns arguments of TransformerConfig. The first and the last `num_bf16_ends` layers stay in bfloat16.
 
     Raises ValueError naming what the device, Transformer Engine or the other settings lack.
     """
@@ -67,7 +68,7 @@ def check_recipe(recipe: Fp8Recipe, device: torch.device) -> None:
 
 
 def check_ends(num_bf16_ends: int, num_layers: int, pipeline_size: int) -> None:
-    """Megatron keeps bfloat16 layers within the first and the last stage."""
+    """Raises ValueError for more bfloat16 layers than one stage has: Megatron keeps them in the first and the last."""
     most = min(num_layers // pipeline_size, (num_layers - 1) // 2)
     if num_bf16_ends > most:
         raise ValueError(
@@ -79,7 +80,7 @@ def check_ends(num_bf16_ends: int, num_layers: int, pipeline_size: int) -> None:
 def recipe_settings(recipe: Fp8Recipe, *, has_experts: bool = False, num_bf16_ends: int = 0) -> dict[str, Any]:
     settings = {"fp8_recipe": recipe, "fp8_param": False, **RECIPES[recipe].settings}
     if has_experts:
-        settings["moe_router_padding_for_quantization"] = True  # each expert's tokens are a product of their own
+        settings["moe_router_padding_for_quantization"] = True  # each expert computes a product of its own tokens
     if num_bf16_ends:
         settings |= {
             "first_last_layers_bf16": True,
@@ -90,5 +91,5 @@ def recipe_settings(recipe: Fp8Recipe, *, has_experts: bool = False, num_bf16_en
 
 
 def fp8_token_multiple(recipe: Fp8Recipe, layout: ParallelLayout) -> int:
-    """What the length of every packed micro-batch must be a multiple of (PackingPlan.token_multiple)."""
+    """Returns the number that divides the length of every packed micro-batch (PackingPlan.token_multiple)."""
     return RECIPES[recipe].token_multiple * (layout.tensor_size if layout.sequence_parallel else 1)

@@ -1,7 +1,7 @@
-"""Chooses what computes a head's log-probs: our own kernels, or Liger's operator (model.head_backend).
+"""Chooses the implementation of a head's log-probs: our own kernels, or Liger's operator (model.head_backend).
 
-`auto` is our own: on an H200 they were faster than the operator at every shape that was measured, forward and backward,
-and more exact (tools/bench/results/2026-11-28_h200.md).
+`auto` selects our own: on an H200 they were faster than the operator at every measured shape, forward and backward, and
+more exact (tools/bench/results/2026-11-28_h200.md).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron_oreal.parallel.layout import ParallelLayout
 def choose_operator(
     backend: HeadBackend, call: LigerCall, *, dtype: torch.dtype, vocab_size: int, layout: ParallelLayout
 ) -> LigerOperator | None:
-    """Returns the operator, or None where our own kernels compute.
+    """Returns the operator, or None if our own kernels compute the log-probs.
 
-    All ranks that have this head call it at the same point. vocab_size: the tokens of the vocabulary, without padding.
-    Raises ValueError on all of them where the operator is asked for and one of them cannot have it.
+    All ranks that have this head call it at the same point. vocab_size: the number of tokens of the vocabulary, without
+    padding. Raises ValueError on all of them if the operator is requested and one of them cannot use it.
     """
     if backend != "liger":
         return None
@@ -42,7 +42,7 @@ def choose_operator(
 
 
 def agreed(reason: str, *groups: dist.ProcessGroup) -> str:
-    """Returns a reason that some rank of the groups has, the same on all their ranks; "" where none has any."""
+    """Collective. Returns one rank's reason, the same on all ranks of the groups; "" if no rank has one."""
     for group in groups:
         reason = next(filter(None, all_gather_object(reason, group)), "")
     return reason

@@ -1,4 +1,4 @@
-"""What ends a model: log-probs over the vocabulary, or one number a token. The model does not know which."""
+"""Defines the last layer of a model: log-probs over the vocabulary, or one number per token."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Head(Protocol):
 
 
 def whole_sequence(hidden: Tensor, layout: ParallelLayout) -> Tensor:
-    """[T or T / tensor_size, 1, H] -> [T, H]. The heads' gradients are whole already: its backward only slices."""
+    """Gathers [T or T / tensor_size, 1, H] to [T, H]. The heads' gradients are complete, so backward only slices."""
     if layout.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return hidden.squeeze(1)
@@ -54,7 +54,7 @@ FP8_OPTIONS: dict[HeadFp8, Fp8Options] = {
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """Gives what the samplers never draw the logit -inf: [t, V] -> [t, V]."""
+    """Sets logits of tokens that the samplers never draw to -inf: [t, V] -> [t, V]."""
 
     top_k: int
     top_p: float
@@ -65,30 +65,31 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True)
 class LogprobHead:
-    """Log-probs and entropies of the labels in the loss mask, 0 elsewhere: only those tokens meet the head.
+    """Log-probs and entropies of the labels in the loss mask, 0 elsewhere. Only their tokens reach the head.
 
-    Both are those of the distribution at `temperature`, over the whole vocabulary; or, with a `truncation`, within the
-    tokens that it keeps. The first pass over a micro-batch chooses these, with the policy that sampled, and later
-    passes take the same ones.
+    Both belong to the distribution at `temperature`, over the whole vocabulary or, with a `truncation`, within the
+    tokens that it keeps. The first pass over a micro-batch, with the policy that sampled, selects these tokens, and
+    later passes reuse them.
     """
 
     layout: ParallelLayout
     vocab_size: int  # without padding
     kind: HeadKind = "lm"
     precision: Precision = "bf16"  # of the products, see linear_logprob
-    fp8: HeadFp8 = "torch"  # whose FP8 products, where the precision is fp8_grad
-    temperature: float = 1.0  # of the distribution softmax(logits / temperature) that is trained: the sampled one
-    truncation: Truncation | None = None  # top_k and top_p of the sampled distribution, where the losses are within it
+    fp8: HeadFp8 = "torch"  # the FP8 products for precision fp8_grad
+    temperature: float = 1.0  # of the sampled and trained distribution softmax(logits / temperature)
+    # top_k and top_p of the sampled distribution, if the losses use only its tokens
+    truncation: Truncation | None = None
     backend: HeadBackend = "own"
-    max_tokens: int = 0  # of a micro-batch, for a backend that is configured for the largest call
+    max_tokens: int = 0  # of a micro-batch, for a backend that needs its largest size in advance
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming what FP8 lacks on this device."""
+        """Raises ValueError naming what this device lacks for FP8."""
         if self.precision == "fp8_grad":
             check_fp8(self.layout.device, FP8_OPTIONS[self.fp8])
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
-        """GPTModel's own output layer is the head's weight. Raises ValueError where the backend cannot be had."""
+        """Uses GPTModel's own output layer as the head's weight. Raises ValueError if the backend is not available."""
         model.liger_operator = None
         if self.precision == "bf16" and self.truncation is None:
             call = LigerCall(self.max_tokens, config.hidden_size, model.vocab_size // self.layout.tensor_size)
@@ -124,7 +125,7 @@ class LogprobHead:
             valid_vocab=self.vocab_size,
             entropy=True,
             precision=make_arithmetic(self.precision, hidden.device, hidden.dtype, FP8_OPTIONS[self.fp8]),
-            # Where Megatron's data parallelism has made a main_grad, whatever its layers do.
+            # This applies if Megatron's data parallelism made a main_grad, whether or not its layers use fusion.
             accumulate_main_grad=True,
             placeholder_gradient=True,
         )
@@ -133,7 +134,7 @@ class LogprobHead:
 
 
 def spread_outputs(logprobs: Tensor, entropy: Tensor, microbatch: Microbatch) -> TokenOutputs:
-    """Puts the values of the trained tokens in their places, with zeros elsewhere."""
+    """Puts the values of the trained tokens at their positions, with zeros elsewhere."""
     empty = torch.zeros(len(microbatch.labels), dtype=torch.float32, device=logprobs.device)
     trained = microbatch.trained
     return TokenOutputs(values=empty.index_copy(0, trained, logprobs), entropy=empty.index_copy(0, trained, entropy))
@@ -152,9 +153,9 @@ class ScalarProjection(torch.nn.Module):
         return make_sharded_tensors_for_checkpoint(self.state_dict(), prefix, {}, sharded_offsets)  # type: ignore[no-any-return]
 
 
-# Open-Reasoner-Zero's code draws from a normal distribution of deviation 1 / (H + 1). Its paper says
-# U(-sqrt 5, sqrt 5), which most likely means torch's kaiming_uniform_(a=sqrt 5), that is U(-1 / sqrt H, 1 / sqrt H).
-# Read literally, values would begin with a deviation of 77 at H = 3584, while returns lie in [0, 1].
+# Open-Reasoner-Zero's code draws from a normal distribution with standard deviation 1 / (H + 1). Its paper says U(-sqrt
+# 5, sqrt 5), which probably means torch's kaiming_uniform_(a=sqrt 5), that is U(-1 / sqrt H, 1 / sqrt H). Read
+# literally, initial values would have a standard deviation of 77 at H = 3584, while returns lie in [0, 1].
 HEAD_INITS: dict[HeadInit, Callable[[Tensor, torch.Generator], Tensor]] = {
     "zero": lambda weight, _generator: weight,
     "kaiming_uniform": lambda weight, generator: weight.uniform_(
@@ -166,7 +167,7 @@ HEAD_INITS: dict[HeadInit, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class ScalarHead:
-    """One score a token, for reward model and critic, in float32."""
+    """One float32 score per token, for reward model and critic."""
 
     layout: ParallelLayout
     init: HeadInit = "zero"
@@ -174,7 +175,7 @@ class ScalarHead:
     kind: HeadKind = "scalar"
 
     def attach(self, model: Any, config: TransformerConfig) -> None:
-        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same weights on every rank
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that every rank gets the same weights
         weight = HEAD_INITS[self.init](torch.zeros(1, config.hidden_size), generator)
         model.output_layer = ScalarProjection(weight.to(config.params_dtype))
 

@@ -23,7 +23,7 @@ import torch
 
 CPU = torch.device("cpu")
 
-# Modules whose functions place tensors on the literal device "cuda" or compare Tensor.type() with a CUDA type.
+# These modules have functions that place tensors on the device "cuda" or compare Tensor.type() with a CUDA type.
 MODULES_NAMING_CUDA = (
     "megatron.core.pipeline_parallel.schedules",  # the token counter of each schedule
     "megatron.core.optimizer.optimizer",  # loss scale, master weights of bf16 parameters
@@ -44,7 +44,7 @@ _enabled = False
 
 
 class _Stream:
-    """Stands for torch.cuda.Stream: on a CPU everything is in order already."""
+    """Replaces torch.cuda.Stream. A CPU runs all operations in order, so it does nothing."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
 
@@ -57,7 +57,7 @@ class _Stream:
 
 
 def enable() -> bool:
-    """Patches once per process; returns whether Megatron runs on the CPU backend."""
+    """Patches once per process. Returns whether Megatron runs on the CPU backend."""
     global _enabled
     if torch.cuda.is_available():
         return False
@@ -71,7 +71,7 @@ def enable() -> bool:
 
 
 def _patch_torch_cuda() -> None:
-    # No two names share a function: torch.compile keys its rules by function, and refuses one that has two rules.
+    # Each name has its own function, because torch.compile refuses a function that has two rules.
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,  # `device=` of buffers, receive tensors and rotary frequencies
         "synchronize": lambda *_args, **_kwargs: None,  # after pipeline communication and before checkpoints
@@ -99,7 +99,7 @@ def _patch_random_state() -> None:
 
     @contextlib.contextmanager
     def fork(tracker: Any, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Any:
-        # Megatron's own warns that the CPU state changed: here that is the state it means to fork.
+        # Megatron's own function warns that the CPU state changed. Here that is the state that it should fork.
         outside = torch.get_rng_state()
         torch.set_rng_state(tracker.states_[name])
         try:

@@ -1,8 +1,8 @@
-"""A model's memory on its device, given up and taken back: for generation servers that share the device.
+"""Frees and restores the device memory of a model, for generation servers that share the device.
 
-Storages are emptied in place and filled again, so every tensor, view and buffer that Megatron holds stays the same
-object. Weights, optimizer state and float32 masters go to the host; gradients, which each update begins with zeros, are
-given up.
+Storages are emptied and filled in place, so every tensor, view and buffer that Megatron holds stays the same object.
+Weights, optimizer state and float32 masters move to the host. Gradients are dropped, because each update begins with
+zeros.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 class DeviceMemory:
-    """The storages of one model. `offload` and `restore` take turns."""
+    """The storages of one model. Calls of `offload` and `restore` alternate."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # by identity: storage, its bytes on the host
+        self.kept: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # identity -> storage, its bytes on the host
         self.dropped: list[tuple[torch.UntypedStorage, int]] = []
         self.is_offloaded = False
 
     def offload(self, kept: Iterable[Tensor], dropped: Iterable[Tensor]) -> int:
-        """Bytes given up. `kept` come back with their values, `dropped` with zeros."""
+        """Frees the storages; returns their bytes. `kept` are restored with their values, `dropped` with zeros."""
         assert not self.is_offloaded, "the model is on the host already"
         drops = storages(dropped)
         keeps = {key: storage for key, storage in storages(kept).items() if key not in drops}
-        # A host copy is pinned once and used again: pinning takes longer than copying.
+        # A host copy is pinned once and reused, because pinning takes longer than copying.
         hosts = {key: host for key, (_, host) in self.kept.items() if key in keeps}
         self.kept = {}
         for key, storage in keeps.items():
@@ -58,7 +58,7 @@ class DeviceMemory:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """The distinct, non-empty storages below the tensors."""
+    """Returns the distinct, non-empty storages of the tensors."""
     found = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -72,7 +72,7 @@ def as_bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def give_back_memory(freed: Iterable[torch.UntypedStorage]) -> None:
-    """To the driver: other processes cannot use what torch's allocator keeps, its own or lent through CUDA IPC."""
+    """Returns torch's cached memory, CUDA IPC's included, to the driver, so that other processes can use it."""
     if any(storage.device.type == "cuda" for storage in freed):
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()

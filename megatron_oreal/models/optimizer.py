@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and schedule for one trainable model."""
+"""Builds Megatron's DDP, optimizer and schedule for one trainable model."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from megatron_oreal.parallel.layout import ParallelLayout
 
 @dataclass(slots=True)
 class Training:
-    """What a model that learns has besides its weights."""
+    """The training state of a model besides its weights."""
 
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     is_sharded: bool  # data-parallel ranks hold different parts of the optimizer
     is_on_cuda: bool = False
-    overlaps_reduction: bool = False  # of gradients over data parallelism with the backward pass
+    overlaps_reduction: bool = False  # sums gradients over data parallelism during the backward pass
 
     @property
     def inner_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The torch optimizers inside Megatron's; they hold the float32 masters, or this rank's shards of them."""
+        """Returns the torch optimizers inside Megatron's, which hold the float32 masters or this rank's shards."""
         chained = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [optimizer.optimizer for optimizer in chained if optimizer.optimizer is not None]
 
@@ -49,7 +49,7 @@ class Training:
         self.schedule.step(progress.num_updates)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on besides the model's parameters, on this rank and for this layout."""
+        """Returns the state that the next step needs besides the model's parameters, for this rank and layout."""
         inner = self.inner_optimizers
         return {
             "optimizers": [optimizer.state_dict() for optimizer in inner],
@@ -58,11 +58,11 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The model's parameters must be restored already."""
+        """Restores the state. The model's parameters must be restored before."""
         for optimizer, saved, masters in zip(self.inner_optimizers, state["optimizers"], state["masters"], strict=True):
             optimizer.load_state_dict(saved)
             if self.is_on_cuda:
-                use_fused_adam(optimizer)  # what was saved elsewhere may say otherwise
+                use_fused_adam(optimizer)  # a state that was saved elsewhere may name another implementation
             with torch.no_grad():
                 for parameter, master in zip(parameters(optimizer), masters, strict=True):
                     parameter.copy_(master)
@@ -77,7 +77,7 @@ def prepare_training(
     num_updates: int,
     layout: ParallelLayout,
 ) -> Training:
-    """Wraps the chunks for data parallelism; `num_updates` is where a decay without decay_steps ends."""
+    """Wraps the chunks for data parallelism. A decay without decay_steps ends at update `num_updates`."""
     is_on_cuda, half = layout.device.type == "cuda", config.params_dtype is torch.bfloat16
     is_sharded, overlaps = chosen(settings, config, layout)
     ddp_config = DistributedDataParallelConfig(
@@ -103,7 +103,7 @@ def prepare_training(
     )
     if is_on_cuda:
         use_foreach_norms()
-    # The standard overrides: no weight decay for biases and norms.
+    # Megatron's standard overrides apply no weight decay to biases and norms.
     optimizer = get_megatron_optimizer(
         optimizer_config,
         wrapped,
@@ -112,7 +112,7 @@ def prepare_training(
     )
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_gradients
-    if overlaps:  # only the last micro-batch's backward pass starts the reductions
+    if overlaps:  # only the backward pass of the last micro-batch starts the reductions
         config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]
     schedule = build_schedule(optimizer, settings, num_updates)
     training = Training(wrapped, optimizer, schedule, is_sharded, is_on_cuda, overlaps)
@@ -123,9 +123,9 @@ def prepare_training(
 
 
 def chosen(settings: OptimizerConfig, config: TransformerConfig, layout: ParallelLayout) -> tuple[bool, bool]:
-    """(optimizer state is sharded, reduction of gradients overlaps), where the settings may leave both open.
+    """Returns (ranks share the optimizer state, reductions overlap with the backward pass); the settings may be auto.
 
-    Experts do not overlap unless they are told to: one that no token of the last micro-batch chose has no gradient, and
+    auto disables the overlap for experts. An expert that no token of the last micro-batch chose has no gradient, and
     Megatron would wait for it.
     """
     replicated_on_cuda = layout.device.type == "cuda" and layout.num_copies > 1
@@ -137,7 +137,7 @@ def chosen(settings: OptimizerConfig, config: TransformerConfig, layout: Paralle
 
 
 def moment_settings(settings: OptimizerConfig, is_sharded: bool) -> dict[str, Any]:
-    """Returns arguments of Megatron's OptimizerConfig. Raises ValueError where Adam's moments cannot be bfloat16."""
+    """Returns arguments of Megatron's OptimizerConfig. Raises ValueError if Adam's moments cannot be bfloat16."""
     if settings.moments == "float32":
         return {}
     if not is_sharded:
@@ -152,7 +152,7 @@ def moment_settings(settings: OptimizerConfig, is_sharded: bool) -> dict[str, An
 
 
 def copy_of(parameter: torch.Tensor) -> torch.Tensor:
-    """Copies the tensor: a shard is a view of a larger buffer, which would be saved with it."""
+    """Copies the tensor, because a shard is a view of a larger buffer, and saving a view saves the whole buffer."""
     return parameter.detach().cpu().clone()
 
 
@@ -161,10 +161,10 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def finalize_gradients(model: list[torch.nn.Module], _num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Sums gradients over data parallelism and ties; Megatron would also divide by the number of tokens.
+    """Sums gradients over data parallelism and tied weights. Megatron would also divide by the number of tokens.
 
-    With `calculate_per_token_loss` Megatron neither averages over micro-batches nor over data-parallel ranks, and our
-    losses are divided by global counts: so the sum is the gradient.
+    With `calculate_per_token_loss` Megatron averages neither over micro-batches nor over data-parallel ranks. Our
+    losses are already divided by global counts, so the sum is the gradient.
     """
     finalize_model_grads(model, None, **kwargs)
 

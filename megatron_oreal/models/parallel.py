@@ -1,8 +1,8 @@
-"""The parallel layout of this process and the backend that it runs on: both are chosen once, before anything is built.
+"""Defines the parallel layout and the backend of this process. Both are chosen once, before anything is built.
 
 On CUDA, the group of all processes has two backends: NCCL for tensors on GPUs, and gloo for Python objects and tensors
-on the host. Megatron's own groups have NCCL alone, because gloo would open a mesh of sockets for each of the more than
-twenty.
+on the host. Megatron's more than twenty groups use NCCL alone, because gloo would open a mesh of sockets for each of
+them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def initialize(
 ) -> ParallelLayout:
     """Starts torch.distributed (a world of one without a launcher) and Megatron's process groups.
 
-    `deterministic`: whether updates give the same numbers each time; "auto" is True on a CPU, where it costs little,
-    and False on CUDA. `has_servers_elsewhere`: whether NCCL may have to reach other nodes than those of the ranks.
-    Raises ValueError where the launcher's number of processes does not fit the layout.
+    `deterministic`: whether updates are reproducible; "auto" is True on a CPU, where it costs little, and False on
+    CUDA. `has_servers_elsewhere`: whether NCCL may have to reach nodes without ranks. Raises ValueError if the
+    launcher's number of processes does not fit the layout.
     """
     quiet_megatron()
     on_cpu = megatron_on_cpu.enable()
@@ -54,7 +54,7 @@ def initialize(
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     if not dist.is_initialized():
-        # With its device, NCCL connects here, and makes the smaller groups from this one.
+        # With the device, NCCL connects here and derives the smaller groups from this one.
         backend: dict[str, Any] = {"backend": "gloo"} if on_cpu else {"backend": ON_CUDA, "device_id": device}
         stay_on_loopback(has_servers_elsewhere)
         dist.init_process_group(**backend, timeout=timeout, **rendezvous(timeout))
@@ -92,28 +92,29 @@ def initialize(
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     if deterministic:
         torch.backends.cudnn.benchmark = False
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # what is allocated is written before it is read
+        # All memory is written before it is read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if deterministic and on_cpu:
         torch.use_deterministic_algorithms(True, warn_only=True)
     return layout
 
 
 def set_cuda_environment(parallel: ParallelConfig, deterministic: bool) -> None:
-    """Variables that CUDA's libraries read when they start; what the user has set stays.
+    """Sets variables that CUDA's libraries read at their start. Values that the user has set stay.
 
     `PYTORCH_CUDA_ALLOC_CONF` must be set before torch is imported: see use_expandable_segments of launch.py.
     """
     if parallel.tensor > 1:
-        # One hardware queue: a gradient's all-reduce starts before the product that hides it, as Megatron intends.
+        # One hardware queue makes a gradient's all-reduce start before the product that hides it, as Megatron intends.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # of Transformer Engine's attention
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # for Transformer Engine's attention
 
 
 @contextmanager
 def megatron_groups(backend: str) -> Iterator[None]:
-    """Inside, groups that Megatron makes without naming a backend get this one, not all those of the whole world."""
+    """Makes this backend the default of Megatron's groups inside the block, instead of those of the world group."""
     from megatron.core import parallel_state
 
     create_group = parallel_state.create_group
@@ -130,9 +131,9 @@ def megatron_groups(backend: str) -> Iterator[None]:
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Inside, torch takes deterministic algorithms only, and raises RuntimeError where it has none.
+    """Makes torch use only deterministic algorithms inside the block; it raises RuntimeError if there is none.
 
-    A warning instead (warn_only) would be no use: the backward passes of fused attention then stay as they are.
+    A warning (warn_only) would not suffice, because the backward passes of fused attention then stay nondeterministic.
     """
     if not enabled:
         yield
@@ -145,7 +146,7 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 
 def local_cuda_device() -> torch.device:
-    """The local rank's GPU; a task that is shown one GPU alone has number 0."""
+    """Returns the local rank's GPU, or number 0 if the process sees only one GPU."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
@@ -156,7 +157,7 @@ def finalize() -> None:
 
 
 def destroy_groups() -> None:
-    """Ends all groups but the world; Megatron only forgets its groups, whose threads and sockets would stay."""
+    """Destroys all groups but the world. Megatron only drops its references, which leaves threads and sockets."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -166,7 +167,7 @@ def destroy_groups() -> None:
 
 
 def quiet_megatron() -> None:
-    """Megatron warns once per missing optional package and per process."""
+    """Suppresses Megatron's warnings about missing optional packages, which every process would repeat."""
     warnings.filterwarnings("ignore", module="megatron.*")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -43,11 +43,11 @@ from megatron_oreal.weights.stream import WeightStream
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss or gradient norm is NaN or infinite; raised before anything is saved."""
+    """Raised if a loss or gradient norm is NaN or infinite, before anything is saved."""
 
 
 class TrainableModel:
-    """`name` prefixes its metrics. Without `training` it is frozen: a reference."""
+    """A model with a head. `name` prefixes its metrics. Without `training` it is frozen, as a reference is."""
 
     def __init__(
         self,
@@ -66,10 +66,10 @@ class TrainableModel:
         self.chunks: list[PackedGPTModel] = build_chunks(
             architecture, head, self.megatron_config, layout, self.transformer_engine
         )
-        self.seconds: dict[str, float] = {}  # of forward passes and train steps since the last flush
+        self.seconds: dict[str, float] = {}  # since the last flush, of forward passes and train steps
         self.memory = DeviceMemory()
-        self.num_updates_taken = 0  # in the step of the run that is under way
-        self.kept_batches: list[Batch] | None = None  # The batches whose streams were filled, inside `keeping_batches`.
+        self.num_updates_taken = 0  # in the current step of the run
+        self.kept_batches: list[Batch] | None = None  # inside `keeping_batches`: the batches with filled streams
         self.training: Training | None = None
         if training is not None:
             self.training = prepare_training(self.chunks, self.megatron_config, training.optimizer, num_updates, layout)
@@ -115,14 +115,14 @@ class TrainableModel:
         return WeightStream(self.parameters(), self.architecture, self.head.kind, self.layout)
 
     def offload(self) -> int:
-        """Weights and optimizer state to the host, until `restore`; bytes of the device that are free now."""
+        """Moves weights and optimizer state to the host until `restore`. Returns the number of freed device bytes."""
         return self.memory.offload(kept_tensors(self), dropped_tensors(self))
 
     def restore(self) -> None:
         self.memory.restore()
 
     def flush_seconds(self) -> dict[str, float]:
-        """`time/in_update/<name>_<forward or train>`: where the update's seconds went."""
+        """Returns `time/in_update/<name>_<forward or train>`: the seconds of the update by model and kind of pass."""
         seconds, self.seconds = self.seconds, {}
         return {f"time/in_update/{self.name}_{kind}": value for kind, value in seconds.items()}
 
@@ -137,7 +137,7 @@ class TrainableModel:
 
     @contextmanager
     def _pass(self, kind: str) -> Iterator[None]:
-        """Around one pass over a batch. Each model pays for its own work: the device is waited for at the end."""
+        """Wraps one pass over a batch. Waits for the device at the end, so that each model's seconds are its own."""
         start = time.perf_counter()
         with deterministic_algorithms(self.layout.deterministic_updates):
             yield
@@ -147,7 +147,7 @@ class TrainableModel:
 
     @torch.no_grad()
     def forward(self, batch: Batch, stream: TokenStream) -> None:
-        """Fills `stream` of every micro-batch, on every pipeline stage, with the head's values."""
+        """Writes the head's values to `stream` of every micro-batch, on every pipeline stage."""
 
         def collect(outputs: TokenOutputs, _microbatch: Microbatch) -> Tensor:
             return outputs.values
@@ -180,7 +180,7 @@ class TrainableModel:
         training.schedule.step(1)
         self.num_updates_taken += 1
         _, grad_norm, _ = training.optimizer.step()
-        # Megatron clips and steps in one call: a bad norm is noticed after it, and before any checkpoint.
+        # Megatron clips and steps in one call, so the check finds a bad norm after the step, but before any checkpoint.
         if grad_norm is not None and not math.isfinite(grad_norm):
             raise NonFiniteLossError(f"{self.name}/grad_norm is {grad_norm}")
         metrics[f"{self.name}/grad_norm"] = float(grad_norm or 0.0)
@@ -188,16 +188,16 @@ class TrainableModel:
         return metrics
 
     def complete_updates(self, num_planned: int) -> None:
-        """Ends a step of the run, for which `num_planned` optimizer steps were planned.
+        """Ends a step of the run that planned `num_planned` optimizer steps.
 
-        The learning rate moves on as if all of them had been taken, so that it ends where the run ends.
+        The learning rate advances as if all of them had been taken, so that the schedule ends with the run.
         """
         if (num_missing := num_planned - self.num_updates_taken) > 0:
             self._training.schedule.step(num_missing)
         self.num_updates_taken = 0
 
     def accumulate_gradients(self, batch: Batch, loss: Loss, keep: TokenStream | None = None) -> dict[str, float]:
-        """Returns the loss's metrics; afterwards each parameter's main_grad holds the gradient of the global loss."""
+        """Returns the loss's metrics. Afterwards each parameter's main_grad holds the gradient of the global loss."""
         training = self._training
         for chunk in training.chunks:
             chunk.zero_grad_buffer()
@@ -235,7 +235,7 @@ class TrainableModel:
             self.kept_batches.append(batch)
 
     def _run(self, batch: Batch, loss: Callable[[TokenOutputs, Microbatch], Any], *, forward_only: bool) -> list[Any]:
-        """Megatron's schedule over the micro-batches; the last stage returns one result a micro-batch, others none."""
+        """Runs Megatron's schedule over the micro-batches. Only the last stage returns a result for each."""
         chunks: list[Any] = list(self.chunks) if self.training is None else list(self.training.chunks)
         iterators = [iter(batch.microbatches) for _ in chunks]
         run = get_forward_backward_func()
@@ -244,7 +244,7 @@ class TrainableModel:
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batch.microbatches),
-            # Megatron divides it by the number of context-parallel ranks.
+            # Megatron divides this by the number of context-parallel ranks.
             seq_length=max(len(own_tokens(part).input_ids) for part in batch.microbatches) * self.layout.context_size,
             micro_batch_size=1,
             forward_only=forward_only,
@@ -288,7 +288,7 @@ class TrainableModel:
         return PackedSeqParams(qkv_format="thd", **lengths, **longest)
 
     def _share_with_stages(self, values: list[Tensor], batch: Batch) -> list[Tensor]:
-        """The last stage's per-token values, on every stage of the pipeline."""
+        """Sends the last stage's per-token values to every stage of the pipeline."""
         lengths = [len(microbatch.input_ids) for microbatch in batch.microbatches]
         flat = torch.cat(values) if values else torch.empty(sum(lengths), device=self.layout.device)
         if self.layout.pipeline_size > 1:
@@ -296,7 +296,7 @@ class TrainableModel:
         return list(flat.split(lengths))
 
     def _reduce(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums (or maxima, for names in _max) over micro-batches and data parallelism, known to every stage."""
+        """Sums metrics over micro-batches and data parallelism on every stage; takes the maximum of names in _max."""
         names = sorted(metrics[0]) if metrics else []
         names = broadcast_object(names, self.layout.last_stage_rank, self.layout.pipeline_group)
         is_max = torch.tensor([name.endswith("_max") for name in names], device=self.layout.device)
@@ -316,12 +316,12 @@ class TrainableModel:
 
 
 def own_tokens(microbatch: Microbatch) -> Microbatch:
-    """The tokens that this rank computes: all, or its part under context parallelism."""
+    """Returns the tokens that this rank computes: all tokens, or its part under context parallelism."""
     return microbatch if microbatch.part is None else microbatch.part.tokens
 
 
 def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:
-    """Weights and buffers, and what the optimizer remembers."""
+    """Returns weights, buffers and optimizer state."""
     for chunk in model.chunks:
         yield from (parameter.data for parameter in chunk.parameters())
         yield from (buffer for buffer in chunk.buffers() if buffer.device == model.layout.device)
@@ -335,7 +335,7 @@ def kept_tensors(model: TrainableModel) -> Iterator[Tensor]:
 
 
 def dropped_tensors(model: TrainableModel) -> Iterator[Tensor]:
-    """Megatron's gradient buffers."""
+    """Returns Megatron's gradient buffers."""
     if model.training is not None:
         for chunk in model.training.chunks:
             yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))

@@ -1,1 +1,1 @@
-"""Reports what a run does: metrics, progress, TensorBoard; and writes files that are whole or absent."""
+"""Reports the state of a run by metrics, progress and TensorBoard, and writes files atomically."""

@@ -1,4 +1,4 @@
-"""Keeps RUN_DIR/alarms.jsonl, one line for each alarm that fires or ends, and tells the log of it."""
+"""Writes RUN_DIR/alarms.jsonl, with one line for each alarm that fires or ends, and logs the alarm."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FILE = "alarms.jsonl"
 
 
 class AlarmLog:
-    """The alarms of a run that begins, or goes on, at `start_step`.
+    """The alarms of a run that begins or resumes at `start_step`.
 
-    The lines of later steps are dropped, for these steps come again. Only the first rank has one.
+    The lines of later steps are dropped, because the run repeats these steps. Only the first rank has an alarm log.
     """
 
     def __init__(self, run_dir: Path, start_step: int, config: MachineAlarms, notify: Notify) -> None:
@@ -33,7 +33,7 @@ class AlarmLog:
             notify(f"alarms that last since before step {start_step}: {', '.join(lasting)}")
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the record of `step`; values are numbers or one-element tensors."""
+        """Checks the record of `step`; values are numbers or one-element tensors."""
         events = self.alarms.observe({name: as_number(value) for name, value in metrics.items()} | {"step": step})
         if not events:
             return
@@ -50,7 +50,7 @@ def encode(event: AlarmEvent) -> str:
 
 
 def read_alarms(run_dir: Path) -> list[AlarmEvent]:
-    """Reads what alarms.jsonl holds; lines that are torn or damaged are left out."""
+    """Reads the events of alarms.jsonl; leaves out torn or damaged lines."""
     path = run_dir / FILE
     events = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:

@@ -1,7 +1,7 @@
-"""Decides from the records of a run when an alarm fires and when it ends: history in, events out.
+"""Decides from the records of a run when an alarm fires and when it ends. It takes records and returns events.
 
-An alarm that has fired is silent until it has ended, so that a state that lasts is told once. Everything is a function
-of the records and the thresholds: a resumed run replays its records and goes on as an unbroken one does.
+An alarm that has fired stays silent until it has ended, so that a lasting state is reported once. The events depend
+only on the records and the thresholds; a resumed run replays its records and continues like an uninterrupted one.
 docs/alarms.md has a paragraph about each alarm.
 """
 
@@ -19,23 +19,24 @@ from megatron_oreal.types import Metrics
 
 PAGE = "docs/alarms.md"
 PHASES = ("rollout", "update", "weight_sync", "evaluation", "checkpoint")
-PHASE_HISTORY, MIN_PHASE_HISTORY = 50, 5  # times of a phase: kept, and needed before one counts as slow
-MEMORY_STEPS, MEMORY_WARMUP_STEPS = 10, 2  # steps that are compared, and those before the first of them
-QUIET_STEPS = 5  # without the cause, after which an alarm about time or memory ends
+# Durations of a phase: the number kept, and the number needed before one counts as slow
+PHASE_HISTORY, MIN_PHASE_HISTORY = 50, 5
+MEMORY_STEPS, MEMORY_WARMUP_STEPS = 10, 2  # steps that are compared, and steps before the first of them
+QUIET_STEPS = 5  # steps without the cause, after which an alarm about time or memory ends
 ENTROPY, MISMATCH = "policy/entropy", "policy/mismatch"
 
 
 class Finding(NamedTuple):
-    """What a check has measured at one step."""
+    """The measurement of a check at one step."""
 
     value: float
-    threshold: float  # that the value is compared with
+    threshold: float  # for comparison with the value
     is_bad: bool
 
 
 class Check(Protocol):
     def __call__(self, record: Metrics) -> Finding | None:
-        """Takes the next record; returns None where the record has not what the check needs."""
+        """Takes the next record; returns None if the record lacks what the check needs."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -44,9 +45,9 @@ class AlarmEvent:
 
     step: int
     alarm: str  # "length_limit": its threshold is the setting alarms.length_limit
-    subject: str  # which phase or which memory; empty where there is only one
+    subject: str  # the phase or the kind of memory; empty if there is only one
     event: Literal["fired", "ended"]
-    metric: str  # whose chart gets a mark
+    metric: str  # the metric whose chart shows a mark
     value: float
     threshold: float
     line: str  # for the log
@@ -54,18 +55,18 @@ class AlarmEvent:
 
 @dataclass(slots=True)
 class Alarm:
-    """One alarm about one metric, and whether it is on."""
+    """One alarm about one metric, with its state."""
 
     name: str
     metric: str
     check: Check
-    words: Callable[[float], str]  # the value as a sentence
+    words: Callable[[float], str]  # describes the value in a sentence
     advice: str
     quiet_steps: int
     subject: str = ""
-    of_process: bool = False  # What it measures begins anew with each start of the run.
+    of_process: bool = False  # its measurement begins again with each start of the run
     is_on: bool = False
-    num_quiet: int = 0  # steps since the cause was there last
+    num_quiet: int = 0  # steps since the cause was last present
 
     @property
     def key(self) -> tuple[str, str]:
@@ -76,7 +77,7 @@ class Alarm:
         return f"{self.name} ({self.subject})" if self.subject else self.name
 
     def observe(self, record: Metrics) -> AlarmEvent | None:
-        """Takes the record of the next step; returns an event where the alarm fires or ends."""
+        """Takes the record of the next step; returns an event if the alarm fires or ends."""
         found = self.check(record)
         if found is None:
             return None
@@ -99,7 +100,7 @@ class Alarm:
 
 
 class Alarms:
-    """All alarms that the configuration switches on."""
+    """All alarms that the configuration enables."""
 
     def __init__(self, config: MachineAlarms) -> None:
         self.alarms = [*sample_alarms(config), *machine_alarms(config)]
@@ -109,7 +110,7 @@ class Alarms:
         return [event for alarm in self.alarms if (event := alarm.observe(record)) is not None]
 
     def replay(self, records: Iterable[Metrics], events: Sequence[AlarmEvent]) -> None:
-        """Takes over the steps before a resume: their records, and what was told then."""
+        """Replays the steps before a resume: their records and their events."""
         for record in records:
             for alarm in self.alarms:
                 if not alarm.of_process:
@@ -120,13 +121,13 @@ class Alarms:
 
     @property
     def lasting(self) -> list[str]:
-        """The names of the alarms that are on."""
+        """Returns the names of the alarms that are on."""
         return [alarm.title for alarm in self.alarms if alarm.is_on]
 
 
 @dataclass(slots=True)
 class MeanTooLarge:
-    """Whether the mean over the last `num_steps` values reaches a threshold."""
+    """Checks whether the mean over the last `num_steps` values reaches a threshold."""
 
     value_of: Callable[[Metrics], float | None]
     threshold: float
@@ -140,7 +141,7 @@ class MeanTooLarge:
 
 @dataclass(slots=True)
 class FallenBelowShare:
-    """Whether the mean over the last `num_steps` values is below a share of the mean over the first ones."""
+    """Checks whether the mean over the last `num_steps` values is below a share of the mean over the first ones."""
 
     metric: str
     share: float
@@ -160,7 +161,7 @@ class FallenBelowShare:
 
 @dataclass(slots=True)
 class SlowerThanBefore:
-    """Whether a phase takes much longer than the median of its last times."""
+    """Checks whether a phase takes much longer than the median of its last durations."""
 
     metric: str
     factor: float
@@ -179,7 +180,7 @@ class SlowerThanBefore:
 
 @dataclass(slots=True)
 class Growing:
-    """Whether the smallest of the last values is by a share above the largest of the first ones of this start."""
+    """Checks whether the smallest of the last values exceeds the largest of the first ones of this start by a share."""
 
     metric: str
     share: float
@@ -205,7 +206,7 @@ class Growing:
 
 
 def mean_of_window(values: deque[float], value: float | None, num_steps: int) -> float | None:
-    """Adds the value; returns the mean of the last `num_steps` ones, or None while there are fewer."""
+    """Adds the value; returns the mean of the last `num_steps` values, or None while there are fewer."""
     if value is None:
         return None
     values.append(value)
@@ -220,25 +221,25 @@ def finite(record: Metrics, metric: str) -> float | None:
 
 
 def share_of_groups(record: Metrics, kind: str) -> float | None:
-    """The share of the judged groups that are of a kind: all_correct or all_incorrect."""
+    """Returns the share of judged groups of one kind: all_correct or all_incorrect."""
     counts = {name: record.get(f"reward/groups_{name}", 0.0) for name in ("mixed", "all_correct", "all_incorrect")}
     num_judged = sum(counts.values())
     return counts[kind] / num_judged if num_judged else None
 
 
 def unjudged_share(record: Metrics) -> float | None:
-    """The share of the samples that have no verdict."""
+    """Returns the share of samples without a verdict."""
     num_samples = finite(record, "rollout/num_samples")
     kinds = ("timeout", "crash", "judge_failed", "reward_failed")
     return sum(record.get(f"verifier/{kind}", 0.0) for kind in kinds) / num_samples if num_samples else None
 
 
 def sample_alarms(config: MachineAlarms) -> list[Alarm]:
-    """The alarms about samples and the policy, which only training on outcome rewards has."""
+    """Makes the alarms about samples and the policy, which only training on outcome rewards has."""
     if not isinstance(config, AlarmsConfig):
         return []
     steps = config.window_steps
-    # The setting, its threshold, the metric and how the value is found, the value in words, and the advice.
+    # The setting, its threshold, the metric, its check, the value in words, and the advice
     rows: list[tuple[str, float | None, str, Callable[[Metrics], float | None], str, str]] = [
         (
             "groups_solved",
@@ -300,7 +301,7 @@ def sample_alarms(config: MachineAlarms) -> list[Alarm]:
 
 
 def machine_alarms(config: MachineAlarms) -> list[Alarm]:
-    """The alarms about time and memory."""
+    """Makes the alarms about time and memory."""
     alarms = []
     if config.slow_phase is not None:
         for phase in PHASES:

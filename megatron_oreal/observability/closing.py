@@ -9,11 +9,11 @@ from typing_extensions import Self
 
 
 class Closing(ABC):
-    """`with thing: ...` closes the thing at the end of the block, also after an error."""
+    """Makes `with thing: ...` close the thing at the end of the block, also after an error."""
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the object holds. It cannot be used afterwards."""
+        """Frees the object's resources. It cannot be used afterwards."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
-"""Answers Prometheus at http://HOST:PORT/metrics with what this process of a run is doing right now.
+"""Serves the current state of this process of a run to Prometheus, at http://HOST:PORT/metrics.
 
-Nothing is measured for it: a request reads what the run keeps anyway, so an endpoint that nobody asks costs nothing.
-`examples/grafana/dashboard.json` shows the same names.
+A request only reads values that the run keeps anyway, so an endpoint without requests costs nothing.
+`examples/grafana/dashboard.json` uses the same names.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ PHASES = ("rollout", "update", "weight_sync", "evaluation", "checkpoint", "other
 
 @dataclass(slots=True, frozen=True)
 class Observed:
-    """What a process of a run is doing. Other ranks than the first know no record, no queues and no servers."""
+    """The state of a process of a run. Only the first rank knows the record, the queues and the servers."""
 
     run: str  # the name of the run directory
     rank: int
-    step: int  # under way
+    step: int  # the current step
     num_steps: int
-    phase: str  # one of PHASES; other: between the phases
+    phase: str  # one of PHASES; other means between two phases
     phase_seconds: float  # since the phase began; 0 for other
-    record: Metrics  # of the last step that has ended
-    queues: Mapping[str, int] = field(default_factory=dict)  # how many wait, by what waits
-    servers: Mapping[str, int] = field(default_factory=dict)  # generation servers by their state
-    gpu_memory_bytes: Mapping[str, int] = field(default_factory=dict)  # of this process, by kind
+    record: Metrics  # of the last finished step
+    queues: Mapping[str, int] = field(default_factory=dict)  # the queue's name -> its length
+    servers: Mapping[str, int] = field(default_factory=dict)  # state -> number of generation servers
+    gpu_memory_bytes: Mapping[str, int] = field(default_factory=dict)  # kind -> bytes of this process
 
 
 class RunCollector:
-    """Makes the gauges of an `Observed`; the library calls `collect` at each request, in a thread of its own."""
+    """Makes the gauges of an `Observed`. The library calls `collect` at each request, in its own thread."""
 
     def __init__(self, observe: Callable[[], Observed]) -> None:
         self.observe = observe
 
     def describe(self) -> list[GaugeMetricFamily]:
-        """Nothing: the registry would otherwise collect once when it is made, before the run is whole."""
+        """Yields nothing. Otherwise the registry would collect at its creation, before the run is complete."""
         return []
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -69,7 +69,7 @@ class RunCollector:
 
 
 def gauge(name: str, words: str, values: Mapping[tuple[str, ...], float], *labels: str) -> GaugeMetricFamily:
-    """A gauge with one sample for each key of `values`, which holds the labels' values."""
+    """Makes a gauge with one sample for each key of `values`, which holds the values of the labels."""
     from prometheus_client.core import GaugeMetricFamily
 
     family = GaugeMetricFamily(f"{PREFIX}_{name}", words, labels=labels)
@@ -83,7 +83,7 @@ def by_name(values: Mapping[str, float]) -> dict[tuple[str, ...], float]:
 
 
 class Endpoint(Closing):
-    """The HTTP server. Raises OSError for a port that is taken, or an address that this machine does not have."""
+    """The HTTP server. Raises OSError for a port in use, or an address that this machine does not have."""
 
     def __init__(self, host: str, port: int, observe: Callable[[], Observed]) -> None:
         from prometheus_client import CollectorRegistry, start_http_server

@@ -1,4 +1,4 @@
-"""Writes down where each start of a run took place: RUN_DIR/environment.jsonl has one line for each start.
+"""Records the environment of each start of the run: RUN_DIR/environment.jsonl has one line for each start.
 
 {"started": "2026-11-27 15:04:05", "start_step": 0, "commit": "03335fc", "torch": "2.13.0", "gpu": "NVIDIA H100", ...}
 """
@@ -31,7 +31,7 @@ def record_environment(run_dir: Path, start_step: int, facts: dict[str, object])
 
 
 def read_environment() -> dict[str, object]:
-    """Returns the machine, the versions and the commit. What cannot be found out is missing."""
+    """Returns the machine, the versions and the commit. Leaves out what it cannot determine."""
     found: dict[str, object] = {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "host": platform.node(),
@@ -50,7 +50,7 @@ def read_environment() -> dict[str, object]:
 
 
 def read_commit(folder: Path) -> dict[str, object]:
-    """Returns the commit of the checkout that holds `folder`, and whether files differ from it; {} outside of one."""
+    """Returns the commit of the checkout that contains `folder`, and whether files differ from it; {} if none."""
     commit = git_output(folder, "rev-parse", "HEAD")
     if not commit:
         return {}

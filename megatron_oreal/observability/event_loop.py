@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for code that is not asynchronous."""
+"""Runs an event loop in its own thread, for code that is not asynchronous."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class EventLoopThread:
-    """Runs coroutines for code that is not asynchronous, on an event loop in a thread. Any thread may call `run`."""
+    """Runs coroutines for synchronous code, on an event loop in a thread. Any thread may call `run`."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -20,7 +20,7 @@ class EventLoopThread:
         self.thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, Result], timeout_seconds: float | None = None) -> Result:
-        """Returns the coroutine's result. When it takes longer, it is cancelled and TimeoutError is raised."""
+        """Returns the coroutine's result. After the timeout it cancels the coroutine and raises TimeoutError."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout_seconds)

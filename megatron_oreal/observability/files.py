@@ -1,4 +1,4 @@
-"""Writes files that are whole or absent: a crash, a full disk or a reader in between never sees half of one."""
+"""Writes files atomically: after a crash, with a full disk or for a concurrent reader, a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def writing_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the name `path` when the block ends, and leaves nothing behind when the block raises.
+    """Opens a file that gets the name `path` when the block ends, and that is removed if the block raises.
 
     The folder must exist. An existing file is replaced; until then its old content stays readable.
     """
@@ -49,7 +49,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def temporary_directory(out: Path) -> Iterator[Path]:
-    """A folder that takes the name `out` when the block ends, replacing what is there, and vanishes when it raises."""
+    """Makes a folder that replaces `out` when the block ends, and that is removed if the block raises."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     temporary.mkdir()
@@ -61,7 +61,7 @@ def temporary_directory(out: Path) -> Iterator[Path]:
 
 
 def publish_directory(temporary: Path, out: Path) -> None:
-    """Renames a finished folder to `out`; an older `out` goes only once the new files are on disk."""
+    """Renames a complete folder to `out`; removes an older `out` only after the new files are on disk."""
     for file in temporary.rglob("*"):
         if file.is_file():
             sync_file(file)
@@ -84,12 +84,12 @@ def sync_file(file: Path) -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions that any new file gets.
+    """Writes a safetensors file with the default permissions of new files.
 
-    safetensors 0.8 gives its files mode 0600 whatever the umask says, so that colleagues, and servers of another user,
-    could not read them.
+    safetensors 0.8 gives its files mode 0600 regardless of the umask, so colleagues, and servers of another user, could
+    not read them.
     """
-    from safetensors.torch import save_file  # This module is used without torch too.
+    from safetensors.torch import save_file  # This module must work without torch.
 
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)

@@ -1,7 +1,7 @@
-"""How the watchdogs of the ranks tell each other of a hang: by keys in the store of the ranks, without a collective.
+"""Lets the watchdogs of the ranks tell each other about a hang, by keys in the ranks' store, without a collective.
 
-The store answers while all main threads hang: it is a file in a private folder, or a server in a thread of C++ code. A
-store that does not answer is as one without news, so that each watchdog acts alone then.
+The store answers even while all main threads hang, because it is a file in a private folder, or a server in a C++
+thread. If the store does not answer, the channel behaves as if there were no news, so that each watchdog acts alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(slots=True, frozen=True)
 class Hang:
-    """A phase that has exceeded its deadline on a rank, as the first rank that notices it says."""
+    """A phase that has exceeded its deadline on a rank, as reported by the first rank that noticed it."""
 
     name: str  # of the folder of its stacks
     rank: int
@@ -33,18 +33,18 @@ class Hang:
 
 
 class HangChannel:
-    """One rank's end of the channel. `store` is None where there is one rank; only the watchdog's thread uses it."""
+    """One rank's end of the channel. `store` is None for a single rank. Only the watchdog's thread uses it."""
 
     def __init__(self, store: dist.Store | None, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
 
     def found(self) -> Hang | None:
-        """Returns the hang that some rank has found."""
+        """Returns the hang that a rank has found."""
         text = self._read(FOUND)
         return None if text is None else Hang(**json.loads(text))
 
     def tell(self, hang: Hang) -> Hang:
-        """Tells all ranks of a hang; returns the one that counts, for another rank may have been faster."""
+        """Tells all ranks about a hang; returns the hang that counts, because another rank may have been faster."""
         if self.store is None:
             return hang
         try:
@@ -60,7 +60,7 @@ class HangChannel:
         self._write(f"rank {state.rank}", json.dumps(asdict(state)))
 
     def gather(self, own: RankState, seconds: float) -> dict[int, RankState]:
-        """Waits at most so long for the states of all ranks; returns those that came."""
+        """Waits up to the limit for the states of all ranks; returns those that arrived."""
         states = {own.rank: own}
 
         def is_complete() -> bool:
@@ -77,7 +77,7 @@ class HangChannel:
         self._write(OVER, "yes")
 
     def is_over(self, seconds: float) -> bool:
-        """Waits at most so long until the first rank has described the hang."""
+        """Waits up to the limit until the first rank has described the hang."""
         return wait_for(lambda: self._read(OVER) is not None, seconds)
 
     def _read(self, key: str) -> str | None:
@@ -98,7 +98,7 @@ class HangChannel:
 
 
 def open_channel(rank: int, world_size: int) -> HangChannel:
-    """Opens a connection of its own to the store of the ranks: the main thread may wait in the other one."""
+    """Opens a separate connection to the ranks' store, because the main thread may wait in the other one."""
     if world_size == 1:
         return HangChannel(None, rank, world_size)
     store: dist.Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]

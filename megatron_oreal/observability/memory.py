@@ -1,4 +1,4 @@
-"""Measures how much memory this process holds."""
+"""Measures the memory of this process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ STATM = Path("/proc/self/statm")
 
 
 def memory_of_process() -> Metrics:
-    """Returns the GiB that this process holds now: resident on the host, and in tensors on its GPU.
+    """Returns the GiB that this process uses now: resident on the host, and in tensors on its GPU.
 
-    A number that the system does not tell is left out.
+    Leaves out a number that the system does not report.
     """
     found: Metrics = {}
     if STATM.is_file():
         num_pages = int(STATM.read_text().split()[1])
         found["time/memory/host_gib"] = num_pages * os.sysconf("SC_PAGE_SIZE") / GIB
-    torch = sys.modules.get("torch")  # A process without torch holds nothing on a GPU.
+    torch = sys.modules.get("torch")  # A process without torch uses no GPU memory.
     if torch is not None and torch.cuda.is_initialized():
         found["time/memory/gpu_gib"] = torch.cuda.memory_allocated() / GIB
     return found

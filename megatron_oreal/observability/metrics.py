@@ -1,4 +1,4 @@
-"""Measures where the seconds of a step go, and writes one record of numbers a step to RUN_DIR/metrics.jsonl."""
+"""Measures the durations of a step's phases, and writes one record of numbers per step to RUN_DIR/metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class PhaseTimer:
     """Splits a step's wall time into disjoint phases: `with timer("rollout"): ...`.
 
-    CUDA runs behind the CPU: `synchronize`, called where a phase begins and ends, lets each phase pay for its own work.
-    `on_phase` is called with the name of each phase that begins, and with "other" where one ends.
+    CUDA runs asynchronously. `synchronize`, called at the beginning and the end of a phase, makes each phase include
+    its own GPU work. `on_phase` receives the name of each phase that begins, and "other" when one ends.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class PhaseTimer:
         self.clock = clock
         self.seconds: dict[str, float] = {}
         self.running: str | None = None
-        self.running_since = 0.0  # by the clock
+        self.running_since = 0.0  # as `clock` measures
         self.last_flush = self.now()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the block's seconds to `phase`, also when the block raises."""
+        """Adds the block's seconds to `phase`, even if the block raises."""
         assert self.running is None, f"phases are disjoint: {phase!r} begins inside {self.running!r}"
         assert phase not in ("other", "step"), f"{phase!r} is a name that flush() uses"
         self.running_since = start = self.now()
@@ -55,7 +55,7 @@ class PhaseTimer:
             self.on_phase("other")
 
     def under_way(self) -> tuple[str, float]:
-        """Returns the phase that runs and its seconds so far, or ("other", 0). Any thread may ask."""
+        """Returns the current phase and its seconds so far, or ("other", 0). Any thread may call this."""
         phase, since = self.running, self.running_since
         return ("other", 0.0) if phase is None else (phase, self.clock() - since)
 
@@ -76,14 +76,15 @@ class PhaseTimer:
 
 
 class MetricsLog(Closing):
-    """One JSON object a step in `metrics.jsonl`, and the same numbers in TensorBoard and in the trackers.
+    """Writes one JSON object per step to `metrics.jsonl`, and the same numbers to TensorBoard and the trackers.
 
-    JSON has no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf". A line is on disk when
-    `log` returns. A run resumed at `start_step` first drops the records from that step on, so each step has one record.
+    JSON has no NaN and no infinity; they are written as the strings "nan", "inf" and "-inf". A line is on disk when
+    `log` returns. A run resumed at `start_step` first drops the records from that step on, so that each step has one
+    record.
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        """Raises ValueError when an existing metrics.jsonl is damaged before its last line."""
+        """Raises ValueError if an existing metrics.jsonl is damaged before its last line."""
         run_dir.mkdir(parents=True, exist_ok=True)
         path = metrics_path(run_dir)
         kept = [record for record in read_metrics(run_dir) if record["step"] < start_step]
@@ -91,7 +92,7 @@ class MetricsLog(Closing):
         self.last_step = start_step - 1
         self.file = path.open("ab")
         self.tensorboard = TensorBoard(run_dir, start_step)
-        self.trackers: list[Tracker] = []  # whoever opened them closes them
+        self.trackers: list[Tracker] = []  # their owner closes them
 
     @staticmethod
     def silent() -> MetricsLog:
@@ -99,7 +100,7 @@ class MetricsLog(Closing):
         return SilentMetricsLog()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends the record of `step`; steps rise. Values are numbers or one-element tensors."""
+        """Appends the record of `step`; steps increase. Values are numbers or one-element tensors."""
         assert step > self.last_step, f"step {step} is logged after step {self.last_step}"
         assert "step" not in metrics, "the record's own key"
         record = {"step": step} | {name: as_number(value) for name, value in metrics.items()}
@@ -112,7 +113,7 @@ class MetricsLog(Closing):
             tracker.log(record)
 
     def upload(self, file: Path) -> None:
-        """Keeps a copy of the file with the trackers' runs."""
+        """Uploads a copy of the file to the trackers."""
         for tracker in self.trackers:
             tracker.upload(file)
 
@@ -144,9 +145,9 @@ def metrics_path(run_dir: Path) -> Path:
 
 
 def read_metrics(run_dir: Path) -> list[Metrics]:
-    """Reads the records of a run, finished or not; a run without a metrics.jsonl has none.
+    """Reads the records of a run, finished or not; returns none for a run without a metrics.jsonl.
 
-    A torn last line, of a killed run or of one that is just writing, is left out; any other damage raises ValueError.
+    Leaves out a torn last line, which a killed or a writing run may have. Any other damage raises ValueError.
     """
     path = metrics_path(run_dir)
     if not path.is_file():

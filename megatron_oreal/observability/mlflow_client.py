@@ -1,7 +1,7 @@
-"""Logs a run to MLflow: a server, a database or a folder. The package `mlflow-skinny` is enough for all but databases.
+"""Logs a run to MLflow: a server, a database or a folder. All but databases need only the package `mlflow-skinny`.
 
-The run's id is kept in RUN_DIR/trackers/mlflow.json, so that a resumed run continues it. MLflow itself knows which
-steps it has. Its names have no "@": `eval/gsm8k/pass@1` is `eval/gsm8k/pass_at_1` there.
+RUN_DIR/trackers/mlflow.json holds the run's id, so that a resumed run continues it. MLflow itself knows the logged
+steps. MLflow's names have no "@", so `eval/gsm8k/pass@1` becomes `eval/gsm8k/pass_at_1`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.observability.trackers import Outcome
 from megatron_oreal.types import Metrics
 
-MARKER = "time/step_seconds"  # each record has it: its history says which steps MLflow has
-MAX_PARAMS = 100  # of one call
+MARKER = "time/step_seconds"  # each record has this metric, whose history shows the steps that MLflow has
+MAX_PARAMS = 100  # in one call
 MAX_PARAM_CHARACTERS = 6000
-MAX_METRICS = 1000  # of one call
+MAX_METRICS = 1000  # in one call
 STATUSES: dict[Outcome, str] = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class MlflowTracker:
-    """A `TrackerClient`. `settings`: the run's configuration, flattened; it becomes the parameters of MLflow's run."""
+    """A `TrackerClient`. `settings`: the run's flattened configuration, which becomes MLflow's parameters."""
 
     name = "MLflow"
 
@@ -39,15 +39,15 @@ class MlflowTracker:
         self.run_id = ""
 
     def open(self) -> int:
-        # A call that fails is repeated by the thread that makes it: MLflow's own retries would take minutes.
+        # The thread that calls MLflow repeats failed calls itself; MLflow's own retries would take minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        # MLflow 3 asks before it writes to a folder, the only store that needs neither a server nor a database.
+        # MLflow 3 requires this opt-in to write to a folder, the only store without a server or a database.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        # The registry of models is not used, and not every address of a tracking server can be one of a registry.
+        # The registry of models is unused, and not every address of a tracking server can be a registry's.
         self.client = MlflowClient(tracking_uri=self.uri, registry_uri=(self.run_dir / "mlflow").resolve().as_uri())
         state = read_state(self.state_file)
         if state.get("tracking_uri") == self.uri:
@@ -96,12 +96,12 @@ class MlflowTracker:
 
 
 def valid_name(name: str) -> str:
-    """Replaces what MLflow's names may not hold."""
+    """Replaces characters that MLflow does not allow in names."""
     return re.sub(r"[^\w\-./: ]", "_", name.replace("@", "_at_"))
 
 
 def read_state(file: Path) -> dict[str, Any]:
-    """Reads what a tracker has kept in the run directory; {} where it has kept nothing."""
+    """Reads the state that a tracker has written to the run directory; {} if there is none."""
     try:
         state = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):

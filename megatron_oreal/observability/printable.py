@@ -1,18 +1,18 @@
-"""Makes any text safe to print: a server's answer or a file must not move the cursor, or rewrite what a user reads."""
+"""Makes any text safe to print, so that a server's answer or a file cannot move the cursor or overwrite the screen."""
 
 from __future__ import annotations
 
 import unicodedata
 
 KEPT = "\n\t"
-# Cc control characters, Cs halves of pairs (which no file takes), Zl and Zp line ends, which terminals treat alike.
+# Cc: control characters. Cs: surrogates, which no file can contain. Zl, Zp: line ends, which terminals treat alike.
 UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
-# These turn the direction of the text around them.
+# These characters change the direction of the text around them.
 DIRECTIONS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
 
 
 def printable(text: str) -> str:
-    r"""Writes control characters as escapes, but for line ends and tabs. Example: "a\x1b[2J" becomes r"a\x1b[2J"."""
+    r"""Escapes control characters except line ends and tabs. Example: "a\x1b[2J" becomes r"a\x1b[2J"."""
     if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
         return text
     return "".join(escaped(character) if is_unprintable(character) else character for character in text)

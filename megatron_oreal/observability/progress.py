@@ -1,4 +1,4 @@
-"""Shows how far a run is: a bar on a terminal, plain lines elsewhere, and timestamped lines in a log file."""
+"""Shows the progress of a run: a bar on a terminal, plain lines elsewhere, and timestamped lines in a log file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_oreal.observability.printable import printable
 
 
 class ProgressBar(Closing):
-    """Counts from `initial` to `total` in `unit`s, with rate, time left and a few numbers; one process of a run has it.
+    """Counts from `initial` to `total` in `unit`s, with rate, time left and a few numbers. One process of a run has it.
 
-    A terminal shows a bar. Elsewhere, and always in `log_file`, a line is written at the first and the last unit and
+    A terminal shows a bar. Elsewhere, and always in `log_file`, it writes a line at the first and the last unit and
     every `line_every_seconds` in between.
     """
 
@@ -47,7 +47,8 @@ class ProgressBar(Closing):
         self.log: TextIO | None = None
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            self.log = log_file.open("a", encoding="utf-8", buffering=1)  # a line is there for `tail -f` at once
+            # Line buffering lets `tail -f` show each line at once
+            self.log = log_file.open("a", encoding="utf-8", buffering=1)
 
     @staticmethod
     def silent() -> ProgressBar:
@@ -55,7 +56,7 @@ class ProgressBar(Closing):
         return SilentProgressBar()
 
     def advance(self, n: int = 1, **postfix: float | str) -> None:
-        """Counts `n` units more; `postfix` holds the numbers to show beside them."""
+        """Adds `n` units; `postfix` holds the numbers to show beside them."""
         self.count += n
         if self.bar is not None:
             self.bar.set_postfix({name: format_value(value) for name, value in postfix.items()}, refresh=False)
@@ -106,7 +107,7 @@ class ProgressBar(Closing):
 
 
 class Announcer:
-    """Prints lines for the user, from any thread: on stderr until there is a progress bar, above it afterwards."""
+    """Prints lines for the user, from any thread: on stderr until there is a progress bar, then above the bar."""
 
     def __init__(self, is_main: bool, log_file: Path) -> None:
         self.is_main, self.log_file = is_main, log_file

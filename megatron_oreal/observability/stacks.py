@@ -1,4 +1,4 @@
-"""Says what the threads of this process do, also while its main thread hangs."""
+"""Describes what the threads of this process do, even while its main thread hangs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from types import FrameType
 PACKAGE = f"{os.sep}megatron_oreal{os.sep}"
 # A thread with one of these in its stack waits for other ranks, or for the GPU, which may wait for other ranks.
 WAITING = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}torch{os.sep}cuda{os.sep}")
-OWN_THREADS = ("MainThread", "watchdog", "run lock")  # left out among the other threads
+OWN_THREADS = ("MainThread", "watchdog", "run lock")  # left out of the list of other threads
 MAX_THREADS = 3
 
 
 @dataclass(slots=True, frozen=True)
 class RankState:
-    """What a rank does when a hang is found; it travels to the first rank as JSON."""
+    """What a rank does when a hang is found. It is sent to the first rank as JSON."""
 
     rank: int
     host: str
@@ -43,7 +43,7 @@ def state_of_process(rank: int, phase: str, step: int, seconds: float, requests:
         for thread in threading.enumerate()
         if thread.name not in OWN_THREADS and (found := innermost_of_package(frames.get(thread.ident or 0))) is not None
     ]
-    # A reward that is computed says more than the rollout that waits for it.
+    # A reward computation is more informative than the rollout that waits for it.
     others.sort(key=lambda one: f"{PACKAGE}rewards{os.sep}" not in one[1].f_code.co_filename)
     threads = tuple(f"{name} in {describe(frame)}" for name, frame in others[:MAX_THREADS])
     place = describe_place(main)
@@ -66,7 +66,7 @@ def waits(frame: FrameType | None) -> bool:
 
 
 def describe_place(frame: FrameType | None) -> str:
-    """Names the innermost function, and the one of this package that has called it."""
+    """Names the innermost function and the function of this package that called it."""
     if frame is None:
         return "no Python code"
     ours = innermost_of_package(frame)
@@ -76,12 +76,12 @@ def describe_place(frame: FrameType | None) -> str:
 
 
 def describe(frame: FrameType) -> str:
-    name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.10 knows no class names here.
+    name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.10 has no class names here.
     return f"{name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
 def stacks_of_process() -> str:
-    """Returns the stacks of all threads. It reads no source files, for the file system may be what hangs."""
+    """Returns the stacks of all threads. Reads no source files, because the file system may hang."""
     names = "".join(f"Thread 0x{thread.ident or 0:016x} is {thread.name}\n" for thread in threading.enumerate())
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file, all_threads=True)
@@ -90,9 +90,9 @@ def stacks_of_process() -> str:
 
 
 def write_where_possible(folder: Path, name: str, text: str, seconds: float) -> Path:
-    """Writes a file into `folder`, or into the folder for temporary files where that does not succeed within `seconds`.
+    """Writes a file into `folder`, or into the temporary folder if that does not succeed within `seconds`.
 
-    Returns where the file is.
+    Returns the path of the file.
     """
     if within(seconds, lambda: write(folder / name, text)):
         return folder / name
@@ -107,7 +107,7 @@ def write(path: Path, text: str) -> None:
 
 
 def within(seconds: float, action: Callable[[], object]) -> bool:
-    """Runs `action` in a thread; returns whether it has ended in time and without an error of the system."""
+    """Runs `action` in a thread; returns whether it ended in time and without an OSError."""
     succeeded = threading.Event()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Writes the run's numbers and samples of text to RUN_DIR/tensorboard."""
+"""Writes the run's metrics and text samples to RUN_DIR/tensorboard."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 class TensorBoard:
-    """Writes the event files of one process. A run resumed at `start_step` hides what was logged from that step on."""
+    """Writes the event files of one process. A run resumed at `start_step` hides the entries from that step on."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        # The import takes a second, and reading metrics does without it.
+        # The import takes a second, and reading metrics does not need it.
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
@@ -23,7 +23,7 @@ class TensorBoard:
         self.writer.flush()
 
     def text(self, tag: str, text: str, step: int) -> None:
-        # An indented block is shown as it is: markdown would eat the LaTeX of an answer.
+        # TensorBoard shows an indented block unchanged; markdown would corrupt the LaTeX of an answer.
         self.writer.add_text(tag, textwrap.indent(text, "    ", lambda line: True), step)
         self.writer.flush()
 

@@ -1,9 +1,9 @@
-"""Hands a run's records and files to an experiment tracker, without ever making the training wait for it.
+"""Sends a run's records and files to an experiment tracker, without making the training wait.
 
-A tracker's client (MLflow, W&B) runs in a thread of its own, beside TensorBoard, which writes at once. The training
-only puts records into a queue. A client that fails costs the run one line of the log: its thread tries again every
-`retry_seconds`, the queue holds at most `capacity` records, and the oldest ones beyond that are dropped and counted.
-`metrics.jsonl` has all of them in any case, and a resumed run gives the tracker what it lacks.
+A tracker's client (MLflow, W&B) runs in its own thread; TensorBoard writes directly. The training only puts records
+into a queue. If a client fails, the run logs one line, and the client's thread tries again every `retry_seconds`. The
+queue holds at most `capacity` records; the oldest ones beyond that are dropped and counted. `metrics.jsonl` has all
+records in any case, and a resumed run sends the tracker the records that it lacks.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from megatron_oreal.observability.closing import Closing
 from megatron_oreal.parallel.stopping import RunStopped
 from megatron_oreal.types import Metrics, Notify
 
-Outcome = Literal["finished", "failed", "stopped"]  # stopped: the same command is expected to continue the run
-BATCH_RECORDS = 10  # that a client gets in one call
-CAPACITY = 2000  # records; of 150 numbers each, 30 MiB
+Outcome = Literal["finished", "failed", "stopped"]  # stopped: the user is expected to resume the run
+BATCH_RECORDS = 10  # that a client receives in one call
+CAPACITY = 2000  # records; with 150 numbers each, they take 30 MiB
 RETRY_SECONDS = 30.0
-CLOSE_SECONDS = 60.0  # for a client that answers
-FAILED_CLOSE_SECONDS = 10.0  # for one whose last call has failed
+CLOSE_SECONDS = 60.0  # for a client that works
+FAILED_CLOSE_SECONDS = 10.0  # for a client whose last call failed
 
 
 class TrackerClient(Protocol):
-    """Speaks to one kind of tracker. One thread calls all methods; one that raises an exception is called again."""
+    """Speaks to one kind of tracker. One thread calls all methods, and repeats a call that raised an exception."""
 
     name: str
 
     def open(self) -> int:
-        """Starts the tracker's run or continues it; returns the last step that it has, -1 where it has none."""
+        """Starts or continues the tracker's run; returns the last step that it has, or -1 if it has none."""
 
     def log(self, records: Sequence[Metrics]) -> None:
-        """Sends records, whose steps rise; each has its "step"."""
+        """Sends records with increasing steps; each record has its "step"."""
 
     def upload(self, file: Path) -> None:
-        """Keeps a copy of the file with the run, in the place of an older one of its name."""
+        """Uploads a copy of the file to the run, replacing an older one of the same name."""
 
     def close(self, outcome: Outcome) -> None:
-        """Says how the run has ended, and sends what is left."""
+        """Sends the remaining records and the outcome of the run."""
 
 
 class Tracker(Closing):
-    """The queue in front of a client, and the thread that empties it. The main thread calls the methods.
+    """A client's queue and the thread that empties it. The main thread calls the methods.
 
-    past: the records of the steps before this start, of which the client gets those that the tracker lacks.
+    past: the records of the steps before this start; the client gets those that the tracker lacks.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class Tracker(Closing):
         self.close_seconds, self.failed_close_seconds = close_seconds, failed_close_seconds
         self.records = deque(past)
         self.capacity = capacity + len(self.records)
-        self.files: dict[Path, None] = {}  # to be uploaded, in order
+        self.files: dict[Path, None] = {}  # files to upload, in order
         self.num_dropped = 0
-        self.last_step: int | None = None  # that the tracker has; None before it was opened
+        self.last_step: int | None = None  # the tracker's last step; None before it is opened
         self.is_failing = self.has_warned = self.is_closing = False
         self.outcome: Outcome = "finished"
-        self.changed = threading.Condition()  # guards all of the above
+        self.changed = threading.Condition()  # guards all fields above
         self.thread = threading.Thread(target=self._work, name=f"tracker-{client.name}", daemon=True)
         self.thread.start()
 
     def log(self, record: Metrics) -> None:
-        """Queues the record of a step, which is not changed afterwards. Returns at once."""
+        """Queues the record of a step, which must not change afterwards. Returns at once."""
         with self.changed:
             self.records.append(record)
             self._drop_oldest()
@@ -91,7 +91,7 @@ class Tracker(Closing):
             self.changed.notify()
 
     def close(self) -> None:
-        """Waits until all was sent, at most `close_seconds`, and says what was not."""
+        """Waits until everything is sent, at most `close_seconds`, and logs what was not sent."""
         if self.is_closing:
             return
         with self.changed:
@@ -126,7 +126,7 @@ class Tracker(Closing):
                 self.changed.wait_for(lambda: self.last_step is None or self.records or self.files or self.is_closing)
             try:
                 is_over = self._send()
-            except Exception as error:  # noqa: BLE001  # whatever a tracker raises, the training goes on
+            except Exception as error:  # noqa: BLE001  # the training must continue, whatever a tracker raises
                 self._warn(error)
                 with self.changed:
                     self.is_failing = True
@@ -142,7 +142,7 @@ class Tracker(Closing):
                 return
 
     def _send(self) -> bool:
-        """Sends what is queued; returns whether the client was closed, after which there is nothing to do."""
+        """Sends the queued items; returns whether the client was closed, after which nothing remains to do."""
         if self.last_step is None:
             self.last_step = self.client.open()
         while batch := self._take():
@@ -166,7 +166,7 @@ class Tracker(Closing):
         return is_over
 
     def _take(self) -> list[Metrics]:
-        """Takes the oldest records off the queue, without those that the tracker has."""
+        """Takes the oldest records from the queue, except those that the tracker has."""
         assert self.last_step is not None
         batch: list[Metrics] = []
         with self.changed:

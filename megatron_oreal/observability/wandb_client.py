@@ -1,7 +1,7 @@
 """Logs a run to Weights & Biases: to its server, or to RUN_DIR/wandb for `wandb sync`.
 
-The run's id is kept in RUN_DIR/trackers/wandb.json with the last step that was logged, so that a resumed run continues
-it; an offline run gets one folder for each start, and `wandb sync RUN_DIR/wandb/offline-run-*` makes one run of them.
+RUN_DIR/trackers/wandb.json holds the run's id and the last logged step, so that a resumed run continues it. An offline
+run has one folder for each start, and `wandb sync RUN_DIR/wandb/offline-run-*` merges them into one run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INIT_SECONDS = 60  # for the server to answer
 
 
 class WandbTracker:
-    """A `TrackerClient`. `settings`: the run's configuration, flattened; it becomes the configuration of W&B's run."""
+    """A `TrackerClient`. `settings`: the run's flattened configuration, which becomes W&B's configuration."""
 
     name = "W&B"
 
@@ -49,7 +49,7 @@ class WandbTracker:
             resume="allow",
             dir=str(self.run_dir),
             config=dict(self.settings),
-            # The training's output, code and git state are not W&B's: only what is logged here goes there.
+            # W&B must not capture the training's output, code and git state; it receives only what is logged here.
             settings=wandb.Settings(
                 console="off", silent=True, save_code=False, disable_git=True, init_timeout=INIT_SECONDS
             ),
@@ -66,7 +66,7 @@ class WandbTracker:
         self._keep(int(records[-1]["step"]))
 
     def upload(self, file: Path) -> None:
-        # From another folder W&B would take a link, and warn of it.
+        # For a file in another folder W&B would make a link and print a warning.
         copied = shutil.copy(file, self.run.dir)
         self.run.save(copied, base_path=self.run.dir, policy="now")
 

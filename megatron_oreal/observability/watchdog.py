@@ -1,8 +1,8 @@
-"""Ends a run that hangs, and says where: a thread in every rank that knows the phase and its deadline.
+"""Ends a run that hangs, and reports where. A thread in every rank knows the phase and its deadline.
 
-When a phase exceeds its deadline on one rank, all ranks write the stacks of their threads and what they know of servers
-to RUN_DIR/hangs. The first rank says in one line which phase, rank and server it is, and the run ends with exit code
-75, which examples/slurm puts back into the queue. The main threads take no part, for they hang.
+When a phase exceeds its deadline on one rank, all ranks write the stacks of their threads and the state of their
+servers to RUN_DIR/hangs. The first rank names the phase, rank and server in one line, and the run ends with exit code
+75, after which examples/slurm requeues it. The main threads take no part, because they hang.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from megatron_oreal.parallel.stopping import REQUEUE
 
 FOLDER = "hangs"
 STDERR = 2
-WRITE_SECONDS = 5.0  # for a file: the file system may be what hangs
+WRITE_SECONDS = 5.0  # for writing one file, because the file system may hang
 GATHER_SECONDS = 30.0  # for the states of the other ranks
 MAX_POLL_SECONDS = 5.0
 MAX_NAMED_RANKS = 3
-MAX_HANGS_OF_A_STEP = 3  # The run ends with exit code 1 then: a hang that comes back needs a person, not the queue.
+MAX_HANGS_OF_A_STEP = 3  # After this many, the run exits with code 1, because a person must examine a hang that recurs.
 
 
 class Deadlines:
-    """How long each phase may take."""
+    """The longest duration of each phase."""
 
     def __init__(self, config: WatchdogConfig) -> None:
         self.least, self.factor = config.least_seconds(), config.factor
         self.longest: dict[str, float] = {}
 
     def of(self, phase: str) -> float | None:
-        """Returns the seconds that the phase may take; None: as long as it likes."""
+        """Returns the seconds that the phase may take; None means no limit."""
         least = self.least.get(phase)
         return None if least is None else max(least, self.factor * self.longest.get(phase, 0.0))
 
@@ -65,9 +65,9 @@ class Watchdog(Closing):
         self.deadlines = Deadlines(config)
         self.phase, self.since = "start", time.monotonic()
         self.step = 0
-        # What this rank knows of servers: sentences about those that have not answered, and lines of details.
+        # What this rank knows about servers: sentences about those that have not answered, and lines of details.
         self.server_states: Callable[[], tuple[Sequence[str], Sequence[str]]] = lambda: ((), ())
-        self.at_end: list[Callable[[], None]] = []  # called, with little time, before the process ends
+        self.at_end: list[Callable[[], None]] = []  # called shortly before the process ends
         self.lock = threading.Lock()  # guards phase and since
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -75,7 +75,7 @@ class Watchdog(Closing):
             self.thread.start()
 
     def enter(self, phase: str) -> None:
-        """The phase under way has ended, and `phase` begins."""
+        """Ends the current phase and begins `phase`."""
         with self.lock:
             now = time.monotonic()
             self.deadlines.ended(self.phase, now - self.since)
@@ -100,7 +100,7 @@ class Watchdog(Closing):
         return Hang(name, self.rank, phase, self.step, seconds, deadline)
 
     def _end(self, hang: Hang) -> None:
-        """Writes what this rank knows; the first rank waits for the others and says what it is. Never returns."""
+        """Writes what this rank knows; the first rank waits for the others and describes the hang. Never returns."""
         with self.lock:
             phase, seconds = self.phase, time.monotonic() - self.since
         sentences, details = self.server_states()
@@ -119,7 +119,7 @@ class Watchdog(Closing):
         os._exit(REQUEUE)
 
     def _tell(self, hang: Hang, description: str, file: Path) -> None:
-        """Prints the line, and keeps it in log.txt and beside the stacks. Ends the process where it tells too often."""
+        """Prints the line, and writes it to log.txt and beside the stacks. Ends the process after too many hangs."""
         folder = self.run_dir / FOLDER
         counts: list[int] = []
         within(WRITE_SECONDS, lambda: counts.append(hangs_of_step(folder, hang.step)))
@@ -130,7 +130,8 @@ class Watchdog(Closing):
             else "the same command continues from the last checkpoint"
         )
         line = printable(f"Error: hang: {description}; the stacks of all ranks are in {file.parent}; {end}")
-        within(WRITE_SECONDS, lambda: os.write(STDERR, f"{line}\n".encode()))  # sys.stderr may be locked
+        # A hanging thread may hold the lock of sys.stderr
+        within(WRITE_SECONDS, lambda: os.write(STDERR, f"{line}\n".encode()))
         within(WRITE_SECONDS, lambda: append(self.run_dir / "log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n"))
         write_where_possible(file.parent, "hang.txt", f"{line}\n", WRITE_SECONDS)
         for action in self.at_end:
@@ -140,7 +141,7 @@ class Watchdog(Closing):
 
 
 def hangs_of_step(folder: Path, step: int) -> int:
-    """Returns how many hangs of this step the run has had, this one included."""
+    """Returns the number of the run's hangs in this step, including this one."""
     return sum(re.match(rf"step_{step:06d}_", path.name) is not None for path in folder.iterdir())
 
 
@@ -157,10 +158,10 @@ def summary(state: RankState) -> str:
 
 
 def describe_hang(hang: Hang, states: Mapping[int, RankState], world_size: int) -> str:
-    """Says in one line which phase has exceeded its deadline, which rank is to blame, and which server.
+    """Names in one line the phase that exceeded its deadline, the rank that caused it, and the server.
 
-    To blame are ranks that give no sign of life; else those that do not wait for other ranks, while others do. Where
-    all wait, they wait for each other.
+    The cause is a rank that does not respond; otherwise a rank that does not wait for other ranks while others do. If
+    all ranks wait, they wait for each other.
     """
     begun = (
         f"{hang.phase} of step {hang.step} has taken {hang.seconds:.1f} s on rank {hang.rank}, more than its deadline "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_oreal.observability.files import write_atomically
 
 if TYPE_CHECKING:
-    from megatron_oreal.observability.metrics import Metrics  # It brings torch along, which a table does not need.
+    from megatron_oreal.observability.metrics import Metrics  # This imports torch, which a table does not need.
 
 Curves = Sequence[tuple[str, Sequence[str]]]  # (a panel's title, the metrics drawn in it)
 
@@ -20,8 +20,8 @@ Curves = Sequence[tuple[str, Sequence[str]]]  # (a panel's title, the metrics dr
 def plot_curves(metrics: Sequence[Metrics], curves: Curves, path: Path) -> None:
     """Draws a PNG with one panel for each entry of `curves`, over the step.
 
-    A metric that only some steps have is drawn where it is; a panel without any number says so.
-    Raises ValueError without a panel.
+    A metric that only some steps have is drawn at those steps; a panel without any number says so.
+    Raises ValueError if there is no panel.
     """
     if not curves:
         raise ValueError("curves is empty: name at least one panel")
@@ -39,7 +39,7 @@ def plot_curves(metrics: Sequence[Metrics], curves: Curves, path: Path) -> None:
             records = [record for record in metrics if name in record]
             if records:
                 steps, values = zip(*((record["step"], record[name]) for record in records), strict=True)
-                # Markers, because a value between two missing ones has no line.
+                # The curve has markers, because no line shows a value between two missing values.
                 axes.plot(steps, values, label=name, marker="o", markersize=2.5, linewidth=1.2)
         if axes.lines:
             axes.legend(fontsize="small")
@@ -78,7 +78,7 @@ def format_cell(cell: object) -> str:
 
 @dataclass(slots=True, frozen=True)
 class Band:
-    """A curve and how far its interval reaches to either side."""
+    """A curve, and the distance to either end of its interval."""
 
     name: str
     steps: Sequence[float]

@@ -1,4 +1,4 @@
-"""What an algorithm optimises, as a table and as curves: `megatron-oreal objective NAME --group-size M`."""
+"""Shows what an algorithm optimises, as a table and as curves: `megatron-oreal objective NAME --group-size M`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.reports.curves import format_table
 
 PASS_RATES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
-# (h, h') that large groups approach, where it is not what small ones have already.
+# The limit of (h, h') for large groups, for objectives whose small groups have other functions.
 LIMITS = {
     "rejection_sampling": ("log(t)", "1/t"),
     "grpo": ("2*asin(sqrt(t))", "1/sqrt(t*(1-t))"),
@@ -44,7 +44,7 @@ class Objective:
 
 
 def read_objectives(names: Sequence[str], group_size: int, options: Mapping[str, Any]) -> list[Objective]:
-    """Each option goes to the objectives that have it. Raises ValueError where none has, and as `weights` does."""
+    """Passes each option to the objectives that have it. Raises ValueError if none has it, and as `weights` does."""
     unused = set(options)
     objectives = []
     for name in dict.fromkeys(names):
@@ -85,7 +85,7 @@ def read_objective(name: str, group_size: int, options: Mapping[str, Any]) -> Ob
 
 
 def describe_objective(objective: Objective) -> str:
-    """The weights of every number s of other correct samples, and h' and h at some pass rates."""
+    """Lists the weights for each number s of other correct samples, and h' and h at some pass rates."""
     size = len(objective.a)
     table = torch.stack([objective.a, objective.b, objective.b - objective.a], dim=1).tolist()
     t = torch.tensor(PASS_RATES, dtype=torch.float64)
@@ -107,7 +107,7 @@ def describe_objective(objective: Objective) -> str:
 
 
 def plot_objectives(objectives: Sequence[Objective], path: Path) -> None:
-    """A PNG: h, less its value at t = 1/2, and h' over the pass rate; dashed what large groups approach."""
+    """Draws a PNG: h minus h(1/2), and h' over the pass rate; dashed lines show the limits of large groups."""
     check_figure_path(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -144,7 +144,7 @@ def check_figure_path(path: Path) -> None:
 
 
 def limit_curve(text: str, points: Sequence[float], centred: bool) -> list[float]:
-    """nan, which matplotlib leaves out, where the limit diverges."""
+    """Computes the limit's curve; it is nan, which matplotlib does not draw, at points where the limit diverges."""
     if text == "1":
         return [1.0 for _ in points]
     function = parse_expression(text)

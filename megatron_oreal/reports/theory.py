@@ -1,4 +1,4 @@
-"""Laws behind the algorithms, as a table and as a figure: `megatron-oreal objective best_of_n --group-size N`."""
+"""Shows the algorithms' theory as a table and a figure: `megatron-oreal objective best_of_n --group-size N`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megatron_oreal.reports.curves import format_table
 from megatron_oreal.reports.objective import check_figure_path
 
 PASS_RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-# A small example for eq. 2: answers of an initial policy, two of which are correct.
+# A small example for eq. 2: the answers of an initial policy, two of which are correct.
 INITIAL, REWARDS = (0.05, 0.15, 0.2, 0.25, 0.35), (1.0, 1.0, 0.0, 0.0, 0.0)
 ALPHAS = (2.0, 1.0, 0.5, 0.2, 0.1)
 GROUP_SIZES, EPSILONS = (2, 8, 64, 512), (1.0, 0.3, 0.1, 0.01, 0.0)
-MAX_GROUP_SIZE = 1024  # The curves of GRPO take time and memory that grow with the group size.
+MAX_GROUP_SIZE = 1024  # the time and memory of GRPO's curves grow with the group size
 
 
 def describe_best_of_n(group_size: int) -> str:
-    """Eq. 4 to 6 of OREAL at some pass rates."""
+    """Evaluates eq. 4 to 6 of OREAL at some pass rates."""
     laws = [BestOfN(group_size, rate) for rate in PASS_RATES]
     rows = [
         (law.pass_rate, law.success, law.correct_factor, law.incorrect_factor, law.positive_weight, law.negative_weight)
@@ -53,7 +53,7 @@ def describe_best_of_n(group_size: int) -> str:
 
 
 def describe_optimum(group_size: int) -> str:
-    """Eq. 2 of OREAL on the small example, next to best-of-n with the same pass rate."""
+    """Evaluates eq. 2 of OREAL on the small example, beside best-of-n with the same pass rate."""
     pass_rate = math.fsum(p for p, reward in zip(INITIAL, REWARDS, strict=True) if reward)
     law = BestOfN(group_size, pass_rate)
     alphas = [("", alpha) for alpha in ALPHAS] + [(f"best of {group_size}", law.alpha)] * (group_size > 1)
@@ -84,7 +84,7 @@ def describe_optimum(group_size: int) -> str:
 
 
 def describe_arcsine(group_size: int) -> str:
-    """How far GRPO's h, scaled to [0, 1], is from the arcsine, for growing groups and for shrinking epsilon."""
+    """Lists the distance of GRPO's h, scaled to [0, 1], from the arcsine for larger groups and smaller epsilon."""
     sizes = sorted({size for size in GROUP_SIZES if size < group_size} | {group_size})
     growing = [(size, arcsine_distance(size, 0.0)) for size in sizes]
     shrinking = [(epsilon, arcsine_distance(group_size, epsilon)) for epsilon in EPSILONS]
@@ -102,7 +102,7 @@ def describe_arcsine(group_size: int) -> str:
 
 
 def normalised_grpo(group_size: int, epsilon: float, t: Tensor) -> Tensor:
-    """h(t) / h(1) of GRPO: in [0, 1], whatever the group size."""
+    """Returns h(t) / h(1) of GRPO, which is in [0, 1] for every group size."""
     a, b = weights("grpo", group_size, epsilon=epsilon)
     return h_value(a, b, t) / h_value(a, b, 1.0)
 
@@ -117,7 +117,7 @@ def arcsine_distance(group_size: int, epsilon: float) -> float:
 
 
 def pass_rates() -> Tensor:
-    """401 points in [0, 1], denser at its ends, where arcsin(sqrt(t)) is steepest."""
+    """Returns 401 points in [0, 1], denser at its ends, where arcsin(sqrt(t)) is steepest."""
     return (torch.linspace(0, math.pi / 2, 401, dtype=torch.float64).sin() ** 2).clamp(0.0, 1.0)
 
 
@@ -175,7 +175,7 @@ def arcsine_panels(group_size: int) -> list[tuple[str, str, list[Curve]]]:
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """What `megatron-oreal objective NAME` prints and draws for a name that is no objective."""
+    """The table and the figure of `megatron-oreal objective NAME` for a name that is not an objective."""
 
     describe: Callable[[int], str]
     panels: Callable[[int], list[tuple[str, str, list[Curve]]]]  # (title, label of x, curves)
@@ -190,9 +190,9 @@ LAWS: dict[str, Law] = {
 
 
 def read_law(names: Sequence[str], group_size: int, options: Mapping[str, Any]) -> Law | None:
-    """The law that is asked for, or None for objectives.
+    """Returns the requested law, or None if the names are objectives.
 
-    Raises ValueError for a law among other names, with options, or with a group size that it does not have.
+    Raises ValueError for a law among other names, with options, or with a group size that it does not support.
     """
     name = next((name for name in names if name in LAWS), None)
     if name is None:

@@ -1,4 +1,4 @@
-"""Outcome rewards: a rule-based verifier of mathematical answers."""
+"""Provides outcome rewards: a rule-based verifier of mathematical answers, a judge, and rewards of the user's own."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["MathVerifier"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: the verifier's worker processes import modules of this package, and no torch."""
+    """Imports the verifier on first access, because its worker processes import this package without torch."""
     if name == "MathVerifier":
         from megatron_oreal.rewards.math_verifier import MathVerifier
 

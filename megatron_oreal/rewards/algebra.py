@@ -1,4 +1,4 @@
-"""The algebra of the worker processes: our own exact comparison, and math-verify for what that does not read."""
+"""Compares expressions in the worker processes: exactly where our parser reads them, else by math-verify."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from megatron_oreal.rewards import equality
 from megatron_oreal.rewards.expression import NotAnExpression, difference, parse_expression
 
-UNREAD = re.compile(r"\\text|\\[lcdv]?dots|'|\?")  # what math-verify leaves out
+UNREAD = re.compile(r"\\text|\\[lcdv]?dots|'|\?")  # text that math-verify ignores
 Fallback = Callable[[str, str], bool]  # (prediction, reference), LaTeX
 
 
 class ExactAlgebra:
-    """`fallback` decides where one side is no expression for us; without one such answers are different."""
+    """`fallback` decides if our parser cannot read one side; without a fallback, such answers are different."""
 
     def __init__(self, fallback: Fallback | None = None) -> None:
         self.fallback = fallback
@@ -24,7 +24,7 @@ class ExactAlgebra:
         try:
             return equality.are_equal(prediction, reference)
         except NotAnExpression:
-            # Only matrices: whatever else we do not read may be anything.
+            # Only matrices get here: any other text that our parser cannot read has no known meaning.
             has_matrix = all(r"\begin" in text and not UNREAD.search(text) for text in (prediction, reference))
             return has_matrix and self.fallback is not None and self.fallback(prediction, reference)
 
@@ -51,11 +51,11 @@ class ExactAlgebra:
 
 
 def math_verify_fallback() -> Fallback:
-    """math-verify on two boxes, without timeouts; imported here, because it takes half a second."""
+    """Returns math-verify's comparison of two boxes, without timeouts. Imported here, which takes half a second."""
     import sympy
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # The box is all we send, so only boxes are looked for: no "last number in the text".
+    # We send nothing but a box, so math-verify looks for boxes only, not for the last number in the text.
     extraction = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
 
     def parse_boxed(latex: str) -> list[Any]:
@@ -65,9 +65,9 @@ def math_verify_fallback() -> Fallback:
     parse_reference = functools.lru_cache(maxsize=256)(parse_boxed)
 
     def are_equal(prediction: str, reference: str) -> bool:
-        """The order matters to math-verify: it follows the reference's form."""
+        """Passes the reference first: math-verify's result depends on the order of the two."""
         gold, candidate = parse_reference(reference), parse_boxed(prediction)
-        # Numbers are ours to compare: math-verify rounds them.
+        # Our own comparison decides numbers, because math-verify rounds them.
         if not all(forms and isinstance(forms[0], (sympy.Basic, sympy.MatrixBase)) for forms in (gold, candidate)):
             return False
         if any(isinstance(forms[0], sympy.Expr) and forms[0].is_number for forms in (gold, candidate)):

@@ -1,4 +1,4 @@
-"""What the comparison of forms asks of an algebra system, and the one that has none."""
+"""Defines what the comparison of forms needs of an algebra system, and an implementation that refuses all of it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from typing import Protocol
 
 
 class AlgebraNeeded(Exception):
-    """The comparison takes more than spellings and plain numbers."""
+    """Signals that spellings and plain numbers do not suffice to compare two answers."""
 
 
 class Algebra(Protocol):
-    """What expressions are compared with; both arguments are normalised LaTeX."""
+    """The operations on expressions that a comparison needs; both arguments are normalised LaTeX."""
 
     def equal(self, prediction: str, reference: str) -> bool: ...
 
     def equations_agree(self, prediction: tuple[str, str], reference: tuple[str, str], same_sign: bool) -> bool:
-        """Whether (left, right) are the same equation, or with `same_sign` the same inequality."""
+        """Returns whether (left, right) are the same equation, or with `same_sign` the same inequality."""
         ...
 
     def solve(self, left: str, right: str) -> str | None:
-        """The solution of an equation that is linear in its only unknown."""
+        """Returns the solution of an equation that is linear in its only unknown."""
         ...
 
     def order_key(self, text: str) -> float | None: ...
 
 
 class NoAlgebra:
-    """Raises AlgebraNeeded whatever it is asked."""
+    """Raises AlgebraNeeded in every method."""
 
     def equal(self, prediction: str, reference: str) -> bool:
         raise AlgebraNeeded

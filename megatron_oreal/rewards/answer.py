@@ -1,6 +1,6 @@
-r"""The answer of a response: the last balanced `\boxed{...}` after the last end-of-thinking mark; and keys for votes.
+r"""Extracts a response's answer, the last balanced `\boxed{...}` after the last end-of-thinking mark; makes vote keys.
 
-Everything here is linear in the text, and bounded before any regular expression runs on the answer.
+Every function takes time linear in the text, and bounds the answer's length before any regular expression runs on it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_oreal.rewards.spelling import normalize, without_spaces
 from megatron_oreal.rewards.words import as_word
 
 if TYPE_CHECKING:
-    from megatron_oreal.config import AnswerRule  # not in the worker processes: it takes long to import
+    from megatron_oreal.config import AnswerRule  # not imported in worker processes, because the import is slow
 
 MAX_ANSWER_CHARACTERS = 1000
 MAX_NESTING = 50
@@ -32,7 +32,7 @@ CONCLUSION_MARKS = ("<conclude>", "**Final Answer**", "</think>")
 
 
 def within_answer_tags(response: str) -> str:
-    """The content of the last <answer>...</answer>; empty without one (Open-Reasoner-Zero's rule)."""
+    """Returns the content of the last <answer>...</answer>, or "" without one (Open-Reasoner-Zero's rule)."""
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, end) if end >= 0 else -1
     return response[start + len("<answer>") : end] if start >= 0 else ""
@@ -54,17 +54,17 @@ ANSWER_REGIONS: dict[AnswerRule, Callable[[str], str]] = {
 
 @dataclass(slots=True, frozen=True)
 class Extraction:
-    """What a response answers: `text` when `status` is "found", else why there is none."""
+    """The answer of a response: `text` if `status` is "found"; otherwise `status` says why there is none."""
 
     status: Literal["found", "no_answer", "too_long"]
     text: str | None
 
 
 def extract_answer(response: str) -> Extraction:
-    r"""The content of the last `\boxed{...}`; of a box inside a box, the outer one.
+    r"""Returns the content of the last `\boxed{...}`; of a box inside a box, the outer one counts.
 
-    "no_answer": no box, an empty one, or a last one that is not closed. An earlier box is no substitute then: a policy
-    would learn to be cut off.
+    The status is "no_answer" if there is no box, an empty one, or a last one that is not closed. An earlier box does
+    not count then, because a policy would otherwise learn to let its response be truncated.
     """
     start = max(response.rfind(mark) + len(mark) if mark in response else 0 for mark in THINKING_END_MARKS)
     span = find_last_box(response, start)
@@ -77,7 +77,7 @@ def extract_answer(response: str) -> Extraction:
 
 
 def find_last_box(text: str, start: int) -> tuple[int, int] | None:
-    """First and last + 1 index of the content of the last box at or after `start`; None when it is missing or open."""
+    """Returns (first, last + 1) index of the content of the last box from `start` on; None if missing or not closed."""
     open_braces: list[int | None] = []  # the content's first index for a box, None for another brace
     last_box_start = -1
     closed: tuple[int, int] | None = None
@@ -97,7 +97,7 @@ def find_last_box(text: str, start: int) -> tuple[int, int] | None:
 
 
 def nesting_depth(text: str) -> int:
-    """The deepest nesting of braces, brackets and parentheses, closed or not."""
+    """Returns the deepest nesting of braces, brackets and parentheses, closed or not."""
     depth = deepest = 0
     for character in text:
         if character in "{[(":
@@ -109,14 +109,14 @@ def nesting_depth(text: str) -> int:
 
 
 def answer_key(text: str) -> str:
-    """The same for answers that are spelled alike or are the same number: what a majority vote counts."""
+    """Returns a key that a majority vote counts: equal for answers spelled alike and for equal plain numbers."""
     if nesting_depth(text) > MAX_NESTING:
         return text
     return form_key(parse_form(normalize(text)))
 
 
 def form_key(form: Form) -> str:
-    """A name and a unit are left aside, but for halves of a day; the order of a list too."""
+    """Returns the key of a form: it ignores names, units other than halves of a day, and the order of a list."""
     if isinstance(form, Scalar):
         choice = parse_choice(form.text)
         if choice is not None and not choice.rest:

@@ -1,4 +1,4 @@
-r"""Option letters A to J: alone, with their text or value (`(B) 42`), or several (`A, C`)."""
+r"""Compares option letters A to J: alone, with their text or value (`(B) 42`), or several (`A, C`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ INTRODUCED_WORD = re.compile(
     r"\\text\{(?:[Tt]he )?(?:[Cc]orrect )?(?:[Oo]ption|[Cc]hoice|[Aa]nswer)(?: is)? (?P<letter>[A-J])\}"
     r"[.:]? ?(?P<rest>.*)"
 )
-# A label with something behind it; the mark or the space shows that it is no factor.
+# A label with text behind it; the mark or the space between them shows that the label is not a factor.
 WITH_REST = re.compile(
     rf"{INTRODUCTION}(?:\( ?(?:\\text\{{ ?(?P<a>[A-J]) ?\}}|(?P<b>[A-J])) ?\)[.:]?"
     r"|(?:\\text\{ ?(?P<c>[A-J]) ?\}|(?P<d>[A-J]))[).:]"
     r"|\\text\{ ?(?P<e>[A-J]) ?\}|(?P<f>[A-J])(?= )) ?(?P<rest>.+)",
     re.DOTALL,
 )
-# A and I are words too.
+# A and I are also English words.
 TEXT_WITH_LETTER = re.compile(r"\\text\{(?P<letter>[B-H]) (?P<rest>[^{}]+)\}(?P<more>.*)", re.DOTALL)
 ANOTHER_LABEL = re.compile(
     r"(?<![A-Za-z\\_])[A-J](?![A-Za-z'])"
@@ -33,11 +33,11 @@ ANOTHER_LABEL = re.compile(
 @dataclass(slots=True, frozen=True)
 class Choice:
     label: str
-    rest: str  # the option's text or value, "" without
+    rest: str  # the option's text or value; "" if there is none
 
 
 def parse_choice(text: str) -> Choice | None:
-    """The label that a normalised answer starts with; lower-case labels only where they stand alone."""
+    """Returns the label that a normalised answer starts with; a lower-case label counts only if it stands alone."""
     if found := SINGLE.fullmatch(text):
         return Choice((found["word"] or found["letter"]).upper(), "")
     if found := INTRODUCED_WORD.fullmatch(text):
@@ -51,7 +51,7 @@ def parse_choice(text: str) -> Choice | None:
 
 
 def is_label(text: str) -> bool:
-    """Whether the whole is one capital label."""
+    """Returns whether the whole text is one capital label."""
     found = SINGLE.fullmatch(text)
     return found is not None and (found["word"] or found["letter"]).isupper()
 
@@ -61,7 +61,7 @@ def has_another_label(rest: str) -> bool:
 
 
 def parse_labels(text: str) -> tuple[str, ...] | None:
-    """`("A", "C")` for `A, C` and for `\\text{A and C}`."""
+    """Returns `("A", "C")` for `A, C` and for `\\text{A and C}`."""
     parts, joints = split_list(text)
     if len(parts) < 2 or "or" in joints or not all(map(is_label, parts)):
         return None
@@ -70,13 +70,13 @@ def parse_labels(text: str) -> tuple[str, ...] | None:
 
 
 def compare_choices(prediction: str, reference: str) -> bool | tuple[str, str] | None:
-    """True or False where labels decide; the two values where only those are left; None where no labels are meant."""
+    """Returns True or False if labels decide, the two values if only those remain, None if no labels are meant."""
     expected_labels = parse_labels(reference)
     if expected_labels is not None:
         labels = parse_labels(prediction)
         if labels is None:
             return prediction.replace(" ", "") == "".join(expected_labels)
-        # Options in the order of the alphabet are a set of them; any other order is meant.
+        # Options in alphabetical order are a set; in any other order, the order is part of the answer.
         is_set = list(expected_labels) == sorted(expected_labels)
         return sorted(labels) == list(expected_labels) if is_set else labels == expected_labels
     labels = parse_labels(prediction)

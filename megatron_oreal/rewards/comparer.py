@@ -1,4 +1,4 @@
-"""What a worker process does with a comparison, each step within a budget of CPU time."""
+"""Carries out a comparison in a worker process; each step has a budget of CPU time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Comparer:
         self.remember_reference = functools.lru_cache(maxsize=MAX_REMEMBERED_REFERENCES)(self.evaluate)
 
     def evaluate_reference(self, reference: str) -> None:
-        """Once for each reference: the samples of a group share theirs."""
+        """Evaluates each reference once, because the samples of a group share their reference."""
         self.budget.start()
         self.remember_reference(reference)
 
@@ -38,7 +38,7 @@ class Comparer:
 
     @functools.cached_property
     def fallback(self) -> Fallback:
-        """Imported when first needed, outside of the budget."""
+        """Returns math-verify's comparison, imported at its first use and outside of the budget."""
         self.budget.stop()
         fallback = math_verify_fallback()
         fallback("x+1", "x+2")  # builds the parser's tables

@@ -1,7 +1,7 @@
-r"""Whether an answer means the same as the reference: the conventions of README.md, form by form.
+r"""Decides whether an answer means the same as the reference by the conventions of README.md, form by form.
 
-`is_same` needs no algebra for words, option letters, plain numbers and lists of those. Where expressions have to be
-compared it calls the `Algebra` it was given; `NoAlgebra` raises AlgebraNeeded, so that a worker process decides.
+`is_same` needs no algebra for words, option letters, plain numbers and lists of those. To compare expressions, it
+calls the given `Algebra`; `NoAlgebra` raises AlgebraNeeded, and then a worker process decides.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_oreal.rewards.spelling import without_spaces
 from megatron_oreal.rewards.units import units_agree
 from megatron_oreal.rewards.words import as_word
 
-MAX_MATCHED = 40  # elements of lists that are not plain numbers, to be matched in any order
+MAX_MATCHED = 40  # most elements of a list, other than plain numbers, that are matched in any order
 CLOCK = re.compile(r"(?P<hour>\d{1,2}) ?: ?(?P<minute>\d{2})(?: ?: ?(?P<second>\d{2}))?")
 HALF_DAYS = (("a.m.", 1), ("p.m.", 1))
 DECLARED = re.compile(r"([a-zA-Z]) ?\\in ?(\\mathbb ?\{?[ZNQ]\}?)")
@@ -43,7 +43,7 @@ FUNCTION_OF = re.compile(r"(?P<function>[a-zA-Z]) ?\( ?(?P<argument>[a-zA-Z]) ?\
 
 
 def is_same(prediction: str, reference: str, algebra: Algebra = NO_ALGEBRA) -> bool:
-    """Both normalised. Errors: AlgebraNeeded."""
+    """Returns whether both normalised answers mean the same. Raises AlgebraNeeded."""
     if spelled_alike(prediction, reference):
         return True
     values = parse_number(prediction), parse_number(reference)
@@ -70,12 +70,12 @@ def is_same(prediction: str, reference: str, algebra: Algebra = NO_ALGEBRA) -> b
 
 
 def is_table_expression(form: Form) -> bool:
-    """An expression with matrices, such as a product or a power of one."""
+    """Returns whether this is an expression with matrices, such as a product or a power of one."""
     return isinstance(form, Scalar) and r"\begin" in form.text
 
 
 def rename_bound_names(prediction: str, reference: str) -> str:
-    r"""The prediction with the reference's names for the argument in f(t) = ... and for a declared k \in \mathbb{Z}."""
+    r"""Renames the prediction's argument in f(t) = ... and its declared k \in \mathbb{Z} as in the reference."""
     pairs: list[tuple[str, str]] = []
     declared = DECLARED.findall(prediction), DECLARED.findall(reference)
     if len(declared[0]) == len(declared[1]) == 1 and declared[0][0][1] == declared[1][0][1]:
@@ -124,7 +124,7 @@ def same_form(prediction: Form, reference: Form, algebra: Algebra) -> bool:
 
 
 def is_close(form: Approximated, algebra: Algebra) -> bool:
-    """Whether the approximation is one: within a twentieth, where both are numbers."""
+    """Returns whether both sides are numbers and the approximation differs by at most a twentieth."""
     exact = form.exact
     while isinstance(exact, (Assignment, Measured)):
         exact = exact.values[-1] if isinstance(exact, Assignment) else exact.value
@@ -138,7 +138,7 @@ def is_close(form: Approximated, algebra: Algebra) -> bool:
 
 
 def same_congruence(prediction: Congruence, reference: Congruence, algebra: Algebra) -> bool:
-    """x = 5 is x = 1 modulo 4; the left side is optional."""
+    """Compares congruences: x = 5 equals x = 1 modulo 4. The left side is optional."""
     if prediction.left and reference.left and not same_text(prediction.left, reference.left, algebra):
         return False
     if not same_text(prediction.modulus, reference.modulus, algebra):
@@ -154,7 +154,7 @@ def same_text(prediction: str, reference: str, algebra: Algebra) -> bool:
 
 
 def without_declarations(prediction: Form, reference: Form) -> tuple[Form, Form]:
-    r"""Without `k \in \mathbb{Z}` where only one of the two has it."""
+    r"""Removes `k \in \mathbb{Z}` if only one of the two answers has it."""
     one, other = drop_declarations(prediction), drop_declarations(reference)
     has_one, has_other = one != prediction, other != reference
     return (one, other) if has_one != has_other else (prediction, reference)
@@ -199,7 +199,7 @@ def same_measure(prediction: Form, reference: Form, algebra: Algebra) -> bool:
 
 
 def same_assignment(prediction: Form, reference: Form, algebra: Algebra) -> bool:
-    """`x = 5` is 5 for a reference without a name; two names have to be the same one."""
+    """Compares assignments: `x = 5` equals a reference 5 that has no name; two names must be the same."""
     if isinstance(prediction, Assignment) and isinstance(reference, Assignment):
         if spelled_alike(prediction.name, reference.name):
             return all_agree(prediction.values, algebra) and same_form(
@@ -240,7 +240,7 @@ def equations_agree(prediction: Form, reference: Form, algebra: Algebra) -> bool
 
 
 def same_equation(prediction: Form, reference: Form, algebra: Algebra) -> bool:
-    """Two equations by their ratio; one beside a value by its solution, or by the value of an identity."""
+    """Compares two equations by their ratio, and an equation with a value by its solution or an identity's value."""
     if isinstance(prediction, Equation) and isinstance(reference, Equation):
         if len(prediction.operands) == len(reference.operands) and all(
             spelled_alike(one, other) for one, other in zip(prediction.operands, reference.operands, strict=True)
@@ -276,7 +276,7 @@ def same_collection(prediction: Form, reference: Form, algebra: Algebra) -> bool
 
 
 def same_alone(prediction: Form, reference: Collection, algebra: Algebra) -> bool:
-    """What is no list, against a list, a set or a tuple."""
+    """Compares a form other than a list with a list, a set or a tuple."""
     if isinstance(prediction, Region):
         return same_region(prediction, reference, algebra)
     if isinstance(prediction, Table) and reference.kind == "tuple":
@@ -294,14 +294,14 @@ def same_alone(prediction: Form, reference: Collection, algebra: Algebra) -> boo
 
 
 def column_of(table: Table) -> tuple[Form, ...] | None:
-    """The elements of a column vector, which may also be written as a tuple."""
+    """Returns the elements of a column vector, which an answer may also write as a tuple."""
     if table.kind != "matrix" or len(table.rows[0]) != 1:
         return None
     return tuple(parse_form(row[0]) for row in table.rows)
 
 
 def is_mixed_number(form: Collection) -> bool:
-    r"""`2 \text{ and } \frac{1}{2}`."""
+    r"""Returns whether the list is a mixed number such as `2 \text{ and } \frac{1}{2}`."""
     texts = [element.text for element in form.elements if isinstance(element, Scalar)]
     if form.joint != "and" or len(texts) != 2 or len(form.elements) != 2:
         return False
@@ -310,7 +310,7 @@ def is_mixed_number(form: Collection) -> bool:
 
 
 def mapping(form: Collection) -> dict[str, Form] | None:
-    """Values by name; None where an element has none, or two have the same."""
+    """Returns the values by name; None if an element has no name, or two have the same name."""
     named = {e.name.replace(" ", ""): e.values[-1] for e in form.elements if isinstance(e, Assignment)}
     return named if len(named) == len(form.elements) else None
 
@@ -320,7 +320,7 @@ def same_elements(prediction: Collection, reference: Collection, algebra: Algebr
     if given is not None and expected is not None:
         return given.keys() == expected.keys() and all(same_form(given[n], expected[n], algebra) for n in expected)
     if expected is not None and prediction.kind != "set":
-        # Coordinates stand in the order of the alphabet, other values in that of the reference.
+        # Coordinates are in alphabetical order, other values in the order of the reference.
         is_point = prediction.kind == "tuple" and expected.keys() <= {"x", "y", "z"}
         names = sorted(expected) if is_point else list(expected)
         return same_in_order(prediction.elements, tuple(expected[name] for name in names), algebra)
@@ -351,7 +351,7 @@ def distinct(form: Collection) -> Collection:
 
 
 def is_order_meant(form: Collection) -> bool:
-    """Words, and numbers of which some repeat, are in their order."""
+    """Returns whether the order counts: it does for words, and for numbers some of which repeat."""
     texts = [element.text for element in form.elements if isinstance(element, Scalar)]
     if len(texts) < len(form.elements):
         return False
@@ -393,7 +393,7 @@ def same_table(prediction: Table, reference: Table, algebra: Algebra) -> bool:
 
 
 def same_ratio(prediction: Form, reference: Form, algebra: Algebra) -> bool:
-    """1:2:3 is 2:4:6; a:b is also the fraction a/b."""
+    """Compares ratios: 1:2:3 equals 2:4:6, and a:b also equals the fraction a/b."""
     if isinstance(prediction, Ratio) and isinstance(reference, Ratio):
         if len(prediction.parts) != len(reference.parts):
             return False
@@ -424,7 +424,7 @@ def same_inequality(prediction: Inequality, reference: Inequality, algebra: Alge
 
 
 def same_region(prediction: Form, reference: Form, algebra: Algebra) -> bool:
-    """Unions of intervals; a pair counts as an open interval where the other is one."""
+    """Compares unions of intervals; a pair counts as an open interval if the other side is one."""
     one, other = as_region(prediction, algebra), as_region(reference, algebra)
     if one is None or other is None:
         return False

@@ -1,8 +1,8 @@
-"""Whether two expressions are equal: exactly as fractions, else as numbers of enough digits, with symbols at points.
+"""Decides whether two expressions are equal: as exact fractions, else numerically, with several values of each symbol.
 
-Two numbers that agree in many more digits than the sizes of their parts differ are equal; an error is out of reach of
-answers of a thousand characters. Symbols are real: where an expression is complex for a negative value of one (a root,
-a logarithm), that value says nothing, so sqrt(1/n) = 1/sqrt(n), but |x| and x differ.
+Two numbers are equal if they agree in many more digits than the magnitudes of their parts span; no answer within the
+length limit of a thousand characters can defeat this. Symbols are real: if a negative value of a symbol makes an
+expression complex (a root, a logarithm), that point is ignored; so sqrt(1/n) = 1/sqrt(n), but |x| and x differ.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from megatron_oreal.rewards.expression import Expression, NotAnExpression, diffe
 
 AGREEMENT = 100  # bits beyond the range of magnitudes
 NUM_POINTS = 3  # at which expressions with symbols have to agree
-ROUNDED_DECIMALS = 6  # of a decimal reference, which an irrational answer then may round to
-# Values of the symbols, in order of their names, with the signs below: no pattern that a formula could know.
+ROUNDED_DECIMALS = 6  # decimals of a reference from which on an irrational answer may round to it
+# Values of the symbols in the order of their names, with the signs below. They have no pattern that a formula matches.
 POINT_ROWS: tuple[tuple[int, ...], ...] = (
     (1327, 2749, 907, 1873, 3391, 571, 4021, 1549), (2213, 733, 1597, 3019, 419, 2659, 1181, 3733),
     (1613, 887, 2311, 3109, 1021, 2467, 653, 1789), (887, 2081, 1321, 547, 3253, 1733, 2903, 461),
     (3671, 1913, 2837, 4547, 2339, 3947, 5003, 2063), (479, 1301, 3517, 2287, 1459, 809, 3163, 2131),
     (5231, 6007, 4793, 5519, 7103, 6361, 4391, 7919), (317, 211, 389, 263, 149, 347, 227, 283),
 )  # fmt: skip
-# Every pair of symbols meets all four combinations of signs.
+# Every pair of symbols takes all four combinations of signs.
 SIGN_ROWS = ((1,), (-1,), (1, -1), (-1, 1), (1, 1, -1, -1), (-1, -1, 1, 1), (1, 1, 1, 1, -1, -1, -1, -1), (1,))
 POINT_UNIT = 1009
 WHOLE_ROWS: tuple[tuple[int, ...], ...] = (
@@ -54,7 +54,7 @@ Ratio = Literal["positive", "negative"] | None
 
 
 def parse_alike(prediction: str, reference: str) -> tuple[Expression, Expression]:
-    """Returns both trees; where neither side uses both, capital and small letters are one. Errors: NotAnExpression."""
+    """Returns both trees; capital and small letters are equal unless a side uses both. Raises NotAnExpression."""
     one, other = parse_expression(prediction), parse_expression(reference)
     names = symbols(one) | symbols(other)
     if symbols(one) != symbols(other):
@@ -77,7 +77,7 @@ def lower_names(expression: Expression) -> Expression:
 
 
 def are_equal(prediction: str, reference: str) -> bool:
-    """Whether two LaTeX expressions are equal. Errors: NotAnExpression."""
+    """Returns whether two LaTeX expressions are equal. Raises NotAnExpression."""
     one, other = parse_alike(prediction, reference)
     if agree(one, other):
         return True
@@ -85,7 +85,7 @@ def are_equal(prediction: str, reference: str) -> bool:
 
 
 def is_rounded(reference: str, prediction: Expression) -> bool:
-    """Whether a decimal reference of six or more decimals is an irrational prediction, rounded."""
+    """Returns whether a reference of six or more decimals equals an irrational prediction after rounding."""
     found = DECIMAL.fullmatch(reference.strip())
     if found is None or len(found["decimals"]) < ROUNDED_DECIMALS or symbols(prediction):
         return False
@@ -101,7 +101,7 @@ def is_rounded(reference: str, prediction: Expression) -> bool:
 
 
 def agree(one: Expression, other: Expression) -> bool:
-    """Returns whether both are equal numbers, or equal functions of their symbols; False where that cannot be told."""
+    """Returns whether both are equal numbers, or equal functions of their symbols; False if that cannot be decided."""
     names = sorted(symbols(one) | symbols(other))
     try:
         if not names:
@@ -117,7 +117,7 @@ def agree(one: Expression, other: Expression) -> bool:
 
 
 def is_same_number(one: Expression, other: Expression) -> bool:
-    """Errors: Undefined, TooCostly."""
+    """Returns whether both have the same value. Raises Undefined or TooCostly."""
     return are_close(compute_both(one, other, {}))
 
 
@@ -136,8 +136,8 @@ def isfinite(value: Value) -> bool:
 class Values:
     left: Value
     right: Value
-    tolerance: Value  # the relative difference that rounding explains
-    are_real: bool  # and so is every part of the two expressions
+    tolerance: Value  # largest relative difference that rounding can cause
+    are_real: bool  # True if every part of the two expressions is real
 
 
 def compute_both(one: Expression, other: Expression, environment: Mapping[str, Fraction | complex]) -> Values:
@@ -164,7 +164,7 @@ def as_value(context: MPContext, at: Fraction | complex) -> Value:
 
 
 def environments(names: Sequence[str], is_imaginary: bool) -> Iterator[dict[str, Fraction | complex]]:
-    """Points to compare at, the whole numbers last, where the others say nothing: (-1)^n."""
+    """Yields points to compare at. Whole numbers come last, for expressions without a value elsewhere: (-1)^n."""
     free = [name for name in names if not (is_imaginary and name == SYMBOL_I)]
     imaginary: dict[str, Fraction | complex] = {SYMBOL_I: 1j} if is_imaginary else {}
     for row, signs in zip(POINT_ROWS, SIGN_ROWS, strict=True):
@@ -177,7 +177,7 @@ def environments(names: Sequence[str], is_imaginary: bool) -> Iterator[dict[str,
 
 
 def is_same_function(one: Expression, other: Expression, names: Sequence[str], is_imaginary: bool) -> bool:
-    """Returns whether both are equal at NUM_POINTS points or more and different at none. Errors: TooCostly."""
+    """Returns whether both are equal at NUM_POINTS points or more and different at none. Raises TooCostly."""
     num_equal = 0
     for environment in environments(names, is_imaginary):
         try:
@@ -194,9 +194,10 @@ def is_same_function(one: Expression, other: Expression, names: Sequence[str], i
 
 
 def constant_ratio(one: Expression, other: Expression) -> Ratio:
-    """The sign of one / other where that is the same number at all points; None otherwise.
+    """Returns the sign of one / other if the ratio is the same number at all points; None otherwise.
 
-    `one = 0` and `other = 0` are then one equation, and `one > 0` and `other > 0` one inequality when it is positive.
+    With such a ratio, `one = 0` and `other = 0` are the same equation; if the sign is positive, `one > 0` and
+    `other > 0` are also the same inequality.
     """
     names = sorted(symbols(one) | symbols(other))
     if symbols(one) != symbols(other) or not names:
@@ -226,7 +227,7 @@ def constant_ratio(one: Expression, other: Expression) -> Ratio:
 
 
 def linear_root(expression: Expression) -> Expression | None:
-    """The exact zero of an expression that is linear in its only symbol; None for any other."""
+    """Returns the exact zero of an expression that is linear in its only symbol; None for other expressions."""
     names = symbols(expression)
     if len(names) != 1:
         return None
@@ -243,7 +244,7 @@ def linear_root(expression: Expression) -> Expression | None:
     slope = values[1] - values[0]
     if not slope or values[2] - values[1] != slope:
         return None
-    # Three points lie on a line for other functions too: the zero is tried.
+    # Three points can lie on a line for a non-linear function too, so the expression is evaluated at the zero.
     root = Expression("number", value=-values[0] / slope)
     line = difference(expression, Expression("multiply", (Expression("number", value=slope), difference(
         Expression("symbol", name=name), root))))  # fmt: skip
@@ -274,7 +275,7 @@ def replace_symbol(expression: Expression, name: str, value: Expression) -> Expr
 
 
 def number_value(expression: Expression) -> Value | None:
-    """A symbol-free expression's value in floating point; None where there is none."""
+    """Returns the floating-point value of an expression without symbols; None if it has no value."""
     try:
         value = compute_both(expression, Expression("number"), {}).left
     except (Undefined, TooCostly):
@@ -284,7 +285,7 @@ def number_value(expression: Expression) -> Value | None:
 
 @functools.lru_cache(maxsize=1024)
 def order_key(text: str) -> float | None:
-    """The real value of an end of an interval, for sorting; None where it has symbols or none."""
+    """Returns the real value of an interval's end, for sorting; None if it has symbols or no real value."""
     try:
         expression = parse_expression(text)
     except NotAnExpression:
@@ -296,7 +297,7 @@ def order_key(text: str) -> float | None:
 
 
 def short_value(text: str) -> str | None:
-    """A fraction exactly, thirty digits of another number; None where that is not enough, or not to be had at once."""
+    """Returns an exact fraction, or thirty digits of another number; None if those do not suffice or cost too much."""
     try:
         expression = parse_expression(text)
         if symbols(expression):

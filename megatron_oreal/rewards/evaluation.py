@@ -1,6 +1,6 @@
-"""Values of expressions: exact fractions where there are only those, else floating point of any precision.
+"""Evaluates expressions: as exact fractions if all parts are rational, else in floating point of any precision.
 
-Nothing here can run long: exact integers stay below MAX_BITS, precisions below MAX_PRECISION.
+The limits MAX_BITS on exact integers and MAX_PRECISION on precisions bound the time of every evaluation.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Value = Any  # mpf, mpc: mpmath has no types
 
 
 class Undefined(ValueError):
-    """There is no value, such as that of 1/0."""
+    """Signals that an expression has no value, such as 1/0."""
 
 
 class TooCostly(ValueError):
-    """Its size is beyond what is computed."""
+    """Signals that a value exceeds the size limits."""
 
 
 def rational(expression: Expression) -> Fraction | None:
-    """The exact value; None where it is not a fraction, not known to be one, or too large. Errors: Undefined."""
+    """Returns the exact value; None if it is not a fraction, not known to be one, or too large. Raises Undefined."""
     operation = expression.operation
     if operation == "number":
         return expression.value
@@ -84,7 +84,7 @@ def exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
 
 
 def exact_root(base: Fraction, index: Fraction, times: int = 1) -> Fraction | None:
-    """The real root where it is a fraction."""
+    """Returns the real root if it is a fraction, else None."""
     if index.denominator != 1 or not 1 <= index <= 64:
         return None
     degree = int(index)
@@ -167,7 +167,7 @@ def has_logarithm_without_base(expression: Expression) -> bool:
 
 
 class ThreadContext(threading.local):
-    """mpmath's state, one for each thread; making one takes longer than most evaluations."""
+    """Holds one mpmath context per thread, because making one takes longer than most evaluations."""
 
     def __init__(self) -> None:
         self.context = MPContext()
@@ -182,7 +182,7 @@ CONTEXT = ThreadContext()
 
 
 class Evaluator:
-    """Floating-point values at one precision; remembers the largest and smallest magnitudes that it met, in bits."""
+    """Computes floating-point values at one precision; records the largest and smallest magnitudes, in bits."""
 
     def __init__(self, precision: int, environment: Mapping[str, Value], context: MPContext) -> None:
         self.context = context
@@ -237,7 +237,7 @@ class Evaluator:
         return self.without_noise(context.mpmathify(FLOATING[operation](context, *values)), values)
 
     def without_noise(self, result: Value, arguments: list[Value]) -> Value:
-        """Zero for sin(pi), and for the real part of exp(i pi/2): parts far below what the precision can tell."""
+        """Replaces parts far below the precision by zero, such as sin(pi) and the real part of exp(i pi/2)."""
         context = self.context
         scale = min([abs(argument) for argument in arguments if argument] or [context.one])
         smallest = min(scale, context.one) * context.mpf(2) ** (60 - self.precision)
@@ -248,7 +248,7 @@ class Evaluator:
         return context.mpc(real, imaginary) if imaginary else real
 
     def sum(self, values: list[Value]) -> Value:
-        """What is left of a cancellation is rounding error, hence zero."""
+        """Sums the terms; a result after cancellation that is within rounding error becomes zero."""
         total = self.context.fsum(values)
         largest = max(map(abs, values))
         if abs(total) < largest * self.context.mpf(2) ** (40 - self.precision):

@@ -1,7 +1,7 @@
-r"""Parses one mathematical expression in normalised LaTeX into a tree; nothing is evaluated here.
+r"""Parses one mathematical expression in normalised LaTeX into a tree, without evaluating it.
 
-`2x^2+\sin 30^\circ` becomes nested `Expression`s. What is no expression (a list, an equation, words) is refused with
-NotAnExpression, so that the caller can try something else. Time is linear in the text.
+`2x^2+\sin 30^\circ` becomes nested `Expression`s. The parser raises NotAnExpression for any other text (a list, an
+equation, words), so that the caller can try another reading. It takes time linear in the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_oreal.rewards.vocabulary import (
 )
 
 MAX_TOKENS = 1500
-MAX_DEPTH = 120  # of calls of `sum`; text nested over 50 deep never comes here
+MAX_DEPTH = 120  # of calls of `sum`; the caller rejects text nested over 50 deep
 
 INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 TOKEN = re.compile(
@@ -42,12 +42,12 @@ REPEATING = re.compile(r"(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s?
 
 
 class NotAnExpression(ValueError):
-    """The text is something else than one expression, or more than is looked at."""
+    """Signals that the text is not one expression, or exceeds the parser's limits."""
 
 
 @dataclass(slots=True, frozen=True)
 class Expression:
-    """`operation` on `operands`; "number" has a value, "symbol" a name, "add" and "multiply" any number of operands."""
+    """Applies `operation` to `operands`: "number" has a value, "symbol" a name, "add" and "multiply" any operands."""
 
     operation: str
     operands: tuple[Expression, ...] = ()
@@ -89,7 +89,7 @@ def difference(left: Expression, right: Expression) -> Expression:
 
 @functools.lru_cache(maxsize=1024)
 def parse_expression(text: str, sign: int = 1) -> Expression:
-    r"""Returns the tree; \pm is read as `sign`, \mp as its opposite. Errors: NotAnExpression."""
+    r"""Returns the tree; \pm is read as `sign`, \mp as its opposite. Raises NotAnExpression."""
     parser = Parser(tokenize(text), sign)
     expression = parser.sum()
     if parser.position < len(parser.tokens):
@@ -112,7 +112,7 @@ def tokenize(text: str) -> list[Token]:
 
 
 def repeating_value(text: str) -> Fraction:
-    r"""0.1\overline{6} is 1/6."""
+    r"""Returns the value of a repeating decimal: 0.1\overline{6} is 1/6."""
     found = REPEATING.fullmatch(text)
     assert found is not None
     period = re.sub(r"\D", "", found["rest"])
@@ -123,14 +123,14 @@ def repeating_value(text: str) -> Fraction:
 
 @dataclass(slots=True)
 class Parser:
-    """Recursive descent; each method reads from `position` on."""
+    """Parses by recursive descent; each method reads from `position` on."""
 
     tokens: list[Token]
     sign: int
     position: int = 0
     depth: int = 0
-    num_bars: int = 0  # open |
-    is_angle: bool = False  # in the argument of a trigonometric function, where a degree is pi/180
+    num_bars: int = 0  # absolute-value bars that are open
+    is_angle: bool = False  # True in the argument of a trigonometric function, where a degree is pi/180
 
     def peek(self, offset: int = 0) -> Token:
         index = self.position + offset
@@ -169,7 +169,7 @@ class Parser:
         return sign
 
     def term(self, sign: int) -> Expression:
-        """Side by side binds more tightly than the signs of multiplication and division: 1/2x is 1/(2x)."""
+        """Parses a term. Juxtaposition binds more tightly than multiplication and division signs: 1/2x is 1/(2x)."""
         factors = self.juxtaposed()
         while True:
             if self.accept(r"\cdot"):
@@ -214,7 +214,7 @@ class Parser:
         return self.marked(Expression("power", (base, exponent)))
 
     def script(self) -> Expression:
-        r"""What stands behind ^: a group, or one sign, digit run, letter or command."""
+        r"""Parses the exponent after ^: a group, or one sign, digit run, letter or command."""
         if self.accept("{"):
             inner = self.sum()
             self.expect("}")
@@ -227,7 +227,7 @@ class Parser:
         return self.marked(self.atom())
 
     def marked(self, operand: Expression) -> Expression:
-        """With the marks that may follow: factorial, percent, degrees."""
+        """Applies the marks that may follow a value: factorial, percent, degrees."""
         while True:
             if self.accept("!"):
                 operand = Expression("factorial", (operand,))
@@ -278,7 +278,7 @@ class Parser:
         return inner
 
     def mixed(self, value: Fraction) -> Expression:
-        r"""2\frac{1}{2} is 2 + 1/2; a number alone otherwise."""
+        r"""Parses a mixed number, 2\frac{1}{2} as 2 + 1/2, or a number alone."""
         ahead = [self.peek(offset) for offset in range(7)]
         texts = [token.text for token in ahead]
         is_fraction = texts[:2] == [r"\frac", "{"] and texts[3:5] == ["}", "{"] and texts[6:] == ["}"]
@@ -293,7 +293,7 @@ class Parser:
         return self.symbol(letter)
 
     def combination(self, letter: str) -> Expression | None:
-        """C(10,3), C_{10}^3 and C^3_{10}; None where the letter is a variable."""
+        """Parses C(10,3), C_{10}^3 and C^3_{10}; returns None if the letter is a variable."""
         texts = [self.peek(offset).text for offset in range(12)]
         flat = "".join(texts)
         found = re.match(r"\((\d+),(\d+)\)", flat) if letter != "A" else None
@@ -311,7 +311,7 @@ class Parser:
         return Expression("binom" if letter == "C" else "permutations", (number(upper), number(lower)))
 
     def combination_behind_superscript(self) -> Expression:
-        """{}^{10}C_3 and {}_{10}C_3, behind the empty group."""
+        """Parses {}^{10}C_3 and {}_{10}C_3, after the empty group."""
         self.take()
         upper = self.script()
         token = self.take()
@@ -364,7 +364,7 @@ class Parser:
         return self.symbol(rf"\{name}")
 
     def holds_sum(self) -> bool:
-        """Whether the group ahead is a sum, as under the bar of a complex conjugate."""
+        """Returns whether the next group is a sum, such as under the bar of a complex conjugate."""
         offset = 1
         while self.peek(offset).text not in ("}", "{", ""):
             if self.peek(offset).text in ("+", "-"):
@@ -392,7 +392,7 @@ class Parser:
         return Expression("root", (self.argument(), index))
 
     def function(self, name: str) -> Expression:
-        """sin x, sin^2 x, sin^{-1} x, log_2 x, log_{2}(x)."""
+        """Parses a function: sin x, sin^2 x, sin^{-1} x, log_2 x, log_{2}(x)."""
         base = power = None
         for _ in range(2):
             if name in ("log",) and base is None and self.accept("_"):

@@ -1,4 +1,4 @@
-"""Tells the user of failures without telling of each: the first, the second, the fourth, the eighth and so on."""
+"""Logs some of many failures: the first, the second, the fourth, the eighth and so on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from megatron_oreal.types import Notify
 
 
 class FailureNotes:
-    """Any thread may add failures."""
+    """Counts failures and logs some of them. Any thread may add failures."""
 
     def __init__(self, what: str, notify: Notify) -> None:
-        """`what` begins the line: "the judge gave no opinion on"."""
+        """`what` begins the logged line, for example "the judge gave no opinion on"."""
         self.what, self.notify = what, notify
         self.count = 0  # of the whole run
         self.next_note = 1

@@ -1,4 +1,4 @@
-"""What an answer may be at its top level; expressions in it stay LaTeX."""
+"""Defines the forms that an answer can have at its top level; the expressions within a form stay LaTeX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_oreal.rewards.units import Factors
 
 @dataclass(slots=True, frozen=True)
 class Scalar:
-    """One expression or word, or what is not understood."""
+    """One expression or word, or text that the parser does not understand."""
 
     text: str
 
@@ -24,7 +24,7 @@ class Collection:
 
 @dataclass(slots=True, frozen=True)
 class Assignment:
-    """`x = 5`, `f(x) = x^2 = xx`, `x \\in [1,2]`: a name and its values, which have to agree."""
+    """A name and its values, which must agree: `x = 5`, `f(x) = x^2 = xx`, `x \\in [1,2]`."""
 
     name: str
     values: tuple[Form, ...]
@@ -37,7 +37,7 @@ class Equation:
 
 @dataclass(slots=True, frozen=True)
 class Inequality:
-    """Operands that ascend: `a < b` for `b > a`; `is_strict` for each sign."""
+    """Operands in ascending order: `b > a` becomes `a < b`; `is_strict` has one entry per sign."""
 
     operands: tuple[str, ...]
     is_strict: tuple[bool, ...]
@@ -53,16 +53,16 @@ class Interval:
 
 @dataclass(slots=True, frozen=True)
 class Region:
-    """A union of intervals (points are closed ones of no length), of a variable where one was named."""
+    """A union of intervals, of a variable if one was named; points are closed intervals of length zero."""
 
     intervals: tuple[Interval, ...]
     variable: str = ""
-    excluded: tuple[str, ...] = ()  # points taken out
+    excluded: tuple[str, ...] = ()  # points that the region leaves out
 
 
 @dataclass(slots=True, frozen=True)
 class Declaration:
-    r"""`k \in \mathbb{Z}`."""
+    r"""The declaration of an integer: `k \in \mathbb{Z}`."""
 
     name: str
     number_set: str
@@ -76,7 +76,7 @@ class Measured:
 
 @dataclass(slots=True, frozen=True)
 class Approximated:
-    r"""`\\sqrt{2} \\approx 1.41`: the exact value counts."""
+    r"""An approximation such as `\\sqrt{2} \\approx 1.41`; the exact value counts."""
 
     exact: Form
     approximation: str
@@ -96,7 +96,7 @@ class Congruence:
 
 @dataclass(slots=True, frozen=True)
 class Table:
-    """A matrix, or the rows of a case distinction."""
+    """The rows of a matrix or of a case distinction."""
 
     kind: Literal["matrix", "determinant", "cases"]
     rows: tuple[tuple[str, ...], ...]

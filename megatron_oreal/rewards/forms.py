@@ -1,7 +1,7 @@
-r"""The outer form of a normalised answer: a list, a tuple, an interval, named values, an equation, a matrix.
+r"""Parses the outer form of a normalised answer: a list, a tuple, an interval, named values, an equation, a matrix.
 
 `parse_form` splits the text at its top level and stops at expressions, which stay LaTeX (`Scalar`). Conventions: a bare
-list and a set in braces are the same, a tuple is neither; `(1,2)` is a tuple that may be read as an open interval.
+list and a set in braces are the same; a tuple is neither; `(1,2)` is a tuple, which can also mean an open interval.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_oreal.rewards.units import Factors, parse_quantity
 MAX_ELEMENTS = 500
 
 
-# A comma before three digits and nothing else separates thousands.
+# Only a comma before exactly three digits separates thousands.
 JOINTS = r", |(?<!\d),|,(?!\d{3}(?!\d))|;|\\text\{(?:and|or|and/or)\}|\\lor(?![a-zA-Z])|\\land(?![a-zA-Z])"
 ALL_COMMAS = r"[,;]|\\text\{(?:and|or)\}"
 JOINT_WORDS = re.compile(r"(?:^| )(and|or)(?: |$)")
@@ -62,7 +62,7 @@ ENVIRONMENT = re.compile(
     re.DOTALL,
 )
 ALL_BUT = re.compile(r"\\text\{all real numbers except(?: for)?\} ?(?:[a-z] ?= ?)?(?P<points>.+)", re.IGNORECASE)
-# 5 hours and 30 minutes.
+# Several units make one value: 5 hours and 30 minutes.
 COMPOUND = re.compile(
     r"(\\text\{(?:hours?|hrs?|feet|foot|ft|pounds?|lbs?|days?|weeks?|years?|minutes?|min|dollars?))(?: and)?\},? ?"
     r"(?:\\text\{and\} ?)?(?=\d{1,9} ?\\text\{(?:minutes?|min|inch(?:es)?|in|ounces?|oz|hours?|months?|days?|"
@@ -103,7 +103,7 @@ def parse_form(text: str) -> Form:
 
 
 def measured(value: Form, unit: Factors | None) -> Form:
-    """The unit of `x = 5 \\text{cm}` belongs to the value."""
+    """Attaches the unit in `x = 5 \\text{cm}` to the value."""
     if unit is None:
         return value
     if isinstance(value, Assignment):
@@ -112,7 +112,7 @@ def measured(value: Form, unit: Factors | None) -> Form:
 
 
 def flattened(forms: Iterable[Form]) -> tuple[Form, ...]:
-    r"""`1, -1, 2, -2` for `\pm 1, \pm 2`."""
+    r"""Expands `\pm 1, \pm 2` to `1, -1, 2, -2`."""
     elements: list[Form] = []
     for form in forms:
         elements += form.elements if isinstance(form, Collection) and form.kind == "list" else [form]
@@ -120,7 +120,7 @@ def flattened(forms: Iterable[Form]) -> tuple[Form, ...]:
 
 
 def scaled(value: str, scale: Fraction) -> str:
-    """The value times the scale, as a number where it is one."""
+    """Returns the value times the scale, as a number if the value is one."""
     if scale == 1:
         return value
     number = parse_number(value)
@@ -148,7 +148,7 @@ def with_brackets(pattern: str) -> re.Pattern[str]:
 
 
 def split_top_level(text: str, pattern: str) -> tuple[list[str], list[str]]:
-    """The parts between matches outside of all brackets, and the matches."""
+    """Returns the parts between the matches outside of all brackets, and those matches."""
     parts, marks = [], []
     depth = begin = 0
     for found in with_brackets(pattern).finditer(text):
@@ -164,7 +164,7 @@ def split_top_level(text: str, pattern: str) -> tuple[list[str], list[str]]:
 
 
 def split_list(text: str) -> tuple[list[str], list[str]]:
-    """The elements of a bare list, and the words between them; the text alone when it is none."""
+    """Returns the elements of a bare list and the words between them; other text is returned as the only element."""
     text = TEXT.sub(separate_joints, text)
     parts, marks = split_top_level(text, JOINTS)
     if any(mark.startswith(r"\text") for mark in marks):
@@ -177,7 +177,7 @@ def split_list(text: str) -> tuple[list[str], list[str]]:
 
 
 def is_only_oxford(parts: list[str], marks: list[str]) -> bool:
-    """Whether parts are empty only between a comma and the word behind it: `1, 2, and 3`."""
+    """Returns whether parts are empty only between a comma and the word after it: `1, 2, and 3`."""
     if len(marks) < 2 or not parts[0] or not parts[-1]:
         return False
     return all(part or (marks[place - 1] == "," and marks[place] != ",") for place, part in enumerate(parts) if place)
@@ -187,7 +187,7 @@ JOINT_OF = {r"\text{and}": "and", r"\text{or}": "or", r"\lor": "or", r"\land": "
 
 
 def separate_joints(found: re.Match[str]) -> str:
-    r"""`\text{Tom} \text{and} \text{Ann}` for `\text{Tom and Ann}`."""
+    r"""Splits `\text{Tom and Ann}` into `\text{Tom} \text{and} \text{Ann}`."""
     parts = JOINT_WORDS.split(found[1])
     if len(parts) == 1:
         return found[0]
@@ -242,7 +242,7 @@ def parse_relation(text: str) -> Form | None:
 
 
 def parse_approximation(text: str, operands: list[str], signs: list[str]) -> Form | None:
-    r"""`x = \sqrt2 \approx 1.41`; `x \approx 1.41` is `x = 1.41`."""
+    r"""Parses `x = \sqrt2 \approx 1.41`; `x \approx 1.41` means `x = 1.41`."""
     place = signs.index(r"\approx")
     if place == 0 and is_name(operands[0]) and len(operands) == 2:
         return parse_equations(operands)
@@ -297,7 +297,7 @@ def parse_inequality(operands: list[str], signs: list[str]) -> Form | None:
 
 
 def parse_region(text: str) -> Region | None:
-    r"""Intervals with at least one bracket, unions, \mathbb{R}, sets without points, `\{x \mid x > 2\}`."""
+    r"""Parses intervals with at least one bracket, unions, \mathbb{R}, sets without points, `\{x \mid x > 2\}`."""
     if text in REALS:
         return Region((INFINITE,))
     if text.replace(" ", "") in (r"\{\}", r"\emptyset"):
@@ -339,7 +339,7 @@ def parse_interval(text: str, is_pair_allowed: bool) -> Region | None:
 
 
 def parse_set_builder(text: str) -> Form | None:
-    r"""The condition of `\{x \mid x > 2\}`."""
+    r"""Returns the condition of `\{x \mid x > 2\}`."""
     if not (text.startswith(r"\{") and text.endswith(r"\}")):
         return None
     parts, marks = split_top_level(text[2:-2], r"\||:|\\text\{such that\}")
@@ -353,7 +353,7 @@ def parse_set_builder(text: str) -> Form | None:
 
 
 def is_enclosed(text: str, width: int) -> bool:
-    """Whether the bracket at the start is closed at the end and not before; `width`: of the opening mark."""
+    """Returns whether the first bracket closes exactly at the end; `width` is the length of the opening mark."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character in OPEN) - (character in CLOSE)
@@ -363,7 +363,7 @@ def is_enclosed(text: str, width: int) -> bool:
 
 
 def parse_enclosed(text: str) -> Form | None:
-    """A tuple, a set, or the content of parentheses."""
+    """Parses a tuple, a set, or the content of parentheses."""
     if text.startswith(r"\langle") and text.endswith(r"\rangle"):
         text = f"({text[7:-7]})"
     is_set = text.startswith(r"\{") and text.endswith(r"\}")

@@ -1,7 +1,7 @@
-"""A reward function of the user's own, `verifier.function`, called in worker processes that can be killed.
+"""Calls the user's reward function, `verifier.function`, in worker processes that can be killed.
 
-A call that spends `verifier.cpu_seconds` is a "timeout", one whose process ends twice is a "crash", one that raises an
-error or returns no finite number is "reward_failed": all three are counted and left out of training.
+A call that uses up `verifier.cpu_seconds` has the status "timeout", one whose process ends twice "crash", and one that
+raises an error or returns no finite number "reward_failed". The run counts all three and does not train on them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Request = dict[str, Any]
 
 
 class FunctionProcess(WorkerProcess):
-    """One process that has imported the function. Errors: ValueError where that fails."""
+    """A process that has imported the function. Raises ValueError if the import fails."""
 
     def call(self, request: Request) -> Request:
-        """The worker's reply, or {"status": "timeout"} or {"status": "crash"} of a process that has ended."""
+        """Returns the worker's reply; if the process has ended, {"status": "timeout"} or {"status": "crash"}."""
         if not self.send(request):
             return {"status": "crash"}
         line = self.read_line(self.wall_seconds)
@@ -35,7 +35,7 @@ class FunctionProcess(WorkerProcess):
 
 
 class FunctionPool(ProcessPool["Request | None", Request, FunctionProcess]):
-    """Calls the function in up to `num_workers` processes. The job None only makes sure that a process runs."""
+    """Calls the function in up to `num_workers` processes. The job None only ensures that a process runs."""
 
     def __init__(self, function: str, num_workers: int, cpu_seconds: float, memory_bytes: int) -> None:
         super().__init__(num_workers)
@@ -78,7 +78,7 @@ class FunctionVerifier(Closing):
         return max(4, self.pool.num_workers)
 
     def check(self) -> None:
-        """Imports the function. Raises ValueError, one line, where that is impossible."""
+        """Imports the function. Raises a one-line ValueError if that is impossible."""
         self.pool.submit_many([None])[0].result()
 
     def verify_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:

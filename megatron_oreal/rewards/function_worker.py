@@ -1,4 +1,4 @@
-"""What a worker process does with a reward function of the user's own: import it, and call it within a budget.
+"""Imports the user's reward function in a worker process, and calls it within a budget of CPU time.
 
 in   {"prompt": {...}, "response": "..."}, see own_rewards.request_of
 out  {"ready": true} or {"error": "one line"}; for each response {"reward": ...} or {"error": "one line"}
@@ -33,7 +33,7 @@ def serve_function(path: str, budget: Budget, replies: int) -> None:
         send(replies, json.dumps({"error": str(error)}))
         return
     send(replies, json.dumps({"ready": True}))
-    os.dup2(1, 2)  # what the function prints goes nowhere
+    os.dup2(1, 2)  # discards what the function prints
     for line in sys.stdin.buffer:
         job = json.loads(line)
         budget.start()
@@ -43,7 +43,7 @@ def serve_function(path: str, budget: Budget, replies: int) -> None:
 
 
 def load_function(path: str) -> RewardFunction:
-    """Imports `package.module:function`. Raises ValueError, one line, where that is not a function of two arguments."""
+    """Imports `package.module:function`. Raises a one-line ValueError if it is not a function of two arguments."""
     module_name, _, name = path.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -51,7 +51,7 @@ def load_function(path: str) -> RewardFunction:
     except ModuleNotFoundError as error:
         where = f"{error.name!r} is not in the working directory, on PYTHONPATH, or installed"
         raise ValueError(f"verifier.function: {path} cannot be imported: {where}") from None
-    except BaseException as error:  # noqa: BLE001  # whatever the user's module does when it is imported
+    except BaseException as error:  # noqa: BLE001  # the user's module may raise anything at import
         raise ValueError(f"verifier.function: importing {module_name} fails: {in_one_line(error)}") from None
     for part in name.split("."):
         if not hasattr(found, part):
@@ -66,7 +66,7 @@ def load_function(path: str) -> RewardFunction:
             f"verifier.function: {path} must take two arguments, the prompt and the response ({error})"
         ) from None
     except ValueError:
-        pass  # a function in C does not tell its arguments
+        pass  # a function written in C has no signature
     function: RewardFunction = found
     return function
 
@@ -76,14 +76,14 @@ def read_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def call(function: RewardFunction, prompt: Prompt, response: str) -> str:
-    """One reply, as JSON. Random numbers depend on the response alone, not on what this process did before."""
+    """Returns one reply as JSON. The response alone seeds random numbers, not what this process did before."""
     seed_random_numbers(f"{prompt.id}\0{response}")
     try:
         value = function(prompt, response)
         if inspect.isawaitable(value):
             value = asyncio.run(finish(value))
         return json.dumps({"reward": as_json(value)})
-    except BaseException as error:  # noqa: BLE001  # whatever the user's function raises, SystemExit too
+    except BaseException as error:  # noqa: BLE001  # the user's function may raise anything, SystemExit too
         return json.dumps({"error": in_one_line(error)})
 
 
@@ -98,7 +98,7 @@ def seed_random_numbers(seed: str) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """A number, a `Verdict` (or whatever has its fields) and a mapping as JSON. Raises TypeError for anything else."""
+    """Converts a number, a `Verdict` (or an object with its fields) or a mapping to JSON, else raises TypeError."""
     if isinstance(value, dict):
         return {str(name): as_json(entry) for name, entry in value.items()}
     if hasattr(value, "reward") and hasattr(value, "status"):

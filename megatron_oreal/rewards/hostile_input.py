@@ -1,7 +1,7 @@
-"""What is never given to an algebra system: text that could run as code, and expressions that take ages to evaluate.
+"""Rejects text before it reaches an algebra system: text that could run as code, and expressions too slow to evaluate.
 
-A screen, not a proof: the budgets of the worker processes hold for what passes. Legitimate answers spelled like their
-reference never come here, because equal strings are decided before.
+The screen does not catch everything, so the budgets of the worker processes limit what passes. Answers spelled like
+their reference do not get here, because the verifier accepts equal strings first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2
 UNEVALUATED = re.compile(r"\\(?:sum|prod|coprod|i{0,3}int|oint|lim|limsup|liminf|bigcup|bigcap)(?![a-zA-Z])")
 SCIENTIFIC = re.compile(r"\d\s?[eE]\s?[+-]?\d{4,}")
 INTEGER = re.compile(r"\d+")
-# A group, a number or a name before the mark; groups one level deep are enough to see what a factorial is taken of.
+# A group, a number or a name before the mark; groups one level deep suffice to find a factorial's argument.
 FACTORIAL = re.compile(r"(?P<argument>(?<!\d)\d+|[)\]}])\s?!")
 COMBINATORIAL = re.compile(r"\\[dt]?binom|\\choose|\bbinom|\\atop|\)\s*_|(?<![a-zA-Z])[CP]\s*\(|[CP]_|\\Gamma|\\zeta")
 MATRIX_POWER = re.compile(r"\\end\{[a-z]*matrix\*?\}[^0-9a-zA-Z]{0,20}\^[^0-9a-zA-Z]{0,5}(\d+)")
@@ -28,9 +28,9 @@ PLAIN_POWER = re.compile(r"(?<!\d)\d+\^\d+")
 
 
 def refusal(text: str, may_be_unevaluated: bool = False) -> str | None:
-    """Why a text is not given to an algebra system; None where it may be.
+    """Returns the reason to refuse a text to the algebra system, or None to admit it.
 
-    `may_be_unevaluated`: sums, products, integrals and limits may pass, as those of a reference that is only spelled.
+    With `may_be_unevaluated`, sums, products, integrals and limits pass: only the spelling of a reference counts then.
     """
     if CODE.search(text) is not None:
         return "what could run as code"
@@ -52,12 +52,12 @@ def refusal(text: str, may_be_unevaluated: bool = False) -> str | None:
 
 
 def is_hostile(prediction: str) -> bool:
-    """Whether the answer of a response is refused unseen."""
+    """Returns whether the screen refuses the answer of a response."""
     return refusal(prediction) is not None
 
 
 def value_of_digits(digits: str) -> int:
-    """The integer, or a large one instead of a huge one."""
+    """Returns the integer, or a fixed large integer in place of a huge one."""
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) <= 9 else 10**9
 
@@ -67,7 +67,7 @@ def largest_integer(text: str) -> int:
 
 
 def has_large_exponent(text: str) -> bool:
-    """An exponent beyond the limit, three powers on top of each other, or a power of a power of that size."""
+    """Returns whether an exponent, also of a nested power, exceeds the limit, or three powers form a tower."""
     text = text.replace("**", "^").replace(" ", "")
     if any(is_large_exponent(exponent_after(text, index)) for index, mark in enumerate(text) if mark == "^"):
         return True
@@ -75,7 +75,7 @@ def has_large_exponent(text: str) -> bool:
 
 
 def total_exponent(text: str) -> int:
-    """The largest product of exponents that apply to one thing: 10^6 in (x^{1000})^{1000}."""
+    """Returns the largest product of exponents that apply to one base: 10^6 in (x^{1000})^{1000}."""
     largest = [1]  # of the text, then of each open group
     for index, character in enumerate(text):
         if character in "([{":
@@ -91,7 +91,7 @@ def total_exponent(text: str) -> int:
 
 
 def exponent_after(text: str, caret: int) -> str:
-    """What stands after the caret at index `caret`: a group with what follows it in a tower, or one token."""
+    """Returns the exponent after the caret at index `caret`: one token, or a group with the rest of its tower."""
     index = caret + 1
     depth = 0
     while index < len(text):
@@ -100,7 +100,7 @@ def exponent_after(text: str, caret: int) -> str:
             break
         depth += (character in "([{") - (character in ")]}")
         index += 1
-        # A token ends here unless a number goes on, as in x^100 of plain text, or the next power sits on top.
+        # The token ends here unless the number continues (x^100 in plain text) or another power follows.
         if depth == 0 and not re.match(r"[0-9a-zA-Z^]", text[index : index + 1]) and text[index - 1] not in "^-+\\":
             break
     return text[caret + 1 : index]
@@ -109,7 +109,7 @@ def exponent_after(text: str, caret: int) -> str:
 def is_large_exponent(exponent: str) -> bool:
     if exponent.count("^") >= 2 or largest_integer(exponent) > MAX_EXPONENT:
         return True
-    # Products and powers of numbers inside an exponent, bounded without evaluating them.
+    # Bound products and powers of numbers inside an exponent without evaluating them.
     bound = 1
     for found in PLAIN_POWER.findall(re.sub(r"[{}()]", "", exponent)):
         base, _, top = found.partition("^")
@@ -143,7 +143,7 @@ def has_large_factorial(text: str) -> bool:
 
 
 def group_before(text: str, closing: int) -> str:
-    """The content of the group that closes at index `closing`; all before it when it was never opened."""
+    """Returns the content of the group that closes at index `closing`, or all text before it if nothing opened it."""
     depth = 0
     for index in range(closing, -1, -1):
         depth += (text[index] in ")]}") - (text[index] in "([{")

@@ -1,4 +1,4 @@
-"""Unions of intervals: from conditions and sets, in one order, joined where they touch, without excluded points."""
+"""Builds unions of intervals from conditions and sets: sorted, joined where they touch, without excluded points."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_region(form: Form, algebra: Algebra) -> Region | None:
 
 
 def combined(regions: Sequence[Region], joint: str, algebra: Algebra) -> Region | None:
-    """The union of conditions joined by "or"; by "and", or by a comma where they overlap, what fulfils both."""
+    """Returns the union of conditions joined by "or"; the intersection for "and", or for a comma if they overlap."""
     variable = regions[0].variable
     excluded = tuple(point for region in regions for point in region.excluded)
     intervals = [interval for region in regions for interval in region.intervals]
@@ -47,7 +47,7 @@ def combined(regions: Sequence[Region], joint: str, algebra: Algebra) -> Region 
 
 
 def canonical_intervals(region: Region, algebra: Algebra) -> list[Interval]:
-    """Sorts intervals, joins those that touch and takes points out; leaves them as given where ends have symbols."""
+    """Sorts intervals, joins those that touch and removes points; does not change intervals whose ends have symbols."""
     keyed = []
     for interval in region.intervals:
         start, end = algebra.order_key(interval.start), algebra.order_key(interval.end)

@@ -1,7 +1,7 @@
-"""Posts JSON to a server that may misbehave: bounded concurrency, time and size, retries, no redirects.
+"""Posts JSON to a possibly faulty server: bounds concurrency, time and size, retries, and follows no redirects.
 
-One client has one event loop in a thread of its own. What a server answers never decides anything here but whether to
-try again: a caller gets parsed JSON, or a `RequestError` that says in one line what was wrong.
+Each client runs one event loop in its own thread. This module uses a server's answer only to decide whether to try
+again; the caller gets parsed JSON, or a `RequestError` that names the problem in one line.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from megatron_oreal.types import Metrics
 
 Result = TypeVar("Result")
 MAX_ANSWER_BYTES = 2**20
-MAX_PAUSE_SECONDS = 60.0  # before a retry, whatever the server asks for
+MAX_PAUSE_SECONDS = 60.0  # longest pause before a retry, even if the server asks for more
 MAX_SHOWN_CHARACTERS = 200  # of an answer, in an error
-# Request timeout, too early, too many requests, and a server that has trouble of its own; other statuses stay.
+# Request timeout, too early, too many requests, and server errors; a retry does not help with other statuses.
 PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -35,11 +35,11 @@ COUNTED = ("requests", "retries", "failed", "cached")
 
 
 class RequestError(Exception):
-    """A request that brought no answer, after all retries. The message is one line, without the API key."""
+    """Signals that a request failed after all retries. The message is one line, without the API key."""
 
 
 class PassingError(Exception):
-    """A failure that the next attempt may not meet."""
+    """Signals a failure that may not recur at the next attempt."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -47,7 +47,7 @@ class PassingError(Exception):
 
 
 def read_api_key(setting: str, variable: str) -> str:
-    """Returns the key, or "" where no variable is named. Raises ValueError, which never shows a key."""
+    """Returns the key, or "" if no variable is named. Raises ValueError, whose message never contains a key."""
     if not variable:
         return ""
     key = os.environ.get(variable, "").strip()
@@ -59,10 +59,10 @@ def read_api_key(setting: str, variable: str) -> str:
 
 
 class JsonClient(Closing):
-    """The requests to one address. Any thread may call `run`; the coroutines belong to the client's own loop."""
+    """Sends requests to one address. Any thread may call `run`; the coroutines run on the client's own loop."""
 
     def __init__(self, address: str, config: HttpConfig, setting: str) -> None:
-        """`setting` is the section that `config` stands in, for errors. Raises ValueError for a missing API key."""
+        """`setting` names the section of `config`, for errors. Raises ValueError for a missing API key."""
         self.address, self.config = address, config
         self.key = read_api_key(setting, config.api_key_env)
         self.counts: Counter[str] = Counter()  # since the last flush
@@ -75,7 +75,7 @@ class JsonClient(Closing):
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """Returns the coroutine's result; after `close` it raises RuntimeError."""
-        with self.lock:  # what is handed in before `close` is cancelled by it
+        with self.lock:  # `close` cancels coroutines submitted before it
             if self.is_closed:
                 coroutine.close()
                 raise RuntimeError("the client of a reward server is closed")
@@ -105,7 +105,7 @@ class JsonClient(Closing):
             self.seconds += time.monotonic() - begin
 
     def flush_metrics(self, prefix: str) -> Metrics:
-        """Returns what happened since the last call: requests, retries, failures, what was known, and the mean time."""
+        """Returns the counts since the last call (requests, retries, failures, cached answers) and the mean time."""
         counts, self.counts = self.counts, Counter()
         seconds, self.seconds = self.seconds, 0.0
         metrics: Metrics = {f"{prefix}/num_{name}": counts[name] for name in COUNTED}
@@ -114,7 +114,7 @@ class JsonClient(Closing):
         return metrics
 
     def close(self) -> None:
-        """Cancels what is under way; a thread that waits for it gets CancelledError."""
+        """Cancels running requests; a thread that waits for one gets CancelledError."""
         with self.lock:
             if self.is_closed:
                 return
@@ -131,7 +131,7 @@ class JsonClient(Closing):
             await self.session.close()
 
     def _open_session(self) -> aiohttp.ClientSession:
-        # Compressed answers are not asked for, and not unpacked: their size would have no bound.
+        # The client neither requests nor unpacks compressed answers, because their size would have no bound.
         headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -147,7 +147,7 @@ class JsonClient(Closing):
         if self.session is None:
             self.session = self._open_session()
         try:
-            # A redirect is refused: it would carry the key and the questions to another address.
+            # The client refuses redirects, because they would send the key and the questions to another address.
             async with self.session.post(self.address, data=data, allow_redirects=False) as response:
                 content = await self._read(response)
                 if response.status != 200:
@@ -173,7 +173,7 @@ class JsonClient(Closing):
         return bytes(content)
 
     def _shown(self, content: bytes | str) -> str:
-        """The beginning of an answer on one line; a server may repeat the key that it refuses."""
+        """Returns the beginning of an answer on one line, without the key, which an error of the server may repeat."""
         text = content.decode(errors="replace") if isinstance(content, bytes) else content
         if self.key:
             text = text.replace(self.key, "[key]")
@@ -182,7 +182,7 @@ class JsonClient(Closing):
 
 
 def retry_after_seconds(header: str) -> float:
-    """Reads seconds or a date; 0 for anything else."""
+    """Returns the seconds until a retry, from a number or a date; 0 for anything else."""
     try:
         return max(0.0, float(header))
     except ValueError:

@@ -1,7 +1,7 @@
-"""The judge: a language model behind an OpenAI-compatible API that compares an answer with the reference answer.
+"""Asks a judge, a language model behind an OpenAI-compatible API, to compare an answer with the reference answer.
 
-It is asked with temperature 0, one answer a request. Only a reply that is one of two words counts, on a line of its own
-and after any reasoning; every other reply, and every request that fails, is an opinion "failed".
+Each request has temperature 0 and asks about one answer. A reply counts only if it gives one of two words, on a line
+of its own and after any reasoning. Every other reply, and every failed request, gives the opinion "failed".
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from megatron_oreal.types import JudgeOpinion, Metrics, Notify
 SETTING = "verifier.judge"
 END_OF_REASONING = "</think>"
 DECORATION = " \t*_`\"'.:!#"
-KEPT_CHARACTERS = 500  # of a reply, in the file of opinions
+KEPT_CHARACTERS = 500  # characters of a reply that the file of opinions keeps
 FILLED = re.compile(rf"\{{({'|'.join(PLACEHOLDERS)})\}}")
-# What servers read as control tokens: <|im_end|>, </s>, <think>, <｜User｜>, [INST].
+# Text that servers tokenize as control tokens: <|im_end|>, </s>, <think>, <｜User｜>, [INST].
 CONTROL_TOKEN = re.compile(r"<(?=[|｜/\w])|\[(?=/?[A-Z_]{3,}\])")
 
 
@@ -42,14 +42,14 @@ class JudgeQuestion:
 
 
 class ReplyError(Exception):
-    """The server's answer holds no opinion; the message says why."""
+    """Signals that the server's answer holds no opinion; the message says why."""
 
 
 class Judge(Closing):
-    """Any thread may call `ask_many`; its requests run on the client's event loop, and equal ones only once."""
+    """Asks the judge. Any thread may call `ask_many`; equal requests run once, on the client's event loop."""
 
     def __init__(self, config: JudgeConfig, cache_path: Path, notify: Notify) -> None:
-        """Raises ValueError for a missing API key or a file of opinions that is none."""
+        """Raises ValueError for a missing API key, or if the configured file does not hold opinions."""
         self.config = config
         path = "/chat/completions" if config.api == "chat" else "/completions"
         self.cache = JudgeCache(config.cache or cache_path, notify)
@@ -59,7 +59,7 @@ class Judge(Closing):
         self.failures = FailureNotes("the judge gave no opinion on", notify)
 
     def check(self) -> None:
-        """Asks something plain. Raises ValueError, one line, where the server does not answer as a judge does."""
+        """Asks a simple question. Raises a one-line ValueError if the server does not answer as a judge does."""
         body = request_body(self.config, JudgeQuestion("What is 1 + 1?", "2", "2"))
         try:
             is_accepted, _ = read_opinion(self.client.run(self.client.post(body)), self.config)
@@ -75,11 +75,11 @@ class Judge(Closing):
             )
 
     def ask_many(self, questions: Sequence[JudgeQuestion]) -> list[JudgeOpinion]:
-        """Returns an opinion on each answer, in their order; "failed" where the judge gave none."""
+        """Returns an opinion on each answer, in the given order; "failed" if the judge gave none."""
         return self.client.run(self._ask_many(questions)) if questions else []
 
     def flush_metrics(self) -> Metrics:
-        """What was asked since the last call: it depends on the file and the server, the verdicts do not."""
+        """Returns counts since the last call. They depend on the file and the server; the verdicts do not."""
         return self.client.flush_metrics("time/judge")
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ def request_body(config: JudgeConfig, question: JudgeQuestion) -> dict[str, Any]
 
 
 def fill_prompt(prompt: str, question: JudgeQuestion) -> str:
-    """Replaces all placeholders at once: what an answer says is never read as a placeholder."""
+    """Replaces all placeholders in one pass, so that text of an answer is never read as a placeholder."""
     values = {
         "question": without_control_tokens(question.question),
         "reference": on_one_line(question.reference),
@@ -136,23 +136,23 @@ def fill_prompt(prompt: str, question: JudgeQuestion) -> str:
 
 
 def on_one_line(text: str) -> str:
-    """An answer cannot begin a line of its own, where it could pass for the prompt's words."""
+    """Puts an answer on one line, because text on a new line could look like part of the prompt."""
     return " ".join(without_control_tokens(text).split())
 
 
 def without_control_tokens(text: str) -> str:
-    """Puts a blank behind each bracket that may begin a control token of a chat template."""
+    """Inserts a space after each bracket that may begin a control token of a chat template."""
     return CONTROL_TOKEN.sub(lambda match: match[0] + " ", text)
 
 
 def question_key(config: JudgeConfig, question: JudgeQuestion) -> str:
-    """A digest of all that the opinion depends on: the request, the API and the two words. The address is not part."""
+    """Returns a digest of the opinion's inputs: the request, the API and the two words, but not the address."""
     parts = [request_body(config, question), config.api, config.accept_word, config.reject_word]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read_opinion(payload: Any, config: JudgeConfig) -> tuple[bool, str]:
-    """Returns whether the answer is accepted, and the reply. Raises ReplyError for anything but one plain opinion."""
+    """Returns whether the judge accepts the answer, and the reply. Raises ReplyError without one clear opinion."""
     text = reply_text(payload, config)
     _, mark, rest = text.rpartition(END_OF_REASONING)
     if not mark and "<think>" in rest:
@@ -167,7 +167,7 @@ def read_opinion(payload: Any, config: JudgeConfig) -> tuple[bool, str]:
 
 
 def bare(line: str) -> str:
-    """Without the Markdown and the punctuation around a word, in small letters."""
+    """Returns a word in lower case, without Markdown and punctuation around it."""
     return line.strip(DECORATION).casefold()
 
 

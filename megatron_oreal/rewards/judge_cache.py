@@ -1,7 +1,7 @@
-"""A file of what the judge has said: the same question is never paid for twice, also by another process or run.
+"""Stores the judge's opinions in a file, so that no process or run asks the same question again.
 
-SQLite's own locks make it safe for several processes of one machine. Only opinions are kept, no failures. Where the
-file cannot be read or written, the judge is asked: the file saves time and decides nothing.
+SQLite's locks make the file safe for several processes of one machine. The file holds opinions, not failures. If it
+cannot be read or written, the verifier asks the judge: the file saves requests and changes no verdict.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from megatron_oreal.observability.closing import Closing
 from megatron_oreal.types import Notify
 
-LOCK_SECONDS = 10.0  # to wait for another process
+LOCK_SECONDS = 10.0  # longest wait for another process
 TABLE = "CREATE TABLE IF NOT EXISTS opinions (key TEXT PRIMARY KEY, is_accepted INTEGER NOT NULL, reply TEXT NOT NULL)"
 
 
 class JudgeCache(Closing):
-    """Known opinions by their key. One thread owns the connection, so that a slow disk does not hold requests up."""
+    """Maps keys to known opinions. One thread owns the connection, so that a slow disk does not delay requests."""
 
     def __init__(self, path: Path, notify: Notify) -> None:
         self.path, self.notify = path, notify
@@ -28,7 +28,7 @@ class JudgeCache(Closing):
         self.is_broken = False
 
     def check(self) -> None:
-        """Raises ValueError where the file is there and is not a file of opinions."""
+        """Raises ValueError if the file exists and is not a file of opinions."""
         if not self.path.exists():
             return
         try:
@@ -45,11 +45,11 @@ class JudgeCache(Closing):
             ) from None
 
     async def find(self, key: str) -> bool | None:
-        """Whether the answer was accepted; None where the judge has not been asked."""
+        """Returns whether the judge accepted the answer; None if no opinion is stored."""
         return await asyncio.wrap_future(self.thread.submit(self._find, key))
 
     async def add(self, key: str, is_accepted: bool, reply: str) -> bool:
-        """Keeps an opinion and returns the one that counts: the first, where two processes asked at once."""
+        """Stores an opinion and returns the one that counts: the first, if two processes asked at the same time."""
         return await asyncio.wrap_future(self.thread.submit(self._add, key, is_accepted, reply))
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class JudgeCache(Closing):
         return self.connection
 
     def _give_up(self, error: Exception) -> None:
-        """Says it once; later calls may succeed."""
+        """Logs the problem once; later calls may succeed."""
         if not self.is_broken:
             self.is_broken = True
             self.notify(f"the judge's file of opinions {self.path} fails ({error}); the judge is asked again instead")

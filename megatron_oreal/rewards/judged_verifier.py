@@ -1,7 +1,7 @@
-"""Rules or judge: a judge is asked about the answers that the rules do not accept, and its word counts.
+"""Asks a judge about the answers that the rules do not accept; the judge's opinion decides those.
 
-The reference code of OREAL (arXiv:2502.06781) rewards a response that the rules or a language model accept. There a
-judge that fails makes the answer wrong; here such a sample is "judge_failed" and left out of training.
+The reference code of OREAL (arXiv:2502.06781) rewards a response that the rules or a language model accept. It treats
+an answer as wrong if the judge fails; here such a sample has the status "judge_failed" and no training uses it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megatron_oreal.rewards.judge import Judge, JudgeQuestion
 from megatron_oreal.rewards.math_verifier import MathVerifier
 from megatron_oreal.types import JudgeOpinion, Metrics, Prompt, Verdict
 
-SHOWN_CHARACTERS = 2000  # of the end of a response without an answer of its own
+SHOWN_CHARACTERS = 2000  # characters of a response's end that the judge sees if there is no answer
 
 
 class JudgedVerifier(Closing):
-    """The rules, and behind them the judge."""
+    """Applies the rules first, and then the judge."""
 
     def __init__(self, rules: MathVerifier, judge: Judge, answer_rule: AnswerRule = "last_box") -> None:
         self.rules, self.judge, self.config = rules, judge, judge.config
@@ -29,7 +29,7 @@ class JudgedVerifier(Closing):
 
     @property
     def num_concurrent(self) -> int:
-        """Each group waits for the judge's answers, so enough of them are needed to keep the requests busy."""
+        """Returns enough groups to keep all requests busy, because each group waits for the judge's answers."""
         return self.rules.num_concurrent + self.config.max_concurrent_requests
 
     def verify_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
@@ -52,7 +52,7 @@ class JudgedVerifier(Closing):
         self.rules.close()
 
     def _shown(self, verdict: Verdict, response: str) -> str:
-        """What the judge sees: the extracted answer, or the end of the response."""
+        """Returns the text that the judge sees: the extracted answer, or the end of the response."""
         if verdict.extracted is not None and verdict.status != "no_answer":
             return verdict.extracted
         return self.region(response)[-SHOWN_CHARACTERS:]
@@ -66,14 +66,14 @@ class JudgedVerifier(Closing):
 
 
 def is_audited(prompt: Prompt, answer: str, share: float) -> bool:
-    """Whether this accepted answer is among the share that the judge sees; a digest of the answer decides."""
+    """Returns whether the judge audits this accepted answer; a digest of the answer selects the audited share."""
     text = "\0".join([prompt.question, prompt.answer, answer])
     digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def combine(rules: Verdict, opinion: JudgeOpinion, audit_overrules: bool) -> Verdict:
-    """The verdict after the judge has spoken. An audit changes an accepted answer only with `audit_overrules`."""
+    """Returns the verdict after the opinion. An audit changes an accepted answer only with `audit_overrules`."""
     told = replace(rules, rules=rules.status, judge=opinion)
     if rules.status == "correct" and (opinion == "correct" or not audit_overrules):
         return told
@@ -81,5 +81,5 @@ def combine(rules: Verdict, opinion: JudgeOpinion, audit_overrules: bool) -> Ver
         return replace(told, reward=1.0, status="correct")
     if opinion == "failed":
         return replace(told, reward=0.0, status="judge_failed")
-    # Of an answer that the rules could not decide, or that an audit overrules, the judge says that it is incorrect.
+    # The rules could not decide the answer, or the audit overrules them; the judge says that the answer is incorrect.
     return told if rules.status in ("incorrect", "no_answer") else replace(told, reward=0.0, status="incorrect")

@@ -1,6 +1,7 @@
-r"""The outcome reward: does the last `\boxed{...}` of a response equal the reference answer?
+r"""Computes the outcome reward: whether the last `\boxed{...}` of a response equals the reference answer.
 
-Cheapest first: equal spellings, exact numbers, and only then the algebra system, after a screen, in worker processes.
+The cheapest comparison comes first: equal spellings, then exact numbers, then the algebra system in worker processes,
+for answers that pass a screen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_oreal.rewards.worker_pool import Comparison, Outcome, WorkerPool
 from megatron_oreal.types import Metrics, Prompt, Verdict, VerdictStatus
 
 DEFAULT_MAX_TIMEOUTS = 1
-NUM_CONCURRENT_GROUPS = 4  # one slow comparison does not hold the other groups up
+NUM_CONCURRENT_GROUPS = 4  # so that one slow comparison does not delay other groups
 
 STATUS_OF_OUTCOME: dict[Outcome, VerdictStatus] = {
     "equal": "correct",
@@ -37,16 +38,16 @@ STATUS_OF_OUTCOME: dict[Outcome, VerdictStatus] = {
 class MathVerifier(Closing):
     """Judges responses against reference answers; a context manager, because it may own processes.
 
-    num_workers: processes for comparisons that take algebra; none is started before the first of them.
-    cpu_seconds: CPU time of one such comparison, then its verdict is "timeout".
-    wall_seconds: a limit for what hangs without computing; 30 + 30 * cpu_seconds when None.
-    max_timeouts: of the answers that `verify_many` compares with one reference, so many may be a "timeout"; where there
-        are more, all of them are "rejected", unless the reference itself is slow.
+    num_workers: processes for comparisons that need algebra; none starts before the first such comparison.
+    cpu_seconds: limit on the CPU time of one such comparison; beyond it, the verdict is "timeout".
+    wall_seconds: limit for a process that hangs without using the CPU; 30 + 30 * cpu_seconds if None.
+    max_timeouts: number of answers per reference in one `verify_many` that may be a "timeout"; if there are more, all
+        of them are "rejected", unless the reference itself is slow.
     answer_rule: where `verify_responses` looks for the answer.
 
     Statuses: "correct", "incorrect", "no_answer" (no, empty or unclosed box), "too_long" (over 1000 characters) and
-    "rejected" (nested over 50 deep, refused by the screen, or one of too many that are slow to check) are judged;
-    "timeout" and "crash": there is no verdict.
+    "rejected" (nested over 50 deep, refused by the screen, or one of too many that are slow to check) are verdicts;
+    "timeout" and "crash" mean that there is no verdict.
     """
 
     def __init__(
@@ -68,14 +69,14 @@ class MathVerifier(Closing):
         return self.verify_many([(response, answer)])[0]
 
     def verify_many(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        r"""Verdicts on (response, reference answer) pairs, in their order.
+        r"""Returns verdicts on (response, reference answer) pairs, in the given order.
 
-        A reference may stand in a `\boxed{...}` of its own. Errors: ValueError for an empty or endless reference,
-        RuntimeError when workers cannot be started or the verifier is closed.
+        A reference may be inside a `\boxed{...}`. Raises ValueError for an empty or oversized reference, RuntimeError
+        if workers cannot be started or the verifier is closed.
         """
         judgements = [judge_without_algebra(response, answer) for response, answer in pairs]
         undecided = [judgement for judgement in judgements if isinstance(judgement, Undecided)]
-        # The samples of a group often agree; each question is asked once.
+        # The samples of a group often agree, so each distinct pair is compared once.
         comparisons = list(dict.fromkeys(judgement.comparison for judgement in undecided))
         outcomes = dict(zip(comparisons, self.pool.compare_many(comparisons), strict=True)) if comparisons else {}
         timeouts = Counter(
@@ -89,7 +90,7 @@ class MathVerifier(Closing):
         ]
 
     def verify_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
-        """See `Verifier`: the whole responses to one prompt."""
+        """Returns verdicts on the whole responses to one prompt, see `Verifier`."""
         return self.verify_many([(self.region(response), prompt.answer) for response in responses])
 
     @property
@@ -97,7 +98,7 @@ class MathVerifier(Closing):
         return NUM_CONCURRENT_GROUPS
 
     def check(self) -> None:
-        """Nothing can be wrong: workers start when they are needed, and references were checked with the prompts."""
+        """Does nothing: workers start when needed, and the reader of the prompts has checked the references."""
 
     def flush_metrics(self) -> Metrics:
         return {}
@@ -105,20 +106,20 @@ class MathVerifier(Closing):
     def status(
         self, comparison: Comparison, outcomes: Mapping[Comparison, Outcome], timeouts: Mapping[str, int]
     ) -> VerdictStatus:
-        """Answers that are slow to check count against their samples where there are many of them."""
+        """Returns the status; if too many answers to a prompt are slow to check, those are "rejected"."""
         outcome = outcomes[comparison]
         if outcome == "timeout" and timeouts[comparison.answer] > self.max_timeouts:
             return "rejected"
         return STATUS_OF_OUTCOME[outcome]
 
     def close(self) -> None:
-        """Ends the worker processes. The verifier cannot be used afterwards."""
+        """Ends the worker processes. No method may be called afterwards."""
         self.pool.close()
 
 
 @dataclass(slots=True, frozen=True)
 class Undecided:
-    """What it takes to judge an answer."""
+    """An answer that only the algebra system can judge."""
 
     extracted: str
     comparison: Comparison

@@ -1,7 +1,7 @@
-"""Rewards of the user's own, of a function or a server: what they may be, and how they become verdicts.
+"""Checks the rewards of the user's own function or server, and turns them into verdicts.
 
 A reward is a number, or a mapping {"reward": number, "status": word, "extracted": text} whose last two may be missing;
-a function may return a `Verdict` as well. Whatever else comes is a sample that nobody could judge.
+a function may also return a `Verdict`. A sample with any other reward has no verdict.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Json = dict[str, Any]
 
 
 class RewardError(Exception):
-    """What came is no reward; the message says why."""
+    """Signals that a returned value is not a reward; the message says why."""
 
 
 @dataclass(slots=True, frozen=True)
 class RewardRange:
-    """What rewards may be."""
+    """The rewards that are allowed."""
 
-    setting: str  # that names the function or the server, for errors
+    setting: str  # setting that names the function or the server, for errors
     kind: Literal["binary", "any"] = "binary"
     correct_from: float = 1.0  # the reward from which a sample counts as correct
 
@@ -39,7 +39,7 @@ class RewardRange:
         if reward is None or not math.isfinite(reward):
             raise RewardError(f"the reward is {reward}, not a finite number")
         with np.errstate(over="ignore"):
-            reward = float(np.float32(reward))  # All ranks get it as such.
+            reward = float(np.float32(reward))  # All ranks receive it in float32.
         if not math.isfinite(reward):
             raise RewardError("the reward is too large")
         if self.kind == "binary" and reward not in (0.0, 1.0):
@@ -81,7 +81,7 @@ def as_float(value: Any) -> float | None:
 
 
 def request_of(prompt: Prompt, response: str) -> Json:
-    """A response as JSON, for a worker process or a server."""
+    """Returns a prompt and a response as JSON, for a worker process or a server."""
     return {
         "prompt": {
             "id": prompt.id,

@@ -1,4 +1,4 @@
-r"""Plain numbers in normalised LaTeX, exactly: integers, decimals, fractions, powers, percentages, e-notation."""
+r"""Parses plain numbers in normalised LaTeX exactly: integers, decimals, fractions, powers, percentages, e-notation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fractions import Fraction
 from megatron_oreal.rewards.spelling import CACHE_SIZE
 
 MAX_CHARACTERS = 1000
-MAX_EXPONENT = 1000  # of the exact arithmetic here
+MAX_EXPONENT = 1000  # limit of the exact arithmetic here
 
-# The grammar of plain numbers. Every repetition is over a single class: no backtracking to speak of.
+# The grammar of plain numbers. Every repetition is over a single character class, which bounds backtracking.
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 POWER = rf"{DECIMAL}(?:\s*\^\s*(?:-?\d|\{{\s*-?\d{{1,6}}\s*\}}))?"
 SIGNED = rf"[+-]?\s*{POWER}"
@@ -26,11 +26,11 @@ NUMBER = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=CACHE_SIZE)  # the samples of a group repeat each other
+@functools.lru_cache(maxsize=CACHE_SIZE)  # the samples of a group often repeat an answer
 def parse_number(normalized: str) -> Fraction | None:
-    r"""The exact value, `\%` included.
+    r"""Returns the exact value of a plain number, `\%` included.
 
-    None for anything else, for a division by zero, and for exponents beyond `MAX_EXPONENT`.
+    Returns None for other text, for a division by zero, and for exponents beyond `MAX_EXPONENT`.
     """
     if len(normalized) > MAX_CHARACTERS or not (found := NUMBER.fullmatch(normalized)):
         return None
@@ -43,7 +43,7 @@ def parse_number(normalized: str) -> Fraction | None:
 
 
 def magnitude(found: re.Match[str]) -> Fraction:
-    """The number's value without its sign and percent. Errors: ZeroDivisionError, OverflowError."""
+    """Returns the value without sign and percent. Raises ZeroDivisionError or OverflowError."""
     if found["single"]:
         return power(found["single"])
     if found["mantissa"]:
@@ -58,18 +58,18 @@ def magnitude(found: re.Match[str]) -> Fraction:
 def power(text: str) -> Fraction:
     base, _, exponent_text = text.replace(",", "").replace(" ", "").partition("^")
     exponent = int(exponent_text.strip("{}") or 1)
-    # The whole power stays below a million digits: bases are at most 1000 characters long.
+    # A base has at most 1000 characters, so the power has less than a million digits.
     if abs(exponent) > MAX_EXPONENT or (abs(exponent) > 1 and len(base) > 20):
         raise OverflowError
     sign, base = (-1, base[1:]) if base.startswith("-") else (1, base.lstrip("+"))
     return sign * Fraction(base if not base.endswith(".") else base[:-1]) ** exponent
 
 
-# 2e-5 may also be 2e - 5 with Euler's number.
+# 2e-5 can also mean 2e - 5 with Euler's number.
 AMBIGUOUS_E = re.compile(r"(?<![a-zA-Z\d.])(\d+)e-(\d)(?!\d)")
 EULER = re.compile(r"(?<![a-zA-Z\d\\])e(?![a-zA-Z])|(?<=\d)e(?![-+\d])|\\exp(?![a-zA-Z])")
 
 
 def spell_out_eulers_number(text: str, other: str) -> str:
-    """`2e - 5` for `2e-5` where the other answer has Euler's number too."""
+    """Rewrites `2e-5` as `2e - 5` if the other answer also has Euler's number."""
     return AMBIGUOUS_E.sub(r"\1 e - \2", text) if EULER.search(other) else text

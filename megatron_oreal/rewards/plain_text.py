@@ -1,4 +1,4 @@
-r"""Plain-text mathematics and plain words: `2*pi`, `sin x`, `5 apples`, `1 and 2` as LaTeX with `\text`.
+r"""Converts plain-text mathematics and plain words, `2*pi`, `sin x`, `5 apples`, `1 and 2`, to LaTeX with `\text`.
 
 A run of letters without a backslash is a product of variables unless it is the name of a function or constant, a word
 that joins answers, a unit behind a number, or one of several words in a row.
@@ -19,7 +19,7 @@ CONSTANTS = {
 }  # fmt: skip
 CURRENCY_CODES = frozenset(("rs", "usd", "inr", "eur", "gbp"))
 INVERSES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
-# The units of reading: a text, an environment or a command as a whole, and a run of letters.
+# The tokens: a text, an environment or a command as a whole, and a run of letters.
 TOKEN = re.compile(
     r"\\text\{[^{}]*\}|\\(?:begin|end) ?\{[^{}]*\}(?:\{[lcr|]*\})?|\\[a-zA-Z]+|\\."
     r"|(?P<run>[^\W\d_]+(?:['-][^\W\d_]{2,})*)"
@@ -33,7 +33,7 @@ CJK_JOINTS = {"和": "and", "与": "and", "及": "and", "和和": "and", "と": 
 
 
 def mark_plain_text(text: str) -> str:
-    r"""The text with plain words in \text{}, and with the backslashes that plain names of functions lack."""
+    r"""Puts plain words into \text{}, and a backslash before plain names of functions."""
     if PHRASE.fullmatch(text) and (words := re.split(r",? ", text)) and is_phrase(words):
         return mark_joints(text)
     num_words = sum(is_long_word(found["run"]) for found in TOKEN.finditer(text) if found["run"])
@@ -51,7 +51,7 @@ def mark_plain_text(text: str) -> str:
 
 
 def translate_text(token: str) -> str:
-    r"""\text{and} for \text{和}."""
+    r"""Translates joining words: \text{和} becomes \text{and}."""
     if not token.startswith(r"\text{") or token.isascii():
         return token
     return rf"\text{{{CJK_JOINTS.get(token[6:-1].strip(), token[6:-1])}}}"
@@ -62,14 +62,14 @@ def is_long_word(run: str) -> bool:
 
 
 def is_phrase(words: list[str]) -> bool:
-    """Whether words in a row are language: `Option B` and `A and C`, but not `a b c` and not `sin x`."""
+    """Returns whether consecutive words are language: `Option B` and `A and C` are, `a b c` and `sin x` are not."""
     if any(word in PLAIN_FUNCTIONS or (word in CONSTANTS and word != "infinity") for word in words):
         return False
     return any(len(word) > 1 for word in words)
 
 
 def mark_joints(text: str) -> str:
-    r"""`A \text{and} C`: words that join answers on their own, the others together."""
+    r"""Marks each word that joins answers separately, other words together: `A \text{and} C`."""
     parts = re.split(r"(,? (?:and|or) |, )", text)
     marked = []
     for part in parts:
@@ -83,7 +83,7 @@ def mark_joints(text: str) -> str:
 
 
 def run_text(run: str, before: str, after: str, is_sentence: bool) -> str:
-    """Returns the LaTeX that a run of letters stands for between its neighbours."""
+    """Returns the LaTeX that a run of letters means between its neighbours."""
     if CJK.search(run):
         return rf" \text{{{CJK_JOINTS.get(run, run)}}} "
     if len(run) == 1:

@@ -1,4 +1,4 @@
-"""Threads that each own one worker process, and a queue of jobs before them."""
+"""Runs jobs from a queue in threads that each own one worker process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Generic, Protocol, TypeVar
 
 from megatron_oreal.observability.closing import Closing
 
-JOBS_PER_PROCESS = 2000  # sympy's caches grow
-NUM_ATTEMPTS = 2  # a process ended from outside says nothing about its job
+JOBS_PER_PROCESS = 2000  # then a new process replaces it, because sympy's caches grow
+NUM_ATTEMPTS = 2  # a job gets a second attempt, because something else may have ended its process
 
 
 class OwnedProcess(Protocol):
@@ -32,7 +32,7 @@ Process = TypeVar("Process", bound=OwnedProcess)
 
 
 class ProcessPool(Closing, Generic[Job, Result, Process]):
-    """Up to `num_workers` processes, each started when the first job needs it; safe to call from several threads."""
+    """Up to `num_workers` processes, each started when a job first needs it. Several threads may call the methods."""
 
     def __init__(self, num_workers: int) -> None:
         if num_workers < 1:
@@ -40,7 +40,7 @@ class ProcessPool(Closing, Generic[Job, Result, Process]):
         self.num_workers = num_workers
         self.jobs: queue.SimpleQueue[tuple[Job, Future[Result]] | None] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
-        self.workers: dict[int, Process] = {}  # by the index of the owning thread
+        self.workers: dict[int, Process] = {}  # key: index of the owning thread
         self.lock = threading.Lock()
         self.is_closed = False
         self.num_unfinished = 0  # jobs in the queue or in a worker
@@ -51,10 +51,10 @@ class ProcessPool(Closing, Generic[Job, Result, Process]):
 
     @abstractmethod
     def answer(self, index: int, job: Job) -> Result:
-        """Does a job in the process of thread `index`."""
+        """Runs a job in the process of thread `index`."""
 
     def submit_many(self, jobs: Sequence[Job]) -> list[Future[Result]]:
-        """Hands jobs in. Errors: RuntimeError after `close`; a future raises it when workers cannot be started."""
+        """Submits jobs. Raises RuntimeError after `close`; a future raises it if no worker can be started."""
         futures: list[Future[Result]] = []
         with self.lock:
             if self.is_closed:
@@ -63,7 +63,7 @@ class ProcessPool(Closing, Generic[Job, Result, Process]):
             for job in jobs:
                 futures.append(Future())
                 self.jobs.put((job, futures[-1]))
-            # The kernel ends a worker with the thread that started it, so the threads live as long as the pool.
+            # The kernel ends a worker when the thread that started it ends, so the threads live as long as the pool.
             while len(self.threads) < min(self.num_workers, self.num_unfinished):
                 index = len(self.threads)
                 thread = threading.Thread(target=self.serve, args=(index,), name=f"verifier-{index}", daemon=True)
@@ -72,12 +72,12 @@ class ProcessPool(Closing, Generic[Job, Result, Process]):
         return futures
 
     def serve(self, index: int) -> None:
-        """A thread's loop, until it is told to stop by None."""
+        """Runs jobs in a thread until the queue returns None."""
         while (entry := self.jobs.get()) is not None:
             job, future = entry
             try:
                 future.set_result(self.answer(index, job))
-            except Exception as error:  # noqa: BLE001  # it belongs to the caller, who waits for the future
+            except Exception as error:  # noqa: BLE001  # the future passes it to the caller
                 future.set_exception(error)
             finally:
                 with self.lock:
@@ -95,7 +95,7 @@ class ProcessPool(Closing, Generic[Job, Result, Process]):
         return self.workers[index]
 
     def close(self) -> None:
-        """Ends the workers, in the middle of a job if need be; returns when their processes are gone."""
+        """Ends the workers, also during a job; returns when their processes have ended."""
         with self.lock:
             self.is_closed = True
         for worker in list(self.workers.values()):

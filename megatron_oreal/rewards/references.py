@@ -1,4 +1,4 @@
-r"""Reference answers: how they are prepared, and what is refused when prompts are read."""
+r"""Prepares reference answers, and refuses unusable ones when prompts are read."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MAX_REFERENCE_CHARACTERS = 10_000
 @dataclass(slots=True, frozen=True)
 class Reference:
     text: str  # normalised
-    is_spelling_only: bool  # nothing but its own spelling, or the same plain number, equals it
+    is_spelling_only: bool  # True if only its own spelling, or the same plain number, equals it
 
 
-@functools.lru_cache(maxsize=4096)  # the samples of a group share theirs
+@functools.lru_cache(maxsize=4096)  # the samples of a group share their reference
 def prepare_reference(answer: str) -> Reference:
-    """Errors: ValueError for an answer that nothing could equal."""
+    """Prepares a reference answer. Raises ValueError if no answer could equal it."""
     if len(answer) > MAX_REFERENCE_CHARACTERS:
         raise ValueError(f"answer must be at most {MAX_REFERENCE_CHARACTERS} characters long, got {len(answer)}")
     is_too_long = len(answer) > MAX_ANSWER_CHARACTERS or nesting_depth(answer) > MAX_NESTING
@@ -49,9 +49,9 @@ def prepare_reference(answer: str) -> Reference:
 
 
 def check_reference(answer: str) -> None:
-    """Refuses what no response could be judged by, when prompts are read.
+    """Checks, when prompts are read, that responses can be judged by this reference.
 
-    Errors: ValueError for an empty, oversized, unbalanced, hostile or contradictory answer, with the fix.
+    Raises ValueError, which names the fix, for an empty, oversized, unbalanced, hostile or contradictory answer.
     """
     shown = answer if len(answer) <= 60 else answer[:60] + "..."
     if len(answer) > MAX_ANSWER_CHARACTERS:
@@ -78,7 +78,7 @@ def is_balanced(text: str) -> bool:
 
 
 def contradicts_itself(form: Form) -> bool:
-    """Whether plain numbers that are said to be equal differ: 1/2 = 0.6."""
+    """Returns whether the answer equates plain numbers that differ: 1/2 = 0.6."""
     values: tuple[Form, ...] = ()
     if isinstance(form, Assignment):
         values = form.values
@@ -91,14 +91,14 @@ def contradicts_itself(form: Form) -> bool:
 
 
 def evaluate_alone(reference: str, algebra: Algebra) -> None:
-    """Does with the reference what comparing an answer with it does at least: shows whether it is slow by itself."""
+    """Does the least work of any comparison with the reference, to find out whether the reference itself is slow."""
     for text in leaves(parse_form(reference)):
         if not TEXT.search(text):
             algebra.equal(text, text)
 
 
 def leaves(form: Form) -> list[str]:
-    """The expressions in a form."""
+    """Yields the expressions in a form."""
     if isinstance(form, Scalar):
         return [form.text] if parse_number(form.text) is None else []
     if isinstance(form, Measured):

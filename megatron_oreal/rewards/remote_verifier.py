@@ -1,10 +1,10 @@
-"""A reward of the user's own behind HTTP: `verifier.url`.
+"""Gets rewards from the user's own HTTP server, `verifier.url`.
 
     POST URL   {"requests": [{"prompt": {"id", "messages", "answer", "pass_rate", "source", "metadata"}, "response"}]}
     200        {"rewards": [1, 0.5, {"reward": 0, "status": "no_answer", "extracted": null}]}   in the same order
 
-A batch whose request fails after all retries, or whose answer is no such JSON, is "reward_failed" as a whole; a single
-reward that is none is "reward_failed" alone. Both are counted and left out of training.
+If a batch's request fails after all retries, or its answer is not such JSON, all its samples are "reward_failed". A
+single invalid reward makes its sample "reward_failed". The run counts these samples and does not train on them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RemoteVerifier(Closing):
         return self.config.max_concurrent_requests
 
     def check(self) -> None:
-        """Sends a made-up prompt, whose reward may be anything. Raises ValueError where there is no answer."""
+        """Sends an invented prompt, whose reward is ignored. Raises ValueError if the server does not answer."""
         prompt = Prompt("check", (Message("user", "What is 1 + 1?"),), "2", source="check")
         try:
             self.client.run(self._ask([request_of(prompt, r"The answer is \boxed{2}.")]))

@@ -1,4 +1,4 @@
-"""Whether two expressions or words are the same; the algebra is asked last."""
+"""Decides whether two expressions or words are the same; the algebra system comes last."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ RADIANS: Factors = (("radian", 1),)
 
 
 def spelled_alike(prediction: str, reference: str) -> bool:
-    """Spaces aside, but for the one that tells the list 1, 234 from 1,234."""
+    """Compares spellings without spaces, except the space that distinguishes the list 1, 234 from 1,234."""
     if without_spaces(prediction) != without_spaces(reference):
         return False
     return "," not in prediction or (parse_number(prediction) is None) == (parse_number(reference) is None)
 
 
 def same_scalar(prediction: str, reference: str, algebra: Algebra) -> bool:
-    """Two expressions or words."""
+    """Returns whether two expressions or words are the same."""
     if spelled_alike(prediction, reference):
         return True
     values = parse_number(prediction), parse_number(reference)
@@ -58,7 +58,7 @@ def single_letters_agree(prediction: str, reference: str) -> bool:
 
 
 def same_segments(prediction: str, reference: str, algebra: Algebra) -> bool:
-    r"""Text and mathematics in turns, each the same: `5 \text{ft} 3 \text{in}`, `\text{May} 5`."""
+    r"""Compares alternating text and mathematics part by part: `5 \text{ft} 3 \text{in}`, `\text{May} 5`."""
     mathematics, texts = segments(prediction)
     expected_mathematics, expected_texts = segments(reference)
     if single_symbols(texts) or single_symbols(expected_texts):
@@ -73,12 +73,12 @@ def same_segments(prediction: str, reference: str, algebra: Algebra) -> bool:
 
 
 def single_symbols(texts: Sequence[object]) -> bool:
-    r"""Whether each text is one letter: the e of `1-\frac{1}{\mathrm{e}}`."""
+    r"""Returns whether each text is one letter, such as the e of `1-\frac{1}{\mathrm{e}}`."""
     return bool(texts) and all(isinstance(text, str) and len(text) == 1 for text in texts)
 
 
 def split_plain_unit(prediction: str, reference: str, expected: Factors | None = None) -> tuple[str, Factors | None]:
-    """`5` and meters for `5 m` without markup, where the reference is a plain number; for `5m` only of `expected`."""
+    """Splits `5 m` without markup into `5` and meters for a plain-number reference; `5m` only if it has `expected`."""
     found = PLAIN_UNIT_SYMBOL.fullmatch(prediction)
     if found is None or found["symbol"] not in SI_SYMBOLS or parse_number(reference) is None:
         return prediction, None
@@ -91,7 +91,7 @@ def is_angle(text: str) -> bool:
 
 
 def angles(value: str, unit: Factors | None, expected: str, expected_unit: Factors | None) -> tuple[str, str] | None:
-    r"""Both in radians where one is in degrees and the other, without that unit, in multiples of \pi."""
+    r"""Converts both to radians if one is in degrees and the other, without a unit, in multiples of \pi."""
     as_radians = r"\cdot \frac{\pi}{180}"
     if unit == DEGREES and expected_unit in (None, RADIANS) and is_angle(expected) and not is_angle(value):
         return f"({value}) {as_radians}", expected

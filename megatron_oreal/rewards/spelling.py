@@ -1,7 +1,7 @@
-r"""One spelling of a LaTeX answer, its meaning kept: Unicode, layout, fonts, text, fractions and roots.
+r"""Normalises the spelling of a LaTeX answer without changing its meaning: Unicode, layout, fonts, fractions and roots.
 
-What comes out holds words as `\text{lower or upper case words}`, with no digit or punctuation inside, and mathematics
-outside of it. Every pattern is linear in the text: no repetition is followed by something it could match itself.
+The result holds words as `\text{lower or upper case words}`, with no digit or punctuation inside, and mathematics
+outside. Every pattern takes time linear in the text: no repetition can match what follows it in the pattern.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import unicodedata
 
 from megatron_oreal.rewards.plain_text import mark_plain_text
 
-CACHE_SIZE = 4096  # normalised answers of at most some thousand characters
+CACHE_SIZE = 4096  # entries; a normalised answer has a few thousand characters at most
 
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
-# Before the compatibility normalisation, which would lose what these say.
+# These are replaced before the compatibility normalisation, which would lose their meaning.
 SYMBOLS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\cdot ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
     "÷": r"\div ", "∕": "/", "∞": r"\infty ", "≤": r"\leq ", "⩽": r"\leq ", "≦": r"\leq ", "≥": r"\geq ",
@@ -41,12 +41,12 @@ SCRIPT_RUN = re.compile(f"(?P<up>[{''.join(SUPERSCRIPTS)}]+)|(?P<down>[{''.join(
 
 
 def plain_characters(text: str) -> str:
-    """LaTeX and ASCII for the Unicode characters that mean the same; letters of other alphabets stay."""
+    """Replaces Unicode characters by LaTeX and ASCII of the same meaning; letters of other alphabets stay."""
     if text.isascii():
         return text
     text = SCRIPT_RUN.sub(script_text, text)
     text = "".join(map(character_text, text))
-    # Compatibility characters first become ordinary ones, and some of those are in the table.
+    # Compatibility characters first become ordinary characters, some of which the table replaces.
     return "".join(CHARACTERS.get(character, character) for character in unicodedata.normalize("NFKC", text))
 
 
@@ -65,14 +65,14 @@ def character_text(character: str) -> str:
     return character
 
 
-END = r"(?![a-zA-Z])"  # of a command's name
+END = r"(?![a-zA-Z])"  # end of a command's name
 
 
 def rules(*pairs: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]:
     return tuple((re.compile(pattern), replacement) for pattern, replacement in pairs)
 
 
-# Applied in this order: what only sets the type.
+# Patterns for markup that only affects the layout, applied in this order.
 LAYOUT = rules(
     (r"(?:\s|~)+", " "),
     (r"(?<!\\)\\\\(?=[a-zA-Z]{2,}\s?\{)", r"\\"),  # doubled backslashes of an escaped string
@@ -130,7 +130,7 @@ LAYOUT = rules(
     (r"\( ?\\text\{ ?mod ?\} ?([^()]*)\)|\\pmod ?\{([^{}]*)\}|\\pmod ?(\w)|\( ?mod ([^()]*)\)", r" \\mod \1\2\3\4"),
     (rf"\\bmod{END}|\\text\{{ ?mod(?:ulo)? ?\}}|(?<![a-zA-Z\\])mod{END}", r" \\mod "),
 )  # fmt: skip
-# Applied when the words are marked.
+# Patterns that are applied after the words are marked.
 MATHEMATICS = rules(
     (r" +", " "),
     (r" ?(?:\\?%|\\text\{(?:percent|per cent|pct|percentage)\})", r"\\%"),
@@ -173,9 +173,9 @@ MEANING_OF_TEXT = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=CACHE_SIZE)  # the samples of a group repeat each other
+@functools.lru_cache(maxsize=CACHE_SIZE)  # the samples of a group often repeat an answer
 def normalize(text: str) -> str:
-    """Rewrites a LaTeX answer to one spelling, its meaning kept; spaces still tell 1,234 from the list 1, 234."""
+    """Rewrites a LaTeX answer to one spelling; spaces still distinguish 1,234 from the list 1, 234."""
     text = apply(LAYOUT, plain_characters(text))
     text = OPERATOR_NAME.sub(r" \1 ", text)
     text = TEXT.sub(lambda found: separate_words(found[1]), text)
@@ -190,7 +190,7 @@ def normalize(text: str) -> str:
 
 
 def meaning_of(text: str) -> str:
-    r"""`\mathbb{R}` for `\text{all real numbers}`."""
+    r"""Replaces phrases by symbols: `\text{all real numbers}` becomes `\mathbb{R}`."""
     whole = TEXT.fullmatch(text)
     return MEANING_OF_TEXT.get(whole[1].strip().lower(), text) if whole else text
 
@@ -202,14 +202,14 @@ def apply(patterns: tuple[tuple[re.Pattern[str], str], ...], text: str) -> str:
 
 
 def separate_words(content: str) -> str:
-    r"""What \text holds: ` \text{or} 8` for ` or 8`, `(\text{C})` for `(C)`."""
+    r"""Splits the content of \text: ` or 8` becomes ` \text{or} 8`, and `(C)` becomes `(\text{C})`."""
     content = ABBREVIATION.sub(r"\1\2", content)
     return WORDS.sub(marked_words, content) if not content.startswith("\\") else content
 
 
 def marked_words(found: re.Match[str]) -> str:
     words = found[0].split(" ")
-    # The dot of "sq. ft." says nothing; that of an option's label does.
+    # The dot of "sq. ft." has no meaning; the dot after an option's label has one.
     last = words[-1]
     dot = "." if last.endswith(".") and len(last) == 2 else ""
     return rf"\text{{{' '.join(word.rstrip('.') for word in words if word)}}}{dot}"
@@ -222,7 +222,7 @@ def merge_texts(text: str) -> str:
 
 
 def remove_outer_braces(text: str) -> str:
-    """`x` for `{x}`, and the same text for `{a}{b}`."""
+    """Returns `x` for `{x}`; does not change `{a}{b}`."""
     if not (text.startswith("{") and text.endswith("}")):
         return text
     depth = 0
@@ -239,5 +239,5 @@ LOOSE_BRACES = re.compile(r"(?<![\\}\w\]])\{(\w)\}")
 
 
 def without_spaces(normalized: str) -> str:
-    """Removes spaces to compare spellings: only a space between two word characters is kept."""
+    """Removes spaces, except those between two word characters, to compare spellings."""
     return LOOSE_SPACE.sub("", normalized)

@@ -1,7 +1,7 @@
-r"""Units, currencies, counted nouns and scale words behind (or before) a value: `12 \text{cm}^2`, `\text{Rs} 5`.
+r"""Parses units, currencies, counted nouns and scale words after or before a value: `12 \text{cm}^2`, `\text{Rs} 5`.
 
-A unit is optional, because the question fixes it; two units have to be the same. The list is closed: any other text
-behind a value is part of the answer, but for one plain noun of what is counted (`5 \text{apples}`).
+A unit is optional, because the question fixes it; two units must be the same. The list of units is closed: other text
+after a value is part of the answer, except one plain noun for the counted things (`5 \text{apples}`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Factors = tuple[tuple[str, int], ...]
 
 @dataclass(slots=True, frozen=True)
 class Quantity:
-    r"""`12 \text{km}`: value "12", unit (("kilometer", 1),), scale 1; without a unit: None."""
+    r"""A value with its unit. `12 \text{km}` has value "12", unit (("kilometer", 1),), scale 1; no unit is None."""
 
     value: str  # LaTeX
     unit: Factors | None
@@ -91,7 +91,7 @@ def singular(word: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def unit_of_word(word: str) -> Factors | None:
-    """A unit of the closed list, with its prefix; case counts for symbols only."""
+    """Returns a unit of the closed list, with its prefix; case matters for symbols only."""
     if word in SI_SYMBOLS:
         return ((SI_SYMBOLS[word], 1),)
     if word[:1] in SI_PREFIXES and word[1:] in SI_SYMBOLS and word not in OTHER_UNITS and len(word) > 1:
@@ -110,7 +110,7 @@ def unit_of_word(word: str) -> Factors | None:
 
 
 def is_unit_word(word: str) -> bool:
-    """Whether a plain word of two letters or more is a unit, or a scale word, that may stand behind a number."""
+    """Returns whether a plain word of two or more letters is a unit or scale word that can follow a number."""
     lower = word.lower()
     if len(word) < 2 or (lower in ("re", "in", "pt", "mo", "ce", "ad", "mm") and lower not in ("mm", "in")):
         return False
@@ -122,7 +122,7 @@ TAIL_TOKEN = re.compile(
     r"|(?P<open>\()|(?P<close>\))| "
 )
 TEXT_NEXT = re.compile(r"\s*\\text")
-MAX_TAIL_TOKENS = 32  # No unit has more tokens, so that a long text of many candidates takes linear time.
+MAX_TAIL_TOKENS = 32  # no unit has more tokens; the limit makes the time linear in the text
 TAIL_START = re.compile(
     r"/ ?\\text\{|\\text\{|\^\\circ|\\cdot ?\\text\{|\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}\}$"
 )
@@ -133,11 +133,11 @@ APPROXIMATE = re.compile(r"(?:\\approx|\\sim|\\thickapprox)(?![a-zA-Z]) ?")
 
 
 class NotAUnit(ValueError):
-    """The text behind a value is part of the answer."""
+    """Signals that the text after a value is not a unit but part of the answer."""
 
 
 def parse_quantity(text: str) -> Quantity:
-    """Value and unit of a normalised answer; the text itself as the value when it has no unit."""
+    """Returns value and unit of a normalised answer; without a unit, the value is the whole text."""
     text = APPROXIMATE.sub("", text, count=1) if APPROXIMATE.match(text) else text
     leading: Factors = ()
     if found := LEADING_TEXT.fullmatch(text):
@@ -150,7 +150,7 @@ def parse_quantity(text: str) -> Quantity:
     text = UNIT_FRACTION.sub(r"\1/\2", text)
     begin = len(text) - len(text.lstrip())
     function = ANGLE_FUNCTION.search(text)
-    depth, end = 0, 0  # The depth of brackets before `end`; no candidate reads again what lies before it.
+    depth, end = 0, 0  # depth: of brackets before `end`, so that no candidate rescans the text before it
     for start in TAIL_START.finditer(text):
         depth += depth_change(text[end : start.start()])
         end = start.start()
@@ -169,7 +169,7 @@ def depth_change(text: str) -> int:
 
 
 def parse_tail(text: str, start: int = 0) -> tuple[Fraction, list[tuple[str, int]]]:
-    """Returns scale and units of the text behind a value, which begins at `start`. Errors: NotAUnit."""
+    """Returns scale and units of the text after a value, which begins at `start`. Raises NotAUnit."""
     multiplier, factors = Fraction(1), []
     sign, power = 1, 1  # of the next unit
     end = start
@@ -216,7 +216,7 @@ def parse_tail(text: str, start: int = 0) -> tuple[Fraction, list[tuple[str, int
 
 
 def word_factors(word: str, before: list[tuple[str, int]], words: list[str]) -> Factors:
-    """The unit or noun that a word is. Errors: NotAUnit."""
+    """Returns the factors of a unit or noun. Raises NotAUnit for other words."""
     lower = word.lower()
     if before and before[-1][0] == "degree" and word in DEGREE_SCALES:
         return ((DEGREE_SCALES[word], 1),)
@@ -228,7 +228,7 @@ def word_factors(word: str, before: list[tuple[str, int]], words: list[str]) -> 
         return unit
     if lower in NOT_NOUNS or (before and before[-1][1] > 0) or not word.isalpha():
         raise NotAUnit
-    # Short names are symbols or prefixes, and an ordinal is a fraction: twelfths.
+    # A short name is a symbol or a prefix, and an ordinal is a fraction (twelfths), so neither is a noun.
     if len(word) <= 2 if word.isascii() else not NOT_IN_UNITS.isdisjoint(word):
         raise NotAUnit
     if singular(lower).endswith("th"):
@@ -245,7 +245,7 @@ def merge(factors: list[tuple[str, int]]) -> Factors:
 
 
 def units_agree(prediction: Factors | None, reference: Factors | None) -> bool:
-    """Returns whether units agree: either side may have none, and "units" stands for any unit of that power."""
+    """Returns whether units agree: either side may have no unit, and "units" matches any unit of that power."""
     if prediction is None:
         return True
     if reference is None:

@@ -1,4 +1,4 @@
-"""What the rollout asks of whatever rewards responses: rules, rules and a judge, or a reward of the user's own."""
+"""Defines the interface by which the rollout gets rewards: from rules, rules and a judge, or the user's own reward."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from megatron_oreal.types import Metrics, Prompt, Verdict
 
 
 class Verifier(Protocol):
-    """Any thread may call any method but `close`."""
+    """Rewards responses. Any thread may call any method except `close`."""
 
     @property
     def num_concurrent(self) -> int:
-        """How many groups are worth handing in at the same time."""
+        """Returns how many groups the rollout should submit at the same time."""
 
     def verify_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[Verdict]:
-        """Returns a verdict on each whole response to the prompt, in their order.
+        """Returns a verdict on each whole response to the prompt, in the given order.
 
-        It depends on the prompt and these responses alone: not on the load, and not on what was verified before.
+        The verdicts depend only on the prompt and these responses, not on the load or on earlier calls.
         """
 
     def check(self) -> None:
-        """Raises ValueError, one line, where no response could be rewarded. Called before anything is generated."""
+        """Raises a one-line ValueError if no response could be rewarded. The run calls it before generation begins."""
 
     def flush_metrics(self) -> Metrics:
-        """Returns what happened since the last call; names begin with time/ where the load plays a part."""
+        """Returns metrics since the last call; the names of those that depend on the load begin with time/."""
 
     def close(self) -> None:
-        """Frees what the verifier holds; calls under way end with an error."""
+        """Frees the verifier's resources; running calls end with an error."""

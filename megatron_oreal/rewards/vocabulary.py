@@ -1,4 +1,4 @@
-"""The words and commands that tell mathematics from language."""
+"""Lists the words and commands that distinguish mathematics from language."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Names of functions in plain text, which LaTeX writes with a backslash.
+# Function names in plain text; LaTeX writes them with a backslash.
 PLAIN_FUNCTIONS = word_set(
     """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh coth asin acos atan exp ln log lg sqrt abs max min
     gcd lcm det"""
@@ -18,11 +18,11 @@ FUNCTIONS = word_set(
 )
 TRIGONOMETRIC = word_set("sin cos tan cot sec csc")
 LIST_FUNCTIONS = word_set("max min gcd lcm")
-# Commands that make one name of what they stand before.
+# Commands that form one name together with their argument.
 DECORATIONS = word_set(
     """hat bar vec tilde dot ddot overline overrightarrow widehat widetilde overleftrightarrow mathbb"""
 )
-# Commands that are no variables.
+# Commands that are not variables.
 NO_SYMBOLS = word_set(
     """frac sqrt binom cdot div pm mp leq geq neq in notin cup cap setminus subset subseteq supset to ldots cdots dots
     approx equiv mod sum prod int lim begin end land lor text emptyset rightarrow Rightarrow implies iff forall exists
@@ -34,7 +34,7 @@ STARTS_OF_FACTORS = word_set("frac sqrt binom infty pi lfloor lceil")
 JOINING_WORDS = word_set("and or to if for when where otherwise is not either both with but per")
 SHORT_WORDS = JOINING_WORDS | word_set("am pm no of in at by be we it as so the all")
 
-# What changes or takes back the value that stands before it, hence no noun of what is counted.
+# Words that change or retract the value before them, so they are not nouns for counted things.
 NOT_NOUNS = word_set(
     """and or if only mod not no more less fewer than is are was maybe perhaps probably possibly unless except but
     either neither nor both least most below above under over negative minus plus positive factorial squared

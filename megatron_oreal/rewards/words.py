@@ -1,4 +1,4 @@
-r"""Answers in words, and text between mathematics: spellings are compared, capitals and dots left aside."""
+r"""Compares answers in words, and text between mathematics, by spelling without capitals and dots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SYNONYM_OF = {word: min(group) for group in SYNONYMS for word in group}
 
 
 def as_word(text: str) -> str | None:
-    r"""One spelling of a word or phrase, of plain letters (two or more), or of `\triangle ABC`; None for the rest."""
+    r"""Returns one spelling of a word or phrase, of two or more plain letters, or of `\triangle ABC`; else None."""
     bare = GEOMETRY.sub("", text)
     is_marked = bare != text or TEXT.search(text) is not None
     bare = TEXT.sub(r"\1", bare)
@@ -40,11 +40,11 @@ def as_word(text: str) -> str | None:
 
 
 def same_word(prediction: str, reference: str) -> bool | None:
-    """None where the reference is no word, and where a product is written with its sign."""
+    """Returns None if the reference is not a word, or if a product is written with its sign."""
     expected = as_word(reference)
     answered = as_word(prediction)
     if expected is None:
-        # A phrase is no number; letters side by side may be a product.
+        # A phrase is not a number; adjacent letters can be a product.
         return False if answered is not None and TEXT.search(prediction) and len(answered) > 1 else None
     marks = GEOMETRY.findall(prediction), GEOMETRY.findall(reference)
     if marks[0] and marks[1] and marks[0] != marks[1]:
@@ -55,7 +55,7 @@ def same_word(prediction: str, reference: str) -> bool | None:
 
 
 def segments(text: str) -> tuple[list[str], list[object]]:
-    r"""The mathematics between texts, and what each text says: units in one spelling, words in small letters."""
+    r"""Returns the mathematics between texts, and the texts: units in one spelling, words in lower case."""
     mathematics, texts, end = [], [], 0
     for found in TEXT.finditer(text):
         mathematics.append(text[end : found.start()].strip(" ,"))

@@ -1,10 +1,10 @@
-"""The worker process: decides comparisons that take algebra, one JSON line in, one or two JSON lines out.
+"""Decides comparisons that need algebra, in a worker process: one JSON line in, one or two JSON lines out.
 
-Run as a script by `worker_pool`, so that it imports no torch: started in a fraction of a second. A comparison that
-spends its CPU budget ends the process, by a signal whose action nothing in Python can delay.
+`worker_pool` runs this file as a script without torch, so that it starts in a fraction of a second. If a comparison
+uses up its CPU budget, a signal ends the process; no Python code can delay that signal's action.
 
-What it parses is written by a model, so the process can do little else: it has no network, starts no processes, writes
-no files, and on a kernel with Landlock it reads only what Python itself needs.
+The process parses text that a model wrote, so its rights are restricted: it has no network, starts no processes, writes
+no files, and on a kernel with Landlock reads only the files that Python needs.
 
     in   {"answer": ..., "prediction": ...}
     out  {"ready": true}; for each comparison {"answer": true} when the reference has been evaluated by itself, then
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-sys.path.pop(0)  # this file's folder: its module names must not hide anyone's
+sys.path.pop(0)  # this file's folder, whose module names must not hide others
 
 import argparse
 import ctypes
@@ -28,7 +28,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-# Landlock's system calls, alike on all processors, and two of its rights of its first version.
+# Landlock's system calls, whose numbers are the same on all processors, and two rights of its first version.
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 RULE_BENEATH_PATH = 1
 ALL_RIGHTS, EXECUTE, READ_FILE, READ_FOLDER = (1 << 13) - 1, 1 << 0, 1 << 2, 1 << 3
@@ -41,7 +41,7 @@ MAX_OPEN_FILES = 64
 
 
 def load_package() -> None:
-    """Makes `megatron_oreal` the package that this file belongs to, whatever else is installed."""
+    """Makes `megatron_oreal` the package that contains this file, even if another version is installed."""
     sys.dont_write_bytecode = True
     folder = Path(__file__).parents[1]
     spec = importlib.util.spec_from_file_location(
@@ -67,22 +67,22 @@ class CpuBudget:
 
 
 def confine(parent_pid: int, memory_bytes: int, more_readable: Sequence[str] = ()) -> None:
-    """Limits of this process: memory, no files written, no processes, no network; it ends with its parent's thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    """Limits memory, forbids files, processes and network, and ends this process with its parent's thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # nothing that is parsed here has a reason to write files
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # no comparison needs to write files
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_OPEN_FILES, MAX_OPEN_FILES))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         system = ctypes.CDLL(None)
         system.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         restrict_files(system, [*needed_files(), *more_readable])
-        system.unshare(CLONE_NEWUSER | CLONE_NEWNET)  # where the kernel allows it: no network
-        system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last: other credentials clear it
+        system.unshare(CLONE_NEWUSER | CLONE_NEWNET)  # removes the network if the kernel allows it
+        system.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # last, because a change of credentials clears it
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if os.getppid() != parent_pid:
-        sys.exit(1)  # the parent ended before its worker was ready: nobody is there to be told
+        sys.exit(1)  # the parent ended before this worker was ready
 
 
 class RulesetAttributes(ctypes.Structure):
@@ -95,7 +95,7 @@ class PathBeneathAttributes(ctypes.Structure):
 
 
 def needed_files() -> list[str]:
-    """Returns what this process may read: Python, the libraries, and this package, but not the checkout around it."""
+    """Returns what this process may read: Python, the libraries, and this package, but not the rest of the checkout."""
     package = Path(__file__).resolve().parents[1]
     libraries = [
         entry
@@ -106,10 +106,10 @@ def needed_files() -> list[str]:
 
 
 def restrict_files(system: ctypes.CDLL, readable: list[str]) -> None:
-    """Leaves this process the right to read these files and folders, and none to other files.
+    """Restricts this process's file access to reading these files and folders.
 
-    Without it, the parsed text would be one defect of a library away from the user's keys. A kernel before 5.13, or one
-    without Landlock, refuses the first call, and nothing changes.
+    Without this limit, a single defect of a library could let the parsed text read the user's keys. A kernel before
+    5.13, or one without Landlock, refuses the first call, and then nothing changes.
     """
     rights = RulesetAttributes(ALL_RIGHTS)
     ruleset = system.syscall(CREATE_RULESET, ctypes.byref(rights), ctypes.sizeof(rights), 0)
@@ -133,14 +133,14 @@ def main() -> None:
     parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--cpu-seconds", type=float, required=True)
     parser.add_argument("--memory-bytes", type=int, required=True)
-    parser.add_argument("--function", default="")  # a reward of the user's own, in place of comparisons
+    parser.add_argument("--function", default="")  # the user's reward function, in place of comparisons
     options = parser.parse_args()
 
-    # Whatever the libraries print must not reach the protocol.
+    # Output that the libraries print must not mix with the replies.
     replies = os.dup(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    # A function of the user's own may lie, and read, in the working directory and wherever Python looks for modules.
+    # The user's function may be in, and read from, the working directory and every folder of Python's module path.
     confine(options.parent_pid, options.memory_bytes, [str(Path.cwd()), *sys.path] if options.function else [])
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
@@ -165,7 +165,7 @@ def main() -> None:
             comparer.evaluate_reference(job["answer"])
             os.write(replies, b'{"answer": true}\n')
             equal = comparer.is_same(job["prediction"], job["answer"])
-        except Exception:  # noqa: BLE001  # anything may come out of an algebra system; the caller counts it
+        except Exception:  # noqa: BLE001  # an algebra system may raise anything; the caller counts the failure
             equal = None
         comparer.budget.stop()
         os.write(replies, json.dumps({"is_equal": equal}).encode() + b"\n")

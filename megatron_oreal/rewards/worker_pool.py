@@ -1,8 +1,8 @@
-"""Worker processes that compare answers with an algebra system, and survive whatever that does.
+"""Compares answers with an algebra system in worker processes, so that its faults do not affect the trainer.
 
-Each of a few threads owns one process, started when the first comparison comes, over two pipes. A process spends at
-most `cpu_seconds` of its own CPU time on a comparison (see `worker`), so a loaded machine does not change verdicts; a
-generous wall limit catches what hangs without computing. An ended process is replaced.
+Each of a few threads owns one process, started at the first comparison, and talks to it over two pipes. A process uses
+at most `cpu_seconds` of its own CPU time per comparison (see `worker`), so a loaded machine does not change verdicts; a
+long wall-clock limit ends a process that hangs without computing. The pool replaces a process that has ended.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from megatron_oreal.rewards.process_pool import JOBS_PER_PROCESS as JOBS_PER_PRO
 from megatron_oreal.rewards.process_pool import NUM_ATTEMPTS, ProcessPool
 
 WORKER_SCRIPT = Path(__file__).with_name("worker.py")
-START_SECONDS = 180.0  # importing from a slow shared file system
+START_SECONDS = 180.0  # enough for imports from a slow shared file system
 DEFAULT_MEMORY_BYTES = 2 * 2**30  # of address space
-# Python's own and the dynamic linker's; the rest of a launcher's environment is no business of a worker.
+# Variables of Python and the dynamic linker; a worker gets nothing else of a launcher's environment.
 INHERITED_VARIABLES = ("PATH", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 THREAD_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 NO_HOME = "/nonexistent"
 MAX_REMEMBERED_REFERENCES = 10_000
 
-# "slow_reference": the reference answer spends the budget by itself, whatever it is compared with.
+# "slow_reference": the reference answer alone uses up the budget, independent of the answer compared with it.
 Outcome = Literal["equal", "different", "timeout", "slow_reference", "crash"]
 
 
@@ -48,14 +48,14 @@ class Comparison:
 
 
 class WorkerProcess:
-    """One process. Errors: RuntimeError when it does not start, which is the installation's fault, not an answer's."""
+    """One process. Raises RuntimeError if it does not start; the installation causes that, not an answer."""
 
     def __init__(self, cpu_seconds: float, wall_seconds: float, memory_bytes: int, function: str = "") -> None:
         self.wall_seconds = wall_seconds
         self.num_jobs = 0
-        self.unread = b""  # of what the process wrote
-        self.is_closed = False  # the process has closed its end of the pipe
-        # An argument list and no shell; a hash seed, because sympy's orders follow hashes.
+        self.unread = b""  # bytes from the process that are not read yet
+        self.is_closed = False  # True after the process has closed its end of the pipe
+        # An argument list needs no shell. The hash seed is fixed because sympy's orders depend on hashes.
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -68,12 +68,12 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is the trainer's to handle, also while this process starts
+            start_new_session=True,  # the trainer handles Ctrl-C, also while this process starts
             env={name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
-            # Packages that were installed for this user alone are found without HOME, which is a folder of secrets.
+            # PYTHONUSERBASE leads Python to the user's own packages; HOME, a folder with secrets, is hidden.
             | {"HOME": NO_HOME, "PYTHONUSERBASE": site.getuserbase()}
             | {"PYTHONHASHSEED": "0", "PYTHONIOENCODING": "utf-8"}
-            | dict.fromkeys(THREAD_COUNTS, "1"),  # a worker may start no thread
+            | dict.fromkeys(THREAD_COUNTS, "1"),  # a worker must not start threads
         )
         ready = self.read_line(START_SECONDS)
         if ready is None:
@@ -87,7 +87,7 @@ class WorkerProcess:
             raise ValueError(error)
 
     def compare(self, comparison: Comparison) -> Outcome:
-        """After "timeout", "slow_reference" and most times of "crash" the process has ended."""
+        """Compares an answer. The process has ended after "timeout", "slow_reference" and most cases of "crash"."""
         if not self.send({"answer": comparison.answer, "prediction": comparison.prediction}):
             return "crash"
         is_reference_done = False
@@ -104,7 +104,7 @@ class WorkerProcess:
         return "timeout" if is_reference_done else "slow_reference"
 
     def send(self, job: dict[str, Any]) -> bool:
-        """Hands a job in; False when the process had ended."""
+        """Sends a job; returns False if the process has ended."""
         self.num_jobs += 1
         assert self.process.stdin is not None
         rest = memoryview(json.dumps(job).encode() + b"\n")
@@ -117,18 +117,18 @@ class WorkerProcess:
         return True
 
     def end_in_time(self) -> bool:
-        """Ends a process that did not reply; returns whether it still ran, and so had spent its wall time."""
+        """Ends a process that did not reply; returns whether it was still running, and so had used up its wall time."""
         ran_on = self.process.poll() is None and not self.is_closed
         self.end()
         return ran_on
 
     @property
     def spent_its_budget(self) -> bool:
-        """Whether the ended process had used up its CPU time."""
+        """Returns whether the ended process had used up its CPU time."""
         return self.process.returncode == -signal.SIGPROF
 
     def read_line(self, timeout_seconds: float) -> bytes | None:
-        """The next reply; None at the end of the process (`is_closed` then) or of the time."""
+        """Returns the next reply; None if the process has ended (then `is_closed` is set) or the time is over."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + timeout_seconds
         while b"\n" not in self.unread:
@@ -148,8 +148,8 @@ class WorkerProcess:
         return self.process.poll() is None
 
     def end(self) -> None:
-        """Kills the process and waits for it: no zombie, no open pipe."""
-        # A process that closed its pipe is ending by itself, and its own signal says why.
+        """Kills the process and waits for it, so that no zombie and no open pipe remain."""
+        # A process that closed its pipe is ending already, and its own signal gives the reason.
         if not self.is_closed:
             self.process.kill()
         try:
@@ -163,7 +163,7 @@ class WorkerProcess:
 
 
 class WorkerPool(ProcessPool[Comparison, Outcome, WorkerProcess]):
-    """Compares in up to `num_workers` processes; safe to call from several threads."""
+    """Compares answers in up to `num_workers` processes. Several threads may call the methods."""
 
     def __init__(
         self,
@@ -178,19 +178,19 @@ class WorkerPool(ProcessPool[Comparison, Outcome, WorkerProcess]):
         self.cpu_seconds = cpu_seconds
         self.wall_seconds = default_wall_seconds(cpu_seconds) if wall_seconds is None else wall_seconds
         self.memory_bytes = memory_bytes
-        # Reference answers by what the first comparison with them showed; None while it runs.
+        # For each reference answer, the result of its first comparison; None while that runs.
         self.is_slow: dict[str, bool | None] = {}
         self.reference_known = threading.Condition()
 
     def compare_many(self, comparisons: Sequence[Comparison]) -> list[Outcome]:
-        """Outcomes in the order given. Errors: RuntimeError when workers cannot be started, or after `close`."""
+        """Returns outcomes in the given order. Raises RuntimeError if no worker can be started, or after `close`."""
         return [future.result() for future in self.submit_many(comparisons)]
 
     def start_process(self) -> WorkerProcess:
         return WorkerProcess(self.cpu_seconds, self.wall_seconds, self.memory_bytes)
 
     def answer(self, index: int, comparison: Comparison) -> Outcome:
-        """A reference that is slow by itself costs one worker, once."""
+        """Compares after the reference's first comparison has ended, so that a slow reference ends only one worker."""
         with self.reference_known:
             while comparison.answer in self.is_slow and self.is_slow[comparison.answer] is None:
                 self.reference_known.wait()
@@ -221,12 +221,12 @@ class WorkerPool(ProcessPool[Comparison, Outcome, WorkerProcess]):
                 raise RuntimeError("the verifier was closed during a comparison")
             worker = self.running_worker(index)
             outcome = worker.compare(comparison)
-            # A reply that says "crash" comes from a living process, and would come again.
+            # A reply that says "crash" comes from a running process; a second attempt would give the same.
             if outcome != "crash" or worker.is_running:
                 break
         return outcome
 
 
 def default_wall_seconds(cpu_seconds: float) -> float:
-    """The limit for what hangs without computing: a busy machine must not reach it."""
+    """Returns the wall-clock limit for a hanging process, long enough that a busy machine does not reach it."""
     return 30.0 + 30.0 * cpu_seconds

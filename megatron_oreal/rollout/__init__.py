@@ -1,1 +1,1 @@
-"""Rollout engines: prompts in, samples with their log-probs out, and the policy's weights online."""
+"""Makes judged samples: sends prompts to an engine, collects responses with their log-probs, and verifies them."""

@@ -1,9 +1,9 @@
-"""Gives every rank the groups that the first rank's rollout thread collects.
+"""Sends the groups that the first rank's rollout thread collects to every rank.
 
-The main threads of all ranks meet in `share`. The first rank's main thread tells the others again and again what comes
-next: the rollout is still under way (so a rollout may take longer than a collective), the engine needs all ranks for a
-piece of generation, the groups are ready, or the rollout has failed. Groups travel as flat integers (`group_codec`),
-not as pickled lists. Texts and extracted answers stay on the first rank.
+The main threads of all ranks meet in `share`. The first rank's main thread repeatedly tells the others what comes next:
+the rollout is still under way (so a rollout may take longer than a collective), the engine needs all ranks for a part
+of generation, the groups are ready, or the rollout has failed. Groups travel as flat integers (`group_codec`), not as
+pickled lists. Texts and extracted answers stay on the first rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_oreal.rollout.group_codec import NumberedGroup, pack, unpack
 Result = TypeVar("Result")
 
 HEARTBEAT_SECONDS = 5.0
-WORKING, GENERATE, FAILED, DONE = 0, 1, 2, 3  # what the first rank says of its rollout
+WORKING, GENERATE, FAILED, DONE = 0, 1, 2, 3  # the states that the first rank sends
 
 
 class RolloutError(OSError):
@@ -33,13 +33,13 @@ class RolloutError(OSError):
 
 
 def in_thread(function: Callable[[], Result]) -> Future[Result]:
-    """Runs `function` in a daemon thread: one that hangs does not keep the process alive."""
+    """Runs `function` in a daemon thread, so that a hanging function does not keep the process alive."""
     future: Future[Result] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # noqa: BLE001  # whoever waits for the future gets the error
+        except BaseException as error:  # noqa: BLE001  # the future passes the error to the thread that waits for it
             future.set_exception(error)
 
     threading.Thread(target=run, name="rollout", daemon=True).start()
@@ -51,9 +51,9 @@ def share(
 ) -> list[NumberedGroup]:
     """Returns the first rank's groups on all ranks. Collective; only main threads may call it.
 
-    On the first rank (`is_main`) a rollout thread completes `future`; on the others the future stays empty. While the
-    rollout runs, the engine may need all ranks (`RolloutEngine.take_part`). An error of the rollout is raised as it is
-    on the first rank, and as RolloutError with its message on the others.
+    On the first rank (`is_main`) a rollout thread completes `future`; on the others the future stays empty. During the
+    rollout the engine may need all ranks (`RolloutEngine.take_part`). The first rank raises an error of the rollout
+    unchanged, and the others raise RolloutError with its message.
     """
     if is_main:
         future.add_done_callback(lambda _: engine.calls.wake())
@@ -65,12 +65,12 @@ def share(
             if state == GENERATE:
                 engine.take_part()
     except BaseException:
-        engine.calls.close()  # a rollout thread that waits for this thread would wait for ever
+        engine.calls.close()  # otherwise a rollout thread that waits for this thread would never end
         raise
     if state == FAILED:
         message = broadcast_text(str(future.exception()) if is_main else "")
         if is_main:
-            future.result()  # raises the error itself
+            future.result()  # raises the original error
         raise RolloutError(message)
     if is_alone():
         return future.result()
@@ -81,7 +81,7 @@ def share(
 
 
 def wait_for_news(future: Future[list[NumberedGroup]], engine: RolloutEngine) -> int:
-    """Waits until the rollout needs all ranks or is over, but not longer than one heartbeat; returns what to do."""
+    """Waits until the rollout needs all ranks or has ended, at most for one heartbeat; returns the next state."""
     if engine.calls.wait(future.done, HEARTBEAT_SECONDS):
         return GENERATE
     if not future.done():
@@ -90,14 +90,14 @@ def wait_for_news(future: Future[list[NumberedGroup]], engine: RolloutEngine) ->
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """The first rank's tensor on all ranks, in host memory: a colocated server may have the GPUs. Collective."""
+    """Collective. Broadcasts the first rank's tensor in host memory, because a colocated server may use the GPUs."""
     if not is_alone():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def broadcast_text(text: str) -> str:
-    """The first rank's text on all ranks. Collective."""
+    """Collective. Broadcasts the first rank's text."""
     if is_alone():
         return text
     texts = [text]

@@ -1,9 +1,9 @@
 """Encodes groups as one flat buffer of 32-bit integers, and decodes them.
 
 The buffer holds, in this order: the number of groups; 3 integers for each group; 6 integers for each sample; the
-response ids of all samples; their policy versions; their rollout log-probs; their model log-probs. Floats travel as
-their bits. What every rank knows (the prompts) and what only the first rank needs (texts, extracted answers) is left
-out. Encoding and decoding loop over samples, never over tokens.
+response ids of all samples; their policy versions; their rollout log-probs; their model log-probs. Floats are stored as
+their bits. The buffer leaves out what every rank knows (the prompts) and what only the first rank needs (texts,
+extracted answers). Encoding and decoding loop over samples, never over tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_VERDICT = -1
 
 @dataclass(slots=True)
 class NumberedGroup:
-    """A group and its prompt's index, by which the other ranks find the prompt.
+    """A group and the index of its prompt, by which the other ranks find the prompt.
 
     Example: NumberedGroup(17, Group(prompts[17].prompt, samples)).
     """
@@ -45,7 +45,7 @@ class NumberedGroup:
 
 
 def pack(groups: Sequence[NumberedGroup]) -> Tensor:
-    """int32, see the module's description; `unpack` is the inverse."""
+    """Returns int32 numbers in the order of the module's description; `unpack` is the inverse."""
     samples = [sample for numbered in groups for sample in numbered.group.samples]
     heads = [[numbered.prompt_number, len(numbered.group.samples), numbered.is_chosen] for numbered in groups]
     parts = [
@@ -61,7 +61,7 @@ def pack(groups: Sequence[NumberedGroup]) -> Tensor:
 
 
 def sample_head(sample: Sample) -> list[int]:
-    """Number of tokens, which of the arrays are known, finish reason, status, policy version, reward."""
+    """Returns number of tokens, flags of the known arrays, finish reason, status, policy version and reward."""
     known = [len(array) > 0 for array in (sample.policy_versions, sample.rollout_logprobs, sample.model_logprobs)]
     return [
         len(sample.response_ids),
@@ -74,7 +74,7 @@ def sample_head(sample: Sample) -> list[int]:
 
 
 class Reader:
-    """Takes the parts that `pack` wrote off the buffer's front. The arrays are views of the buffer, not copies."""
+    """Reads the parts that `pack` wrote, from the front of the buffer. The arrays are views, not copies."""
 
     def __init__(self, packed: Tensor) -> None:
         self.rest: Int32Array = packed.cpu().numpy()
@@ -95,7 +95,7 @@ class Reader:
 
 
 def unpack(packed: Tensor, prompts: Sequence[EncodedPrompt]) -> list[NumberedGroup]:
-    """What `pack` was given, without texts and extracted answers. `prompts`: the list that prompt numbers refer to."""
+    """Returns what `pack` received, without texts and extracted answers. `prompts`: the list of all prompts."""
     reader = Reader(packed)
     ((num_groups,),) = reader.table(1, 1)
     group_heads = reader.table(num_groups, 3)

@@ -1,12 +1,12 @@
-"""Writes responses to disk as soon as they end, so that a killed run generates only those that were missing.
+"""Writes responses to disk as soon as they end, so that a restarted run generates only the missing ones.
 
     RUN_DIR/ledger/weights.jsonl      the fingerprint of each policy version
     RUN_DIR/ledger/step_000007.bin    the responses of step 7, in the order in which they ended
 
-A record consists of its length, its checksum, a JSON header and the tokens' numbers. The ledger finds it by its prompt,
-seed and sampling parameters, and uses it when the run has the very weights that made the record's newest token; the
-weights' fingerprints show that. A torn record, and what follows it, is ignored. Responses that a step gave up go to the
-next step's file.
+A record consists of its length, its checksum, a JSON header and the numbers of its tokens. The ledger finds a record by
+its prompt, seed and sampling parameters. It uses the record if the run has the weights that generated its newest token,
+which it checks by the weights' fingerprints. A torn record and everything after it is ignored. Responses that a step
+abandoned go to the next step's file.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ FRAME = struct.Struct("<III")  # bytes of the header, bytes of the numbers, chec
 @dataclass(slots=True, frozen=True)
 class Header:
     key: str  # see response_key
-    weights: str  # fingerprint of the weights that made the newest token; empty where it was not known yet
-    is_carried: bool  # the step before gave it up
+    weights: str  # fingerprint of the weights that generated the newest token; empty if it was not known yet
+    is_carried: bool  # the previous step abandoned it
     finish_reason: FinishReason  # abort: it can be continued
     num_tokens: int
     has_rollout_logprobs: bool
     policy_versions: list[tuple[int, int]]  # runs of (version, number of tokens)
-    batch: BatchIndex = ALONE  # the records of a batch stand one after the other
+    batch: BatchIndex = ALONE  # the records of a batch are consecutive
 
 
 HEADER_FIELDS = tuple(field.name for field in fields(Header))
@@ -55,7 +55,7 @@ class Record:
     header: Header
     numbers: bytes  # token ids as int32, then log-probs as float64
     number: int  # index among its step's records
-    is_ours: bool  # whether this process made it
+    is_ours: bool  # whether this process wrote it
 
     @property
     def generation(self) -> Generation:
@@ -75,13 +75,13 @@ class Record:
         return min(version for version, _ in self.header.policy_versions)
 
     def rank(self, oldest_version: int) -> tuple[bool, bool, int]:
-        """Ranks several responses to one request: the one of the largest rank is used."""
+        """Returns a rank for choosing among several responses to one request: the largest one is used."""
         is_whole = self.header.finish_reason != "abort"
         return self.oldest_version >= oldest_version, is_whole, self.header.num_tokens
 
     @property
     def place(self) -> tuple[bool, int]:
-        """Sorts records as a step came to know its responses: those of the step before are there at once."""
+        """Returns a sort key: the order in which a step gets its responses, with those of the previous step first."""
         return not self.header.is_carried, self.number
 
     def encode(self) -> bytes:
@@ -91,16 +91,16 @@ class Record:
 
 
 class Ledger(Closing):
-    """Any thread may call any method. Without a folder, a ledger keeps only what a step hands to the next."""
+    """Stores responses. Any thread may call any method. Without a folder, it only passes responses to the next step."""
 
     def __init__(self, folder: Path | None, start_step: int = 0) -> None:
-        """Reads what an interrupted run left for `start_step` and later steps; what is older is removed."""
+        """Reads what an interrupted run left for `start_step` and later steps; removes what is older."""
         self.folder = folder
-        self.lock = threading.Lock()  # guards what follows
+        self.lock = threading.Lock()  # guards the fields below
         self.syncing = threading.Lock()  # held while the disk writes
-        self.unsynced: set[int] = set()  # steps with records that the disk may not hold yet
+        self.unsynced: set[int] = set()  # steps with records that may not be on disk yet
         self.files: dict[int, IO[bytes]] = {}
-        self.records: dict[int, dict[str, list[Record]]] = {}  # step -> key -> in the order written
+        self.records: dict[int, dict[str, list[Record]]] = {}  # step -> key -> in the order of writing
         self.weights: dict[int, str] = {}  # policy version -> fingerprint
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -108,14 +108,14 @@ class Ledger(Closing):
             for step, path in step_files(folder).items():
                 for record in of_whole_batches(read_records(path)):
                     self._keep(step, record)
-            # Versions from here on are the same as before only if their weights turn out to be.
+            # Versions from here on count as unchanged only if the new weights have the same fingerprint.
             known = read_weights(folder / "weights.jsonl")
             self.weights = {version: fingerprint for version, fingerprint in known.items() if version < start_step}
             lines = (weights_line(version, fingerprint) for version, fingerprint in self.weights.items())
             write_atomically(folder / "weights.jsonl", "".join(lines))
 
     def set_weights(self, version: int, fingerprint: str) -> None:
-        """Says which weights `version` names."""
+        """Sets the weights of `version`."""
         with self.lock:
             self.weights[version] = fingerprint
             if self.folder is not None:
@@ -125,44 +125,44 @@ class Ledger(Closing):
                     os.fsync(file.fileno())
 
     def find(self, step: int, key: str, oldest_version: int = 0) -> Record | None:
-        """Returns the most complete response that the run's own weights gave to the request of this key.
+        """Returns the most complete response to the request of this key that the run's own weights generated.
 
-        A response with a token of weights before `oldest_version` is returned only where there is no other.
+        Returns a response with a token of weights before `oldest_version` only if there is no other.
         """
         with self.lock:
             return self._find(step, key, oldest_version)
 
     def add(self, step: int, key: str, generation: Generation, batch: BatchIndex = ALONE) -> None:
-        """Writes a response that has ended. It outlives the process at once, the machine after `sync`.
+        """Writes a response that has ended. It survives a process kill at once, and a machine crash after `sync`.
 
-        After a kill, a batch is used as a whole or not at all: the rest of it, generated anew, would have other last
+        After a kill, a batch is used as a whole or not at all, because regenerating a part of it would give other last
         digits.
         """
         with self.lock:
             self._write(step, key, generation, batch=batch)
 
     def carry(self, step: int, key: str, generation: Generation) -> None:
-        """Hands a response, whole or begun, to `step`, unless `step` has it from before a kill."""
+        """Passes a response, complete or partial, to `step`, unless `step` has it from before a kill."""
         with self.lock:
             if self._find(step, key, 0) is None:
                 self._keep(step, self._write(step, key, generation, is_carried=True))
 
     def sync(self, step: int) -> None:
-        """Waits until the disk holds all that was written for `step` before this call."""
+        """Waits until everything that was written for `step` before this call is on disk."""
         with self.syncing:
             with self.lock:
                 file = self.files.get(step) if step in self.unsynced else None
                 self.unsynced.discard(step)
-            if file is not None:  # the disk may be slow: other threads go on writing
+            if file is not None:  # a slow disk must not stop other threads from writing
                 os.fsync(file.fileno())
 
     def finish(self, step: int) -> None:
-        """Forgets the step's responses: this process will not look them up again."""
+        """Drops the step's responses. This process will not look them up again."""
         with self.lock:
             self.records.pop(step, None)
 
     def remove_before(self, step: int) -> None:
-        """Removes the files of steps that a checkpoint has made needless."""
+        """Removes the files of steps that a checkpoint has made unnecessary."""
         with self.lock:
             self._remove_before(step)
 
@@ -205,7 +205,7 @@ class Ledger(Closing):
                 self.files[step] = (self.folder / f"step_{step:06d}.bin").open("ab")
                 sync_folder(self.folder)
             self.files[step].write(record.encode())
-            if batch.position == batch.size - 1:  # a part of a batch is of no use
+            if batch.position == batch.size - 1:  # an incomplete batch is useless
                 self.files[step].flush()
             self.unsynced.add(step)
         return record
@@ -221,7 +221,7 @@ class Ledger(Closing):
 
 
 def response_key(request: GenerationRequest, params: SamplingParams) -> str:
-    """Returns a digest of what a response depends on besides the weights."""
+    """Returns a digest of everything that determines a response besides the weights."""
     parts = f"[{json.dumps(request.prompt_ids.tolist())}, {request.seed}, {params_text(params)}]"
     return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
@@ -229,14 +229,14 @@ def response_key(request: GenerationRequest, params: SamplingParams) -> str:
 @cache
 def params_text(params: SamplingParams) -> str:
     given = asdict(params)
-    # Settings that older ledgers do not know count where they are set.
+    # Settings that older ledgers do not know are part of the digest only if they are set.
     unset = {name for name in ("max_total_tokens", "stop_strings") if not given[name]}
     return json.dumps({name: value for name, value in given.items() if name not in unset}, sort_keys=True)
 
 
 def runs(values: Int32Array) -> list[tuple[int, int]]:
     """Returns (value, length) of each run of equal values: 3 3 3 4 -> (3, 3), (4, 1)."""
-    if len(values) and (values == values[0]).all():  # the usual case, in a tenth of the time
+    if len(values) and (values == values[0]).all():  # the usual case, which this makes ten times as fast
         return [(int(values[0]), len(values))]
     starts = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
     lengths = np.diff(starts, append=len(values))
@@ -244,7 +244,7 @@ def runs(values: Int32Array) -> list[tuple[int, int]]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Returns the whole records at the file's beginning, and cuts off what comes after, so that more can follow."""
+    """Returns the complete records at the file's beginning, and truncates the rest, so that more records can follow."""
     content = path.read_bytes()
     records, end = parse_records(content)
     if end < len(content):
@@ -255,14 +255,14 @@ def read_records(path: Path) -> list[Record]:
 
 
 def parse_records(content: bytes) -> tuple[list[Record], int]:
-    """Returns the whole records at the beginning of a file's content, and where they end."""
+    """Returns the complete records at the beginning of a file's content, and the position of their end."""
     records: list[Record] = []
     start = 0
     while start + FRAME.size <= len(content):
         head_size, numbers_size, checksum = FRAME.unpack_from(content, start)
         middle = start + FRAME.size + head_size
         head, numbers = content[start + FRAME.size : middle], content[middle : middle + numbers_size]
-        # Zeros are what a power cut may leave.
+        # A power cut may leave zeros.
         if not head_size or len(numbers) < numbers_size or zlib.crc32(numbers, zlib.crc32(head)) != checksum:
             break
         records.append(Record(Header(**json.loads(head)), numbers, number=len(records), is_ours=False))
@@ -271,7 +271,7 @@ def parse_records(content: bytes) -> tuple[list[Record], int]:
 
 
 def of_whole_batches(records: Sequence[Record]) -> list[Record]:
-    """Leaves out the records of batches that were not written to the end."""
+    """Leaves out the records of batches that were not written completely."""
     whole: list[Record] = []
     batch: list[Record] = []
     for record in records:
@@ -287,7 +287,7 @@ def of_whole_batches(records: Sequence[Record]) -> list[Record]:
 
 
 def step_files(folder: Path) -> dict[int, Path]:
-    """Returns the folder's files by step, in rising order."""
+    """Returns the folder's files by step, in ascending order."""
     matches = ((STEP_FILE.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
@@ -297,7 +297,7 @@ def weights_line(version: int, fingerprint: str) -> str:
 
 
 def read_weights(path: Path) -> dict[int, str]:
-    """Returns the last fingerprint of each version; a torn last line is left out."""
+    """Returns the last fingerprint of each version; leaves out a torn last line."""
     weights = {}
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:

@@ -1,10 +1,10 @@
 """Computes the metrics of a step's samples: rewards, lengths, verdicts, age, repetition, reflection words, pass@n.
 
-`text_metrics` measures the same things as Open-Reasoner-Zero (arXiv:2503.24290) logs, and defines two of them in
-another way, so that its numbers are not comparable with ours. Its repeat score takes all substrings of a text, with a
-suffix array for each. `rollout/repetition_*` is the share of token n-grams of one length that occurred before: 0
-without repetition, near 1 for an endless loop. Its reflection score counts a pattern with fixed case and punctuation.
-`rollout/reflection_*` counts whole words in upper or lower case. Its deviations and histograms of lengths are not here.
+`text_metrics` measures the same things as Open-Reasoner-Zero (arXiv:2503.24290), but defines two of them differently,
+so that the numbers are not comparable. Its repeat score uses all substrings of a text, with a suffix array for each.
+`rollout/repetition_*` is the share of token n-grams of one length that occurred before: 0 without repetition, near 1
+for an endless loop. Its reflection score counts a pattern with fixed case and punctuation. `rollout/reflection_*`
+counts whole words in upper or lower case. This module does not compute its deviations and histograms of lengths.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from megatron_oreal.statistics import pass_at_k
 from megatron_oreal.types import Group, Int32Array, JudgeOpinion, Sample
 
 REFLECTION_WORDS = ("wait", "recheck", "retry", "alternatively", "however")
-# The look-behind comes last: a pattern that begins with plain letters is searched for several times faster.
+# The look-behind comes last, because a search for a pattern that begins with plain letters is several times faster.
 REFLECTION = tuple(re.compile(rf"{word}(?<!\w{word})\b") for word in REFLECTION_WORDS)
 NGRAM_TOKENS = 16
-# Whether the rules accepted the answer, and what the judge said: how it is counted.
+# (whether the rules accepted the answer, the judge's reply) -> the name of the count
 JUDGED_AS: dict[tuple[bool, JudgeOpinion], str] = {
     (False, "correct"): "overruled",
     (False, "incorrect"): "agreed",
@@ -32,11 +32,11 @@ JUDGED_AS: dict[tuple[bool, JudgeOpinion], str] = {
     (True, "incorrect"): "audit_disagreed",
     (True, "failed"): "audit_failed",
 }
-MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that no token's bits are lost
+MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that multiplication keeps all bits of a token
 
 
 def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Metrics of all samples; those about correct or about incorrect answers are left out where there are none.
+    """Returns metrics of all samples. Leaves out those of correct or of incorrect answers if there are no such answers.
 
     Reflection words are counted in `Sample.response_text`, which only the first rank has.
     """
@@ -65,7 +65,7 @@ def text_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def repetition(token_ids: Sequence[int] | Int32Array, ngram_tokens: int = NGRAM_TOKENS) -> float:
-    """The share of n-grams that occurred before in the same response, in [0, 1); 0 for a response without an n-gram.
+    """Returns the share of n-grams that occurred before in the response, in [0, 1); 0 for a response without n-grams.
 
     Example: of the 3-grams 123, 231, 312, 123 in 1 2 3 1 2 3, one of four occurred before: 0.25.
     """
@@ -80,13 +80,13 @@ def repetition(token_ids: Sequence[int] | Int32Array, ngram_tokens: int = NGRAM_
 
 
 def num_reflection_words(text: str) -> int:
-    """Counts the words with which a response questions its own reasoning; whole words, in upper or lower case."""
+    """Counts words with which a response questions its own reasoning: whole words, in upper or lower case."""
     lowered = text.lower()
     return sum(len(pattern.findall(lowered)) for pattern in REFLECTION)
 
 
 def pass_at_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """`reward/pass_at_<n>` for n = 2, 4, ... below the group size: unbiased means over groups with n judged samples."""
+    """Returns `reward/pass_at_<n>` for n = 2, 4, ... below the group size."""
     judged = [group.judged_samples for group in groups]
     counts = [(sum(sample.is_correct for sample in samples), len(samples)) for samples in judged]
     largest = max((len(group.samples) for group in groups), default=0)
@@ -112,7 +112,7 @@ Number = TypeVar("Number", int, float)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards, lengths and verdicts of all samples, before the algorithm selects those to train on."""
+    """Returns rewards, lengths and verdicts of all samples, before the algorithm selects those to train on."""
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample for sample in samples if sample.is_judged]
     lengths = [len(sample.response_ids) for sample in samples]
@@ -148,7 +148,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def reward_metrics(judged: Sequence[Sample]) -> dict[str, float]:
-    """The rewards themselves, where some are neither 0 nor 1; `reward/mean` is the share of correct samples."""
+    """Returns the rewards if some are neither 0 nor 1; `reward/mean` is the share of correct samples."""
     rewards = [sample.reward for sample in judged]
     if all(reward in (0.0, 1.0) for reward in rewards):
         return {}
@@ -156,11 +156,11 @@ def reward_metrics(judged: Sequence[Sample]) -> dict[str, float]:
 
 
 def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the judge said, for each data set (`Prompt.source`); nothing where it was not asked.
+    """Returns counts of the judge's replies for each data set (`Prompt.source`); empty if it was not asked.
 
     `judge/<data set>/overruled` counts the answers that the rules did not accept and the judge did, `agreed` those that
-    both did not accept, `failed` those without an opinion. `audit_agreed`, `audit_disagreed` and `audit_failed` count
-    the same among the accepted answers that an audit shows to the judge. Only the first rank knows.
+    neither accepted, and `failed` those without a reply. `audit_agreed`, `audit_disagreed` and `audit_failed` count the
+    same among the accepted answers that an audit shows to the judge. Only the first rank has these metrics.
     """
     told = [
         (group.prompt.source or "unnamed", JUDGED_AS[verdict.rules == "correct", verdict.judge])
@@ -173,19 +173,19 @@ def judge_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def logprob_sum(sample: Sample) -> float:
-    """The log-prob of the whole response as it was sampled, summed in float64 from the first token to the last.
+    """Returns the log-prob of the whole response as it was sampled, summed in float64 from first to last token.
 
-    The order is fixed because another one may change the last digit; `np.sum` chooses its own.
+    The order is fixed because another order may change the last digit; `np.sum` chooses its own order.
     """
     return 0.0 + float(np.cumsum(sample.rollout_logprobs, dtype=np.float64)[-1])  # 0.0 + -0.0 is 0.0
 
 
 def nearest_rank(values: Sequence[Number], share: float) -> Number:
-    """The smallest value that at least this share of the values does not exceed."""
+    """Returns the smallest value that at least this share of the values does not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def staleness_metrics(groups: Sequence[Group], step: int) -> dict[str, float]:
-    """How many steps before `step` the weights that generated each sample's oldest token were current."""
+    """Returns the age, in steps before `step`, of the weights that generated each sample's oldest token."""
     ages = [step - sample.policy_version for group in groups for sample in group.samples]
     return {"rollout/staleness_mean": sum(ages) / max(1, len(ages)), "rollout/staleness_max": max(ages, default=0)}

@@ -1,4 +1,4 @@
-"""Collects the responses to a set of prompts into groups, and says when there are enough groups."""
+"""Collects the responses to a set of prompts into groups, and decides when there are enough groups."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DEFAULT_JUDGING_THREADS = 4
 
 @dataclass(slots=True, frozen=True)
 class PromptRequest:
-    """A prompt that is to be sampled. Example: PromptRequest(prompt, "0/7/3"), the prompt at index 3 of step 7."""
+    """A prompt to be sampled. Example: PromptRequest(prompt, "0/7/3"), the prompt at index 3 of step 7."""
 
     prompt: EncodedPrompt
-    seed_key: str  # the samples' seeds depend on it and on their number in the group
+    seed_key: str  # determines the samples' seeds, together with their number in the group
 
     def requests(self, num_samples: int) -> list[GenerationRequest]:
         """Returns one request for each sample of the group."""
@@ -32,24 +32,24 @@ class PromptRequest:
 
 @dataclass(slots=True, frozen=True)
 class StopCondition:
-    """Once `num_groups` usable groups are complete, the rest may be given up."""
+    """The condition to abandon the remaining responses: `num_groups` usable groups are complete."""
 
     num_groups: int
-    needs_mixed: bool  # whether a group is usable only with correct and incorrect samples
+    needs_mixed: bool  # whether usable groups must have correct and incorrect samples
 
 
 Judge = Callable[[PromptRequest, Sequence[Generation]], Group]
 
 
 class JudgingTime:
-    """How long the verification of groups takes, how many wait for it, and how much of it the generation hides."""
+    """Measures the time of verification, the groups that wait for it, and its overlap with generation."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.seconds = 0.0  # that threads spent with groups, together
-        self.queue_length = 0  # groups handed in and not judged yet
+        self.seconds = 0.0  # total time of all threads
+        self.queue_length = 0  # groups that were submitted but not judged yet
         self.longest_queue = 0
-        self.last_end = 0.0  # when a group was judged last; 0 before
+        self.last_end = 0.0  # when the last group was judged; 0 before
 
     def hand_in(self) -> None:
         with self.lock:
@@ -71,13 +71,13 @@ class JudgingTime:
 
 
 class PendingGroups:
-    """A `Watch` that takes the engine's responses and judges each group when its last response is there.
+    """A `Watch` that receives the engine's responses and judges each group when its last response has arrived.
 
-    Request i belongs to prompt i // num_samples. Groups are judged in threads of their own, beside the generation; only
-    where a stop condition depends on verdicts does the engine's call wait for the judge. Without a stop condition
-    nothing is given up, and the groups of a batch are judged when its last response is there: a judge that waits for
-    the disk then waits once for the whole batch. An error of `judge` or `keep` ends the collection, and `groups` raises
-    it. Responses that come after the end are not taken.
+    Request i belongs to prompt i // num_samples. Separate threads judge groups during generation. Only if a stop
+    condition depends on verdicts does the engine's call wait for the judge. Without a stop condition nothing is
+    abandoned, and the groups of a batch are judged when its last response has arrived, so that a judge that waits for
+    the disk waits once for the whole batch. An error of `judge` or `keep` ends the collection, and `groups` raises it.
+    Responses that arrive after the end are ignored.
     """
 
     def __init__(
@@ -86,19 +86,19 @@ class PendingGroups:
         num_samples: int,
         judge: Judge,
         stop_condition: StopCondition | None = None,
-        keep: Callable[[int, Generation, BatchIndex], None] | None = None,  # gets each response that is taken
-        num_judging: int = DEFAULT_JUDGING_THREADS,  # groups that are verified at the same time
+        keep: Callable[[int, Generation, BatchIndex], None] | None = None,  # receives each accepted response
+        num_judging: int = DEFAULT_JUDGING_THREADS,  # groups that are verified concurrently
     ) -> None:
         self.prompt_requests, self.num_samples = prompt_requests, num_samples
         self.judging_time = JudgingTime()
         self.judge = self.judging_time.measured(judge)
         self.stop_condition, self.keep = stop_condition, keep
-        self.finished: dict[int, Generation] = {}  # by request
+        self.finished: dict[int, Generation] = {}  # by request number
         self.seconds: list[float] = []  # from the start to each response
         self.is_over = False
         self.num_usable = 0
         self.complete: list[int] = []  # prompts whose groups wait for the end of the batch
-        self.judged: dict[int, Future[Group]] = {}  # by prompt, in the order in which groups were complete
+        self.judged: dict[int, Future[Group]] = {}  # by prompt, in the order of completion
         self.error: Exception | None = None
         self.start = time.monotonic()
         self.lock = threading.Lock()
@@ -113,35 +113,35 @@ class PendingGroups:
                     self._take(index, generation)
                     if self.stop_condition is not None or batch.position == batch.size - 1:
                         self._judge_complete()
-                except Exception as error:  # noqa: BLE001  # not the engine's error: `groups` raises it
+                except Exception as error:  # noqa: BLE001  # `groups` raises it, because it is not the engine's error
                     self.error, self.is_over = error, True
                 else:
                     self.seconds.append(time.monotonic() - self.start)
             return self.is_over
 
     def take_known(self, index: int, generation: Generation) -> None:
-        """Takes a response that the ledger holds: it is not told to `keep` again, and took no time."""
+        """Accepts a response from the ledger, without calling `keep` again and without counting time."""
         with self.lock:
             if not self.is_over:
                 self._take(index, generation)
                 self._judge_complete()
 
     def groups(self) -> dict[int, Group]:
-        """Returns the complete groups by their prompt's number, in the order in which they were complete."""
+        """Returns the complete groups by their prompt's number, in the order of completion."""
         if self.error is not None:
             raise self.error
         with self.lock:
-            self._judge_complete()  # of a batch whose last response was not taken
+            self._judge_complete()  # for a batch whose last response was not accepted
         return {number: judged.result() for number, judged in self.judged.items()}
 
     @property
     def seconds_after_generation(self) -> float:
-        """How long the verification went on after the last response, which nothing hides."""
+        """Returns how long verification continued after the last response, when generation no longer hides it."""
         last_response = self.start + max(self.seconds, default=0.0)
         return max(0.0, self.judging_time.last_end - last_response) if self.judging_time.last_end else 0.0
 
     def stop(self) -> None:
-        """Gives up whatever is missing."""
+        """Abandons the missing responses."""
         self.is_over = True
 
     def close(self) -> None:
@@ -168,5 +168,5 @@ class PendingGroups:
 
 
 def sample_seed(key: str) -> int:
-    """Returns a 63-bit seed, the same on every machine and Python version."""
+    """Returns a 63-bit seed, which is the same on every machine and in every Python version."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,8 +1,8 @@
 """Collects each step's groups, up to `staleness` steps ahead of the training.
 
-A thread of the first rank, the production thread, makes one step's groups after the other; the main threads of all
-ranks take them together. Step t begins when step t - staleness is asked for, and so when the engine has the weights of
-that step: with staleness 0 the production thread works only while the trainer waits for it.
+A thread of the first rank, the production thread, makes the groups of one step after the other; the main threads of all
+ranks take them together. The production of step t begins when the trainer requests step t - staleness, so the engine
+then has the weights of that step. With staleness 0 the production thread works only while the trainer waits for it.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.producer import GroupProducer, Produced, ProductionStoppedError
 from megatron_oreal.types import Group
 
-CLOSE_SECONDS = 10.0  # for the engine to give up what is under way
+CLOSE_SECONDS = 10.0  # for the engine to abandon what is under way
 
 
 @dataclass(slots=True, frozen=True)
 class Collected:
-    """One step's groups, as every rank gets them."""
+    """One step's groups, as every rank receives them."""
 
     groups: list[Group]  # to train on
-    sampled: list[Group]  # all, also those that were not usable
-    metrics: Metrics = field(default_factory=dict)  # how they were made; empty on the other ranks
+    sampled: list[Group]  # all groups, including unusable ones
+    metrics: Metrics = field(default_factory=dict)  # of the production; empty on the other ranks
     notes: list[str] = field(default_factory=list)  # for the log
 
 
 class PrefetchingCollector:
     """Hands out the groups that the first rank's producer makes.
 
-    `cursor` stands where the collected groups end; the producer has a cursor of its own, which may be ahead. The other
-    ranks have a producer too, but never ask it.
+    `cursor` is at the end of the collected groups. The producer has its own cursor, which may be ahead. The other ranks
+    have a producer too, but never use it.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class PrefetchingCollector:
         cursor: PromptCursor[EncodedPrompt],
         is_main: bool,
         first_step: int,
-        num_steps: int,  # of the run: nothing is produced for later ones
+        num_steps: int,  # of the run; the thread produces nothing for later steps
     ) -> None:
         self.producer, self.cursor, self.is_main = producer, cursor, is_main
         self.staleness = producer.config.staleness
         self.first_step, self.num_steps = first_step, num_steps
         self.futures: defaultdict[int, Future[list[NumberedGroup]]] = defaultdict(Future)  # by step
         self.produced: dict[int, Produced] = {}
-        self.last_wanted = first_step - self.staleness - 1  # the step that was asked for last
+        self.last_wanted = first_step - self.staleness - 1  # the last requested step
         self.is_closed = False
-        self.changed = threading.Condition()  # guards all of the above
+        self.changed = threading.Condition()  # guards all fields above
         self.thread: threading.Thread | None = None
 
     def collect(self, step: int) -> Collected:
         """Returns the groups of `step` on all ranks. Collective; only main threads may call it.
 
-        An error of the production is raised here: on the first rank the error itself.
+        Raises an error of the production; the first rank raises the original error.
         """
         future = self._want(step)
         numbered = share(future, self.producer.sampler.engine, self.cursor.prompts, self.is_main)
@@ -75,17 +75,17 @@ class PrefetchingCollector:
         return Collected(groups, sampled, produced.metrics, produced.notes)
 
     def close(self) -> None:
-        """Ends the thread; what it was producing is given up, and what has ended is in the ledger."""
+        """Ends the thread and abandons its production. Finished responses are in the ledger."""
         with self.changed:
             self.is_closed = True
             self.changed.notify_all()
         self.producer.stop()
         if self.thread is not None:
-            # A request may hang: the thread ends with the engine, which is closed after this, or with the process.
+            # A request may hang. The thread then ends when the engine closes, after this, or with the process.
             self.thread.join(CLOSE_SECONDS)
 
     def _want(self, step: int) -> Future[list[NumberedGroup]]:
-        """Lets the production thread begin what may now begin; on the other ranks the future stays empty."""
+        """Lets the production thread begin the next steps; on the other ranks the future stays empty."""
         if not self.is_main:
             return Future()
         if self.thread is None:
@@ -108,7 +108,7 @@ class PrefetchingCollector:
                 produced = self.producer.produce(step)
             except ProductionStoppedError:
                 return
-            except BaseException as error:  # noqa: BLE001  # the main thread, which collects, gets the error
+            except BaseException as error:  # noqa: BLE001  # the main thread, which collects, raises the error
                 future.set_exception(error)
                 return
             with self.changed:

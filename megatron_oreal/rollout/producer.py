@@ -1,6 +1,6 @@
-"""Makes a step's groups: rounds of prompts, over-sampling, what becomes of responses that are given up, the ledger.
+"""Makes a step's groups: rounds of prompts, over-sampling, treatment of abandoned responses, and the ledger.
 
-The first rank alone does this, in the production thread (`prefetch.py`).
+Only the first rank does this, in the production thread (`prefetch.py`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_oreal.types import Group
 
 
 class ProductionStoppedError(Exception):
-    """The run ends while a step's groups are under way."""
+    """Raised if the run ends during the production of a step's groups."""
 
 
 @dataclass(slots=True, frozen=True)
 class Produced:
-    """A step's groups, and what the run records of how they were made."""
+    """A step's groups, and the run's record of their production."""
 
     groups: list[NumberedGroup]
-    cursor_state: CursorState  # where the step's prompts end
+    cursor_state: CursorState  # the end of the step's prompts
     metrics: Metrics
     notes: list[str]
 
@@ -41,32 +41,33 @@ class Produced:
 @dataclass(slots=True)
 class GroupProducer:
     sampler: Sampler
-    cursor: PromptCursor[EncodedPrompt]  # of the prompts asked for, which may be ahead of those trained on
+    cursor: PromptCursor[EncodedPrompt]  # of the requested prompts, which may be ahead of the trained ones
     sampling: SamplingParams
     config: RolloutConfig
     prompts_per_step: int
-    num_correct: int  # correct samples that each prompt should have; 0: whatever comes
-    needs_mixed: bool  # whether the algorithm leaves out groups that are all correct or all incorrect
+    num_correct: int  # correct samples that each prompt should have; 0: no condition
+    needs_mixed: bool  # whether training skips groups that are all correct or all incorrect
     seed: int
     ledger: Ledger
-    pending: PendingGroups | None = None  # under way
+    pending: PendingGroups | None = None  # the groups under way
     is_stopped: bool = False
-    counts: Counter[str] = field(default_factory=Counter)  # of the step under way
+    counts: Counter[str] = field(default_factory=Counter)  # of the current step
     seconds: list[float] = field(default_factory=list)  # from the step's start to each of its responses
-    verification: dict[str, float] = field(default_factory=dict)  # seconds of the step under way
+    verification: dict[str, float] = field(default_factory=dict)  # seconds in the current step
     longest_queue: int = 0  # of groups that waited for their verdicts
     start: float = 0.0
 
     def produce(self, step: int) -> Produced:
         """Makes the groups of `step`, all with weights of version step - staleness or later.
 
-        With `prompt_rounds` > 1, it asks for new prompts until `prompts_per_step` groups are mixed (DAPO). Which groups
-        are chosen depends on the order in which they end only where there is over-sampling. Raises
-        ProductionStoppedError after `stop`.
+        With `prompt_rounds` > 1, it requests new prompts until `prompts_per_step` groups are mixed (DAPO). The choice
+        of groups depends on the order in which they end only with over-sampling. Raises ProductionStoppedError after
+        `stop`.
         """
         self.counts, self.seconds, self.start = Counter(), [], time.monotonic()
         self.verification, self.longest_queue = {"seconds": 0.0, "seconds_after_generation": 0.0}, 0
-        self.sampler.verifier.flush_metrics()  # An evaluation's numbers are not this step's.
+        # This drops the numbers of an evaluation, which do not belong to this step.
+        self.sampler.verifier.flush_metrics()
         assert self.sampler.engine.version >= step - self.config.staleness, "the engine's weights are too old"
         groups: list[NumberedGroup] = []
         num_chosen = 0
@@ -83,7 +84,7 @@ class GroupProducer:
         return Produced(groups, self.cursor.state(), metrics, self._notes(step))
 
     def stop(self) -> None:
-        """Gives up what is under way. The main thread calls this while another thread produces."""
+        """Abandons what is under way. The main thread calls this while another thread produces."""
         self.is_stopped = True
         if self.pending is not None:
             self.pending.stop()
@@ -99,7 +100,7 @@ class GroupProducer:
     def _ask(self, step: int, turns: Sequence[Turn], seed: str, num_missing: int) -> list[NumberedGroup]:
         """Samples one round of prompts; returns the complete groups in the prompts' order.
 
-        The prompts of the other groups go back to the cursor.
+        The prompts of the incomplete groups go back to the cursor.
         """
         requests = [
             PromptRequest(self.cursor.prompts[turn.index], turn.origin or f"{seed}/{index}")
@@ -119,7 +120,7 @@ class GroupProducer:
         usable = [index for index in indices if not self._is_filtered or is_mixed(complete[index])]
         chosen = set(usable[:num_missing])
         given_up = [index for index in range(len(turns)) if index not in complete]
-        # A response that is resumed keeps its seed; one that is drawn anew gets that of its new index.
+        # A resumed response keeps its seed; a response that is sampled anew gets the seed of its new index.
         self.cursor.give_back(
             [Turn(turns[index].index, requests[index].seed_key if self._resumes else "") for index in given_up]
         )
@@ -128,7 +129,7 @@ class GroupProducer:
     def _gather(
         self, step: int, prompt_requests: Sequence[PromptRequest], stop_condition: StopCondition | None
     ) -> dict[int, Group]:
-        """Returns the complete groups by their prompt's index; without a stop condition, that is every group."""
+        """Returns the complete groups by their prompt's index, which are all groups if there is no stop condition."""
         size = self.config.group_size
         requests = [request for one in prompt_requests for request in one.requests(size)]
         keys = [response_key(request, self.sampling) for request in requests]
@@ -166,9 +167,9 @@ class GroupProducer:
     def _missing(
         self, step: int, pending: PendingGroups, requests: Sequence[GenerationRequest], keys: Sequence[str]
     ) -> dict[int, GenerationRequest]:
-        """Returns the requests whose responses the ledger does not hold; `pending` takes the whole responses from it.
+        """Returns the requests without a complete response in the ledger; passes the complete responses to `pending`.
 
-        A request whose response the ledger holds in part goes on from there.
+        A request with a partial response in the ledger continues that response.
         """
         oldest = step - max(self.config.staleness, int(self._resumes))
         found = {number: record for number, key in enumerate(keys) if (record := self.ledger.find(step, key, oldest))}
@@ -187,7 +188,7 @@ class GroupProducer:
         return {number: request for number, request in missing.items() if number not in pending.finished}
 
     def _give_up(self, step: int, key: str, generation: Generation | None) -> None:
-        """Drops a response of an incomplete group, or hands it to the next step where responses are resumed."""
+        """Drops a response of an incomplete group, or passes it to the next step if the run resumes responses."""
         is_whole = generation is not None and generation.finish_reason != "abort"
         self.counts["given_up"] += not is_whole
         self.counts["whole_given_up"] += is_whole
@@ -197,13 +198,13 @@ class GroupProducer:
                 self.ledger.carry(step + 1, key, generation)
 
     def _metrics(self) -> Metrics:
-        """Returns what over-sampling cost, and how long responses and their verification took."""
+        """Returns the cost of over-sampling, and the durations of responses and of their verification."""
         names = ("given_up", "whole_given_up", "tokens_given_up", "carried", "resumed", "restarted")
         metrics: Metrics = {f"rollout/num_{name}": self.counts[name] for name in names}
         if self.seconds:
             for name, share in {"first": 0.0, "half": 0.5, "nine_tenths": 0.9, "last": 1.0}.items():
                 metrics[f"time/in_rollout/{name}_response"] = nearest_rank(self.seconds, share)
-        # Whatever depends on the load stands under time/: the rest is the same in each run.
+        # Everything that depends on the load is under time/; all other metrics are the same in each run.
         metrics |= {f"time/verifier/{name}": seconds for name, seconds in self.verification.items()}
         metrics["time/verifier/longest_queue"] = self.longest_queue
         return metrics | self.sampler.verifier.flush_metrics()
@@ -222,7 +223,7 @@ def draw_again(
 ) -> None:
     """Adds samples to the groups with fewer than `num_correct` correct ones, in at most `draw_rounds` rounds.
 
-    The first round has been drawn already. `draw` takes the groups' indices and a seed.
+    The first round has been sampled already. `draw` takes the groups' indices and a seed.
     """
     for draw_round in range(1, draw_rounds):
         missing = [index for index, group in enumerate(groups) if count_correct(group) < num_correct]
@@ -233,7 +234,7 @@ def draw_again(
 
 
 def seed_of(seed: str, kind: str, number: int) -> str:
-    """Returns the seed of a round; the first round has the step's own."""
+    """Returns the seed of a round; the first round uses the step's own seed."""
     return f"{seed}/{kind}{number}" if number else seed
 
 

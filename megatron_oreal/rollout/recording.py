@@ -1,10 +1,10 @@
-"""Records every response of a run, and an engine that answers with recorded responses instead of generating.
+"""Records every response of a run, and defines an engine that replays recorded responses instead of generating.
 
     RUN_DIR/recording/version_000007.bin    what was generated with the weights of version 7, in the order of the ends
 
-The records have the ledger's format. A response is found by its prompt, seed and sampling parameters, and by what it
-continued. A run with the same configuration asks for the same responses, so that a replay has the same groups, and
-the same update, on a machine that could never have generated them.
+The records have the ledger's format. A response is found by its prompt, seed and sampling parameters, and by the
+response that it continued. A run with the same configuration makes the same requests, so a replay has the same groups
+and the same update, also on a machine that could not have generated them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FOLDER = "recording"
 
 
 class RecordingEngine:
-    """A `RolloutEngine` that writes down what another one generates. The first rank's has a folder."""
+    """A `RolloutEngine` that records the responses of another engine. Only the first rank's has a folder."""
 
     def __init__(self, engine: RolloutEngine, folder: Path) -> None:
         self.engine, self.folder, self.calls = engine, folder, engine.calls
@@ -53,7 +53,7 @@ class RecordingEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
-        """See `RolloutEngine`. What is told late or not at all, for it was given up, is recorded at the end."""
+        """Implements `RolloutEngine`. Abandoned responses, which the engine passes late or never, are recorded last."""
         version, told = self.engine.version, set[int]()
 
         def record(index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
@@ -101,7 +101,7 @@ class RecordingEngine:
         return self.engine.flush_metrics()
 
     def close(self) -> None:
-        """Closes the files; the engine belongs to somebody else."""
+        """Closes the files. The engine's owner closes the engine."""
         with self.lock:
             for file in self.files.values():
                 file.close()
@@ -111,16 +111,16 @@ class RecordingEngine:
 class ReplayEngine:
     """A `RolloutEngine` that generates nothing. The first rank reads the recording.
 
-    window: by how many versions the weights may differ from those of the recording when a response is asked for: with
-    rollout.staleness it depends on the load when a request is made. The response is the recorded one all the same.
+    window: the largest difference between the current version and the recorded version of a response. With
+    rollout.staleness, the version at a request depends on the load. The recorded response is used in any case.
     """
 
     def __init__(self, run_dir: Path, window: int = 0) -> None:
-        """Raises ValueError for a run that has recorded nothing."""
+        """Raises ValueError for a run without a recording."""
         self.folder, self.window = run_dir / FOLDER, window
         self.calls = MainThreadCalls()
         self.version = 0
-        self.versions: dict[int, dict[str, Record]] = {}  # the records by version and key, of those near to `version`
+        self.versions: dict[int, dict[str, Record]] = {}  # version -> key -> record, for versions near `version`
         self.lock = threading.Lock()  # guards `versions`
         if not self.folder.is_dir():
             raise ValueError(f"rollout.replay: {run_dir} holds no {FOLDER}/; record a run with rollout.record=true")
@@ -128,7 +128,7 @@ class ReplayEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
-        """See `RolloutEngine`. Raises ValueError for a request that the recorded run has not made."""
+        """Implements `RolloutEngine`. Raises ValueError for a request that the recorded run did not make."""
         with self.lock:
             found = [self._find(request, params) for request in requests]
         generations = [record.generation for _, record in found]
@@ -139,7 +139,7 @@ class ReplayEngine:
         return generations
 
     def _find(self, request: GenerationRequest, params: SamplingParams) -> tuple[int, Record]:
-        """Returns the record and its version, of the nearest version that has one."""
+        """Returns the record and its version, from the nearest version that has one."""
         key, now = recording_key(request, params), self.version
         for distance in range(self.window + 1):
             for version in sorted({now - distance, now + distance}):
@@ -157,7 +157,7 @@ class ReplayEngine:
         if version not in self.versions:
             path = recording_file(self.folder, version)
             records, _ = parse_records(path.read_bytes() if path.is_file() else b"")
-            # A run that was killed has asked again: what it trained on came last.
+            # A run that was killed has repeated requests; it trained on the last responses.
             self.versions[version] = {record.header.key: record for record in records}
         return self.versions[version]
 
@@ -165,7 +165,7 @@ class ReplayEngine:
         raise AssertionError("a replay makes no calls")
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Reads the weights and drops them: all ranks take part in the stream, which also measures them."""
+        """Reads the weights and drops them, because all ranks take part in the stream, which also measures them."""
         for _ in stream:
             pass
         self.version = version

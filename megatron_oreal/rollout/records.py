@@ -12,9 +12,9 @@ from megatron_oreal.types import Group, Sample
 
 
 def write_rollouts(path: Path, groups: Sequence[Group]) -> None:
-    """Writes one JSON object for each sample; readers never see a part of the file.
+    """Writes one JSON object for each sample; readers never see an incomplete file.
 
-    The number of the group tells two groups of one prompt apart.
+    The group number distinguishes two groups of the same prompt.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(

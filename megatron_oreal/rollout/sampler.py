@@ -1,4 +1,4 @@
-"""From prompts to groups of judged samples: requests, generation, verification, and the record on disk."""
+"""Turns prompts into groups of judged samples: requests, generation, verification, and the record on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_oreal.rollout.group_codec import NumberedGroup
 from megatron_oreal.rollout.pending_groups import PendingGroups, PromptRequest
 from megatron_oreal.types import Group, Prompt, Sample, Verdict, no_ids
 
-MAX_FRUITLESS_CALLS = 20  # one after the other, in which the engine gave up every response without a new token
+MAX_FRUITLESS_CALLS = 20  # consecutive calls in which the engine aborted every response without a new token
 
 
 @dataclass(slots=True)
@@ -35,17 +35,18 @@ class Sampler:
 
     engine: RolloutEngine
     tokenizer: Tokenizer
-    verifier: Verifier  # the first rank uses it
+    verifier: Verifier  # only the first rank uses it
     is_main: bool  # whether this is the first rank
-    require_stop: bool  # a response without a stop is wrong
-    stop_strings: tuple[str, ...] = ()  # end a response too, and stay in it
+    require_stop: bool  # whether a response without a stop is wrong
+    stop_strings: tuple[str, ...] = ()  # the response ends with them and keeps them
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], num_samples: int, params: SamplingParams, seed: str
     ) -> list[Group]:
         """Returns `num_samples` samples of each prompt, on all ranks. Collective; only main threads may call it.
 
-        A sample's seed depends on `seed`, the prompt's index and the sample's own number. The other ranks get no texts.
+        A sample's seed depends on `seed`, the prompt's index and the sample's own number. The other ranks receive no
+        texts.
         """
         future: Future[list[NumberedGroup]] = Future()
         if self.is_main:
@@ -56,7 +57,7 @@ class Sampler:
     def produce(
         self, prompt_requests: Sequence[PromptRequest], num_samples: int, params: SamplingParams
     ) -> list[NumberedGroup]:
-        """Returns every group, in the order of the requests. The first rank alone calls this, from any thread."""
+        """Returns every group, in the order of the requests. Only the first rank calls this, from any thread."""
         pending = PendingGroups(prompt_requests, num_samples, self.judge, num_judging=self.verifier.num_concurrent)
         try:
             requests = [request for one in prompt_requests for request in one.requests(num_samples)]
@@ -69,11 +70,11 @@ class Sampler:
     def gather(
         self, pending: PendingGroups, requests: Mapping[int, GenerationRequest], params: SamplingParams
     ) -> dict[int, GenerationRequest]:
-        """Generates until every request is answered or enough groups are complete; returns the requests that are left.
+        """Generates until every request is answered or enough groups are complete; returns the remaining requests.
 
-        A request that is left holds the response that was begun. A response that a change of weights has cut is
-        continued. Raises RuntimeError when the engine gives responses up again and again without a new token. The first
-        rank alone calls this, from any thread.
+        A remaining request holds its partial response. A response that new weights have interrupted is continued.
+        Raises RuntimeError if the engine repeatedly aborts responses without a new token. Only the first rank calls
+        this, from any thread.
         """
         left = dict(requests)
         num_fruitless = 0
@@ -83,7 +84,7 @@ class Sampler:
             num_tokens = sum(map(num_begun_tokens, left.values()))
             for index, generation in enumerate(self.engine.generate(list(left.values()), params, watch)):
                 number = numbers[index]
-                if number not in pending.finished:  # it was given up, or the engine has not told of it
+                if number not in pending.finished:  # it was aborted, or the engine has not passed it
                     watch(index, generation)
                     left[number] = continuation(left[number], watch.dated(index, generation))
             left = {number: request for number, request in left.items() if number not in pending.finished}
@@ -94,7 +95,7 @@ class Sampler:
         return left
 
     def judge(self, request: PromptRequest, generations: Sequence[Generation]) -> Group:
-        """Verifies the responses to one prompt. The first rank alone calls this, from any thread."""
+        """Verifies the responses to one prompt. Only the first rank calls this, from any thread."""
         prompt = request.prompt.prompt
         samples = [self._sample(request.prompt, generation) for generation in generations]
         for sample, verdict in zip(samples, self._verify(samples, prompt), strict=True):
@@ -121,7 +122,7 @@ class Sampler:
         )
 
     def _verify(self, samples: Sequence[Sample], prompt: Prompt) -> list[Verdict]:
-        """Where `require_stop` is set, a response that was cut is wrong without asking the verifier."""
+        """Verifies samples. With `require_stop`, a response that was cut is wrong without a call of the verifier."""
         is_cut = [self.require_stop and sample.finish_reason != "stop" for sample in samples]
         whole = [sample.response_text for sample, cut in zip(samples, is_cut, strict=True) if not cut]
         judged = iter(self.verifier.verify_responses(prompt, whole) if whole else [])
@@ -130,15 +131,15 @@ class Sampler:
 
 @dataclass(slots=True)
 class RequestIndexMap:
-    """A `Watch` that turns the engine's index of a request into the request's number among the pending groups.
+    """A `Watch` that maps the engine's index of a request to the request's number among the pending groups.
 
-    Example: of requests 0 to 3 only 1 and 3 are left, the engine gets [request 1, request 3] and tells of index 1: that
-    is request 3.
+    Example: of requests 0 to 3 only 1 and 3 remain, so the engine gets [request 1, request 3]. Its index 1 then means
+    request 3.
     """
 
     pending: PendingGroups
-    requests: Sequence[tuple[int, Generation | None]]  # by the engine's index: its number, the response begun before
-    version: int  # of the weights when the engine was called: that of tokens for which the engine names none
+    requests: Sequence[tuple[int, Generation | None]]  # by the engine's index: its number, its earlier partial response
+    version: int  # of the weights when the engine was called, for tokens without a version from the engine
 
     def __call__(self, index: int, generation: Generation, batch: BatchIndex = ALONE) -> bool:
         return self.pending(self.requests[index][0], self.dated(index, generation), batch)
@@ -149,9 +150,9 @@ class RequestIndexMap:
 
 
 def with_versions(generation: Generation, begun: Generation | None, version: int) -> Generation:
-    """Returns the generation with a policy version for each token: `version` for those that the engine has added.
+    """Returns the generation with a policy version for each token: `version` for new tokens without one.
 
-    begun: the response that the engine went on from.
+    begun: the response that the engine continued.
     """
     if len(generation.policy_versions):
         return generation
@@ -163,7 +164,7 @@ def with_versions(generation: Generation, begun: Generation | None, version: int
 
 
 def continuation(request: GenerationRequest, generation: Generation) -> GenerationRequest:
-    """Returns a request that goes on where `generation` ends."""
+    """Returns a request that continues `generation`."""
     return replace(request, begun=generation) if len(generation.response_ids) else request
 
 

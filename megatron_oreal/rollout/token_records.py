@@ -1,7 +1,7 @@
-"""Records the tokens of responses with what training knows about each: log-probs, weights and advantages.
+"""Records the tokens of responses with the values that training has for each: log-probs, weights and advantages.
 
-The trainer's values lie in the micro-batches of an update, which hold sequences in another order, and on each
-data-parallel rank others. A sequence is recognised by its tokens: equal sequences have equal values.
+The trainer's values are in the micro-batches of an update, which have another order and differ between data-parallel
+ranks. A sequence is recognised by its tokens, because equal sequences have equal values.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from megatron_oreal.config.rollout import EngineLogprobs
 from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.types import Batch, Float32Array, Group, Int32Array, Microbatch, Sample, no_logprobs
 
-SequenceKey = tuple[int, bytes]  # the number of prompt tokens, and all tokens
+SequenceKey = tuple[int, bytes]  # the number of prompt tokens, and the bytes of all tokens
 Decode = Callable[[Int32Array], str]
-CONTEXT_TOKENS = 4  # Tokens before a token that are decoded with it: a tokenizer may drop the space that begins a text.
-MAX_BYTES_OF_CHARACTER = 4  # of UTF-8: so many tokens may share a character
+# Tokens before a token that are decoded with it, because a tokenizer may drop the space at the beginning of a text.
+CONTEXT_TOKENS = 4
+MAX_BYTES_OF_CHARACTER = 4  # in UTF-8; up to this many tokens may share a character
 
 
 @dataclass(slots=True, frozen=True)
 class TokenValues:
-    """What an update knew of each token of a response; an array is empty where nothing is known."""
+    """The values of each token of a response in an update; an array is empty if its values are unknown."""
 
     old_logprobs: Float32Array  # [R] the trainer's, before the update
-    engine_logprobs: Float32Array  # [R] of the distribution that is trained; NaN where they are unknown
+    engine_logprobs: Float32Array  # [R] of the trained distribution; NaN where they are unknown
     weights: Float32Array  # [R] the algorithm's token weights
     advantages: Float32Array  # [R]
 
@@ -45,7 +46,7 @@ def sample_key(sample: Sample) -> SequenceKey:
 
 
 def trained_values(batches: Iterable[Batch], wanted: set[SequenceKey]) -> dict[SequenceKey, TokenValues]:
-    """Returns the values of those sequences in this rank's micro-batches that are wanted."""
+    """Returns the values of the wanted sequences in this rank's micro-batches."""
     found: dict[SequenceKey, TokenValues] = {}
     for batch in batches:
         for microbatch in batch.microbatches:
@@ -68,7 +69,7 @@ def microbatch_values(microbatch: Microbatch, wanted: set[SequenceKey]) -> dict[
     found = {}
     for begin, end in pairwise(microbatch.cu_seqlens.tolist()):
         trained = begin + np.flatnonzero(loss_mask[begin:end])
-        if len(trained) == 0:  # The filler, or a response without a token.
+        if len(trained) == 0:  # This is the filler, or a response without a token.
             continue
         response = trained[0] + 1  # Position t predicts token t + 1.
         key = key_of(input_ids[begin:response], input_ids[response:end])
@@ -85,9 +86,9 @@ def write_token_records(
     decode: Decode,
     engine_logprobs: EngineLogprobs,
 ) -> None:
-    """Writes one JSON object for each sample of `groups`, the first ones of the step, in the order of its rollouts.
+    """Writes one JSON object for each sample of `groups`, the first groups of the step, in the order of its rollouts.
 
-    `row` is the number of the sample's line in the step's file of rollouts, from 0 on.
+    `row` is the number of the sample's line in the step's file of rollouts, counted from 0.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     samples = [sample for group in groups for sample in group.samples]
@@ -101,9 +102,9 @@ def write_token_records(
 def token_row(
     sample: Sample, trained: TokenValues | None, decode: Decode, engine_logprobs: EngineLogprobs
 ) -> dict[str, object]:
-    """Returns the tokens' texts and values; what is not known is left out.
+    """Returns the tokens' texts and values; leaves out unknown ones.
 
-    `logprobs` are the engine's, and `differences` are what must be added to them to get the trainer's.
+    `logprobs` are the engine's. Add `differences` to get the trainer's.
     """
     row: dict[str, object] = {"texts": token_texts(sample.response_ids, decode)}
     logprobs = sample.model_logprobs if engine_logprobs == "model" else sample.rollout_logprobs
@@ -124,17 +125,17 @@ def token_row(
 
 
 def rounded(values: Float32Array) -> list[float | None]:
-    """Keeps four significant digits of each number; None stands for what is not finite."""
+    """Keeps four significant digits of each number; None replaces non-finite numbers."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def token_texts(ids: Int32Array, decode: Decode) -> list[str]:
-    """Returns a text for each token, which together are the text of all.
+    """Returns a text for each token; their concatenation is the text of all.
 
-    Of tokens that share a character, the last one has it, and the texts of the others are empty.
+    If tokens share a character, the last one gets it, and the texts of the others are empty.
     """
     texts: list[str] = []
-    begin, seen = 0, ""  # The text of ids[begin:index] that earlier tokens have.
+    begin, seen = 0, ""  # earlier tokens have the text of ids[begin:index]
     for index in range(len(ids)):
         text = decode(ids[begin : index + 1])
         num_pending = num_empty_at_end(texts)
@@ -142,7 +143,7 @@ def token_texts(ids: Int32Array, decode: Decode) -> list[str]:
         if is_split:
             texts.append("")
             continue
-        # Bytes that were no character yet may be one with those of a later token.
+        # Bytes that did not form a character may form one with those of a later token.
         known = seen if text.startswith(seen) else seen.rstrip("\ufffd")
         texts.append(text[len(known) :])
         begin = max(begin, index + 1 - CONTEXT_TOKENS)

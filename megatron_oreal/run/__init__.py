@@ -1,1 +1,1 @@
-"""Assembles a run. The module run/X.py builds what the package X defines."""
+"""Assembles a run. The module run/X.py builds the objects that the package X defines."""

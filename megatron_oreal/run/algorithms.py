@@ -1,4 +1,4 @@
-"""Builds the algorithm of a run and the models that it asks for."""
+"""Builds the algorithm of a run and the models that it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_oreal.weights.families import Architecture, read_architecture
 
 @dataclass(slots=True)
 class ModelBuilder:
-    """Builds a run's models, with weights from a Hugging Face directory: the ModelSource of the algorithms."""
+    """Builds a run's models, with weights from a Hugging Face directory; it is the ModelSource of the algorithms."""
 
     config: TrainConfig | SftConfig
     layout: ParallelLayout
@@ -35,11 +35,11 @@ class ModelBuilder:
         return self._build("policy", head, self.config.model.path, self.config.policy, num_updates)
 
     def reference(self) -> TrainableModel:
-        """The frozen initial policy."""
+        """Builds the frozen initial policy."""
         return self._build("reference", self.logprob_head(self.architecture), self.config.model.path)
 
     def teacher(self, path: Path) -> TrainableModel:
-        """A frozen model of the same tokens that takes the reference's place."""
+        """Builds a frozen teacher, which has the policy's tokens and replaces the reference."""
         architecture = read_architecture(path)
         return self._build("reference", self.logprob_head(architecture), path, architecture=architecture)
 
@@ -51,7 +51,7 @@ class ModelBuilder:
 
     def logprob_head(self, architecture: Architecture) -> LogprobHead:
         model, vocab_size = self.config.model, architecture.vocab_size
-        # Supervised training samples nothing: it is at temperature 1.
+        # Supervised training samples nothing, so its temperature is 1.
         temperature = self.config.rollout.temperature if isinstance(self.config, TrainConfig) else 1.0
         return LogprobHead(
             self.layout,
@@ -88,7 +88,7 @@ class ModelBuilder:
         path: Path,
         training: TrainableConfig | None = None,
         num_updates: int = 1,
-        architecture: Architecture | None = None,  # The policy's, if it is not another one.
+        architecture: Architecture | None = None,  # the default is the policy's
     ) -> TrainableModel:
         architecture = architecture or self.architecture
         model = TrainableModel(name, architecture, head, self.config.model, self.layout, training, num_updates)
@@ -98,7 +98,7 @@ class ModelBuilder:
 
 
 def build_algorithm(config: TrainConfig, layout: ParallelLayout) -> tuple[GroupAlgorithm, dict[str, TrainableModel]]:
-    """The algorithm and all its models by name, also the frozen ones; "policy" is one of them."""
+    """Builds the algorithm. Returns it and all its models by name, including the frozen ones and "policy"."""
     builder = ModelBuilder(config, layout, read_architecture(config.model.path))
     entry = ALGORITHMS[config.algorithm.name]
     algorithm = entry.build(config.algorithm, config, builder)
@@ -108,7 +108,7 @@ def build_algorithm(config: TrainConfig, layout: ParallelLayout) -> tuple[GroupA
 
 
 def build_sft(config: SftConfig, layout: ParallelLayout) -> tuple[Sft, dict[str, TrainableModel]]:
-    """The supervised training and its only model, the policy."""
+    """Builds the supervised training and its only model, the policy."""
     builder = ModelBuilder(config, layout, read_architecture(config.model.path))
     policy = builder.policy(config.num_steps * config.policy.updates_per_step)
     return Sft(builder.plan, policy, config.policy.updates_per_step), dict(builder.models)

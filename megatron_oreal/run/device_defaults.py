@@ -1,8 +1,8 @@
-"""Decides what `auto` in a configuration becomes on this device, and words what was chosen in one line.
+"""Chooses the values of `auto` settings on this device, and describes the choices in one line.
 
-recompute is chosen by an estimate of the memory: weights, gradients and optimizer states of all models of the run, the
-local engine's copy, and the activations of one micro-batch. The estimate of activations counts the tensors that a layer
-keeps for its backward pass in bfloat16, with fused attention and SwiGLU.
+The choice of recompute uses an estimate of the memory: weights, gradients and optimizer states of all models of the
+run, the local engine's copy, and the activations of one micro-batch. The estimate of activations counts the tensors
+that a layer keeps for its backward pass in bfloat16, with fused attention and SwiGLU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megatron_oreal.parallel.layout import ParallelLayout
 from megatron_oreal.weights.families import Architecture, read_architecture
 
 AnyConfig = TypeVar("AnyConfig", TrainConfig, SftConfig, EvalRunConfig)
-# The share of a GPU's memory to plan with; the rest is for CUDA's context, NCCL, generation's cache and fragments.
+# The planned share of a GPU's memory. The CUDA context, NCCL, the generation cache and fragmentation need the rest.
 USABLE_SHARE = 0.85
-HEAD_BYTES = 3 * 2**30  # what linear_logprob's tiles and the largest temporaries of an update take
+HEAD_BYTES = 3 * 2**30  # for the tiles of linear_logprob and the largest temporaries of an update
 
 
 def with_device_defaults(config: AnyConfig, architecture: Architecture) -> AnyConfig:
-    """Returns the configuration without `auto` in model.dtype, model.recompute and deterministic."""
+    """Returns the configuration with values for `auto` in model.dtype, model.recompute and deterministic."""
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
     model = config.model
@@ -39,12 +39,12 @@ def with_device_defaults(config: AnyConfig, architecture: Architecture) -> AnyCo
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """How many bytes of one GPU a training run needs."""
+    """The number of bytes that a training run needs on one GPU."""
 
-    states: int  # what is always there: weights, gradients, optimizer states, the local engine
-    activations: int  # what one micro-batch keeps without recompute
-    mlp_activations: int  # the part of them that lies in the MLPs
-    one_layer: int  # what one layer takes while it is computed again
+    states: int  # permanent: weights, gradients, optimizer states, the local engine
+    activations: int  # of one micro-batch, without recompute
+    mlp_activations: int  # the part of them in the MLPs
+    one_layer: int  # of one layer during its recomputation
 
 
 def fitting_recompute(memory: Memory, usable_bytes: int) -> str:
@@ -61,7 +61,7 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     num_parameters = parameter_count(architecture)
     item = 4 if config.model.dtype == "float32" else 2
     num_trained, num_frozen = model_counts(config, num_parameters)
-    shard = data_parallel_size(parallel) * parallel.context  # the number of ranks over which optimizer states are split
+    shard = data_parallel_size(parallel) * parallel.context  # the number of ranks that share the optimizer states
     trained_bytes = (item + 4) + (12 if item == 2 else 8) / shard
     states = num_parameters / model_size * (num_trained * trained_bytes + num_frozen * item)
     if config.rollout.engine == "local":
@@ -70,15 +70,17 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     experts = shape.experts
     width = experts.intermediate_size * experts.num_per_token if experts else shape.intermediate_size
-    norm = 2 * 4 * shape.hidden_size  # some releases of torch keep its input and result in float32
-    # Input, its norm, attention's input and output; queries, keys and values before and after rotation.
+    norm = 2 * 4 * shape.hidden_size  # some releases of torch keep the norm's input and result in float32
+    # These are the input, its norm, attention's input and output, and queries, keys and values before and after
+    # rotation.
     attention = item * (4 * shape.hidden_size + 2 * heads) + norm
-    # Input and its norm; gate and up, and their product.
+    # These are the input, its norm, gate, up and their product.
     mlp = item * (2 * shape.hidden_size + 3 * width) + norm
-    # Without sequence parallelism the tensor-parallel ranks keep the whole of some tensors: counted as all of them.
+    # Without sequence parallelism each tensor-parallel rank keeps some tensors whole. The estimate treats all tensors
+    # so.
     share = parallel.context * (parallel.tensor if parallel.sequence else 1)
     a_layer = parallel.microbatch_tokens * (attention + mlp) / share
-    # A pipeline's first stage keeps as many micro-batches as there are stages: together as much as all layers.
+    # A pipeline's first stage keeps one micro-batch for each stage, which is together as much as all layers of one.
     return Memory(
         states=int(states),
         activations=int(shape.num_layers * a_layer),
@@ -88,9 +90,9 @@ def estimate(config: TrainConfig | SftConfig, architecture: Architecture) -> Mem
 
 
 def parameter_count(architecture: Architecture, only_active: bool = False) -> int:
-    """Returns the number of a model's parameters, or of those that one token is multiplied with.
+    """Returns the number of a model's parameters, or of the parameters that multiply one token.
 
-    The latter leave out the experts that were not chosen, and the input embedding, which is looked up.
+    The latter leaves out the experts that were not chosen, and the input embedding, which is only looked up.
     """
     shape, experts = architecture, architecture.experts
     attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_heads + shape.num_kv_heads)
@@ -103,7 +105,7 @@ def parameter_count(architecture: Architecture, only_active: bool = False) -> in
 
 
 def attention_pair_cost(architecture: Architecture) -> float:
-    """Returns what n^2 costs of a sequence of n tokens, where a token's own products cost 1.
+    """Returns the factor of n^2 in the cost of a sequence of n tokens, where a token's own products cost 1.
 
     A token is multiplied with each of the parameters (2 FLOPs). Causal attention takes 4 FLOPs for each pair of tokens,
     each layer and each number of the heads, and there are n^2 / 2 pairs; the backward pass takes twice both.
@@ -113,7 +115,7 @@ def attention_pair_cost(architecture: Architecture) -> float:
 
 
 def facts_of_start(architecture: Architecture, layout: ParallelLayout) -> dict[str, object]:
-    """Returns what environment.jsonl says of the model and the devices; the report computes the MFU from it."""
+    """Returns what environment.jsonl records about the model and the devices; the report computes the MFU from it."""
     facts: dict[str, object] = {
         "num_processes": layout.world_size,
         "parameters": parameter_count(architecture),
@@ -125,7 +127,7 @@ def facts_of_start(architecture: Architecture, layout: ParallelLayout) -> dict[s
 
 
 def model_counts(config: TrainConfig | SftConfig, num_parameters: int) -> tuple[int, float]:
-    """Returns upper bounds for the numbers of models that learn and of frozen ones, in models of the policy's size."""
+    """Returns upper bounds for the numbers of trained and of frozen models, in models of the policy's size."""
     if isinstance(config, SftConfig):
         return 1, 0
     num_frozen: float = int(config.algorithm.uses_reference)

@@ -16,20 +16,20 @@ from megatron_oreal.run.engines import AnyConfig
 
 @dataclass(slots=True)
 class DeviceSharing:
-    """Lets trainer and colocated servers take turns on the same devices: models are on the host while servers generate.
+    """Lets trainer and colocated servers take turns on the same devices; models are on the host while servers generate.
 
-    Servers on a CPU keep their memory; the models go to the host all the same.
+    Servers on a CPU keep their memory, but the models still move to the host.
     """
 
-    engine: SglangEngine | None  # None: trainer and servers have devices of their own
+    engine: SglangEngine | None  # None: trainer and servers have separate devices
     models: Sequence[TrainableModel]
-    frees_servers: bool  # whether servers release memory: on CUDA they do, on a CPU they keep it
+    frees_servers: bool  # servers release memory on CUDA and keep it on a CPU
 
     @contextmanager
     def training(self, pushes: bool) -> Iterator[None]:
-        """Collective. Inside the block the models are on the devices.
+        """Collective. The models are on the devices inside the block.
 
-        A block that `pushes` new weights also takes the memory of the servers' old ones.
+        If the block `pushes` new weights, the servers also release the memory of their old weights.
         """
         if self.engine is None:
             yield
@@ -43,12 +43,12 @@ class DeviceSharing:
         self.generate()
 
     def receive(self) -> None:
-        """Gives the servers the memory for weights back, before new weights arrive."""
+        """Lets the servers allocate memory for weights, before new weights arrive."""
         if self.engine is not None and self.frees_servers:
             self.engine.resume_memory(["weights"])
 
     def generate(self) -> None:
-        """Collective. The models leave the devices to the servers, until the next `training` block."""
+        """Collective. Moves the models off the devices, which the servers use until the next `training` block."""
         if self.engine is None:
             return
         for model in self.models:
@@ -64,9 +64,10 @@ def colocated(config: AnyConfig, engine: RolloutEngine) -> SglangEngine | None:
 
 
 def make_room_for_models(config: AnyConfig, layout: ParallelLayout, engine: RolloutEngine) -> None:
-    """Collective, before the trainer builds its models: servers that have just started fill most of a shared GPU.
+    """Collective. Frees GPU memory before the trainer builds its models, because new servers fill most of a shared GPU.
 
-    They get their memory back in two parts: that of the weights for the first push, the rest when they generate.
+    The servers allocate it again in two parts: the memory of the weights for the first push, and the rest when they
+    generate.
     """
     servers = colocated(config, engine)
     if servers is not None and layout.device.type == "cuda":

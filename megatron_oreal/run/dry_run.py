@@ -1,4 +1,4 @@
-"""What `--dry-run` looks at besides the settings: the model's layout, the data, and the objective. Trains nothing."""
+"""Checks for `--dry-run` the model's layout, the data and the objective besides the settings. Trains nothing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MAX_SHOWN = 2000  # characters of a prompt
 def describe_run(config: Config) -> Iterator[str]:
     """Yields the resolved settings and the parallel layout, then what was checked, part by part.
 
-    A model that has not been downloaded yet is no mistake: the layout is shown without it. Raises ValueError for
-    whatever would stop the run at its start.
+    The model may be missing, because it may not be downloaded yet; the layout is then shown without it. Raises
+    ValueError for whatever would stop the run at its start.
     """
     yield to_yaml(config)
     yield describe_layout(config)

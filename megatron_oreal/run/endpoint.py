@@ -1,4 +1,4 @@
-"""Opens the endpoint for Prometheus, and reads from the run what it tells."""
+"""Opens the endpoint for Prometheus, and reads the state of the run for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_oreal.types import Notify
 
 @contextmanager
 def open_endpoint(run: Run[Any, Any, Any], config: PrometheusConfig, notify: Notify) -> Iterator[None]:
-    """Answers while the block runs. A port that cannot be had costs the run one line: it trains unwatched."""
+    """Serves requests inside the block. If the port is not available, the run only logs one line."""
     if config.port is None or not (run.layout.is_main or config.ranks == "all"):
         yield
         return
@@ -39,7 +39,7 @@ def open_endpoint(run: Run[Any, Any, Any], config: PrometheusConfig, notify: Not
 
 
 def observe(run: Run[Any, Any, Any]) -> Observed:
-    """Reads, from any thread, what the run is doing."""
+    """Reads the state of the run, from any thread."""
     phase, seconds = run.timer.under_way()
     return Observed(
         run=run.config.run_dir.resolve().name,
@@ -56,7 +56,7 @@ def observe(run: Run[Any, Any, Any]) -> Observed:
 
 
 def queues(run: Run[Any, Any, Any]) -> dict[str, int]:
-    """How many groups wait for verdicts, steps for training, requests for servers, and records for trackers."""
+    """Returns how many groups wait for verdicts, steps for training, requests for servers, and records for trackers."""
     found = {f"records_for_{tracker.client.name}": len(tracker.records) for tracker in run.log.trackers}
     if run.collector is not None:
         pending = run.collector.producer.pending
@@ -70,7 +70,7 @@ def queues(run: Run[Any, Any, Any]) -> dict[str, int]:
 
 
 def servers(run: Run[Any, Any, Any]) -> dict[str, int]:
-    """How many generation servers are living, stale, restarting or dead; nothing for an engine without servers."""
+    """Returns how many servers are living, stale, restarting or dead; empty for an engine without servers."""
     if not isinstance(run.engine, SglangEngine):
         return {}
     states = Counter(server.state for server in run.engine.pool.servers)

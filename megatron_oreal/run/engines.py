@@ -1,4 +1,4 @@
-"""Which engine generates in a run, how the policy's weights get there, and who has the devices when they are shared."""
+"""Opens the engine of a run, sends it the policy's weights, and shares devices between trainer and servers."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ AnyConfig = TrainConfig | SftConfig | EvalRunConfig
 def open_engine(
     config: AnyConfig, layout: ParallelLayout, notify: Notify, decode: Decode | None = None
 ) -> Iterator[RolloutEngine]:
-    """The engine of `rollout.engine`, or the responses that `rollout.replay` names.
+    """Opens the engine of `rollout.engine`, or the one that replays the responses of `rollout.replay`.
 
-    It is closed at the end together with the servers that it started.
+    The end of the block closes the engine and the servers that it started.
 
-    decode: the engine needs it to end responses at `rollout.stop_strings`; without it they are cut afterwards.
+    decode: lets the engine end responses at `rollout.stop_strings`. Without it the sampler cuts them afterwards.
 
-    Raises ValueError for servers that cannot be, ServerError for those that do not start.
+    Raises ValueError for servers that the settings do not allow, and ServerError for servers that do not start.
     """
     with ExitStack() as stack:
         engine: RolloutEngine
@@ -61,9 +61,9 @@ def open_engine(
 def sglang_engine(
     config: AnyConfig, layout: ParallelLayout, notify: Notify, stack: ExitStack, decode: Decode | None = None
 ) -> SglangEngine:
-    """The first rank speaks to the servers; the others take part in sending weights.
+    """Opens the SGLang engine. The first rank speaks to the servers, and the other ranks help to send weights.
 
-    It starts the servers too, but colocated ones: those are started on each node.
+    The first rank also starts the servers, except colocated servers, which each node starts itself.
     """
     settings = server_settings(config, layout.device)
     servers, fleet = settings.config, None
@@ -91,7 +91,7 @@ def sglang_engine(
 
 
 def server_settings(config: AnyConfig, device: torch.device) -> ServerSettings:
-    """Returns what the run's servers share. They look for the tokenizer beside the model, unless a flag names it.
+    """Returns the settings that the run's servers share. They look for the tokenizer beside the model by default.
 
     Raises ValueError for a model that servers cannot read.
     """

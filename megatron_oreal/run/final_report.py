@@ -11,13 +11,13 @@ FILE = "report.html"
 
 
 def write_final_report(run: Run[Any, Any, Any]) -> None:
-    """Does what `megatron-oreal report RUN_DIR` does. A page that cannot be written costs the run one line."""
+    """Writes the page that `megatron-oreal report RUN_DIR` writes. If that fails, the run only logs one line."""
     if not run.layout.is_main:
         return
     out = run.config.run_dir / FILE
     try:
         write_report([run.config.run_dir], out)
-    except Exception as error:  # noqa: BLE001  # the run has succeeded, whatever is wrong with its page
+    except Exception as error:  # noqa: BLE001  # the run has succeeded, so no error of its page may end it
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         run.progress.note(f"the report was not written ({reason}); `megatron-oreal report` writes it")
         return

@@ -1,7 +1,7 @@
-"""Fingerprints of the files that a run begins with: prompts or examples, initial weights and tokenizer.
+"""Computes fingerprints of a run's input files: prompts or examples, initial weights and tokenizer.
 
-RUN_DIR/inputs.json holds them, so that a resumed run finds out when the contents of a file have changed. A file that
-was moved, or whose path is spelled in another way, has the same fingerprint. Large files are sampled.
+RUN_DIR/inputs.json holds the fingerprints, so that a resumed run detects changed contents. A fingerprint does not
+depend on the path of a file. Of a large file only samples are read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from megatron_oreal.config import ModelRunConfig, SftConfig, TrainConfig
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist, iteration_directory
 
 FILE = "inputs.json"
-WHOLE_BYTES = 64 * 2**20  # Files up to this size are read as a whole.
-END_BYTES, BLOCK_BYTES, NUM_BLOCKS = 2**20, 4096, 1024  # Of larger files, both ends and blocks between are read.
+WHOLE_BYTES = 64 * 2**20  # Files up to this size are read completely.
+END_BYTES, BLOCK_BYTES, NUM_BLOCKS = 2**20, 4096, 1024  # Of larger files, both ends and these blocks are read.
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -29,13 +29,14 @@ WHAT = {
     "algorithm.teacher": "the weights",
 }
 
-Digests = dict[str, str]  # The name of a file, or "lines", and its digest.
-Inputs = dict[str, Digests]  # By the setting that names the file or the folder.
+Digests = dict[str, str]  # the name of a file, or "lines" -> its digest
+Inputs = dict[str, Digests]  # the setting that names the file or the folder -> its digests
 
 
 def input_paths(config: ModelRunConfig) -> dict[str, Path]:
-    """Returns the files and folders that shape a run, by their settings. The datasets of evaluations are not among
-    them: those may change during training, and `eval` compares the questions themselves."""
+    """Returns the files and folders that shape a run, by their settings. The data sets of evaluations are not among
+    them, because they may change during training, and `eval` compares the questions themselves.
+    """
     paths = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer_path}
     if isinstance(config, TrainConfig):
         paths["data.prompts"] = config.data.prompts
@@ -64,7 +65,7 @@ def fingerprint_inputs(config: ModelRunConfig) -> Inputs:
 
 
 def read_inputs_file(run_dir: Path) -> Inputs:
-    """Returns what the run began with; nothing for a run that an older version began. Raises ValueError."""
+    """Returns the inputs that the run began with; empty if an older version began it. Raises ValueError."""
     file = run_dir / FILE
     if not file.is_file():
         return {}
@@ -77,7 +78,7 @@ def read_inputs_file(run_dir: Path) -> Inputs:
 
 
 def check_inputs(run_dir: Path, before: Inputs, now: Inputs, config: ModelRunConfig) -> None:
-    """Raises ValueError, naming the setting and the file, where the contents are others than the run began with."""
+    """Raises ValueError, naming setting and file, if the contents differ from those that the run began with."""
     paths = input_paths(config)
     for setting in now:
         if setting in before and before[setting] != now[setting]:
@@ -92,7 +93,7 @@ def check_inputs(run_dir: Path, before: Inputs, now: Inputs, config: ModelRunCon
 
 
 def digest_of_lines(file: Path) -> str:
-    """Returns a digest that blank lines, line ends and a byte order mark do not change."""
+    """Returns a digest that does not depend on blank lines, line ends or a byte order mark."""
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as lines:
         for number, line in enumerate(lines):
@@ -112,7 +113,7 @@ def model_files(path: Path) -> Iterator[Path]:
 
 
 def shard_names(path: Path) -> list[str]:
-    """Returns the files of the weights; nothing where they are damaged, which whoever loads them says better."""
+    """Returns the files of the weights. Returns none if they are damaged, because loading them gives a better error."""
     try:
         index = json.loads((path / "model.safetensors.index.json").read_bytes())
         return sorted({name for name in index["weight_map"].values() if Path(name).name == name})
@@ -132,7 +133,7 @@ def digest_files(folder: Path, files: Iterator[Path]) -> Digests:
 
 
 def digest_of_file(file: Path) -> str:
-    """Returns a digest of the size and the bytes of a file; of a large one, of its ends and of blocks in between."""
+    """Returns a digest of the size and the bytes of a file; of a large file, of its ends and of blocks in between."""
     size = file.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with file.open("rb") as opened:

@@ -23,13 +23,13 @@ from megatron_oreal.weights.families import Architecture, read_architecture, tra
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What was read: the same for every kind of run."""
+    """The inputs of a run, which are the same for every kind of run."""
 
     architecture: Architecture
     tokenizer: Tokenizer
     sampling: SamplingParams
     eval_prompts: Mapping[str, list[EncodedPrompt]]
-    notes: list[str]  # Lines for the log about data that was left out.
+    notes: list[str]  # lines for the log about data that was left out
 
 
 def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
@@ -49,7 +49,7 @@ def read_inputs(config: TrainConfig | SftConfig | EvalRunConfig) -> Inputs:
 
 
 def check_vocabulary(sequences: Iterable[Int32Array], architecture: Architecture) -> None:
-    """Refuses a tokenizer whose tokens the model does not have."""
+    """Raises ValueError for a tokenizer with tokens that the model does not have."""
     largest = max(int(token_ids.max()) for token_ids in sequences)
     if largest >= architecture.vocab_size:
         raise ValueError(
@@ -59,7 +59,7 @@ def check_vocabulary(sequences: Iterable[Int32Array], architecture: Architecture
 
 
 def check_initial_weights(config: TrainConfig, architecture: Architecture) -> None:
-    """Refuses initial weights of a reward model or a critic that are not of the policy's architecture."""
+    """Raises ValueError if a reward model's or a critic's initial weights have another architecture than the policy."""
     for name, model in config.algorithm.scalar_models.items():
         path = model.path
         if path is not None and (not (path / "config.json").is_file() or read_architecture(path) != architecture):
@@ -69,12 +69,12 @@ def check_initial_weights(config: TrainConfig, architecture: Architecture) -> No
             )
 
 
-# Two tokenizers that spell this alike are taken for the same one.
+# The check treats two tokenizers as the same if they encode this text alike.
 PROBE = "Solve 12x + 3.5 = -7/2 for x.\n\nStep 1: \\frac{a}{b}, so \\boxed{-0.58}. Wait, α ≤ 2!"
 
 
 def check_teacher(config: TrainConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
-    """Refuses a teacher that this layout cannot hold, or whose tokens are not the policy's."""
+    """Raises ValueError for a teacher that this layout cannot hold, or whose tokens are not the policy's."""
     path = config.algorithm.reference_path
     if path is None:
         return
@@ -99,10 +99,10 @@ def check_teacher(config: TrainConfig, architecture: Architecture, tokenizer: To
 def sampling_params(
     config: RolloutConfig, tokenizer: Tokenizer, architecture: Architecture, end_tokens: Mapping[int, str]
 ) -> SamplingParams:
-    """Returns how responses are sampled and where they end: at the end tokens of tokenizer, model and configuration.
+    """Returns the sampling parameters of responses, with the end tokens of tokenizer, model and configuration.
 
     end_tokens: those that the model's files name, with the file. Raises ValueError for an end token that the model does
-    not have, and for a stop string that no tokens can spell.
+    not have, and for a stop string that no tokens can encode.
     """
     stop_ids = tokenizer.stop_token_ids(config.stop_tokens)
     for number in [*stop_ids, *end_tokens]:
@@ -125,7 +125,7 @@ def sampling_params(
 
 
 def note_sampling(notes: list[str], config: TrainConfig) -> None:
-    """Says, in one line, what of the sampled distribution the losses approximate or do not know."""
+    """Describes in one line which parts of the sampled distribution the losses approximate or do not know."""
     rollout, parts = config.rollout, []
     if rollout.trains_truncated:
         parts.append(

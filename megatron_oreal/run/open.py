@@ -62,7 +62,7 @@ from megatron_oreal.types import TrainingSequence
 
 
 def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, EncodedPrompt, GroupAlgorithm]]:
-    """Opens a reinforcement learning run, resumed from its newest checkpoint. Raises ValueError for bad input."""
+    """Opens a reinforcement learning run and resumes it from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
     check_teacher(config, architecture, inputs.tokenizer)
@@ -84,7 +84,7 @@ def open_train(config: TrainConfig) -> AbstractContextManager[Run[TrainConfig, E
 
 
 def open_sft(config: SftConfig) -> AbstractContextManager[Run[SftConfig, TrainingSequence, Sft]]:
-    """Opens a supervised run, resumed from its newest checkpoint. Raises ValueError for bad input."""
+    """Opens a supervised run and resumes it from its newest checkpoint. Raises ValueError for bad input."""
     inputs = read_inputs(config)
     architecture = inputs.architecture
     config = with_device_defaults(config, architecture)
@@ -98,7 +98,7 @@ def open_sft(config: SftConfig) -> AbstractContextManager[Run[SftConfig, Trainin
 
 @contextmanager
 def open_eval(config: EvalRunConfig) -> Iterator[EvalRun]:
-    """Opens an evaluation: there is no trainer, the engine's own copy of the model answers. Raises ValueError."""
+    """Opens an evaluation. It has no trainer; the engine's own copy of the model answers. Raises ValueError."""
     inputs = read_inputs(config)
     config = with_device_defaults(config, inputs.architecture)
     check_run_dir(config, CHANGEABLE_IN_EVAL)
@@ -136,7 +136,7 @@ def open_layout(config: TrainConfig | SftConfig | EvalRunConfig) -> Iterator[Par
     try:
         yield layout
     except BaseException:
-        if layout.world_size == 1:  # finalizing would wait for ranks that are inside a collective
+        if layout.world_size == 1:  # with several ranks, finalizing would wait for ranks that are inside a collective
             parallel.finalize()
         raise
     parallel.finalize()
@@ -156,7 +156,7 @@ def open_run(
         directory: RunDirectory = stack.enter_context(open_run_directory(config, layout.is_main))
         watchdog = stack.enter_context(open_watchdog(config, layout, directory))
         announce = Announcer(layout.is_main, config.run_dir / "log.txt")
-        if sys.stderr.isatty():  # somebody waits; elsewhere a mistake stays the only line
+        if sys.stderr.isatty():  # a user on a terminal waits; elsewhere an error must stay the only line
             announce(
                 f"loading {config.model.path} on {layout.world_size} process{'es' if layout.world_size > 1 else ''}"
             )
@@ -224,7 +224,7 @@ def open_run(
 
 
 def open_watchdog(config: RunConfig, layout: ParallelLayout, directory: RunDirectory) -> Watchdog:
-    """The watchdog of this rank; it gives the run directory back before it ends the run."""
+    """Opens the watchdog of this rank, which releases the run directory before it ends the run."""
     watchdog = Watchdog(config.watchdog, config.run_dir, open_channel(layout.rank, layout.world_size))
     if directory.lock is not None:
         watchdog.at_end.append(directory.lock.release)

@@ -1,4 +1,4 @@
-"""A run: everything that the loops in train.py use."""
+"""Defines a run: everything that the loops in train.py use."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ class Run(Generic[Config, Item, Algorithm]):
     sampling: SamplingParams
     weight_sync: WeightSync
     devices: DeviceSharing
-    ledger: Ledger  # on the other ranks, and where no response is kept, it has no folder
+    ledger: Ledger  # has no folder on the other ranks and where no response is kept
     eval_prompts: Mapping[str, list[EncodedPrompt]]
     train_state: TrainState
     timer: PhaseTimer
     watchdog: Watchdog
-    log: MetricsLog  # the first rank's writes files
+    log: MetricsLog  # only the first rank's writes files
     progress: ProgressBar
-    alarms: AlarmLog | None = None  # the first rank's
+    alarms: AlarmLog | None = None  # only the first rank has it
     start_step: int = 0
     num_skipped_steps: int = 0
-    metrics: Metrics = field(default_factory=dict)  # what the step under way has measured so far
-    step: int = 0  # under way
-    last_record: Metrics = field(default_factory=dict)  # of the step before it
-    collector: PrefetchingCollector | None = None  # that makes the groups of a training on rewards
+    metrics: Metrics = field(default_factory=dict)  # the measurements of the current step so far
+    step: int = 0  # the current step
+    last_record: Metrics = field(default_factory=dict)  # the record of the previous step
+    collector: PrefetchingCollector | None = None  # makes the groups when training on rewards
 
     def record(self, metrics: Metrics) -> None:
         self.metrics |= metrics
 
     def count_skipped(self, step: int) -> None:
-        """Counts the step as skipped where its groups gave the algorithm nothing to learn from."""
+        """Counts the step as skipped if its groups gave the algorithm nothing to learn from."""
         if self.config.rollout.only:
             return
         if self.metrics["train/skipped"]:
@@ -77,12 +77,12 @@ class Run(Generic[Config, Item, Algorithm]):
         self.metrics["train/num_skipped_steps"] = self.num_skipped_steps
 
     def complete_updates(self, step: int) -> None:
-        """Moves the learning rates to where they are after this step, whatever it has skipped."""
+        """Advances the learning rates to their values after this step, even if the step skipped updates."""
         for name, num_planned in self.algorithm.planned_updates(step).items():
             self.models[name].complete_updates(num_planned)
 
     def push_weights(self, version: int) -> None:
-        """Gives the policy's weights to the engine, which generates with them from then on. Collective."""
+        """Collective. Sends the policy's weights to the engine, which generates with them from then on."""
         self.devices.receive()
         self.record(self.weight_sync.push(version).metrics())
         if self.weight_sync.fingerprint:
@@ -112,7 +112,7 @@ class Run(Generic[Config, Item, Algorithm]):
         )
 
     def finish_step(self, step: int) -> None:
-        """Writes the step's record, and tells of alarms. Collective."""
+        """Collective. Writes the step's record and reports alarms."""
         self.metrics |= self.timer.flush()
         self.metrics |= self.engine.flush_metrics()
         self.metrics |= rates(self.metrics)
@@ -126,7 +126,7 @@ class Run(Generic[Config, Item, Algorithm]):
         self.watchdog.step = step + 1
 
     def export(self) -> None:
-        """Writes the policy as a Hugging Face directory, RUN_DIR/hf, where the configuration asks for it."""
+        """Writes the policy as a Hugging Face directory, RUN_DIR/hf, if the configuration requests it."""
         if not self.config.checkpoint.export_hf:
             return
         model, out = self.config.model, self.config.run_dir / "hf"
@@ -156,13 +156,13 @@ def what_is_in(metrics: Metrics) -> str:
 
 
 def largest(of_ranks: Sequence[Metrics]) -> Metrics:
-    """Returns the largest value that a rank has, of each metric."""
+    """Returns the largest value of each metric over the ranks."""
     names = {name: None for metrics in of_ranks for name in metrics}
     return {name: max(metrics[name] for metrics in of_ranks if name in metrics) for name in names}
 
 
 def rates(metrics: Metrics) -> Metrics:
-    """Computes tokens a second for each phase whose tokens and seconds are known."""
+    """Computes tokens per second for each phase with known tokens and seconds."""
     counted = {"rollout": "rollout/num_tokens", "update": "train/num_tokens"}
     found = {}
     for phase, name in counted.items():

@@ -1,4 +1,4 @@
-"""Decides whether a run may use a run directory, and keeps there what the next start compares itself with.
+"""Decides whether a run may use a run directory, and writes there what the next start compares itself with.
 
 RUN_DIR/config.yaml holds the settings, RUN_DIR/inputs.json the fingerprints of the files that the run began with, and
 RUN_DIR/run.lock exists while a run uses the directory. A run that is refused changes nothing in the directory.
@@ -25,22 +25,22 @@ from megatron_oreal.run.input_files import Inputs, check_inputs, fingerprint_inp
 from megatron_oreal.run.run_lock import RunLock, take_lock
 
 CONFIG = "config.yaml"
-# Where a judge or a reward server is; what it is asked may not change.
+# The addresses of a judge or a reward server may change; the requests may not.
 VERIFIER_ADDRESSES = ("verifier.url", "verifier.judge.url")
 # A checkpoint fits every layout; numbers differ by rounding from then on.
 LAYOUT = ("parallel.tensor", "parallel.pipeline", "parallel.virtual", "parallel.sequence", "parallel.context")
-# Beginnings of settings that may change between a run and its continuation.
+# The first parts of the names of settings that may change between a run and its continuation.
 CHANGEABLE = (*WITHOUT_INFLUENCE, "num_steps", "checkpoint.", "eval.", *LAYOUT)
-# An evaluation may be given more datasets, and be summed up in another way.
+# An evaluation may get more data sets, and may compute its summary in another way.
 CHANGEABLE_IN_EVAL = (
     *WITHOUT_INFLUENCE,
     *(f"eval.{name}" for name in ("prompts.", "pass_at", "majority_at", "confidence", "num_resamples")),
 )
-# How the replicas share the optimizer and sum gradients; a checkpoint that cannot be read so says it.
+# These say how the replicas share the optimizer and sum gradients. A checkpoint that does not fit them gives an error.
 CHANGEABLE_OF_OPTIMIZERS = (".optimizer.distributed", ".optimizer.overlap_grad_reduce")
 PATHS = re.compile(r"model\.path|model\.tokenizer|data\.prompts|data\.examples|algorithm\.\w+\.path|algorithm\.teacher")
 EXPORTED_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-# What a folder may hold that no run has begun to fill: the files of `serve`, and what the user's shell writes there.
+# Files that may be in a folder before a run uses it: those of `serve`, and those that the user's shell writes there.
 EARLY_NAMES = re.compile(
     r"servers|servers\.json|log\.txt|inputs\.json|run\.lock|.*\.(log|out|err)"
     r"|\.(config\.yaml|inputs\.json|servers\.json|run\.lock)\..*\.tmp|\.nfs.*|lost\+found"
@@ -52,12 +52,12 @@ class RunDirectory:
     """A run directory that this run owns until it closes."""
 
     path: Path
-    inputs: Inputs  # Empty on all ranks but the first.
-    notes: list[str]  # Lines for the log about settings that have changed since the run began.
-    lock: RunLock | None = None  # Only the first rank has it.
+    inputs: Inputs  # empty on all ranks but the first
+    notes: list[str]  # lines for the log about settings that have changed since the run began
+    lock: RunLock | None = None  # only the first rank has it
 
     def write(self, config: ModelRunConfig) -> None:
-        """Keeps what the next start compares itself with. Only the first rank calls it, when nothing can be refused."""
+        """Writes what the next start compares itself with. Only the first rank calls it, after all checks."""
         write_atomically(self.path / input_files.FILE, json.dumps(self.inputs, indent=1))
         write_atomically(self.path / CONFIG, to_yaml(config))
 
@@ -66,7 +66,7 @@ class RunDirectory:
 def open_run_directory(
     config: ModelRunConfig, is_main: bool, changeable: tuple[str, ...] = CHANGEABLE
 ) -> Iterator[RunDirectory]:
-    """Takes the run directory for this run alone. Collective: the first rank looks, and all ranks raise what it finds.
+    """Takes the run directory for this run alone. Collective: the first rank checks it, and all ranks raise its errors.
 
     Raises ValueError where another run uses the directory, or where settings or files have changed.
     """
@@ -79,7 +79,7 @@ def open_run_directory(
                 directory.lock = take_lock(config.run_dir)
                 directory.notes = check_run_dir(
                     config, changeable
-                )  # Another run may have used it since the first look.
+                )  # Another run may have used the directory since the first check.
                 before, now = read_inputs_file(config.run_dir), fingerprint_inputs(config)
                 check_inputs(config.run_dir, before, now, config)
                 directory.inputs = before | now
@@ -93,11 +93,11 @@ def open_run_directory(
 
 
 def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEABLE) -> list[str]:
-    """Refuses a folder that is not a run's, or that another configuration has begun to fill.
+    """Raises ValueError if a folder is not a run's, or if it belongs to a run with another configuration.
 
-    Returns a line about the changed settings that are accepted, if there are any. Raises ValueError with the
-    differences. A run that an older version began resumes: a setting that did not exist then has its default, sections
-    are read where they stood, and settings without effect are not compared.
+    Returns a line about the changed settings that are accepted, if there are any. The error lists the differences. A
+    run that an older version began can resume: a setting that did not exist then has its default, sections are read at
+    their old places, and settings without effect are not compared.
     """
     prepare_folder(config.run_dir)
     file = config.run_dir / CONFIG
@@ -127,7 +127,7 @@ def check_run_dir(config: ModelRunConfig, changeable: tuple[str, ...] = CHANGEAB
 
 
 def keep_users_files(out: Path) -> None:
-    """Renames an older export in which somebody has put files or folders of their own; an export replaces the rest."""
+    """Renames an older export that holds files or folders of the user, because a new export replaces the folder."""
     if out.is_symlink() or out.is_file() or (out.exists() and any(not is_exported(path) for path in out.iterdir())):
         number = 1
         while (kept := out.with_name(f"{out.name}.kept_{number}")).exists() or kept.is_symlink():
@@ -153,7 +153,7 @@ def prepare_folder(run_dir: Path) -> None:
 
 
 def check_is_unused(run_dir: Path) -> None:
-    """Refuses a folder of the user, in which a run would replace files and folders such as hf and weights."""
+    """Raises ValueError for a folder of the user in which a run would replace entries such as hf and weights."""
     names = sorted(path.name for path in run_dir.iterdir() if not EARLY_NAMES.fullmatch(path.name))
     if names:
         raise ValueError(
@@ -182,10 +182,10 @@ def may_change(
     settings: Mapping[str, object],
     fingerprinted: Mapping[str, object],
 ) -> bool:
-    """Says whether a run may go on with another value of a setting. `settings`: all of them now."""
-    if PATHS.fullmatch(name):  # The contents count, where they are known.
+    """Says whether a run may go on with another value of a setting. `settings`: all current ones."""
+    if PATHS.fullmatch(name):  # If the contents are known, they are compared instead of the path.
         return name in fingerprinted or is_same_path(old, new)
-    if name in VERIFIER_ADDRESSES:  # Another address, but not one where there was none.
+    if name in VERIFIER_ADDRESSES:  # The address may change, but it must exist before and after.
         return bool(old) and bool(new)
     if name == "num_steps" and moves_with_num_steps(settings):
         return False
@@ -201,7 +201,7 @@ def resolved(path: str) -> Path:
 
 
 def reason(differences: list[str]) -> str:
-    """Says why a setting may not change, where that is not plain: nearly all of them change what the run computes."""
+    """Explains why a setting may not change, if the usual reason (it changes the results) does not apply."""
     if any(difference.startswith("num_steps: ") for difference in differences):
         return (
             " (the decay of a learning rate without decay_steps ends with the run: num_steps changes it; to train on, "
@@ -211,7 +211,7 @@ def reason(differences: list[str]) -> str:
 
 
 def check_num_steps(config: ModelRunConfig) -> None:
-    """Refuses a run that has gone further than it now should."""
+    """Raises ValueError if the run has already taken more steps than num_steps."""
     steps = saved_steps(config.run_dir / "checkpoints")
     if isinstance(config, RunConfig) and steps and steps[-1] > config.num_steps:
         raise ValueError(
@@ -222,6 +222,6 @@ def check_num_steps(config: ModelRunConfig) -> None:
 
 
 def moves_with_num_steps(settings: Mapping[str, object]) -> bool:
-    """Says whether the decay of a learning rate ends with the run: then more steps are another schedule."""
+    """Says whether the decay of a learning rate ends with the run; if so, more steps change the schedule."""
     decays = [name for name, value in settings.items() if name.endswith(".optimizer.decay") and value != "constant"]
     return any(settings[f"{name}_steps"] is None for name in decays)

@@ -1,9 +1,9 @@
-"""Lets one run at a time use a run directory, also where several nodes see it through a network file system.
+"""Ensures that only one run uses a run directory, also when several nodes share it through a network file system.
 
-RUN_DIR/run.lock names the process that owns the directory. The file is created with O_EXCL, which network file systems
-honour. The owner touches it every few seconds and holds a POSIX lock on it where the file system has such locks. A
-killed run leaves the file behind; the next start replaces it when the owner's process is gone, or, when the owner ran
-on another host, once nobody has touched the file for STALE_SECONDS.
+RUN_DIR/run.lock names the process that owns the directory. The process creates the file with O_EXCL, which network file
+systems support. The owner touches the file every few seconds and holds a POSIX lock on it where the file system has
+such locks. A killed run leaves the file behind. The next start replaces it if the owner's process has ended, or, if the
+owner ran on another host, once nobody has touched the file for STALE_SECONDS.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LOCK = "run.lock"
-HEARTBEAT_SECONDS = 20.0  # Between two touches of the file.
-STALE_SECONDS = 300.0  # A lock of another host counts as abandoned when it is older.
-TRIES = 20  # Each one fails only when another process changes the lock at the same moment.
+HEARTBEAT_SECONDS = 20.0  # between two touches of the file
+STALE_SECONDS = 300.0  # A lock of another host counts as abandoned above this age.
+TRIES = 20  # A try fails only if another process changes the lock at the same moment.
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The process that holds a lock. A process id alone says little: each host has it, and gives it out again."""
+    """The process that holds a lock. Its id alone does not identify it, because each host reuses its own ids."""
 
     host: str
-    boot: str  # It tells hosts of one name apart.
+    boot: str  # identifies the host where several have the same name
     process: int
-    started: str  # When the process started, in the system's own clock ticks; empty where the system does not say.
-    since: str  # When it took the lock, for the user.
+    started: str  # the start of the process, in the system's clock ticks; empty where the system does not report it
+    since: str  # when the process took the lock; for the user
 
 
 class RunLock:
-    """A lock that this process holds; `release` gives the directory back."""
+    """A lock that this process holds; `release` removes it."""
 
     def __init__(self, path: Path, descriptor: int, content: bytes) -> None:
         self.path, self.descriptor, self.content = path, descriptor, content
@@ -47,14 +47,14 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self.is_released.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # A server that does not answer now may do so at the next beat.
+            with contextlib.suppress(OSError):  # A file server that fails now may answer at the next touch.
                 os.utime(self.descriptor)
 
     def release(self) -> None:
         self.is_released.set()
         self.heartbeat.join()
         with contextlib.suppress(OSError):
-            if self.path.read_bytes() == self.content:  # Otherwise another run has taken it over in the meantime.
+            if self.path.read_bytes() == self.content:  # Otherwise another run has replaced the lock meanwhile.
                 self.path.unlink()
         os.close(self.descriptor)
 
@@ -85,7 +85,7 @@ def take_lock(folder: Path) -> RunLock:
 
 
 def replace_if_abandoned(path: Path) -> None:
-    """Removes the lock of a run that has ended. Raises ValueError for one of a run that goes on."""
+    """Removes the lock of a run that has ended. Raises ValueError if the run still goes on."""
     try:
         content, age = path.read_bytes(), time.time() - path.stat().st_mtime
         owner = read_owner(content)
@@ -93,18 +93,18 @@ def replace_if_abandoned(path: Path) -> None:
             raise ValueError(describe_owner(path, owner, age))
         seen = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
         path.rename(seen)
-    except FileNotFoundError:  # Its owner has just released it, or another start has replaced it.
+    except FileNotFoundError:  # The owner has just released the lock, or another start has replaced it.
         return
     except OSError as error:
         raise ValueError(f"run_dir: {path} cannot be read ({error.strerror}); remove it if no run uses it") from None
-    if seen.read_bytes() != content:  # Another start was faster, and this is its lock.
+    if seen.read_bytes() != content:  # Another start was faster and owns this lock.
         with contextlib.suppress(FileExistsError):
             os.link(seen, path)
     seen.unlink()
 
 
 def read_owner(content: bytes) -> Owner | None:
-    """Returns None for a file that its owner has not written yet, or not wholly."""
+    """Returns the owner that the file names, or None if the owner has not finished writing the file."""
     try:
         return Owner(**json.loads(content))
     except (ValueError, TypeError):
@@ -153,18 +153,19 @@ def this_process() -> Owner:
 def boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # This is not Linux.
+    except OSError:  # The system is not Linux.
         return ""
 
 
 def process_start(process: int) -> str | None:
-    """Returns when a process of this host started, "" where the system does not say, or None where it has ended."""
+    """Returns when a process of this host started, "" where the system does not report it, or None if it has ended."""
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return None if fields[0] in "ZX" else fields[19]  # A zombie has ended; its parent has not asked yet.
+        # A zombie has ended, but its parent has not read its exit status.
+        return None if fields[0] in "ZX" else fields[19]
     try:
         os.kill(process, 0)
     except ProcessLookupError:

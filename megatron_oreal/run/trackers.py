@@ -1,4 +1,4 @@
-"""Builds the trackers that the configuration asks for."""
+"""Builds the trackers that the configuration enables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_oreal.types import Notify
 
 
 def build_trackers(config: RunConfig, notify: Notify) -> Iterator[Tracker]:
-    """Yields a running tracker for each one that is enabled; it also gets the earlier steps that it lacks."""
+    """Yields a running tracker for each enabled one, which also receives the earlier steps that it lacks."""
     settings = flatten(yaml.safe_load(to_yaml(config)))
     clients: list[TrackerClient] = []
     if config.trackers.mlflow.enabled:

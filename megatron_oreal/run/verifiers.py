@@ -1,4 +1,4 @@
-"""Builds what rewards the responses of a run, as the section `verifier` of the configuration asks for it."""
+"""Builds the verifier of a run from the section `verifier` of the configuration."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ GIB = 2**30
 
 @contextmanager
 def open_verifier(config: VerifierConfig, run_dir: Path, is_main: bool, notify: Notify) -> Iterator[Verifier]:
-    """The verifier of the first rank, which has been checked; the other ranks get the rules and never ask them.
+    """Opens the first rank's verifier and checks it. The other ranks get the rules, which they never use.
 
-    Collective. Raises ValueError on all ranks where no response could be rewarded: a function that cannot be imported,
-    a server that does not answer, a missing API key.
+    Collective. Raises ValueError on all ranks if responses could not be rewarded, because of a function that cannot be
+    imported, a server that does not answer, or a missing API key.
     """
     verifier: Verifier = build_rules(config)
     error: ValueError | None = None

@@ -1,10 +1,10 @@
-"""Records short runs of one revision and compares them with those of another: a restructuring changes no number.
+"""Records short runs of one revision and compares them with another revision's, to show that no number changes.
 
     python tests/support/behaviour.py record FOLDER            # run in the root of the revision
     python tests/support/behaviour.py resume OLD_FOLDER FOLDER # continues OLD_FOLDER's runs with this revision
     python tests/support/behaviour.py compare FOLDER FOLDER    # exit code 1 names each value that differs
 
-Both recordings belong on one machine: other processors give other last digits. A recording holds the supervised
+Make both recordings on one machine, because the last digits depend on the processor. A recording holds the supervised
 warm-up of the quickstart (SFT), 20 steps of OREAL with TP 2, 5 steps each of PPO, GRPO and SFT, and, with --sglang,
 5 steps on a real SGLang server.
 """
@@ -25,14 +25,14 @@ import yaml
 
 QUICKSTART = Path("examples/quickstart")
 RUNS = ("sft", "oreal", "ppo", "grpo", "sft_more", "sglang")
-RESUMED_STEPS = 3  # beyond the recorded ones
-# Where sections of the algorithms stood at the top of the file (revisions before algorithm.reward_model).
+RESUMED_STEPS = 3  # steps after the recorded ones
+# For revisions before algorithm.reward_model, which have the algorithms' sections at the top level of the file.
 TOP_SECTIONS = ("reward_model", "critic")
 
 
 @click.group()
 def main() -> None:
-    """Shows that two revisions compute the same."""
+    """Checks that two revisions compute the same numbers."""
 
 
 @main.command()
@@ -53,7 +53,7 @@ def record(folder: Path, sglang: bool, old_sections: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--old-sections", is_flag=True, help="For revisions with reward_model and critic at the top.")
 def resume(old: Path, folder: Path, old_sections: bool) -> None:
-    """The runs of `old`, a few steps longer. Both revisions must be given the same number of steps to compare."""
+    """Continues the runs of `old` for a few steps. For a comparison, give both revisions the same number of steps."""
     folder.mkdir(parents=True)
     for name in RUNS[1:]:
         if not (old / name).is_dir():
@@ -94,21 +94,21 @@ def compare(old: Path, new: Path) -> None:
 
 
 def is_same(value: Any, other: Any, exact: bool) -> bool:
-    """An SGLang server batches requests as they come, which moves the last digits of its log-probs from run to run."""
+    """Compares two values. Runs with SGLang differ in the last digits, because arrival times decide its batches."""
     if exact or not isinstance(value, float) or not isinstance(other, float):
         return bool(value == other)
     return math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-8)
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """All metrics but those of time and of memory."""
+    """Reads all metrics except those of time and memory."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     is_timed = re.compile(r"^(time|memory)/|seconds|per_second").search
     return [{key: value for key, value in json.loads(line).items() if not is_timed(key)} for line in lines]
 
 
 def configuration(folder: Path, name: str) -> dict[str, Any]:
-    """One run's settings; every one that begins with another model's weights begins with the warmed-up policy's."""
+    """Returns one run's settings; reinforcement learning starts each model from the warmed-up policy's weights."""
     is_sft = name.startswith("sft")
     settings: dict[str, Any] = yaml.safe_load((QUICKSTART / ("sft.yaml" if is_sft else "config.yaml")).read_text())
     settings |= {"run_dir": str(folder / name), "seed": 0, "checkpoint": {"every": 5, "keep_last": 1}}

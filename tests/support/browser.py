@@ -1,4 +1,4 @@
-"""A real browser without a window for the tests of pages: Playwright drives a Chromium of the system or its own."""
+"""Opens a real headless browser for the tests of pages: Playwright drives the system's Chromium or its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ INSTALL = "needs a browser: pip install -e '.[browser]', and apt-get install chr
 
 @contextmanager
 def open_browser() -> Iterator[Browser | None]:
-    """Gives a browser, or None where Playwright or Chromium is missing."""
+    """Yields a browser, or None if Playwright or Chromium is missing."""
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
         yield None
         return
     with sync_playwright() as playwright:
-        # Chromium's own sandbox refuses to work for root, as in most containers; the pages here are ours.
+        # Chromium's sandbox refuses to run as root, as in most containers; the tests open our own pages only.
         arguments = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         found = next(filter(None, map(shutil.which, NAMES)), None)
         try:
@@ -40,7 +40,7 @@ def open_browser() -> Iterator[Browser | None]:
 
 
 def open_watched(context: BrowserContext, path: Path, problems: list[str]) -> Page:
-    """Opens a file; what its scripts complain of, and every request for another file, is added to `problems`."""
+    """Opens a file; adds the errors of its scripts, and every request for another file, to `problems`."""
     page = context.new_page()
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text))

@@ -1,4 +1,4 @@
-"""Records what a test's code makes durable: every fsync with the file's name and what the disk then holds."""
+"""Records what a test's code makes durable: every fsync with the file's name and the content then on disk."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 @dataclass
 class Disk:
-    """What would be left of the files after a power cut: for each name, the content at its last fsync."""
+    """The files that a power failure would leave: for each name, the content at its last fsync."""
 
-    synced: list[tuple[str, int]] = field(default_factory=list)  # (name, bytes), folders with their number of names
+    synced: list[tuple[str, int]] = field(default_factory=list)  # (name, bytes); for a folder, its number of names
     contents: dict[Path, bytes] = field(default_factory=dict)
-    names: dict[Path, set[str]] = field(default_factory=dict)  # of each folder that was synced
+    names: dict[Path, set[str]] = field(default_factory=dict)  # by folder, at its last fsync
 
     def fsync(self, descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
@@ -30,7 +30,7 @@ class Disk:
 
 @contextmanager
 def recorded_disk(monkeypatch: Any) -> Iterator[Disk]:
-    """os.fsync records instead of waiting for the disk; everything else is as always."""
+    """Replaces os.fsync by a function that records the call and does not wait for the disk."""
     disk = Disk()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", disk.fsync)

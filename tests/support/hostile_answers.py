@@ -1,4 +1,4 @@
-"""Answers made to burn time or memory, to run code, or to break a parser: what a policy or a data set may hold."""
+"""Lists answers, possible in responses and data sets, that waste time or memory, run code, or break a parser."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ def matrix_of_sums(exponent: str) -> str:
     return r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}" + exponent
 
 
-# Symbolic powers that only math-verify reads, for some twenty seconds; either alone is read at once.
+# Symbolic powers that only math-verify parses, in about twenty seconds; it parses each one alone at once.
 ENDLESS, ENDLESS_ANSWER = matrix_of_sums("^{99}"), matrix_of_sums("^{98}")
-# What our parser refuses and math-verify's takes seconds to read.
+# Text that our parser refuses and math-verify takes seconds to parse.
 SLOW_REFERENCE = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2 " + "x_" * 460 + "x"
 
 MATRIX = r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"

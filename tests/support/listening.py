@@ -1,4 +1,4 @@
-"""Watches where a process tree listens while it runs."""
+"""Records the TCP sockets on which a process tree listens while it runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_oreal.engines.sglang.servers.listening import Listener, listeners,
 
 
 def listeners_of_tree(process: int) -> set[Listener]:
-    """All TCP sockets on which a process or one of its descendants listens now."""
+    """Returns all TCP sockets on which a process or one of its descendants listens now."""
     own = sockets_of([process, *descendants(process)])
     return {listener for listener in listeners(process) or [] if listener.inode in own}
 
 
 def watch(process: subprocess.Popen[Any], until: Callable[[], bool] = lambda: False) -> set[Listener]:
-    """All sockets on which the tree has listened at some time, until the process ends or `until` says so."""
+    """Returns all sockets on which the tree has listened until the process ends or `until` returns true."""
     seen: set[Listener] = set()
     while process.poll() is None and not until():
         seen |= listeners_of_tree(process.pid)

@@ -1,4 +1,4 @@
-"""A rollout engine without a model: responses are a function of prompt, seed, place and weights; a tick is a token."""
+"""Provides a rollout engine without a model: prompt, seed, position and weights decide responses; a tick is a token."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def draw(*key: object) -> int:
 
 
 class MemoryEngine:
-    """One filler digit a tick, up to `longest`, then a boxed digit: the prompt's first, or another one."""
+    """Generates one filler digit a tick, up to `longest`, then a boxed digit: the prompt's first or another."""
 
     def __init__(self, longest: int = 20) -> None:
         self.calls = MainThreadCalls()
         self.version = 0
-        self.weights = 0  # responses depend on it
+        self.weights = 0  # responses depend on this number
         self.longest = longest
-        self.tick: Callable[[], None] = lambda: None  # called before every token of all
+        self.tick: Callable[[], None] = lambda: None  # called before each tick
         self.names_versions = True
-        self.knows_rollout_logprobs = False  # True: they are half of the model's
+        self.knows_rollout_logprobs = False  # True: it returns half of the model's log-probs
         self.is_closed = False
-        self.asked: list[GenerationRequest] = []  # of all calls
+        self.asked: list[GenerationRequest] = []  # requests of all calls
         self.num_generated = 0  # tokens
-        self.growing: list[Growing] = []  # of the newest call
+        self.growing: list[Growing] = []  # responses of the newest call
 
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
@@ -83,7 +83,7 @@ class MemoryEngine:
 
     @property
     def num_unfinished(self) -> int:
-        """Tokens of the newest call's responses that have no end yet."""
+        """Returns the number of tokens in the newest call's unfinished responses."""
         return sum(len(one.ids) for one in self.growing if one.finish_reason == "abort")
 
 

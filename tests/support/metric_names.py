@@ -1,4 +1,4 @@
-"""The names on docs/metrics.md."""
+"""Reads the metric names on docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREFIXES = ("reward", "rollout", "verifier", "judge", "policy", "reward_model", 
 
 @cache
 def documented() -> tuple[str, ...]:
-    """The names in the first column of the tables, with holes such as <dataset>."""
+    """Returns the names in the first column of the tables, with placeholders such as <dataset>."""
     rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     return tuple(rows)
 
@@ -28,5 +28,5 @@ def is_documented(name: str) -> bool:
 
 
 def unknown_names(names: Iterable[str]) -> list[str]:
-    """Returns the names of a record that docs/metrics.md does not have."""
+    """Returns the names of a record that docs/metrics.md does not list."""
     return [name for name in names if name != "step" and not is_documented(name)]

@@ -1,4 +1,4 @@
-"""An HTTP server that answers as its script says, well or badly. It writes bytes, so it can break any rule."""
+"""Provides an HTTP server that answers as its script says. It writes raw bytes, so it can break any rule of HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Request:
 
 @dataclass
 class MisbehavingServer:
-    """`script` holds how the next requests are treated, "ok" when it is empty; `always` is for all of them."""
+    """`script` lists the behaviour for the next requests, "ok" when it is empty; `always` applies to all requests."""
 
     answer: Answer
     script: list[str] = field(default_factory=list)
@@ -33,7 +33,7 @@ class MisbehavingServer:
     num_open: int = 0
     most_open: int = 0
     port: int = 0
-    pause_seconds: float = 0.0  # before a good answer
+    pause_seconds: float = 0.0  # pause before a valid answer
 
     @property
     def url(self) -> str:
@@ -84,7 +84,7 @@ class MisbehavingServer:
         elif how == "redirect":
             writer.write(response(307, b"", f"Location: http://127.0.0.1:{self.port}/elsewhere\r\n"))
         elif how == "reset":
-            # Closing with unread time to live 0 sends a reset.
+            # Closing with a linger time of 0 sends a reset.
             writer.get_extra_info("socket").setsockopt(1, 13, struct.pack("ii", 1, 0))
         elif how == "no http":
             writer.write(b"220 mail.example SMTP\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Places in the checkout that tests refer to."""
+"""Defines the paths in the checkout that tests use."""
 
 from pathlib import Path
 

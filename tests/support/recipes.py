@@ -1,4 +1,4 @@
-"""The recipes among the examples, and a tiny model and prompts to try each with."""
+"""Lists the recipes among the examples, and makes a tiny model and prompts to test each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT_TOKENS, NEW_TOKENS = 640, 8
 
 
 def write_recipe_task(folder: Path) -> None:
-    """Writes model/, prompts.jsonl and nothing else. The tokenizer knows the recipes' end tokens and their prompts."""
+    """Writes only model/ and prompts.jsonl. The tokenizer has the recipes' end tokens and encodes their prompts."""
     texts = [text for name in RECIPES for text in prompt_texts(EXAMPLES / name)]
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     tokenizer.add_special_tokens(END_TOKENS)
@@ -60,7 +60,7 @@ def prompt_texts(file: Path) -> list[str]:
 
 
 def shrink(settings: dict[str, Any], folder: Path, whole: bool) -> dict[str, Any]:
-    """Replaces the model, the data, the lengths, and what needs GPUs; not `whole`: the batches become small too."""
+    """Replaces model, data, lengths, and settings that need GPUs; without `whole`, shrinks the batches too."""
     settings["run_dir"] = str(folder / "runs" / settings["run_dir"].removeprefix("runs/"))
     stem = "annealing" if settings["run_dir"].endswith("annealing") else "config"
     recipe = Path(settings["run_dir"]).name.removesuffix("_annealing")

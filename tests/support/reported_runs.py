@@ -1,4 +1,4 @@
-"""Makes run directories for the report: metrics as a run logs them, with drawn values, and what stands beside them."""
+"""Makes run directories for the report: random metrics in the format of a run, and the run's other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of a handful of characters, made by hand, with special tokens where a test wants them."""
+"""Makes tokenizers of a few characters, with the special tokens that a test needs."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def post_processor(prefix: list[str], suffix: list[str]) -> dict[str, Any]:
-    """Puts special tokens around a text."""
+    """Returns a post-processor that puts special tokens around a text."""
 
     def special(name: str) -> dict[str, Any]:
         return {"SpecialToken": {"id": name, "type_id": 0}}

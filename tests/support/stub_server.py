@@ -1,7 +1,7 @@
-"""A small fake of SGLang's HTTP API, for what the engine does with answers: no model, no GPU, milliseconds a test.
+"""Imitates SGLang's HTTP API without a model or a GPU, to test how the engine handles answers.
 
-A response is a function of the prompt: its tokens count up from the prompt's last token. Tests change what a server
-answers by `faults` and see what it was asked in `seen`.
+A response depends only on the prompt: its tokens count up from the prompt's last token. Tests change the server's
+answers with `faults` and read its requests in `seen`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCAB_SIZE = 64
 Body = dict[str, Any]
 Fault = Callable[
     [Body], "str | int | Body | None"
-]  # a status, "cut", "hang", "garbage", or what the answer has instead
+]  # a status, "cut", "hang", "garbage", or fields that replace those of the answer
 
 
 def token_logprob(token_id: int) -> float:
@@ -40,11 +40,11 @@ class StubServer:
     api_key: str = "the api key"
     admin_key: str = "the admin key"
     weight_version: str = "default"
-    faults: list[Fault | str | int | None] = field(default_factory=list)  # of the next requests to /generate
-    faults_of: dict[str, int | str] = field(default_factory=dict)  # by path, for ever
+    faults: list[Fault | str | int | None] = field(default_factory=list)  # for the next requests to /generate
+    faults_of: dict[str, int | str] = field(default_factory=dict)  # by path, for all requests
     is_healthy: bool = True
-    seen: list[tuple[str, Body]] = field(default_factory=list)  # what was asked, but for the checks of the start
-    gate: asyncio.Event | None = None  # requests wait for it
+    seen: list[tuple[str, Body]] = field(default_factory=list)  # the requests, except the checks at the start
+    gate: asyncio.Event | None = None  # requests wait until it is set
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     runner: web.AppRunner | None = None
     url: str = ""
@@ -106,7 +106,7 @@ class StubServer:
         bias = [int(token_id) for token_id in sampling.get("logit_bias", {})]
         if any(token_id >= VOCAB_SIZE for token_id in bias):
             return web.Response(status=400, text="no such token")
-        if isinstance(body["input_ids"][0], list):  # the check whether log-probs are tempered
+        if isinstance(body["input_ids"][0], list):  # the engine's check whether log-probs are after temperature
             return web.json_response([self.answer({**body, "input_ids": ids}) for ids in body["input_ids"]])
         fault = self.faults.pop(0) if self.faults and "rid" in body else None
         if callable(fault):
@@ -135,13 +135,13 @@ class StubServer:
 
     async def stop(self) -> None:
         assert self.runner is not None
-        self.closing.set()  # what hangs may end
+        self.closing.set()  # ends requests that hang
         await self.runner.cleanup()
 
 
 @contextmanager
 def stub_servers(model_path: Path, count: int = 1) -> Iterator[list[StubServer]]:
-    """They listen on loopback, and generate until the block ends."""
+    """Yields servers that listen on loopback and generate until the block ends."""
     servers, thread = [StubServer(model_path) for _ in range(count)], EventLoopThread("stubs")
     for server in servers:
         thread.run(server.start())

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face directories of every family, each tensor random."""
+"""Writes tiny Hugging Face directories of every family, with random tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMON = {
     "intermediate_size": 48,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 53,  # odd: padded under tensor parallelism
+    "vocab_size": 53,  # odd, so that tensor parallelism needs padding
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
@@ -32,9 +32,9 @@ LLAMA3_SCALING = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 3.0,
-    "original_max_position_embeddings": 16,  # within the tests' sequences, so that it matters
+    "original_max_position_embeddings": 16,  # less than the length of the tests' sequences, so that it has an effect
 }
-# Every family is tested, a new one with COMMON alone; what a family has of its own is added here.
+# The tests cover every family; a new one gets COMMON alone. Settings of single families are added here.
 MODELS: dict[str, dict[str, Any]] = {model_type: {"model_type": model_type} for model_type in FAMILIES} | {
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6},
     "qwen2-tied": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
@@ -59,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {model_type: {"model_type": model_type} for 
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        # Norm weights and biases are random too: a swapped one must show.
+        # Norm weights and biases are random too, so that tests detect swapped ones.
         name: (torch.randn(shape, generator=generator) * 0.1 + ("norm" in name)).to(dtype)
         for name, shape in shapes.items()
     }
@@ -80,7 +80,7 @@ def write_checkpoint(
     num_files: int = 2,
     **changes: Any,
 ) -> Path:
-    """A directory with config.json, weights in `num_files` files with their index, and a tokenizer's file."""
+    """Writes a directory with config.json, weights in `num_files` files with their index, and a tokenizer's file."""
     path.mkdir(parents=True)
     settings = COMMON | MODELS[model] | {"torch_dtype": str(dtype).removeprefix("torch.")} | changes
     (path / "config.json").write_text(json.dumps(settings, indent=2))

@@ -1,4 +1,4 @@
-"""Random models of transformers on disk, and batches for them; tiny_checkpoints.py writes some without transformers."""
+"""Writes random models of transformers, and makes batches for them; tiny_checkpoints.py works without transformers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 from examples.tiny_model import TINY_SHAPE
 from megatron_oreal.types import TrainingSequence
 
-VOCAB_SIZE = 53  # odd: padded under tensor parallelism
+VOCAB_SIZE = 53  # odd, so that tensor parallelism needs padding
 
-Fill = Callable[[PreTrainedModel], None]  # changes the weights that transformers has drawn
+Fill = Callable[[PreTrainedModel], None]  # changes the random weights that transformers made
 
 
 def fill_apart(model: PreTrainedModel) -> None:
-    """Norms and biases become random too, so that a swapped one shows; matrices keep a common size."""
+    """Makes norms and biases random too, so that tests detect swapped ones; matrices keep a common scale."""
     for parameter in model.parameters():
         if parameter.dim() < 2:
             parameter.uniform_(0.5, 1.5) if parameter.mean() == 1 else parameter.normal_(std=0.2)
@@ -28,13 +28,13 @@ def fill_apart(model: PreTrainedModel) -> None:
 
 
 def add_noise(model: PreTrainedModel) -> None:
-    """Norms and biases become random too, and all weights so large that the distributions are far from uniform."""
+    """Makes norms and biases random too, and all weights so large that the distributions are far from uniform."""
     for parameter in model.parameters():
         parameter.add_(0.3 * torch.randn(parameter.shape))
 
 
 def keep(_model: PreTrainedModel) -> None:
-    """The weights stay as transformers has drawn them: all tokens are about equally likely."""
+    """Keeps the random weights of transformers, with which all tokens are about equally likely."""
 
 
 def write_tiny_model(
@@ -46,7 +46,7 @@ def write_tiny_model(
     model_class: type[PreTrainedModel] = Qwen2ForCausalLM,
     **changes: Any,
 ) -> Path:
-    """Writes a model whose weights `seed` and `fill` decide; `changes` are of config.json. Returns its folder."""
+    """Writes a model, with `seed` and `fill` for the weights and `changes` to config.json, and returns its folder."""
     shape = TINY_SHAPE | {"vocab_size": VOCAB_SIZE, "eos_token_id": 1}
     settings = shape | {"tie_word_embeddings": tied, "num_hidden_layers": num_layers} | changes
     torch.manual_seed(seed)

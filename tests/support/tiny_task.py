@@ -1,4 +1,4 @@
-"""A task that a tiny model learns within seconds: the prompt is a sum, the answer is its first digit in a box.
+"""Defines a task that a tiny model learns within seconds: the prompt is a sum, the answer its first digit in a box.
 
 Example: the prompt "3+1=" has the right response "\\boxed{3}".
 """

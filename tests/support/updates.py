@@ -1,4 +1,4 @@
-"""OREAL's three models on a batch of several micro-batches, for tests of what happens inside an update."""
+"""Runs OREAL's three models on a batch of several micro-batches, to test the parts of an update."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.support.tiny_models import random_sequences
 def passes_over_microbatches(
     path: Path, layout: ParallelLayout, settings: ModelConfig
 ) -> dict[str, Callable[[], object]]:
-    """The forward passes and gradients of an update, to be called in order, as often as wanted.
+    """Returns functions for the forward passes and gradients of an update. Call them in order, any number of times.
 
-    Each is Megatron's schedule over five micro-batches or more, without what comes before and after it, but for
-    "coefficients": what OREAL computes between two of them.
+    Each runs only Megatron's schedule, over five micro-batches or more, except "coefficients", which runs OREAL's
+    computation between two of them.
     """
     architecture = read_architecture(path)
     policy_head = LogprobHead(layout, architecture.vocab_size)

@@ -1,4 +1,4 @@
-"""Makes run directories for the viewer: rows as a run writes them, with drawn texts."""
+"""Makes run directories for the viewer: random texts in rows of a run's format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 
 def row(**changes: object) -> dict[str, object]:
-    """A row of a run's rollouts, with what the test changes."""
+    """Returns a row of a run's rollouts, with the test's changes."""
     return {
         "group": 0,
         "prompt_id": "p0",
@@ -49,9 +49,9 @@ def write_run(
     response_tokens: int = 500,
     recorded_groups: int = 0,
 ) -> Path:
-    """Writes a run with drawn responses of about `response_tokens` words each; a judge is asked about every second one.
+    """Writes a run with random responses of about `response_tokens` words each; every second one has a judge's opinion.
 
-    The tokens of the first `recorded_groups` groups of each step are recorded.
+    The run records the tokens of the first `recorded_groups` groups of each step.
     """
     rng = random.Random(0)
     folder.mkdir(parents=True)

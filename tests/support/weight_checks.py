@@ -1,4 +1,4 @@
-"""What the tests of weight transports share with their worker processes."""
+"""Provides what the tests of weight transports share with their worker processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_oreal.engines.sglang.weights.transport import ServerTransport
 Weights = dict[str, Tensor]
 PROMPT = [5, 6, 7, 8]
 NUM_TOKENS = 8
-BUCKET_BYTES = 20_000  # several for the tiny model
+BUCKET_BYTES = 20_000  # several buckets for the tiny model
 
 
 def noisy_weights(model: Path, seed: int) -> Weights:
@@ -40,7 +40,7 @@ def open_transport(
 
 
 def check_outputs(loop: EventLoopThread, client: SglangClient, model: Path, weights: Weights, version: int) -> None:
-    """The server's greedy tokens and their log-probs are transformers' with these weights."""
+    """Checks that the server's greedy tokens and log-probs equal those of transformers with these weights."""
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True},
@@ -67,7 +67,7 @@ def greedy(path: Path, weights: Weights) -> tuple[list[int], Tensor]:
 
 
 def signalling_stream(weights: Weights, after: int, pids: Sequence[int], number: int) -> Iterator[tuple[str, Tensor]]:
-    """Sends a signal to processes once `after` tensors are taken."""
+    """Yields tensors, and signals the processes after the consumer has taken `after` of them."""
     for index, item in enumerate(weights.items()):
         if index == after:
             for pid in pids:

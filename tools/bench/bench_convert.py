@@ -1,14 +1,14 @@
-"""Speed and memory of tools/convert.py, beside a plain copy of the same bytes in the same run.
+"""Measures speed and memory of tools/convert.py, beside a plain copy of the same bytes in the same run.
 
     python tools/bench/bench_convert.py --rounds 3 --workers 2
 
-A random checkpoint of Qwen2.5-1.5B's shapes (2.9 GiB in bfloat16) is converted to torch_dist and back; each conversion
-takes turns with a copy, both also wait until their files are on disk, and their ratio is of the same round. Both begin
-when the other's output has just been removed: a machine may need longer for memory that it has given back than for the
-writing. The conversions' seconds are without the imports; those of the whole command, and its anonymous memory (what is
-neither a file's cache nor shared, of all processes together), are of a run of their own.
-Then bench_mbridge.py runs on the same files, where mbridge is installed. Megatron-Bridge is not measured: it cannot be
-imported without Transformer Engine.
+The benchmark converts a random checkpoint of Qwen2.5-1.5B's shapes (2.9 GiB in bfloat16) to torch_dist and back.
+Conversions and copies alternate; both wait until their files are on disk, and each ratio is within one round. Both
+begin just after the other's output was removed, because returning memory to the machine can take longer than writing.
+The conversions' seconds exclude the imports. A separate run measures the seconds of the whole command and its anonymous
+memory (of all processes, without file caches and shared memory).
+Then bench_mbridge.py runs on the same files, if mbridge is installed. The benchmark does not measure Megatron-Bridge,
+which cannot be imported without Transformer Engine.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def plain_copy(source: Path, out: Path) -> None:
 
 
 def timed(action: Callable[[], object], out: Path) -> float:
-    """Seconds; `out`, which it makes, is removed."""
+    """Returns the seconds of a call, and removes `out`, which the call makes."""
     begin = time.monotonic()
     action()
     seconds = time.monotonic() - begin
@@ -119,7 +119,7 @@ def anonymous_kibibytes(process: str) -> int:
 
 
 def run_rival(hf: Path, rounds: int) -> None:
-    """mbridge on the same files; its failure is told, and is not ours."""
+    """Runs mbridge on the same files; reports a failure of mbridge without failing itself."""
     command = [sys.executable, Path(__file__).with_name("bench_mbridge.py"), hf, "--rounds", str(rounds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -153,7 +153,7 @@ def main(rounds: int, workers: int, layers: int, folder: Path | None) -> None:
                 actions = [partial(plain_copy, hf, out), partial(convert, options)]
                 ratios = []
                 for round_number in range(rounds):
-                    # The first of a pair meets what the pair before has left: they take turns in that, too.
+                    # The first of a pair runs in the state that the previous pair left, so the order alternates.
                     order = [0, 1] if round_number % 2 == 0 else [1, 0]
                     seconds = {number: timed(actions[number], out) for number in order}
                     ratios.append(seconds[0] / seconds[1])

@@ -1,11 +1,11 @@
-"""Speed of the weight stream (a live model -> whole Hugging Face tensors) beside a plain all-gather of the same bytes.
+"""Measures the weight stream (a live model -> whole Hugging Face tensors) beside an all-gather of the same bytes.
 
     python tools/bench/bench_export.py --rounds 5
 
 Two processes over gloo hold random weights of Qwen2.5-1.5B's shapes, with fewer layers, in bfloat16: split by tensor
-parallelism, then by pipeline stages. In each round the stream and an all-gather (half of the bytes from either process,
-in buckets of the same size, one flat tensor each) take turns, so that a busy machine slows both; ratios are within a
-round. Seconds are those of the slower process; GB are 10^9 bytes of the whole model.
+parallelism, then by pipeline stages. In each round, the stream and an all-gather (half of the bytes from each process,
+in buckets of the same size, one flat tensor each) run one after the other, so that a busy machine slows both; ratios
+are within a round. Seconds are those of the slower process; GB are 10^9 bytes of the whole model.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Layout:
 
 
 def shards(architecture: Architecture, layout: Layout) -> list[tuple[str, Tensor]]:
-    """This rank's parameters, by Megatron's names."""
+    """Returns this rank's parameters by Megatron's names."""
     rank, size = layout.tensor_rank, layout.tensor_size
     padded_rows = padded_vocabulary(architecture.vocab_size, size)
     layers_on_stage = architecture.num_layers // layout.pipeline_size
     found = []
     for row, place in parameters(architecture, "lm"):
-        stage = 0 if row.pads_vocabulary else layout.pipeline_size - 1  # of what is outside of the layers
+        stage = 0 if row.pads_vocabulary else layout.pipeline_size - 1  # stage of the parameters outside of the layers
         if place.layer is not None:
             stage = place.layer // layers_on_stage
         if row.exported and stage == layout.pipeline_rank:
@@ -78,7 +78,7 @@ def plain_all_gather(num_bytes: int, bucket_bytes: int) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds until both processes are done."""
+    """Returns the seconds until both processes have finished."""
     dist.barrier()
     begin = time.monotonic()
     work()
@@ -100,11 +100,11 @@ def measure(folder: Path, rounds: int, bucket_bytes: int) -> None:
             pipeline_group=both if pipeline > 1 else alone,
         )
         stream = WeightStream(shards(architecture, layout), architecture, "lm", layout, bucket_bytes)
-        num_bytes = sum(tensor.nbytes for _, tensor in stream)  # warms up, too
+        num_bytes = sum(tensor.nbytes for _, tensor in stream)  # also warms up
         plain_all_gather(num_bytes, bucket_bytes)
         ratios, rates = [], []
         for _ in range(rounds):
-            streamed = timed(lambda: [None for _ in stream])  # noqa: B023  # used at once
+            streamed = timed(lambda: [None for _ in stream])  # noqa: B023  # called immediately
             gathered = timed(lambda: plain_all_gather(num_bytes, bucket_bytes))  # noqa: B023
             ratios.append(gathered / streamed)
             rates.append((num_bytes / 1e9 / streamed, num_bytes / 1e9 / gathered))

@@ -1,16 +1,16 @@
-"""Time and peak memory of the loss without logits, beside the rivals that can be imported, in the same run.
+"""Measures time and peak memory of the loss without logits, beside all rivals that can be imported, in the same run.
 
     python tools/bench/bench_fused_loss.py --grid full --out tools/bench/results/DATE_fused_loss   # on a GPU
     python tools/bench/bench_fused_loss.py --grid headline   # three shapes, less than a minute on an H200
     python tools/bench/bench_fused_loss.py --grid cpu
     python tools/bench/bench_fused_loss.py --model   # runs nothing: what every mode should cost on an H100 and an H200
 
-Every method turns hidden states [T, H] and a head [V, H] into the log-probs of T targets, and then into the gradients
-of their sum: the one loss for which all rivals, Liger's gradients in the forward pass among them, give equal outputs.
-Tensor parallelism is measured as its share of the vocabulary on one device, without communication. The methods take
-turns, so that a busy machine slows all of them; ratios are between medians. Memory is what exists at the peak beyond
-inputs and gradients: CUDA's allocator counts it, on a CPU the profiler does. GEMM is torch.mm of the same matrices in
-the same rounds; its share counts one product forward and three with the backward pass, whatever a method computes.
+Every method computes the log-probs of T targets from hidden states [T, H] and a head [V, H], and the gradients of their
+sum: the one loss for which all rivals, including Liger's gradients in the forward pass, give equal outputs. Tensor
+parallelism is measured as its share of the vocabulary on one device, without communication. The methods alternate, so
+that a busy machine slows all of them; ratios are between medians. Memory is the peak beyond inputs and gradients,
+counted by CUDA's allocator, or by the profiler on a CPU. GEMM is torch.mm of the same matrices in the same rounds; its
+share counts one product for the forward pass and three with the backward pass, for every method.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_oreal.kernels.fp8.scaled import E4M3, scale_of, scaled_product
 from megatron_oreal.models.parallel import quiet_megatron
 
 VOCABULARY = 152064
-CHECKED_TOKENS = CHECKED_COLUMNS = 256  # of every method, against float32
+CHECKED_TOKENS = CHECKED_COLUMNS = 256  # compared with float32 for every method
 Losses = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # hidden, weight, target, training -> [T] or their sum
 Grid = Literal["cpu", "headline", "small", "full"]
 Clock = Literal["wall", "cpu"]
@@ -68,7 +68,7 @@ class Method:
     is_checked: bool = True
 
 
-# The methods. Each maker imports what it needs; what it raises is the reason that the method is left out.
+# The methods. Each maker imports the packages it needs; an error that it raises is the reason to skip the method.
 
 
 def plain_losses(hidden: Tensor, weight: Tensor, target: Tensor, _training: bool) -> Tensor:
@@ -89,7 +89,7 @@ def make_liger(device: torch.device) -> Losses:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def losses(hidden: Tensor, weight: Tensor, target: Tensor, training: bool) -> Tensor:
-        # "sum" computes the gradients in its forward pass, which is its fast way.
+        # "sum" computes the gradients in its forward pass, which is its fastest mode.
         reduction = "sum" if training else "none"
         return liger_fused_linear_cross_entropy(hidden, weight, target, reduction=reduction)
 
@@ -132,7 +132,7 @@ def make_ours(**options: Any) -> Callable[[torch.device], Losses]:
             if training and options.get("mode") == "eager":
                 mode["token_scale"] = torch.ones(len(hidden), device=hidden.device)
             elif not training:
-                mode["mode"] = "recompute"  # without gradients there is one mode
+                mode["mode"] = "recompute"  # without gradients there is only one mode
             return -linear_logprob(hidden, weight, target, **mode)[0]
 
         return losses
@@ -153,7 +153,7 @@ def make_fp8_gemm(device: torch.device) -> Losses:
     last: list[tuple[Tensor, Tensor, Tensor]] = []  # the last hidden states and weight, quantised, with their scales
 
     def product(hidden: Tensor, weight: Tensor, _target: Tensor, _training: bool) -> Tensor:
-        # Both sides quantised beforehand: it is the rate of the product alone.
+        # Both sides are quantised in advance, so that only the product is measured.
         if not last or last[0][0] is not hidden or last[1][0] is not weight:
             last.clear()
             for matrix in (hidden, weight):
@@ -181,7 +181,7 @@ MAKERS: dict[str, Callable[[torch.device], Losses]] = {
     "ours, fp8_grad, 3 GiB": make_ours(precision="fp8_grad", memory_bytes=3 * 2**30),
     "ours, fp8_grad, eager": make_ours(precision="fp8_grad", mode="eager"),
 }
-PRODUCTS = (GEMM, "torch._scaled_mm")  # no losses: forward only, nothing to check
+PRODUCTS = (GEMM, "torch._scaled_mm")  # not losses: forward only, no output to check
 
 
 def reason_of(error: Exception) -> str:
@@ -190,12 +190,12 @@ def reason_of(error: Exception) -> str:
 
 
 def make_methods(names: tuple[str, ...], device: torch.device) -> tuple[list[Method], dict[str, str]]:
-    """Those that can be made, and the reasons of the others."""
+    """Returns the available methods, and the reasons why the others are missing."""
     methods, skipped = [], {}
     for name in names:
         try:
             losses = MAKERS[name](device)
-        except Exception as error:  # noqa: BLE001  # a rival that cannot be imported is left out, whatever it raises
+        except Exception as error:  # noqa: BLE001  # a rival that cannot be imported is skipped, for every error
             skipped[name] = reason_of(error)
             click.echo(f"left out: {name}: {skipped[name]}")
             continue
@@ -211,7 +211,7 @@ class Inputs:
     hidden: Tensor
     weight: Tensor
     target: Tensor
-    losses: Tensor  # of the first tokens, from float32
+    losses: Tensor  # of the first tokens, in float32
     grad_hidden: Tensor  # of those
     grad_weight: Tensor  # of the first columns
 
@@ -255,7 +255,7 @@ def run_training(method: Method, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    """(what `run` returns, bytes that existed at its peak beyond those before it)"""
+    """Returns (the result of `run`, its peak bytes beyond those before the call)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -292,7 +292,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def try_method(method: Method, inputs: Inputs, row: Row, device: torch.device) -> bool:
-    """A first run to warm up, a second for memory and the check; false where the method fails at this shape."""
+    """Runs once to warm up, and again for memory and the check; returns False if the method fails at this shape."""
     try:
         losses = run_forward(method, inputs)
         if method.is_checked:
@@ -333,7 +333,7 @@ def measure(
 
 
 def deadlines(shapes: list[Shape], seconds: float) -> Iterator[tuple[Shape, float]]:
-    """Each shape with the time it must end by, in proportion to its work; those without time are left out."""
+    """Returns each shape with its deadline, in proportion to its work, without shapes for which no time is left."""
     begin, work = time.monotonic(), [shape.flops for shape in shapes]
     for number, shape in enumerate(shapes):
         now = time.monotonic()
@@ -378,7 +378,7 @@ def main(
     names: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Prints a table a shape: milliseconds, ratio to torch eager, share of the GEMM's rate, memory, errors."""
+    """Prints one table per shape: milliseconds, ratio to torch eager, share of the GEMM's rate, memory, errors."""
     if shows_model:
         for shape in GRIDS[grid or "headline"]:
             click.echo("\n".join(fused_loss_model.report(shape.tokens, shape.columns, shape.hidden)) + "\n")

@@ -1,10 +1,10 @@
-"""Tokens a second of the local rollout engine, beside transformers' `model.generate` in the same run.
+"""Measures tokens a second of the local rollout engine, beside transformers' `model.generate` in the same run.
 
     OMP_NUM_THREADS=1 python tools/bench/bench_local_engine.py --prompts 64 --group-size 8 --max-new-tokens 36
 
-A random Qwen2 of the quickstart's size. Three rivals take turns, so that a busy machine slows all of them: the engine
-with its lean decoder, the engine's loop over transformers' forward pass, and `model.generate` with its dynamic cache.
-Each is measured with every response at full length, and with one stop token.
+The model is a random Qwen2 of the quickstart's size. Three rivals alternate, so that a busy machine slows all of them:
+the engine with its own decoder, the engine's loop over transformers' forward pass, and `model.generate` with its
+dynamic cache. Each is measured with every response at full length, and with one stop token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's module path lacks the checkout's root
 
 from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.engines.engine import GenerationRequest, SamplingParams
@@ -70,7 +70,7 @@ def generate_rival(
 
 
 def measure(rivals: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Tokens a second of every round, after one to warm up."""
+    """Returns the tokens a second of every round, after one warm-up round."""
     speeds: dict[str, list[float]] = {name: [] for name in rivals}
     for round_number in range(repeats + 1):
         for name, run in rivals.items():

@@ -1,10 +1,10 @@
-"""A Hugging Face directory into a live model and back, beside mbridge on the same files in the same process.
+"""Measures loading a Hugging Face directory into a live model and saving it, beside mbridge in the same process.
 
-    python tools/bench/bench_mbridge.py DIR --rounds 3        (bench_convert.py runs it by itself)
+    python tools/bench/bench_mbridge.py DIR --rounds 3        (bench_convert.py also runs it)
 
-mbridge (`pip install --no-deps mbridge`) moves weights between files and live models only, so both do that, in one
-process without a GPU. Its own way to a model needs Transformer Engine; what it fills here is a module that has the
-parameters which such a model has, under the same names. The rivals take turns; written files count when on disk.
+mbridge (`pip install --no-deps mbridge`) only moves weights between files and live models, so both rivals do that, in
+one process without a GPU. mbridge builds its models with Transformer Engine; here it fills a module that has the
+parameters of such a model under the same names. The rivals alternate; a write ends when its files are on disk.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def transformer_engine_name(name: str) -> str:
 
 
 def timed(work: Callable[[], object], folder: Path | None = None) -> float:
-    """Seconds, the files of `folder` on disk included."""
+    """Returns the seconds of a call, until the files of `folder` are on disk."""
     begin = time.monotonic()
     work()
     for file in sorted(folder.glob("*.safetensors")) if folder else []:
@@ -72,7 +72,7 @@ def timed(work: Callable[[], object], folder: Path | None = None) -> float:
 
 
 def measure(hf: Path, out: Path, rounds: int) -> None:
-    rival: Any = importlib.import_module("mbridge").AutoBridge  # before parallel: it wants an unchanged torch
+    rival: Any = importlib.import_module("mbridge").AutoBridge  # before parallel, because it needs an unchanged torch
     layout = parallel.initialize(ParallelConfig(), seed=0)
     architecture = read_architecture(hf)
     bridge, model = rival.from_pretrained(hf), live_model(architecture)
@@ -91,7 +91,7 @@ def measure(hf: Path, out: Path, rounds: int) -> None:
     }
     for kind, (ours, theirs) in works.items():
         ratios = []
-        for number in range(rounds + 1):  # the first warms up
+        for number in range(rounds + 1):  # the first round warms up
             own_seconds, rival_seconds = timed(ours, out / "ours"), timed(theirs, out / "mbridge")
             if number:
                 ratios.append(rival_seconds / own_seconds)

@@ -1,11 +1,11 @@
-"""What token data costs between an engine and the models: arrays beside Python lists, in one run.
+"""Measures the cost of token data between an engine and the models: arrays beside Python lists, in one run.
 
     OMP_NUM_THREADS=1 python tools/bench/bench_packing.py
 
-Finished responses are encoded for the broadcast, decoded as the other ranks do it, and packed into micro-batches.
-"lists" is the code that held token ids and log-probs in Python lists; "arrays" is `megatron_oreal.rollout.group_codec`
-with `megatron_oreal.data.packing`. Each measurement is a process of its own, and both must give the same micro-batches.
-Memory is the process's peak beyond what it needs before there are responses; it includes the responses themselves.
+The benchmark encodes finished responses for the broadcast, decodes them as the other ranks do, and packs them into
+micro-batches. "lists" holds token ids and log-probs in Python lists; "arrays" is `megatron_oreal.rollout.group_codec`
+with `megatron_oreal.data.packing`. Each measurement runs in a separate process, and both must give the same
+micro-batches. Memory is the process's peak beyond its use before the responses; it includes the responses themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FIELDS = ("input_ids", "labels", "position_ids", "loss_mask", "sequence_ids", "a
 
 @dataclass(slots=True)
 class ListSample:
-    """A response as it was before there were arrays; what is not a token's is left out."""
+    """A response that holds its tokens' values in lists, without the fields that do not belong to a token."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -65,7 +65,7 @@ def floats(rows: Iterable[Sequence[float]]) -> np.ndarray:
 
 
 def broadcast_lists(samples: list[ListSample]) -> list[ListSample]:
-    """Encodes the samples, lets them go as if another rank did the rest, and decodes them."""
+    """Encodes the samples, frees them as if another rank did the rest, and decodes them."""
     prompt_ids, lengths = samples[0].prompt_ids, [len(sample.response_ids) for sample in samples]
     parts = [
         integers(sample.response_ids for sample in samples),
@@ -119,7 +119,7 @@ def build_from_lists(samples: Sequence[ListSample]) -> Microbatch:
 
 
 def make_responses(number: int, length: int) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Response ids, rollout log-probs and model log-probs; lengths differ by up to six tokens."""
+    """Returns response ids, rollout log-probs and model log-probs; lengths differ by up to six tokens."""
     random = np.random.default_rng(0)
     for index in range(number):
         size = length - index % 7
@@ -182,7 +182,7 @@ def checksum(microbatches: Sequence[Microbatch], field: str) -> float:
 
 
 def print_balance(recorded: np.ndarray | None) -> None:
-    """How evenly 16 ranks with micro-batches of 16,384 tokens are loaded, balanced by tokens and by FLOPs."""
+    """Prints how evenly balancing by tokens and by FLOPs loads 16 ranks with micro-batches of 16,384 tokens."""
     random = np.random.default_rng(0)
     mixes: dict[str, np.ndarray] = {} if recorded is None else {f"{len(recorded)} recorded lengths": recorded}
     for number in (256, 1024, 8192):
@@ -216,7 +216,7 @@ def print_balance(recorded: np.ndarray | None) -> None:
 def main(
     balance: bool, lengths: str | None, rounds: int, microbatch_tokens: int, data_size: int, cases: tuple[str, ...]
 ) -> None:
-    """Prints seconds, CPU seconds and peak memory of both, medians of the rounds, and their ratio."""
+    """Prints both rivals' seconds, CPU seconds and peak memory as medians of the rounds, and their ratios."""
     if balance:
         recorded = None if lengths is None else np.loadtxt(lengths, dtype=np.int64, ndmin=1)
         print_balance(recorded)
@@ -227,7 +227,7 @@ def main(
         number, length = map(int, case.split("x"))
         measured: dict[str, list[Measured]] = {name: [] for name in PREPARE}
         for _ in range(rounds):
-            for name in PREPARE:  # in turns, so that a busy machine slows both
+            for name in PREPARE:  # alternates, so that a busy machine slows both
                 with ProcessPoolExecutor(1, context) as pool:
                     measured[name].append(pool.submit(measure, name, number, length, plan).result())
         assert measured["lists"][0].checksums == measured["arrays"][0].checksums, "the micro-batches differ"

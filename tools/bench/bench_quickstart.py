@@ -1,15 +1,15 @@
-"""Seconds of a quickstart step, beside TRL's GRPOTrainer on the same task, model and batch in the same run.
+"""Measures the seconds of a quickstart step, beside TRL's GRPOTrainer on the same task, model and batch.
 
     python tools/bench/bench_quickstart.py --rounds 2 --steps 15 --out result.json
 
-Ours is `megatron-oreal train` with the quickstart's configuration: policy, reference and token-level reward model, in
-tensor parallel over two processes, all three at work in every step. TRL's is one process that takes the whole step as
-one batch, without gradient checkpointing, logging or checkpoints, and with a cheaper verifier than ours; every
---trl-threads with every --trl-beta is measured, and the fastest with a reference model (beta > 0) is the rival. The
-rivals take turns, so that a busy machine slows all. After sampling they do not do the same work: OREAL trains on one
-correct and one incorrect sample of each mixed group, GRPO on all samples; the numbers of sequences are printed.
+Our run is `megatron-oreal train` with the quickstart's configuration: policy, reference and token-level reward model
+with tensor parallelism over two processes, and all three models run in every step. TRL's run is one process that takes
+the whole step as one batch, without gradient checkpointing, logging or checkpoints, and with a cheaper verifier than
+ours. The benchmark measures every --trl-threads with every --trl-beta; the fastest with a reference model (beta > 0) is
+the rival. The runs alternate, so that a busy machine slows all. After sampling they do different work: OREAL trains on
+one correct and one incorrect sample of each mixed group, GRPO on all samples; the numbers of sequences are printed.
 
-TRL may live in an environment of its own: --trl-python. That one needs click, torch, transformers, trl and datasets.
+TRL may be in a separate environment, --trl-python, which needs click, torch, transformers, trl and datasets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:  # TRL's environment need not have this package
+if TYPE_CHECKING:  # TRL's environment may lack this package
     from megatron_oreal.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ QUICKSTART = ROOT / "examples" / "quickstart"
 NEVER = 1_000_000  # steps
 Step = dict[str, float]  # step_seconds, num_generated_tokens, num_trained_sequences, mean_reward, phases/...
 BOXED = re.compile(r"\\boxed\{(-?\d+)\}")
-# What importing TRL needs is only known by importing it.
+# Only an import of TRL shows whether it has the packages it needs.
 TRL_VERSIONS = """
 import json, sys, datasets, torch, transformers, trl
 from trl import GRPOTrainer
@@ -50,7 +50,7 @@ json.dump({module.__name__: module.__version__ for module in (torch, transformer
 
 @dataclass(slots=True, frozen=True)
 class Variant:
-    """How TRL is run."""
+    """The settings of a run of TRL."""
 
     threads: int
     beta: float
@@ -75,7 +75,7 @@ class TrlRequest:
 
 @dataclass(slots=True)
 class Measured:
-    """The steps of all rounds of one rival, without those that warm up."""
+    """The steps of all rounds of one rival, without the warm-up steps."""
 
     name: str
     step_seconds: list[float] = field(default_factory=list)
@@ -109,7 +109,7 @@ def load_average() -> float:
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Raises ValueError, after the end of its standard error, when it fails."""
+    """Runs a process. If it fails, prints the end of its standard error and raises ValueError."""
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         click.echo(done.stderr[-4000:], err=True)
@@ -117,15 +117,15 @@ def run_process(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def own_environment() -> dict[str, str]:
-    """As a user has it who sets no threads: the command line chooses them."""
+    """Returns the environment of a user who sets no number of threads, so that the command line chooses it."""
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
 
 def prepare_task(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The configuration with a model and prompts that exist: the quickstart's, else made anew by its first commands."""
+    """Returns the configuration with existing model and prompts: the quickstart's, or new ones from its commands."""
     path, prompts = ROOT / config.model.path, ROOT / config.data.prompts
     if (path / "config.json").is_file() and prompts.is_file():
-        # A copy, so that every run starts from the same files whatever becomes of the quickstart's folder.
+        # A copy lets every run start from the same files, even if the quickstart's folder changes.
         path, prompts = Path(shutil.copytree(path, folder / "model")), Path(shutil.copy(prompts, folder))
     else:
         click.echo(f"{path} or {prompts} is missing: making them, with the supervised warm-up")
@@ -135,7 +135,7 @@ def prepare_task(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def warm_up(folder: Path) -> tuple[Path, Path]:
-    """A model that is right about half of the time, and prompts: outcome rewards teach a random model nothing."""
+    """Makes prompts and a model that solves about half of them, because a random model gets no reward to learn from."""
     data, sft = folder / "data", folder / "sft"
     run_process([sys.executable, str(QUICKSTART / "prepare.py"), "--out", str(data)], own_environment())
     overrides = [f"model.path={data / 'model'}", f"data.examples={data / 'sft.jsonl'}", f"run_dir={sft}"]
@@ -146,7 +146,7 @@ def warm_up(folder: Path) -> tuple[Path, Path]:
 
 
 def run_ours(config: TrainConfig, run_dir: Path, steps: int, seed: int) -> list[Step]:
-    """Every step trains everything; nothing is evaluated, and saved only after the last step."""
+    """Runs our trainer. Every step trains all models; the run does not evaluate, and saves after the last step only."""
     from megatron_oreal.observability.metrics import read_metrics
 
     overrides = [
@@ -200,7 +200,7 @@ def exact_answer(completion: str, answer: str) -> float:
 
 
 def train_with_trl(request: TrlRequest) -> list[Step]:
-    """Runs TRL; its own process calls this."""
+    """Runs TRL, in TRL's process."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -250,7 +250,7 @@ def train_with_trl(request: TrlRequest) -> list[Step]:
 
 
 def grpo_arguments(config: TrainConfig, beta: float) -> dict[str, Any]:
-    """One generation, one batch and one optimizer step a step, and nothing besides."""
+    """Returns settings for one generation, one batch and one optimizer step a step, and nothing else."""
     optimizer, rollout = config.policy.optimizer, config.rollout
     return {
         "per_device_train_batch_size": config.data.prompts_per_step * rollout.group_size,
@@ -314,7 +314,7 @@ def print_result(ours: Measured, rivals: Sequence[Measured], best: Measured) -> 
 def measure(
     config: TrainConfig, python: Path, variants: Sequence[Variant], rounds: int, steps: int, warmup: int
 ) -> tuple[Measured, list[Measured]]:
-    """Takes turns; returns ours and TRL's variants."""
+    """Runs the rivals alternately; returns our steps and those of TRL's variants."""
     ours, rivals = Measured(f"OREAL, {config.parallel.tensor} processes"), [Measured(how.name) for how in variants]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -332,7 +332,7 @@ def measure(
 def bench(
     config: TrainConfig, python: Path, variants: Sequence[Variant], rounds: int, steps: int, warmup: int
 ) -> dict[str, Any]:
-    """Measures, prints, and returns everything for the JSON line."""
+    """Measures and prints; returns all results for the JSON line."""
     if steps <= warmup:
         raise ValueError(f"--steps must be > --warmup={warmup}, got {steps}")
     if all(how.beta <= 0 for how in variants):
@@ -384,7 +384,7 @@ def main(
     attentions: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Prints the median seconds a step of ours, phase by phase, of TRL's GRPOTrainer, and the ratio."""
+    """Prints the median seconds a step of our run, by phase, and of TRL's GRPOTrainer, and their ratio."""
     if context.invoked_subcommand is not None:
         return
     from megatron_oreal.config import TrainConfig, load_config
@@ -405,7 +405,7 @@ def main(
 @main.command(hidden=True)
 @click.argument("request", type=click.Path(exists=True, path_type=Path))
 def trl_worker(request: Path) -> None:
-    """TRL's part, in TRL's interpreter."""
+    """Runs TRL's part in TRL's interpreter."""
     settings = TrlRequest(**json.loads(request.read_text()))
     Path(settings.out).write_text(json.dumps(train_with_trl(settings)))
 

@@ -1,11 +1,11 @@
-"""What the trainer's side of SGLang rollouts costs: `SglangEngine` beside a bare load generator, on the same servers.
+"""Measures the trainer's cost of SGLang rollouts: `SglangEngine` beside a plain load generator, on the same servers.
 
     python tools/bench/bench_rollout.py --rounds 7   # starts a real server (tools/setup_sglang.sh) on the CPU
     python tools/bench/bench_rollout.py --endpoints FILE --model DIR   # servers that `megatron-oreal serve` has started
 
-The load generator is aiohttp alone: it posts the same requests, as many at once, parses the answers and counts tokens.
-First both ask a server that answers at once with a response made before; the rest is overhead. Then both take turns at
-the real servers, in an order that changes from round to round, so that a busy machine slows both.
+The load generator uses aiohttp only: it posts the same requests with the same concurrency, parses the answers and
+counts tokens. First, both use a server that immediately returns a prepared response, so that all time is overhead. Then
+both alternate at the real servers, in an order that changes each round, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 from aiohttp import web
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's module path lacks the checkout's root
 
 from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig
@@ -45,7 +45,7 @@ from megatron_oreal.engines.sglang.weights.disk import DiskTransport
 
 PROMPT_TOKENS = 32
 VOCAB_SIZE = 1024
-Rival = Callable[[], int]  # gives the tokens that were made
+Rival = Callable[[], int]  # returns the number of generated tokens
 
 
 def make_model(path: Path, max_tokens: int) -> None:
@@ -54,7 +54,7 @@ def make_model(path: Path, max_tokens: int) -> None:
 
 
 def serve_at_once(port: Connection, num_tokens: int, num_most: int) -> None:
-    """A server in a process of its own that says what an idle SGLang says; every response is the same."""
+    """Runs a server in a separate process that answers as an idle SGLang does; every response is the same."""
 
     def answer(size: int) -> dict[str, object]:
         token_ids = [(7 * place) % VOCAB_SIZE for place in range(size)]
@@ -158,11 +158,11 @@ def bare_rival(
 class Measured:
     tokens_per_second: list[float]
     requests_per_second: list[float]
-    cpu_milliseconds: list[float]  # of this process, a request
+    cpu_milliseconds: list[float]  # of this process, per request
 
 
 def measure(rivals: dict[str, Rival], num_requests: int, rounds: int) -> dict[str, Measured]:
-    """Measures after one round to warm up."""
+    """Measures all rounds after one warm-up round."""
     measured = {name: Measured([], [], []) for name in rivals}
     for number in range(rounds + 1):
         for name in sorted(rivals, reverse=number % 2 == 1):
@@ -215,7 +215,7 @@ def main(
     endpoints_file: Path | None,
     model_path: Path | None,
 ) -> None:
-    """Prints requests and tokens a second of engine and load generator, and their ratio."""
+    """Prints requests and tokens a second of the engine and the load generator, and their ratio."""
     if (endpoints_file is None) != (model_path is None):
         raise click.UsageError("--endpoints and --model belong together")
     logging.disable_progress_bar()

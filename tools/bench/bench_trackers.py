@@ -1,11 +1,11 @@
-"""What logging with all trackers costs a step, beside none: one run whose steps log in turn with and without them.
+"""Measures the cost of all trackers per step: one run whose steps log alternately with and without them.
 
     python tools/bench/bench_trackers.py [--steps 60] [--metrics 120] [--work-seconds 1.0]
 
 A step multiplies matrices for --work-seconds on all cores, as a step of the quickstart does, and then logs a record of
---metrics numbers, either to metrics.jsonl and TensorBoard alone or to MLflow (a folder) and W&B (offline) too. The
-amount of work is fixed by its number of products, so that a tracker that takes the processor makes the step longer.
-The pairs alternate; the ratio is that of the mean step times, with the interval of a bootstrap over pairs.
+--metrics numbers, either to metrics.jsonl and TensorBoard alone or to MLflow (a folder) and W&B (offline) too. A
+step has a fixed number of products, so that a tracker that uses the processor makes the step longer. The order within
+pairs alternates; the ratio is that of the mean step times, with a bootstrap interval over pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def work(num_products: int) -> None:
 
 
 def products_in(seconds: float) -> int:
-    """Returns how many products take so long, from the fastest of five measurements."""
+    """Returns how many products take that many seconds, from the fastest of five measurements."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()
@@ -63,7 +63,7 @@ def main(steps: int, metrics: int, work_seconds: float) -> None:
                 WandbTracker(WandbConfig(enabled=True, mode="offline"), tracked_dir, {}),
             )
             tracked.trackers = [Tracker(client, click.echo) for client in clients]
-            for step in range(3):  # The packages are imported and the runs begin.
+            for step in range(3):  # The first steps import the packages and begin the runs.
                 timed_step(plain, step, metrics, num_products)
                 timed_step(tracked, step, metrics, num_products)
             while any(tracker.records or tracker.last_step is None for tracker in tracked.trackers):

@@ -1,13 +1,13 @@
-"""Answers a second of `MathVerifier` beside bare math-verify and math-verify with its timeouts, in one run.
+"""Measures answers a second of `MathVerifier`, beside math-verify without and with its timeouts, in one run.
 
     python tools/bench/bench_verifier.py   # ratios; the goal is >= 3 on the easy mix, >= 1 on the hard one
     python tools/bench/bench_verifier.py --rounds 7 --workers 2
 
-The easy mix is what most samples are: numbers, fractions, short expressions, many of them spelled like the reference.
-The hard mix takes algebra for each answer. The rivals run in this process on the same answers, in turns whose order
-changes from round to round, so that a busy machine slows all of them; their answers stand in the same boxes.
-math-verify without timeouts has no protection at all; with them it has what a trainer in one process could use.
-Last, 1,024 samples of which one in a hundred is hostile are judged by two workers, in wall seconds.
+The easy mix resembles most samples: numbers, fractions, short expressions, many of them spelled like the reference.
+The hard mix needs algebra for each answer. The rivals run in this process on the same boxed answers, alternately and in
+an order that changes each round, so that a busy machine slows all of them. math-verify without timeouts has no
+protection; its timeouts are the protection that a trainer in one process could use. Finally, two workers judge 1,024
+samples, one in a hundred of them hostile, measured in wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def response(answer: str) -> str:
 
 
 def easy_mix(count: int, seed: int) -> list[Pair]:
-    """Groups of eight samples a prompt, half of them right, as a policy gives them."""
+    """Returns groups of eight samples a prompt, half of them correct, like those of a policy."""
     rng = random.Random(seed)
     pairs: list[Pair] = []
     while len(pairs) < count:
@@ -115,7 +115,7 @@ def measure(
     rounds: int,
     count: int,
 ) -> dict[str, list[float]]:
-    """Answers a second of each, by round; new answers each round, so that no cache of the last one helps."""
+    """Returns each rival's answers a second by round. Each round has new answers, so that no cache helps."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(rounds):
         names = list(rivals)

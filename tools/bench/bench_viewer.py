@@ -1,10 +1,10 @@
-"""How long a browser takes to open the page of `megatron-oreal view`, and to answer a search.
+"""Measures how long a browser takes to open the page of `megatron-oreal view`, and to answer a search.
 
     pip install -e '.[browser]' && apt-get install chromium
     python -m tools.bench.bench_viewer
 
-The samples are drawn: 500 words a response on average, from 20 steps. "tokens" records the tokens of an eighth of them.
-Opening ends when the first rows are painted and the keys work. The bound is 3 s for 10,000 samples.
+The samples are random: 500 words a response on average, from 20 steps. "tokens" records the tokens of an eighth of
+them. Opening ends when the first rows are painted and the keys work. The bound is 3 s for 10,000 samples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEARCH = "state => { const start = performance.now(); select(state, 'worst'); re
 @click.option("--samples", default=10_000, type=click.IntRange(1, NUM_STEPS * GROUPS_PER_STEP * GROUP_SIZE))
 @click.option("--repeats", default=5, type=click.IntRange(min=1))
 def main(samples: int, repeats: int) -> None:
-    """Opens the page several times, each in a fresh tab."""
+    """Opens the page several times, each time in a new tab."""
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder, open_browser() as browser:
         if browser is None:

@@ -1,11 +1,11 @@
-"""Speed of each weight transport into a real SGLang server, beside a plain transfer of the same bytes in the same run.
+"""Measures each weight transport into a real SGLang server, beside a plain transfer of the same bytes.
 
     python tools/bench/bench_weight_sync.py --rounds 5
 
-A random model (1 GiB in bfloat16, on the CPU; it never generates) is pushed whole. The plain transfers of each round:
-for `distributed` a gloo broadcast of each tensor, from where it lies, into another process's tensor of the same size;
-for `tensor` a copy in memory; for `disk` a written file. Ratios are to the plain transfer of the same round; 100 % is
-as fast.
+The benchmark pushes a whole random model (1 GiB in bfloat16, on the CPU; it never generates). The plain transfers of
+each round are, for `distributed`, a gloo broadcast of each tensor in place to another process's tensor of the same
+size; for `tensor`, a copy in memory; for `disk`, a written file. Ratios are to the plain transfer of the same round;
+100 % means equal speed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's path does not hold the checkout's root
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's module path lacks the checkout's root
 
 from examples.tiny_model import tiny_config, write_random_model
 from megatron_oreal.config import SglangConfig

@@ -1,9 +1,9 @@
-"""What the modes of linear_logprob should cost on a GPU: operations, bytes, and which mode can win. Nothing runs.
+"""Estimates the cost of linear_logprob's modes on a GPU: operations, bytes, and the fastest mode. It runs no kernel.
 
     python tools/bench/bench_fused_loss.py --model
 
-A mode's time is the sum of its products at measured rates and of the bytes that its other passes move at a measured
-bandwidth; nothing overlaps. Plans (blocks, and how many are kept) are those that linear_logprob makes itself.
+A mode's time is that of its products at measured rates, plus that of the bytes which its other passes move at a
+measured bandwidth, without overlap. linear_logprob itself makes the plans (blocks, and how many it keeps).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Gradients = Literal["bf16", "fp8_grad"]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Rates of single kernels, in operations and bytes a second."""
+    """The rates of single kernels, in operations and bytes a second."""
 
     name: str
     bytes_per_second: float
@@ -31,14 +31,14 @@ class Gpu:
     num_processors: int = 132
 
 
-# The rates are of an H200 on 2026-11-27 (8192 x 9504 x 5120); an H100 SXM has the same processors, and 3.35 TB/s of
-# memory instead of 4.8.
+# The rates are measured on an H200 on 2026-11-27 (8192 x 9504 x 5120); an H100 SXM has the same processors, and memory
+# with 3.35 TB/s instead of 4.8.
 GPUS = (Gpu("H100", 2.7e12), Gpu("H200", 3.9e12))
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Operations and bytes of a forward and a backward pass."""
+    """The operations and bytes of a forward and a backward pass."""
 
     mode: str
     blocks: str  # how many, and how many of them are kept
@@ -59,7 +59,7 @@ class Cost:
 def cost_of(
     tokens: int, columns: int, hidden: int, gradients: Gradients, is_eager: bool, memory: int = CUDA_BYTES
 ) -> Cost:
-    """`columns`: of this rank. The weight's gradient is bf16; into a float32 main_grad it moves more, in every mode."""
+    """`columns` are this rank's. The weight's gradient is bf16; a float32 main_grad moves more bytes in every mode."""
     is_fp8 = gradients == "fp8_grad"
     product, logits, weight = 2.0 * tokens * columns * hidden, float(tokens * columns), float(columns * hidden)
     plan = BlockPlan.choose(
@@ -78,7 +78,7 @@ def cost_of(
     num_blocks = len(plan.tokens)
     num_again = 0 if is_eager else sum(rows.stop - rows.start for rows in plan.tokens[plan.num_kept :])
     again = num_again / tokens
-    reduction = (4 + 2) * logits * (1 + again) - 2 * logits * again  # a block that is not kept writes nothing at first
+    reduction = (4 + 2) * logits * (1 + again) - 2 * logits * again  # a discarded block writes nothing at first
     num_bytes = reduction + 4 * logits  # gradients: of 2 bytes, 2 bytes
     if is_fp8:
         chunks = ceil(weight / WEIGHT_BYTES)
@@ -111,7 +111,7 @@ def costs(tokens: int, columns: int, hidden: int) -> list[Cost]:
 
 
 def report(tokens: int, columns: int, hidden: int) -> list[str]:
-    """A table of lines for one shape, and the sentence that names the winner."""
+    """Returns a table for one shape, and a sentence that names the fastest mode."""
     rows = costs(tokens, columns, hidden)
     heading = f"{'':28s}{'blocks':>12s}{'bf16':>9s}{'fp32 out':>10s}{'fp8':>8s}{'bytes':>9s}"
     lines = [

@@ -1,4 +1,4 @@
-"""What bench_fused_loss.py measures, a row a method and shape, and how it is shown."""
+"""Holds the measurements of bench_fused_loss.py, one row per method and shape, and formats them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Shape:
 
 @dataclass(slots=True)
 class Row:
-    """One method at one shape. Seconds of every round; -1 bytes: not measured."""
+    """The measurement of one method at one shape: seconds of every round, and bytes, -1 if not measured."""
 
     shape: Shape
     method: str
@@ -53,7 +53,7 @@ def median(values: list[float]) -> float:
 
 
 def columns_of(seconds: list[float], eager: list[float], products: float, num_bytes: int) -> str:
-    """Median and least milliseconds, ratio to eager, share of the GEMM's rate, MiB."""
+    """Returns median and least milliseconds, ratio to eager, share of the GEMM's rate, MiB."""
     if not seconds:
         return " " * 45
     middle = median(seconds)
@@ -81,7 +81,7 @@ def print_shape(shape: Shape, rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Forward and backward time, and memory, over the tokens, of the largest head that was measured."""
+    """Plots forward and backward time, and memory, over the tokens, for the largest head that was measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,1 +1,1 @@
-"""The local engine generates in the trainer's own processes."""
+"""Defines the local engine, which generates in the trainer's own processes."""

@@ -1,9 +1,9 @@
-"""A lean decoder for Llama-like models: the fused projections, a growing key-value cache, and nothing else.
+"""A small decoder for Llama-like models, with fused projections and a growing key-value cache.
 
-Small models are bound by the number of operations a step: transformers' general forward pass in the same loop has about
-0.5 (8 rows) to 0.8 (512 rows) of the speed (tools/bench/bench_local_engine.py: a 64-wide Qwen2, one CPU thread). The
-architecture is RMSNorm, rotary positions in halves, grouped-query attention with optional biases on queries, keys and
-values, and SwiGLU. Prompts are padded on the left: all rows share a length.
+The number of operations per step limits the speed of small models. In the same loop, transformers' general forward pass
+reaches about 0.5 (8 rows) to 0.8 (512 rows) of the speed (tools/bench/bench_local_engine.py: a 64-wide Qwen2, one CPU
+thread). The architecture is RMSNorm, rotary positions in halves, grouped-query attention with optional biases on
+queries, keys and values, and SwiGLU. Prompts are padded on the left, so that all rows share a length.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from megatron_oreal.weights.families import Architecture
 from megatron_oreal.weights.rotary import rotary_frequencies
 
-PREFILL_TOKENS = 16384  # padding included, of prompts that go through the layers together
+PREFILL_TOKENS = 16384  # including padding, of the prompts in one pass through the layers
 MIN_CACHE_GROWTH = 64  # tokens
-KEPT_CACHE_ELEMENTS = 2**24  # a cache up to this size stays allocated between calls
-CACHE_ALIGNMENT = 16  # tokens: CUDA's fused attention copies masks whose rows do not begin at multiples of it
-LOGIT_COPIES = 3  # float32 logits of a row that exist at once, at most, where the GPU samples
+KEPT_CACHE_ELEMENTS = 2**24  # up to this size a cache stays allocated between calls
+CACHE_ALIGNMENT = 16  # tokens; CUDA's fused attention copies masks whose rows do not begin at multiples of it
+LOGIT_COPIES = 3  # upper bound of float32 copies of a row's logits at one time when a GPU samples
 
 # (layer, queries [B, L, heads, D], keys [B, L, kv_heads, D], values like keys) -> [B, L, heads * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +40,7 @@ class Layer:
 
 
 class LlamaDecoder:
-    """Weights and forward pass; `parameters` are writable views by Hugging Face name, uninitialised at first."""
+    """Holds weights and forward pass. `parameters` are writable views by Hugging Face name, uninitialised at first."""
 
     def __init__(self, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
         self.architecture, self.device, self.dtype = architecture, device, dtype
@@ -89,7 +89,7 @@ class LlamaDecoder:
         return layer
 
     def ensure_positions(self, num_positions: int) -> None:
-        """Rotary tables of at least `num_positions` rows: cos and (-sin, sin), [positions, D]."""
+        """Makes rotary tables of at least `num_positions` rows: cos and (-sin, sin), [positions, D]."""
         if num_positions <= len(self.cos):
             return
         shape = self.architecture
@@ -100,21 +100,21 @@ class LlamaDecoder:
         self.signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(self.dtype)
 
     def cache_storage(self, num_elements: int) -> Tensor:
-        """A flat buffer, used again by the next decoding when small: fresh pages are slow to touch."""
+        """Returns a flat buffer. Small buffers are reused by the next decoding, because new memory pages are slow."""
         if len(self.kept_storage) < num_elements:
             return self.larger_cache_storage(num_elements)
         return self.kept_storage[:num_elements]
 
     def larger_cache_storage(self, num_elements: int) -> Tensor:
-        """Returns new memory where `cache_storage` may return that of the decoding before."""
+        """Returns new memory where `cache_storage` might return that of the previous decoding."""
         storage = self._empty(num_elements)
-        # CUDA's allocator keeps freed memory by itself.
+        # CUDA's allocator caches freed memory itself.
         if num_elements <= KEPT_CACHE_ELEMENTS and self.device.type == "cpu":
             self.kept_storage = storage
         return storage
 
     def forward(self, token_ids: Tensor, cos: Tensor, signed_sin: Tensor, attend: Attend) -> Tensor:
-        """Logits [B, V] after the last of token_ids [B, L]. cos, signed_sin: broadcast against [B, L, heads, D]."""
+        """Returns logits [B, V] after token_ids [B, L]. cos and signed_sin broadcast against [B, L, heads, D]."""
         eps, head_dim = self.architecture.norm_eps, self.architecture.head_dim
         num_heads, num_kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
         hidden_shape = (self.architecture.hidden_size,)
@@ -133,13 +133,13 @@ class LlamaDecoder:
         return self.output_logits(F.rms_norm(hidden[:, -1], hidden_shape, self.final_norm, eps))
 
     def output_logits(self, hidden: Tensor) -> Tensor:
-        """[B, H] -> [B, V]; float32 on CUDA, as in the trainer: bfloat16 would round what is sampled from."""
+        """Computes [B, H] -> [B, V], in float32 on CUDA as the trainer does, because bfloat16 would round it."""
         if hidden.is_cuda and hidden.dtype is not torch.float32:
             return torch.mm(hidden, self.output_weight.T, out_dtype=torch.float32)
         return F.linear(hidden, self.output_weight)
 
     def bytes_of_row(self, num_tokens: int) -> int:
-        """Device memory of one row while it is decoded to `num_tokens` tokens, its prompt included."""
+        """Returns the device bytes of one row that is decoded to `num_tokens` tokens, including its prompt."""
         shape, item = self.architecture, self.embedding.element_size()
         cache = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item * (num_tokens + CACHE_ALIGNMENT)
         growth = 2 * cache // shape.num_layers  # a layer's cache exists twice while it grows
@@ -149,10 +149,10 @@ class LlamaDecoder:
     def start(
         self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor, max_length: int | None = None
     ) -> tuple[Tensor, LlamaDecoding]:
-        """Logits [B, V] of the first response token, and what decodes the next ones; one decoding lives at a time.
+        """Returns logits [B, V] of the first response tokens, and the decoding of the next ones; only one is live.
 
-        prompt_ids: [U, P] padded on the left. num_padding: [U]. prompt_of_row: [B], indices into [U]: each prompt goes
-        through the layers once, whatever the number of its rows. max_length: tokens of a row at most, where known.
+        prompt_ids: [U, P] padded on the left. num_padding: [U]. prompt_of_row: [B], indices into [U]; each prompt
+        passes through the layers once for all its rows. max_length: upper bound of a row's tokens, if known.
         """
         num_prompts, length = prompt_ids.shape
         self.ensure_positions(length)
@@ -168,14 +168,15 @@ class LlamaDecoder:
         return torch.cat([part.logits for part in parts])[prompt_of_row], decoding
 
     def prefill(self, prompt_ids: Tensor, num_padding: Tensor) -> Prefilled:
-        """prompt_ids: [U, P] padded on the left. num_padding: [U]."""
+        """Runs the prompts through the layers. prompt_ids: [U, P] padded on the left. num_padding: [U]."""
         queries_per_key = self.architecture.num_heads // self.architecture.num_kv_heads
         columns = torch.arange(prompt_ids.shape[1], device=prompt_ids.device)
         positions = (columns - num_padding[:, None]).clamp_(min=0)  # [U, P]
         mask = None
         if bool(num_padding.any()):
             is_token = columns >= num_padding[:, None]
-            # Padding attends to itself: a row without any key would be NaN, and stay so in the next layer's values.
+            # Padding attends to itself. A row without any key would become NaN, and so would the values of the next
+            # layer.
             itself = columns == columns[:, None]
             mask = ((is_token[:, None] & (columns <= columns[:, None])) | itself)[:, None]  # [U, 1, P, P]
         all_keys, all_values = [], []
@@ -198,12 +199,12 @@ class LlamaDecoder:
 @dataclass(slots=True, frozen=True)
 class Prefilled:
     logits: Tensor  # [U, V] after the prompt
-    keys: list[Tensor]  # [U, kv_heads, P, D] a layer
+    keys: list[Tensor]  # [U, kv_heads, P, D] for each layer
     values: list[Tensor]
 
 
 class LlamaDecoding:
-    """Rows that are decoded together, with their keys and values."""
+    """The rows that are decoded together, with their keys and values."""
 
     def __init__(self, decoder: LlamaDecoder, num_padding: Tensor, length: int, max_length: int | None) -> None:
         self.decoder, self.num_padding, self.length = decoder, num_padding, length
@@ -218,7 +219,7 @@ class LlamaDecoding:
         self.padding_mask = self._make_padding_mask()
 
     def _bounded(self, capacity: int) -> int:
-        """On a GPU a multiple of CACHE_ALIGNMENT, and where the rows' longest length is known, no more than that."""
+        """Rounds up to a multiple of CACHE_ALIGNMENT on a GPU, but not above the rows' longest length if known."""
         if self.decoder.device.type == "cpu":
             return capacity
         if self.max_length is not None:
@@ -226,7 +227,7 @@ class LlamaDecoding:
         return capacity + -capacity % CACHE_ALIGNMENT
 
     def _make_padding_mask(self) -> Tensor | None:
-        """On a GPU what is added to the scores, for all columns of the cache: [B, 1, 1, capacity], 0 or -inf."""
+        """Makes on a GPU the mask that is added to the scores of all cache columns: [B, 1, 1, capacity], 0 or -inf."""
         if not self.is_padded or self.decoder.device.type == "cpu":
             return None
         columns = torch.arange(self.capacity, device=self.decoder.device)
@@ -241,7 +242,7 @@ class LlamaDecoding:
         return torch.Size(self._shape()).numel()
 
     def _split(self, storage: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer, [B, kv_heads, capacity, D]."""
+        """Splits the storage into keys and values of every layer, [B, kv_heads, capacity, D]."""
         return [(keys, values) for keys, values in storage.view(self._shape())]
 
     def _new_layer(self) -> tuple[Tensor, Tensor]:
@@ -250,7 +251,7 @@ class LlamaDecoding:
 
     @torch.inference_mode()
     def advance(self, token_ids: Tensor) -> Tensor:
-        """Appends token_ids [B]; the logits [B, V] of the next ones."""
+        """Appends token_ids [B]; returns the logits [B, V] of the next tokens."""
         if self.length == self.capacity:
             self._grow()
         decoder, column, filled = self.decoder, self.length, self.length + 1
@@ -269,7 +270,7 @@ class LlamaDecoding:
         def attend(index: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             all_keys, all_values = self.layers[index]
             all_keys[:, :, column], all_values[:, :, column] = keys[:, 0], values[:, 0]
-            # The query heads that share a key head stand in the place of query positions: nothing is repeated.
+            # Query heads that share a key head take the dimension of query positions, so no key is repeated.
             mixed = attend_grouped(
                 queries.reshape(-1, *grouped), all_keys[:, :, :filled], all_values[:, :, :filled], mask
             )
@@ -287,13 +288,13 @@ class LlamaDecoding:
             self.layers = self._split(self.decoder.larger_cache_storage(self._num_elements()))
         for index, old_layer in enumerate(old):
             if self.decoder.device.type != "cpu":
-                old[index] = self._new_layer()  # layer by layer, so that only one layer's memory exists twice
+                old[index] = self._new_layer()  # one layer at a time, so that only one layer's memory exists twice
             for old_cache, cache in zip(old_layer, self.layers[index], strict=True):
                 cache[:, :, : self.length] = old_cache[:, :, : self.length]
 
     @torch.inference_mode()
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but `rows` [B'], rising indices into [B]."""
+        """Drops all rows except `rows` [B'], rising indices into [B]."""
         self.num_padding = self.num_padding.index_select(0, rows)
         if self.padding_mask is not None:
             self.padding_mask = self.padding_mask.index_select(0, rows)
@@ -304,10 +305,11 @@ class LlamaDecoding:
 
 
 def attend_grouped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one token a row: queries [B, kv_heads, heads / kv_heads, D], keys [B, kv_heads, T, D]."""
+    """Attends for one token per row: queries [B, kv_heads, heads / kv_heads, D], keys [B, kv_heads, T, D]."""
     if queries.device.type != "cpu":
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    # The fused CPU kernel is made for many queries: for one, two batched products take about two thirds of its time.
+    # The fused CPU kernel is designed for many queries; for one query, two batched products need about two thirds of
+    # its time.
     scores = torch.matmul(queries, keys.transpose(-1, -2)).mul_(queries.shape[-1] ** -0.5)
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)

@@ -1,4 +1,4 @@
-"""The embedded engine: decodes in the trainer's own processes; no server, no port.
+"""Generates in the trainer's own processes, without a server or a port.
 
 Every rank of the process group holds the whole model and decodes its share of the prompts; the first rank gets all
 responses.
@@ -36,11 +36,11 @@ from megatron_oreal.weights.initial import check_finite, check_trunk, hf_weights
 from megatron_oreal.weights.torch_dist_reader import is_torch_dist
 
 LOG = logging.getLogger(__name__)
-USABLE_SHARE = 0.9  # of the free memory of a GPU, for the rows that are decoded together
+USABLE_SHARE = 0.9  # of a GPU's free memory, for the rows that are decoded together
 
 
 def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """The lean decoder for families that it fits, transformers' model for the others.
+    """Loads our own decoder for the families that it supports, and transformers' model for the others.
 
     model_path: a Hugging Face directory, or a torch_dist one with config.json. Raises ValueError naming model.path when
     weights are missing or have the wrong shape.
@@ -50,7 +50,7 @@ def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> 
     except ValueError:
         if is_torch_dist(model_path):
             raise
-        return TransformersDecoder(model_path, device, dtype)  # a family or a setting that only transformers knows
+        return TransformersDecoder(model_path, device, dtype)  # only transformers supports this family or setting
     check_trunk(model_path, architecture)
     decoder: Decoder
     if FAMILIES[architecture.family].decoder == "llama":
@@ -69,14 +69,14 @@ def load_decoder(model_path: Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 class WeightMismatch(ValueError):
-    """The weights of a stream are not those of the model."""
+    """Raised if the weights of a stream do not belong to the model."""
 
 
 def replace_weights(parameters: dict[str, Tensor], stream: Iterable[tuple[str, Tensor]]) -> None:
     """Copies every tensor of the stream into the parameter of its name, in place, cast to its dtype.
 
-    Raises WeightMismatch for the first unknown name or wrong shape, or for missing names, after the stream's end:
-    iterating it runs collectives that other ranks wait in.
+    Raises WeightMismatch for the first unknown name or wrong shape, or for missing names. It does so after the stream's
+    end, because the iteration runs collectives that other ranks wait in.
     """
     missing, problem = dict.fromkeys(parameters), ""
     for name, tensor in stream:
@@ -103,11 +103,11 @@ Work = tuple[list[list[GenerationRequest]], SamplingParams]  # one wave: a list 
 class LocalEngine:
     """A `RolloutEngine` in the trainer's own processes.
 
-    model_path: Hugging Face directory. batch_size: sequences that one rank decodes together. process_group: the ranks
-    that share the work. decode: without it, responses go on after a stop string. The first rank's `generate` divides
-    the requests into waves: every rank decodes its share of a wave, and the first rank gets all of it. Results are a
-    function of the inputs, `batch_size` and the number of ranks; the random numbers of a request are a function of its
-    seed alone. No response is left unfinished, so the engine takes no request with a `begun` response.
+    model_path: Hugging Face directory. batch_size: the sequences that one rank decodes together. process_group: the
+    ranks that share the work. decode: without it, responses continue after a stop string. The first rank's `generate`
+    divides the requests into waves; every rank decodes its share of a wave, and the first rank receives the whole wave.
+    Results depend only on the inputs, `batch_size` and the number of ranks; the random numbers of a request depend only
+    on its seed. The engine finishes every response, so it accepts no request with a `begun` response.
     """
 
     def __init__(
@@ -130,10 +130,10 @@ class LocalEngine:
         self.decoder: Decoder | None = load_decoder(model_path, device, dtype)
         self.version = 0
         self.has_told_of_memory = False
-        self.has_whole_weights = True  # False after an update that failed half-way
+        self.has_whole_weights = True  # False after an update that failed halfway
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `replace_weights`. After an error the engine does not generate until an update succeeds."""
+        """Implements `replace_weights`. After an error the engine does not generate until an update succeeds."""
         decoder, self.has_whole_weights = self._open_decoder(), False
         replace_weights(decoder.parameters, stream)
         self.has_whole_weights = True
@@ -148,7 +148,7 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
-        """See `RolloutEngine`. A wave's responses end together: `watch` is told of them, and may give up later waves.
+        """Implements `RolloutEngine`. `watch` receives a wave's responses together, and may abandon the later waves.
 
         Raises ValueError for a prompt that is empty or not in the model's vocabulary, RuntimeError when the engine is
         closed or half updated or another rank fails, and FloatingPointError when the model's logits are not finite.
@@ -166,18 +166,18 @@ class LocalEngine:
         return generations
 
     def take_part(self) -> None:
-        """See `RolloutEngine`: on the first rank runs the call that waits, on the others decodes their shares."""
+        """Implements `RolloutEngine`: the first rank runs the waiting call, and the others decode their shares."""
         if self.rank == 0:
             self.calls.run_next()
         else:
             self._decode_together(*self._broadcast(None))
 
     def _lead(self, shares: list[list[GenerationRequest]], params: SamplingParams) -> list[Responses]:
-        """Decodes one wave on all ranks; returns each rank's responses. The main thread of the first rank."""
+        """Decodes one wave on all ranks; returns each rank's responses. Only the first rank's main thread calls it."""
         return self._decode_together(*self._broadcast((shares, params)))
 
     def _broadcast(self, work: Work | None) -> Work:
-        """The first rank's work on all ranks. Collective."""
+        """Collective. Broadcasts the first rank's work to all ranks."""
         works = [work]
         if self.process_group is not None:
             dist.broadcast_object_list(works, dist.get_global_rank(self.process_group, 0), self.process_group)
@@ -185,7 +185,7 @@ class LocalEngine:
         return works[0]
 
     def _decode_together(self, shares: list[list[GenerationRequest]], params: SamplingParams) -> list[Responses]:
-        """Decodes this rank's share; returns all shares on the first rank, and nothing on the others. Collective."""
+        """Collective. Decodes this rank's share; returns all shares on the first rank, and nothing on the others."""
         responses, failure = NO_RESPONSES, None
         try:
             if shares[self.rank]:
@@ -193,7 +193,7 @@ class LocalEngine:
         except Exception as error:
             if self.process_group is None:
                 raise
-            failure = error  # the other ranks wait in a collective
+            failure = error  # the other ranks wait in a collective, so the error is raised after it
         if self.process_group is None:
             return [responses]
         return gather_responses(responses, failure, max(map(len, shares)), self.device, self.process_group)
@@ -209,7 +209,7 @@ class LocalEngine:
         return self._open_decoder()
 
     def _rows_of_a_wave(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> int:
-        """Returns how many rows a rank decodes together: `batch_size`, or as many as the free memory of a GPU holds."""
+        """Returns how many rows a rank decodes together: `batch_size`, or fewer if a GPU's free memory requires it."""
         if self.device.type != "cuda" or not requests:
             return self.batch_size
         longest = max(params.longest_sequence(len(request.prompt_ids)) for request in requests)
@@ -217,7 +217,7 @@ class LocalEngine:
         return self._rows_that_fit(self._open_decoder().bytes_of_row(longest), wanted, longest)
 
     def _rows_that_fit(self, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
-        """Says once when the rows are fewer than wanted. Raises ValueError where not even one fits."""
+        """Logs once if fewer rows fit than wanted. Raises ValueError if not even one row fits."""
         size = rows_within(free_bytes(self.device), bytes_of_row, wanted, num_tokens)
         if size < wanted and not self.has_told_of_memory:
             self.has_told_of_memory = True
@@ -232,13 +232,13 @@ class LocalEngine:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a GPU: the driver's, and what torch's allocator keeps without using it."""
+    """Returns the free memory of a GPU: the driver's, and the unused part of torch's cache."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def rows_within(num_bytes: int, bytes_of_row: int, wanted: int, num_tokens: int) -> int:
-    """`wanted` rows, or as many as fit USABLE_SHARE of the bytes. Raises ValueError where not even one fits."""
+    """Returns `wanted`, or the number of rows that fit USABLE_SHARE of the bytes. Raises ValueError if none fits."""
     size = int(USABLE_SHARE * num_bytes) // bytes_of_row
     if size < 1:
         raise ValueError(
@@ -250,11 +250,11 @@ def rows_within(num_bytes: int, bytes_of_row: int, wanted: int, num_tokens: int)
 
 
 def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batch_size: int) -> list[list[list[int]]]:
-    """Divides the requests into waves; a wave holds at most `batch_size` indices of requests for each rank.
+    """Divides the requests into waves of at most `batch_size` request indices for each rank.
 
-    The requests of one prompt stay together where they fit, and go to the rank with the fewest. A wave depends on the
-    requests that the waves before it have left, and on nothing else: a resumed run that finds the responses of whole
-    waves in the ledger decodes the others in the same batches as before, and so gets the same last digits.
+    The requests of one prompt stay together if they fit, and go to the rank with the fewest requests. A wave depends
+    only on the requests that the previous waves left. A resumed run that finds the responses of whole waves in the
+    ledger therefore decodes the others in the same batches as before, and gets the same last digits.
     """
     groups: dict[bytes, list[int]] = {}
     for index, request in enumerate(requests):
@@ -275,7 +275,7 @@ def split_into_waves(requests: Sequence[GenerationRequest], num_ranks: int, batc
 
 
 def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]) -> bool:
-    """Tells the watch of one wave's responses; returns whether the other waves may be given up."""
+    """Passes one wave's responses to the watch; returns whether the engine may abandon the other waves."""
     size = len(indices)
     told = [watch(index, generations[index], BatchIndex(position, size)) for position, index in enumerate(indices)]
     return any(told)
@@ -284,10 +284,10 @@ def tell(watch: Watch, indices: Sequence[int], generations: Sequence[Generation]
 def gather_responses(
     responses: Responses, failure: Exception | None, num_rows: int, device: torch.device, group: dist.ProcessGroup
 ) -> list[Responses]:
-    """Returns every rank's responses on the first rank, and nothing on the others. Collective.
+    """Collective. Returns every rank's responses on the first rank, and nothing on the others.
 
-    num_rows: of the largest share. When a rank has a `failure` instead of responses, the first rank raises its own
-    failure, or a RuntimeError that names the other rank and what went wrong there.
+    num_rows: of the largest share. If a rank has a `failure` instead of responses, the first rank raises its own
+    failure, or a RuntimeError that names the other rank and its error.
     """
     own_rows, own_length = responses.token_ids.shape
     largest = torch.tensor([own_length, failure is not None], device=device)
@@ -297,7 +297,7 @@ def gather_responses(
     if has_failed:
         raise_on_first_rank(failure, group)
         return []
-    # Float32 log-probs travel as their bits beside int32 token ids, in one collective.
+    # The bits of float32 log-probs travel beside int32 token ids, in one collective.
     packed = torch.zeros(num_rows, 1 + 3 * length, dtype=torch.int32, device=device)
     packed[:own_rows, 0] = responses.lengths
     fields = packed[:, 1:].view(num_rows, 3, length)[:own_rows, :, :own_length]
@@ -310,7 +310,7 @@ def gather_responses(
 
 
 def raise_on_first_rank(failure: Exception | None, group: dist.ProcessGroup) -> None:
-    """Raises a rank's failure on the first rank; the others return. Collective."""
+    """Collective. Raises a rank's failure on the first rank; the others return."""
     descriptions: list[str | None] = [None] * dist.get_world_size(group)
     description = f"{type(failure).__name__}: {failure}" if failure is not None else None
     dist.all_gather_object(descriptions, description, group)
@@ -323,7 +323,7 @@ def raise_on_first_rank(failure: Exception | None, group: dist.ProcessGroup) -> 
 
 
 def unpack(packed: Tensor) -> Responses:
-    """[N, 1 + 3 L] int32, as `gather_responses` packs it."""
+    """Unpacks [N, 1 + 3 L] int32, as `gather_responses` packs it."""
     token_ids, *logprobs = (part.contiguous() for part in packed[:, 1:].chunk(3, dim=1))
     return Responses(
         token_ids.long(), logprobs[0].view(torch.float32), logprobs[1].view(torch.float32), packed[:, 0].long()

@@ -1,11 +1,12 @@
-"""Sampling one token a row from counter-based random numbers.
+"""Samples one token per row from counter-based random numbers.
 
-The uniform of a token depends on its row's seed and its position in the response only, so a response does not depend on
-what else is in the batch, on the process that decodes it or on the device. The generator is splitmix64 (Steele, Lea and
-Flood, 2014, "Fast splittable pseudorandom number generators"), read at `position` instead of being stepped.
+The uniform number of a token depends only on its row's seed and its position in the response, so a response does not
+depend on the other rows of the batch, on the process that decodes it or on the device. The generator is splitmix64
+(Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators"), evaluated at `position` instead of
+being stepped.
 
-The functions here are the definition, and what runs on a CPU. On a GPU with Triton, kernels/triton_sampling.py
-computes the same without sorting the vocabulary.
+These functions are the definition and run on a CPU. On a GPU with Triton, kernels/triton_sampling.py computes the same
+results without sorting the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,31 +22,32 @@ from megatron_oreal.engines.engine import SamplingParams
 
 
 def as_int64(value: int) -> int:
-    """The integer modulo 2^64, as the signed number with the same bits."""
+    """Returns the integer modulo 2^64, as the signed number with the same bits."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 GOLDEN_GAMMA = as_int64(0x9E3779B97F4A7C15)
 MIX_1 = as_int64(0xBF58476D1CE4E5B9)
 MIX_2 = as_int64(0x94D049BB133111EB)
-# Probabilities are cumulated as integers: their sums are exact, and so the same in any order of addition.
+# Probabilities are accumulated as integers, because integer sums are exact and thus independent of the order.
 PROBABILITY_ONE = 2.0**50
 
 
 @dataclass(slots=True, frozen=True)
 class Draws:
     token_ids: Tensor  # [N] int64
-    rollout_logprobs: Tensor  # [N] float32, of the tempered, truncated distribution; 0 when greedy: a point mass
+    # [N] float32, of the tempered, truncated distribution; 0 for greedy decoding, which is a point mass
+    rollout_logprobs: Tensor
     model_logprobs: Tensor  # [N] float32, of softmax(logits)
 
 
 def seed_tensor(seeds: Sequence[int], device: torch.device) -> Tensor:
-    """Seeds of any size as int64 [N]; equal modulo 2^64 is equal."""
+    """Converts seeds of any size to int64 [N], modulo 2^64."""
     return torch.tensor([as_int64(seed) for seed in seeds], dtype=torch.int64, device=device)
 
 
 def uniforms(seeds: Tensor, position: int) -> Tensor:
-    """Float64 in [0, 1) of (seed, position), bit-identical on every device.
+    """Returns float64 numbers in [0, 1) for (seed, position), bit-identical on every device.
 
     seeds: [N] int64. position: index in the response, from 0.
     """
@@ -53,35 +55,35 @@ def uniforms(seeds: Tensor, position: int) -> Tensor:
 
 
 def uniforms_of_positions(seeds: Tensor, first: int, count: int) -> Tensor:
-    """[count, N]: those of `count` positions from `first` on."""
+    """Returns [count, N] uniforms for `count` positions from `first` on."""
     steps = torch.arange(first + 1, first + 1 + count, dtype=torch.int64, device=seeds.device) * GOLDEN_GAMMA
-    # The seed is mixed by itself first: the streams of seeds a gamma apart would else be shifts of each other.
+    # The seed is mixed first. Otherwise the streams of two seeds that differ by gamma would be shifted copies.
     bits = splitmix64(splitmix64(seeds) + steps[:, None])
     return logical_shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
 def splitmix64(state: Tensor) -> Tensor:
-    """The output function of splitmix64 on int64 tensors, whose products wrap around as unsigned ones do."""
+    """Computes the output function of splitmix64 on int64 tensors, whose products wrap around like unsigned ones."""
     state = (state ^ logical_shift_right(state, 30)) * MIX_1
     state = (state ^ logical_shift_right(state, 27)) * MIX_2
     return state ^ logical_shift_right(state, 31)
 
 
 def logical_shift_right(bits: Tensor, count: int) -> Tensor:
-    # The shift of a signed tensor copies the sign bit.
+    # The shift of a signed tensor copies the sign bit, so the mask clears it.
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def draw(logits: Tensor, seeds: Tensor, position: int, params: SamplingParams) -> Draws:
-    """`draw_with` the random numbers of the token at `position` of every row's response. seeds: [N] int64."""
+    """Calls `draw_with` with the random numbers of `position` in every row's response. seeds: [N] int64."""
     return draw_with(logits, uniforms(seeds, position), params)
 
 
 def draw_with(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Draws:
-    """Samples one token a row.
+    """Samples one token per row.
 
-    logits: [N, V], any float dtype; computed in float32. uniform: [N] float64 in [0, 1). Rows whose logits are not
-    finite get a token of the vocabulary and a log-prob that is not finite.
+    logits: [N, V], any float dtype; computed in float32. uniform: [N] float64 in [0, 1). Rows with non-finite logits
+    get a token of the vocabulary and a non-finite log-prob.
     """
     if params.temperature == 0:
         return draw_greedily(logits.float())
@@ -104,12 +106,12 @@ def draw_greedily(logits: Tensor) -> Draws:
     return Draws(token_ids, torch.zeros_like(chosen), chosen)
 
 
-MAX_GPU_VOCABULARY = 2**18  # beyond it, the integer sums of triton_sampling.py might not fit their 63 bits
+MAX_GPU_VOCABULARY = 2**18  # the integer sums of triton_sampling.py might exceed 63 bits for larger ones
 
 
 @functools.cache
 def gpu_sampler() -> Callable[[Tensor, Tensor, float, int, float], tuple[Tensor, Tensor, Tensor]] | None:
-    """None where Triton is not installed."""
+    """Returns the sampler for GPUs, or None if Triton is not installed."""
     try:
         from megatron_oreal.kernels.triton_sampling import sample_rows
     except ImportError:
@@ -118,14 +120,14 @@ def gpu_sampler() -> Callable[[Tensor, Tensor, float, int, float], tuple[Tensor,
 
 
 def gather_tokens(logprobs: Tensor, token_ids: Tensor) -> Tensor:
-    """[N, V] at [N] -> [N]"""
+    """Selects the log-probs of tokens: [N, V] at [N] -> [N]."""
     return logprobs.gather(-1, token_ids[:, None])[:, 0]
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [N, V] with -inf outside the `top_k` largest and, of these, outside the fewest with mass >= `top_p`.
+    """Sets logits [N, V] to -inf outside the `top_k` largest and, of these, outside the fewest with mass >= `top_p`.
 
-    Equal logits count in the order of their ids. top_k 0 and top_p 1 keep everything.
+    Equal logits are ordered by token id. top_k 0 and top_p 1 keep everything.
     """
     vocab_size = logits.shape[-1]
     if not 0 < top_k < vocab_size and top_p >= 1:
@@ -135,22 +137,22 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered[:, top_k:] = -torch.inf
     if top_p < 1:
         cdf = integer_cdf(torch.softmax(ordered, dim=-1))
-        # A token stays when those before it fall short of the mass; the first one always does.
+        # A token is kept if the mass of the tokens before it is below top_p; the first token is always kept.
         short = cdf < top_p * cdf[:, -1:].double()
         ordered[:, 1:].masked_fill_(~short[:, :-1], -torch.inf)
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
 def integer_cdf(probabilities: Tensor) -> Tensor:
-    """Cumulated probabilities [N, V] in units of 2^-50, int64; smaller ones count as zero."""
+    """Returns cumulative probabilities [N, V] in units of 2^-50, int64; smaller probabilities count as zero."""
     return (probabilities * PROBABILITY_ONE).to(torch.int64).cumsum(dim=-1)
 
 
 def invert_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token [N] where the cumulated probabilities [N, V] pass `uniform` [N]; never one of probability zero."""
+    """Returns tokens [N] where the cumulative probabilities [N, V] exceed `uniform` [N]; none has probability zero."""
     cdf = integer_cdf(probabilities)
     total = cdf[:, -1]
-    # The product may round up to the total itself.
+    # The product may be rounded up to the total itself.
     target = torch.minimum((uniform * total).to(torch.int64), total - 1)
     token_ids = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]
-    return token_ids.clamp_(max=probabilities.shape[-1] - 1)  # only ever needed for NaN
+    return token_ids.clamp_(max=probabilities.shape[-1] - 1)  # only NaN needs the clamp

@@ -1,4 +1,4 @@
-"""Decodes with a model of the transformers library: the reference for the local engine's own decoder."""
+"""Decodes with a model of the transformers library, which is the reference for the local engine's own decoder."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 
 
 class TransformersDecoder:
-    """Any causal model that transformers knows, with its dynamic cache."""
+    """Decodes with any causal model of transformers and its dynamic cache."""
 
     def __init__(self, model_path: Path, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         options: Any = {"dtype": dtype, "attn_implementation": "sdpa"}
         try:
-            if is_torch_dist(model_path):  # its weights are read afterwards
+            if is_torch_dist(model_path):  # its weights are read later
                 config = AutoConfig.from_pretrained(model_path, local_files_only=True)
                 self.model = AutoModelForCausalLM.from_config(config, **options)
             else:
                 with quiet():
                     self.model = AutoModelForCausalLM.from_pretrained(model_path, local_files_only=True, **options)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the shapes of the weights are not the model's
+        except (OSError, RuntimeError) as error:  # RuntimeError: the weights have other shapes than the model
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"model.path: {model_path} cannot be loaded ({reason}); give a Hugging Face directory"
             ) from None
         self.model.to(device).eval().requires_grad_(False)
-        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())  # tied weights once
+        self.parameters: dict[str, Tensor] = dict(self.model.named_parameters())  # tied weights appear once
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
 
     def bytes_of_row(self, num_tokens: int) -> int:
-        """Device memory of one row while it is decoded to `num_tokens` tokens; growing caches exist twice."""
+        """Returns the device bytes of one row that is decoded to `num_tokens` tokens; growing caches exist twice."""
         config = self.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         item = self.model.dtype.itemsize
@@ -72,7 +72,7 @@ class TransformersDecoder:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the library's bar and its report about the weights from the user, who gets our own errors."""
+    """Hides the library's progress bar and its report about the weights; our own errors replace them."""
     from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

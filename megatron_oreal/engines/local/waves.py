@@ -15,18 +15,18 @@ from megatron_oreal.engines.local.token_sampling import draw_with, seed_tensor, 
 from megatron_oreal.engines.stop_strings import Decode, holds_stop, tail_length, tokens_to_stop_string
 from megatron_oreal.types import Int32Array
 
-# Finished rows are dropped when the live ones are at most this share of the batch: copying the cache is cheap.
+# The batch drops finished rows when at most this share of its rows is live, because copying the cache is cheap.
 DROP_BELOW = 0.9
-# Tokens between two looks at which rows have finished: on a GPU a look waits for all that was launched.
+# The number of tokens between two checks for finished rows. On a GPU a check waits for all launched work.
 TOKENS_BETWEEN_LOOKS = {"cuda": 8, "cpu": 1}
 
 
 class Decoding(Protocol):
     def advance(self, token_ids: Tensor) -> Tensor:
-        """Appends token_ids [B]; the logits [B, V] of the next ones."""
+        """Appends token_ids [B]; returns the logits [B, V] of the next tokens."""
 
     def keep(self, rows: Tensor) -> None:
-        """Drops all rows but `rows`, indices into [B]."""
+        """Drops all rows except `rows`, indices into [B]."""
 
 
 class Decoder(Protocol):
@@ -34,20 +34,20 @@ class Decoder(Protocol):
     parameters: dict[str, Tensor]  # writable, by Hugging Face name
 
     def bytes_of_row(self, num_tokens: int) -> int:
-        """Device memory of one row while it is decoded to `num_tokens` tokens, its prompt included."""
+        """Returns the device bytes of one row that is decoded to `num_tokens` tokens, including its prompt."""
 
     def start(
         self, prompt_ids: Tensor, num_padding: Tensor, prompt_of_row: Tensor, max_length: int | None = None
     ) -> tuple[Tensor, Decoding]:
-        """Prompts [U, P] padded on the left by num_padding [U], prompt_of_row [B] -> first logits [B, V], decoding.
+        """Starts with prompts [U, P], num_padding [U], prompt_of_row [B]; returns logits [B, V] and the decoding.
 
-        max_length: tokens of a row at most, its prompt included.
+        max_length: upper bound of a row's tokens, including its prompt.
         """
 
 
 @dataclass(slots=True, frozen=True)
 class Responses:
-    """Responses cut at their lengths' maximum; what lies beyond a row's length is undefined."""
+    """The responses of a wave, padded to the longest. Values beyond a row's length are undefined."""
 
     token_ids: Tensor  # [N, L] int64
     rollout_logprobs: Tensor  # [N, L] float32
@@ -66,9 +66,9 @@ def decode_wave(
     device: torch.device,
     decode: Decode | None = None,
 ) -> Responses:
-    """Decodes all requests in lockstep, those with one prompt from one prefill; finished rows leave the batch.
+    """Decodes all requests in lockstep, with one prefill per prompt; finished rows leave the batch.
 
-    decode: ends rows at stop strings; without it they go on.
+    decode: lets rows end at stop strings. Without it they continue.
     """
     keys = [request.prompt_ids.tobytes() for request in requests]
     prompts = {key: request.prompt_ids for key, request in zip(keys, requests, strict=True)}
@@ -82,7 +82,7 @@ def decode_wave(
         rollout_logprobs=torch.zeros(longest, len(requests), dtype=torch.float32, device=device),
         model_logprobs=torch.zeros(longest, len(requests), dtype=torch.float32, device=device),
         lengths=rows.lengths.clone(),
-    )  # [L, N] until they are complete
+    )  # [L, N] until all rows have finished
     max_length = prompt_ids.shape[1] + longest
     logits, decoding = decoder.start(prompt_ids, num_padding, prompt_of_row, max_length)
     look_every = TOKENS_BETWEEN_LOOKS[device.type]
@@ -124,12 +124,12 @@ def decode_wave(
 
 @dataclass(slots=True, frozen=True)
 class Rows:
-    """The rows that are decoded: B of the N of a wave. Rows that have stopped stay until the next look."""
+    """The rows under way: B of the N rows of a wave. Finished rows stay until the next check."""
 
     numbers: Tensor  # [B] int64, rising indices into [N]
     seeds: Tensor  # [B] int64
-    lengths: Tensor  # [B] int64: of the response, with its stop token; the longest allowed until there is one
-    limits: Tensor | None  # [B] int64: the longest allowed, where rows differ
+    lengths: Tensor  # [B] int64: of the response with its stop token; the limit until the row stops
+    limits: Tensor | None  # [B] int64: the longest allowed, if rows differ
     is_live: Tensor  # [B] bool
     stop_ids: Tensor  # int64
 
@@ -147,7 +147,7 @@ class Rows:
         )
 
     def stop(self, token_ids: Tensor, position: int) -> None:
-        """Notes which rows end with the token at `position`; does not wait for the device."""
+        """Marks the rows that end with the token at `position`; does not wait for the device."""
         has_stopped = (token_ids[:, None] == self.stop_ids).any(dim=1)
         if self.limits is not None:
             has_stopped |= self.limits == position + 1
@@ -156,11 +156,11 @@ class Rows:
         self.is_live.logical_and_(~has_stopped)
 
     def live(self) -> Tensor:
-        """Indices into [B] of the rows that go on, on the host: waits for the device."""
+        """Returns the indices into [B] of the live rows, on the host. Waits for the device."""
         return self.is_live.cpu().nonzero()[:, 0]
 
     def only(self, kept: Tensor) -> Rows:
-        """kept: rising indices into [B]."""
+        """Selects rows. kept: rising indices into [B]."""
         return Rows(
             numbers=self.numbers.index_select(0, kept),
             seeds=self.seeds.index_select(0, kept),
@@ -174,10 +174,11 @@ class Rows:
 def end_at_stop_strings(
     rows: Rows, token_ids: Tensor, num_new: int, stop_strings: Sequence[str], decode: Decode
 ) -> None:
-    """Ends the live rows whose last tokens complete a stop string; waits for the device.
+    """Ends the live rows whose last tokens complete a stop string. Waits for the device.
 
-    token_ids: [tokens so far, N], of which the last `num_new` have not been looked at. The last tokens are decoded
-    first; the whole response only where they hold a stop string. One that this overlooks is found by the sampler.
+    token_ids: [tokens so far, N], of which the last `num_new` have not been checked. The function decodes the last
+    tokens first, and the whole response only if they contain a stop string. The sampler finds those that this check
+    misses.
     """
     tail = token_ids[-tail_length(stop_strings, num_new) :].T.int().cpu().numpy()
     live, numbers = rows.live().tolist(), rows.numbers.tolist()
@@ -192,7 +193,7 @@ def end_at_stop_strings(
 
 
 def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids [U, P] with zeros before the shorter prompts, and the number of these zeros [U]."""
+    """Returns token ids [U, P] with zeros before the shorter prompts, and the numbers of these zeros [U]."""
     length = max(map(len, prompts))
     padded = np.zeros((len(prompts), length), dtype=np.int64)
     for row, prompt in zip(padded, prompts, strict=True):
@@ -202,7 +203,7 @@ def pad_left(prompts: Sequence[Int32Array], device: torch.device) -> tuple[Tenso
 
 
 def to_generations(responses: Responses, params: SamplingParams, decode: Decode | None = None) -> list[Generation]:
-    """Raises FloatingPointError when a log-prob is not finite: the model is broken, its samples are noise."""
+    """Builds the responses. Raises FloatingPointError for a non-finite log-prob, which means a broken model."""
     is_generated = (
         torch.arange(responses.token_ids.shape[1], device=responses.lengths.device) < responses.lengths[:, None]
     )
@@ -212,7 +213,7 @@ def to_generations(responses: Responses, params: SamplingParams, decode: Decode 
     rollout, model = responses.rollout_logprobs.cpu().numpy(), responses.model_logprobs.cpu().numpy()
     generations = []
     for row, length in enumerate(responses.lengths.tolist()):
-        # Copies, so that the padded arrays of all rows can be freed.
+        # These are copies, so that the padded arrays of all rows can be freed.
         ids = token_ids[row, :length].copy()
         logprobs = rollout[row, :length].copy(), model[row, :length].copy()
         stopped = length > 0 and int(ids[-1]) in params.stop_token_ids

@@ -1,1 +1,1 @@
-"""The SGLang engine: requests to servers, and their weights."""
+"""Defines the SGLang engine, which sends requests and weights to servers."""

@@ -1,4 +1,4 @@
-"""Speaks HTTP to one SGLang server, on the event loop of a thread of its own."""
+"""Sends HTTP requests to one SGLang server, on the event loop of a separate thread."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_oreal.engines.sglang.servers.listening import stranger_listens
 from megatron_oreal.observability.event_loop import EventLoopThread as EventLoopThread
 
 CONNECT_SECONDS = 10.0
-# No answer is longer: those about checksums of weights have a line a tensor.
+# The upper bound of an answer's bytes; the longest answers are those about checksums, with one line per tensor.
 MAX_ANSWER_BYTES = 64 * 2**20
-# Of an answer to /generate: what does not grow with the response, and an id, a log-prob and the text of each token.
+# The bytes of an answer to /generate: the part of fixed size, and an id, a log-prob and the text of each token.
 GENERATE_BYTES, GENERATE_BYTES_PER_TOKEN = 2**20, 2**10
 MAX_REFUSAL_BYTES = 2**16
 
 
 class ServerError(OSError):
-    """A server cannot be reached, or did not answer as it should. The message names the server and the request."""
+    """A server cannot be reached, or its answer is wrong. The message names the server and the request."""
 
 
 class ServerRefusal(ServerError):
@@ -36,15 +36,15 @@ class ServerRefusal(ServerError):
 
 
 class MalformedAnswer(ServerError):
-    """The server's answer is not what this package knows: asking again is no use."""
+    """This package does not understand the server's answer, so a retry is useless."""
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class OpenRequest:
-    """A request that waits for its answer; times are those of time.monotonic."""
+    """A request without an answer so far; its times are those of time.monotonic."""
 
     what: str  # "POST /generate"
-    request_id: str  # empty where the request has none
+    request_id: str  # empty if the request has none
     since: float
     deadline: float
 
@@ -54,9 +54,9 @@ class SglangClient:
 
     def __init__(self, endpoint: Endpoint, max_connections: int = 256) -> None:
         self.endpoint, self.max_connections = endpoint, max_connections
-        self.last_answer = 0.0  # when the server last answered, by time.monotonic
-        self.session: aiohttp.ClientSession | None = None  # it must be made on the event loop that uses it
-        self.open_requests: set[OpenRequest] = set()  # any thread may take a copy
+        self.last_answer = 0.0  # time.monotonic at the server's last answer
+        self.session: aiohttp.ClientSession | None = None  # must be created on the event loop that uses it
+        self.open_requests: set[OpenRequest] = set()  # any thread may copy it
 
     async def get(self, path: str, timeout_seconds: float) -> Any:
         return await self._request("GET", path, None, timeout_seconds, self.endpoint.api_key)
@@ -66,7 +66,7 @@ class SglangClient:
         return await self._request("POST", "/generate", body, timeout_seconds, key, limit)
 
     async def control(self, path: str, body: dict[str, Any], timeout_seconds: float) -> Any:
-        """Sends a POST that needs the admin key: about weights, pauses or memory."""
+        """Sends a POST that needs the admin key: for weights, pauses or memory."""
         return await self._request("POST", path, body, timeout_seconds, self.endpoint.admin_key)
 
     async def close(self) -> None:
@@ -85,7 +85,7 @@ class SglangClient:
     ) -> Any:
         """Returns the answer's JSON, or its text. Raises ServerError after the timeout or without a connection.
 
-        The key goes to this server alone: a redirect is a refusal.
+        Only this server receives the key; the client treats a redirect as a refusal.
         """
         if self.session is None:
             self.session = self._open_session()
@@ -117,10 +117,10 @@ class SglangClient:
             self.open_requests.discard(request)
 
     def _open_session(self) -> aiohttp.ClientSession:
-        """Opens the connections, which check with whom they speak before a key is sent.
+        """Opens the connections, which verify the server before they send a key.
 
-        On this machine, another user must not listen at the server's address, where the server may have died. A server
-        with https must show the certificate whose fingerprint its file names; who has signed it does not matter.
+        If the server on this machine has died, another user might listen at its address; such a listener is refused. A
+        server with https must show the certificate whose fingerprint its file names, whoever signed it.
         """
         certificate = self.endpoint.certificate
         connector = aiohttp.TCPConnector(
@@ -128,7 +128,7 @@ class SglangClient:
         )
         tracing = aiohttp.TraceConfig()
         tracing.on_connection_create_end.append(self._check_listener)
-        # Compressed answers could be of any size.
+        # Compressed answers could have any size after decompression.
         headers = {"Accept-Encoding": "identity"}
         return aiohttp.ClientSession(
             connector=connector, trace_configs=[tracing], headers=headers, auto_decompress=False
@@ -142,7 +142,7 @@ class SglangClient:
 
 
 async def read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[str, bool]:
-    """Returns the text of an answer, and whether this is all of it: no more than `max_bytes` are read."""
+    """Returns the text of an answer, and whether it is complete; reads at most `max_bytes`."""
     content = bytearray()
     async for part in response.content.iter_any():
         content += part
@@ -153,7 +153,7 @@ async def read(response: aiohttp.ClientResponse, max_bytes: int) -> tuple[str, b
 
 
 def num_tokens_asked(body: dict[str, Any]) -> int:
-    """Returns how many tokens the answers to a request to /generate may have together."""
+    """Returns the largest total number of tokens in the answers to a request to /generate."""
     prompts = body.get("input_ids", [])
     num_prompts = len(prompts) if prompts and isinstance(prompts[0], list) else 1
     return num_prompts * int(body.get("sampling_params", {}).get("max_new_tokens", 0))

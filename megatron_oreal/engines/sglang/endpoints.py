@@ -1,7 +1,7 @@
-"""Reads and writes the file that names servers: their addresses and keys. Only its owner can read it.
+"""Reads and writes the file with the addresses and keys of servers. Only its owner can read it.
 
-Who can write the file can take a run's keys, prompts and weights, so it is trusted as ssh trusts a key: it must belong
-to this user, and nobody else may read or write it.
+A user who can write the file controls a run's keys, prompts and weights. The file is therefore trusted like a key of
+ssh: it must belong to this user, and no other user may read or write it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 SERVE = "let megatron-oreal serve write it"
-KEY = re.compile(r"[ -~]*")  # anything else would end an HTTP header
+KEY = re.compile(r"[ -~]*")  # any other character would end an HTTP header
 CERTIFICATE = re.compile(r"[0-9a-f]{64}")
 MAX_FILE_BYTES = 2**24
 
@@ -27,17 +27,17 @@ MAX_FILE_BYTES = 2**24
 @dataclass(slots=True, frozen=True)
 class Endpoint:
     url: str  # e.g. http://127.0.0.1:31000
-    api_key: str = field(repr=False)  # allows generation
-    admin_key: str = field(repr=False)  # allows changes of weights, and pauses
-    tensor: int = 1  # the server's GPUs, each of which receives weights
+    api_key: str = field(repr=False)  # gives access to generation
+    admin_key: str = field(repr=False)  # gives access to weights and pauses
+    tensor: int = 1  # the number of the server's GPUs, each of which receives weights
     certificate: str = ""  # with https: the SHA-256 of the certificate that the server must show, in hexadecimal
 
     def __str__(self) -> str:
-        return self.url  # keys never reach a log
+        return self.url  # keys must not appear in logs
 
 
 def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
-    """Writes the file, which appears whole and with mode 0600. Raises ValueError for a file that is something else."""
+    """Writes the file atomically with mode 0600. Raises ValueError if a file of another kind has its name."""
     check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
@@ -51,7 +51,7 @@ def write_endpoints(path: Path, endpoints: Sequence[Endpoint]) -> None:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises ValueError where the file would take the place of something that is no list of servers."""
+    """Raises ValueError if the file would replace something that is not a list of servers."""
     if is_absent(path) or is_list_of_servers(path):
         return
     raise ValueError(
@@ -61,7 +61,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def remove_endpoints(path: Path) -> None:
-    """Removes the file if it still names servers."""
+    """Removes the file if it still names `servers`."""
     if is_list_of_servers(path):
         path.unlink(missing_ok=True)
         path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
@@ -80,7 +80,7 @@ def is_list_of_servers(path: Path) -> bool:
 
 
 def read_endpoints(path: Path) -> list[Endpoint]:
-    """Reads the file. Raises ValueError when it is missing, malformed or empty, or open to other users."""
+    """Reads the file. Raises ValueError if it is missing, malformed, empty, or accessible to other users."""
     try:
         content = read_private(path)
     except OSError as error:
@@ -101,10 +101,11 @@ def read_endpoints(path: Path) -> list[Endpoint]:
 
 @contextmanager
 def in_use(path: Path, is_shared: bool) -> Iterator[None]:
-    """Keeps the servers of the file for this run while the block lasts. `is_shared`: it changes no weights.
+    """Reserves the servers of the file for this run during the block. `is_shared`: it changes no weights.
 
-    Raises ValueError while a run uses them that changes their weights, or, unless `is_shared`, any run. A run that is
-    killed uses nothing any more. A file system without locks lets every run in; the weights' names tell runs apart.
+    Raises ValueError while another run uses them that changes their weights, or, unless `is_shared`, while any run uses
+    them. A killed run releases them. A file system without locks admits every run; the labels of the weights then tell
+    runs apart.
     """
     lock = path.with_name(f".{path.name}.lock")
     try:
@@ -128,7 +129,7 @@ def in_use(path: Path, is_shared: bool) -> Iterator[None]:
 
 
 def read_private(path: Path) -> bytes:
-    """Reads a file that only this user can read and write. Raises ValueError for another one."""
+    """Reads a file that only this user can read and write. Raises ValueError for any other file."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -147,7 +148,7 @@ def read_private(path: Path) -> bytes:
 
 
 def why_unusable(endpoint: Endpoint) -> str | None:
-    """Says what is wrong with an endpoint of a file; None when it can be used."""
+    """Returns what is wrong with an endpoint of a file; None if it is usable."""
     if not all(isinstance(each, str) for each in (endpoint.url, endpoint.api_key, endpoint.admin_key)):
         return "has an address or a key that is no text"
     if not (KEY.fullmatch(endpoint.api_key) and KEY.fullmatch(endpoint.admin_key)):

@@ -1,8 +1,8 @@
-"""The engine that generates with SGLang servers: it exchanges token ids and log-probs with them over HTTP.
+"""Generates with SGLang servers, and exchanges token ids and log-probs with them over HTTP.
 
-One event loop, in a thread of its own, carries all requests. Any thread may call `generate`, and several may do so at
-once: they share the servers. A request that fails goes to another server. generate_api.py says what a server is asked
-and what its log-probs mean; README.md in this folder lists the threads.
+One event loop, in its own thread, sends all requests. Any thread may call `generate`, and concurrent calls share the
+servers. A failed request is sent to another server. generate_api.py defines the requests and the meaning of log-probs;
+README.md in this folder lists the threads.
 """
 
 from __future__ import annotations
@@ -54,30 +54,30 @@ from megatron_oreal.engines.stop_strings import Decode
 from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.types import Notify
 
-MAX_ATTEMPTS = 12  # that one request may make without a new token, at all servers together
-REPEAT_ABORT_SECONDS = 1.0  # a server forgets the abort of a request that it has not read yet
+MAX_ATTEMPTS = 12  # of one request without a new token, on all servers together
+REPEAT_ABORT_SECONDS = 1.0  # a server loses the abort of a request that it has not read yet
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of `generate` that is under way, as the event loop sees it."""
+    """The event loop's state of one call of `generate`."""
 
     responses: list[PartialResponse]
-    finished: SimpleQueue[tuple[int, Generation] | None]  # for the thread that called; None: nothing follows
+    finished: SimpleQueue[tuple[int, Generation] | None]  # for the calling thread; None: nothing follows
     is_watched: bool
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     tasks: dict[int, asyncio.Task[None]] = field(default_factory=dict)
-    running: dict[int, tuple[str, Server]] = field(default_factory=dict)  # by response: request id, server
+    running: dict[int, tuple[str, Server]] = field(default_factory=dict)  # response number -> request id, server
     is_given_up: bool = False
 
 
 class SglangEngine:
     """A `RolloutEngine`. The first rank has the servers' endpoints; the other ranks have none and only send weights.
 
-    model_path: the model that the servers serve. thread: carries the requests of the engine and of its transport; the
-    engine closes it. fleet: starts dead servers again. router: gets the first attempt of each request; all others, and
-    everything that is not generation, go to the servers themselves. rank: of this process in the trainer. decode:
-    without it, stop strings are not sent to the servers. Raises ValueError for a server that cannot be used.
+    model_path: the servers' model. thread: sends the requests of the engine and of its transport; the engine closes it.
+    fleet: restarts dead servers. router: gets the first attempt of each request; further attempts and all other
+    requests go directly to the servers. rank: of this process in the trainer. decode: without it, stop strings are not
+    sent to the servers. Raises ValueError for an unusable server.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class SglangEngine:
         decode: Decode | None = None,
     ) -> None:
         self.version = 0
-        self.calls = MainThreadCalls()  # servers need no rank: it stays empty
+        self.calls = MainThreadCalls()  # stays empty, because servers need no rank
         self.has_whole_weights = True  # False after an update that failed
         self.thread, self.is_main, self.decode = thread, rank == 0, decode
         self.is_open = True
@@ -104,7 +104,7 @@ class SglangEngine:
         self.pool = ServerPool(config, endpoints, fleet, self.statistics, notify, router)
         self.pusher = WeightPusher(self.pool, transport, thread, rank)
         self.vocab_size = read_model_shape(model_path).vocab_size
-        # Around the weights that are sent again in a rollout: colocated servers give the devices to the models.
+        # Wraps pushes during a rollout, because colocated servers must give the devices to the models.
         self.lending_devices: Callable[[], AbstractContextManager[None]] = nullcontext
         self.stream: Iterable[tuple[str, Tensor]] = ()  # of the last update
         try:
@@ -126,7 +126,7 @@ class SglangEngine:
         self.pool.in_background(watch_outages(self.pool, self._ask_for_weights))
 
     def check_unchanged(self) -> None:
-        """Raises ValueError for a server that has received weights: it no longer has those of `model_path`."""
+        """Raises ValueError for a server that has received weights, because it no longer has those of `model_path`."""
         for server, facts in self._facts():
             if facts.weight_version != WEIGHTS_FROM_DISK:
                 raise ValueError(
@@ -138,11 +138,11 @@ class SglangEngine:
     def generate(
         self, requests: Sequence[GenerationRequest], params: SamplingParams, watch: Watch | None = None
     ) -> list[Generation]:
-        """See `RolloutEngine`. `watch` is called in this thread, for every response that was not given up.
+        """Implements `RolloutEngine`. Calls `watch` in this thread for every response that was not abandoned.
 
         While the engine is paused, the requests wait. Raises ValueError for a prompt that is empty, too long or not in
-        the model's vocabulary, and for settings that the servers cannot do; ServerError when no server is left;
-        FloatingPointError when log-probs are not finite; RuntimeError when the engine is closed or half updated.
+        the model's vocabulary, and for settings that the servers do not support; ServerError if no server is left;
+        FloatingPointError for non-finite log-probs; RuntimeError if the engine is closed or only partly updated.
         """
         if not (self.is_open and self.is_main and self.has_whole_weights):
             problem = "closed" if not self.is_open else "half updated" if self.is_main else "not on the first rank"
@@ -159,7 +159,7 @@ class SglangEngine:
                 if watch is not None and watch(*ended):
                     self.thread.loop.call_soon_threadsafe(self._give_up, call)
         except BaseException:
-            future.cancel()  # a server ends a request whose connection is closed
+            future.cancel()  # a server ends a request when its connection closes
             raise
         try:
             future.result()
@@ -171,14 +171,14 @@ class SglangEngine:
         return [(server, server.facts) for server in self.pool.servers if server.facts is not None]
 
     def take_part(self) -> None:
-        """See `RolloutEngine`: sends the weights once more, to servers that were started again while none was left."""
+        """Implements `RolloutEngine`: sends the weights again, to servers that restarted while none was left."""
         if self.is_main:
             self.calls.run_next()
         else:
             self._send_again()
 
     async def _ask_for_weights(self) -> None:
-        """Has the main threads of all ranks send the weights again, and waits for it."""
+        """Asks the main threads of all ranks to send the weights again, and waits for it."""
         loop, sent = asyncio.get_running_loop(), asyncio.Event()
 
         def ask() -> None:
@@ -191,10 +191,10 @@ class SglangEngine:
         await sent.wait()
 
     def _send_again(self) -> None:
-        """Collective. An update that the main threads have made meanwhile makes it needless."""
+        """Collective. Does nothing if the main threads have updated the weights meanwhile."""
         if not broadcast_object(self.pool.has_new_weights and not self.pool.living):
             return
-        with self.lending_devices(), suppress(WeightSyncError):  # on all ranks; the next try follows
+        with self.lending_devices(), suppress(WeightSyncError):  # on all ranks; the caller tries again
             self.pusher.push(self.stream, self.version)
 
     def _check(self, requests: Sequence[GenerationRequest], params: SamplingParams) -> None:
@@ -226,7 +226,7 @@ class SglangEngine:
                 await asyncio.gather(*call.tasks.values(), return_exceptions=True)
 
     async def _respond(self, call: Call, index: int) -> None:
-        """Sends requests until the response is complete or given up."""
+        """Sends requests until the response is complete or abandoned."""
         response, begin = call.responses[index], time.monotonic()
         try:
             await self._complete(call, index)
@@ -260,7 +260,8 @@ class SglangEngine:
             else:
                 response.add(answer)
                 if response.num_missing and not call.is_given_up:
-                    # The server has stopped at an end token that was not asked for, or another client has aborted it.
+                    # The server has stopped at an end token that was not requested, or another client has aborted the
+                    # request.
                     self.statistics.count("num_continued")
                 num_failures = 0 if len(answer.token_ids) else num_failures + 1
             finally:
@@ -272,7 +273,7 @@ class SglangEngine:
 
     async def _ask(self, call: Call, index: int, server: Server, attempt: int) -> Chunk:
         response = call.responses[index]
-        # All ids have one length, because a server aborts every request whose id begins with the given one.
+        # All ids have one length, because a server aborts every request whose id begins with the given id.
         request_id = f"{call.name}-{index:08d}-{attempt:06d}"
         sent_at, num_tokens = time.monotonic(), 0
         call.running[index] = request_id, server
@@ -283,7 +284,7 @@ class SglangEngine:
             answer = await self.pool.unless_dead(server, self._generate(client, response, request_id))
             num_tokens = len(answer.token_ids)
         except ServerError as error:
-            if client is server.client:  # behind a router, another server may be at fault
+            if client is server.client:  # behind a router, the failing server is unknown
                 self.pool.failed(server, error, sent_at)
             raise
         finally:
@@ -293,13 +294,13 @@ class SglangEngine:
         return answer
 
     def _client(self, server: Server, attempt: int) -> SglangClient:
-        """Returns the router's client while all servers have the same weights: a router does not know versions."""
+        """Returns the router's client if all servers have the same weights, because a router knows no versions."""
         router = self.pool.router
         is_routed = router is not None and attempt == 0 and len(self.pool.living) == len(self.pool.servers)
         return router if router is not None and is_routed else server.client
 
     async def _generate(self, client: SglangClient, response: PartialResponse, request_id: str) -> Chunk:
-        """Asks one server. The answer is read here, before the next one is parsed, to keep few objects alive."""
+        """Asks one server. Parses the answer here, before the next one, to keep few objects in memory."""
         body, seconds, version = response.body(request_id), self.pool.config.request_timeout_seconds, self.version
         run_id = self.pusher.run_id if self.pool.has_new_weights else ""
         given = await client.generate(body, seconds)
@@ -312,13 +313,13 @@ class SglangEngine:
             return
         call.is_given_up = True
         for index, task in call.tasks.items():
-            if index not in call.running:  # it waits for a server
+            if index not in call.running:  # the request waits for a server
                 task.cancel()
         if call.running:
             self.pool.in_background(self._abort(call))
 
     async def _abort(self, call: Call) -> None:
-        """Aborts the requests under way: servers answer with the tokens so far. What a silent server has is lost."""
+        """Aborts the running requests. Servers answer with the tokens so far; those of a silent server are lost."""
         deadline = time.monotonic() + ABORT_SECONDS
         while call.running and time.monotonic() < deadline:
             is_routed = self.pool.router is not None  # then any server may have the request
@@ -335,10 +336,10 @@ class SglangEngine:
             call.tasks[index].cancel()
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Collective. The stream is iterated again when a server fails, to send the weights to the other servers.
+        """Collective. Iterates the stream again if a server fails, to send the weights to the other servers.
 
-        Requests under way wait meanwhile. Raises ServerError, which names the server, on every rank. After that the
-        engine generates nothing until an update succeeds, and requests under way wait for it.
+        Running requests wait meanwhile. Raises ServerError, which names the server, on every rank. After an error the
+        engine generates nothing until an update succeeds, and running requests wait for it.
         """
         self.thread.run(self._hold())
         try:
@@ -352,7 +353,7 @@ class SglangEngine:
         self.thread.run(self._resume())
 
     async def _hold(self) -> None:
-        """Holds back new requests and stops the servers: they change their weights only while they are idle."""
+        """Delays new requests and pauses the servers, which change their weights only while they are idle."""
         was_paused, self.pool.is_paused = self.pool.is_paused, True
         if not was_paused and any(server.num_running for server in self.pool.servers):
             await self._control_all("/pause_generation", {"mode": "retract"})
@@ -377,13 +378,13 @@ class SglangEngine:
                 self.pool.mark_dead(server, str(error))
 
     def release_memory(self, tags: Sequence[str]) -> None:
-        """Frees the "kv_cache" or the "weights" of colocated servers on CUDA, content and all; no request may run."""
+        """Frees the "kv_cache" or the "weights" of colocated servers on CUDA, with contents. No request may run."""
         for server in self.pool.servers:
             server.released.update(tags)
         self.thread.run(self._control_all("/release_memory_occupation", {"tags": list(tags)}))
 
     def resume_memory(self, tags: Sequence[str]) -> None:
-        """Allocates what has been released: a server that is asked to allocate anything else ends itself."""
+        """Allocates the released memory again; a server exits if it is asked to allocate anything else."""
         self.thread.run(self._resume_memory(tags))
 
     async def _resume_memory(self, tags: Sequence[str]) -> None:
@@ -396,10 +397,10 @@ class SglangEngine:
         await asyncio.gather(*map(resume, self.pool.servers))
 
     def server_states(self) -> tuple[list[str], list[str]]:
-        """Returns what this rank knows of the servers, for the description of a hang; any thread may ask.
+        """Returns what this rank knows about the servers, for the description of a hang. Any thread may call it.
 
-        First come sentences about the servers that have not answered, the one that is asked for the longest time first;
-        then a line for each server and each open request.
+        First come sentences about the servers that have not answered, longest wait first; then a line for each server
+        and each open request.
         """
         states = {server.client: describe_server(server) for server in self.pool.servers}
         states |= {client: f"SGLang server {client.endpoint}" for client in self.pusher.sender_clients.values()}
@@ -409,7 +410,7 @@ class SglangEngine:
         return self.statistics.flush() if self.is_main else {}
 
     def close(self) -> None:
-        """Closes all connections. The servers go on: their fleet ends them."""
+        """Closes all connections. The servers go on; their fleet ends them."""
         if self.is_open:
             self.is_open = False
             self.calls.close()

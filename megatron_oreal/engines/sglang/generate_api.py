@@ -1,9 +1,10 @@
-"""What is asked of a server's /generate, and what its answer says: token ids both ways, never text.
+"""Defines the requests to a server's /generate and the meaning of its answers, which are token ids, never text.
 
-Measured with SGLang 0.5.23: log-probs are of the untempered, untruncated model where the server runs with
-SGLANG_RETURN_ORIGINAL_LOGPROB=1, as ours do. With both `top_k` and `top_p`, its `top_p` counts the mass of all tokens.
-`sampling_seed` counts with --enable-deterministic-inference only; a token's random numbers depend on the seed and on
-its place in the whole sequence, so a response that is continued with the same seed is the unbroken one.
+Measured with SGLang 0.5.23: log-probs belong to the untempered, untruncated model if the server runs with
+SGLANG_RETURN_ORIGINAL_LOGPROB=1, as our servers do. With both `top_k` and `top_p`, its `top_p` uses the mass of all
+tokens. `sampling_seed` has an effect only with --enable-deterministic-inference. A token's random numbers depend on the
+seed and on its position in the whole sequence, so a response that is continued with the same seed equals the
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,38 +23,39 @@ from megatron_oreal.engines.stop_strings import Decode, holds_stop
 from megatron_oreal.types import FinishReason, Float32Array, Int32Array, TokenData, no_ids, no_logprobs
 
 FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.25, 8.0
-BUSY_STATUSES = (408, 429)  # of a server that only has too much to do
+BUSY_STATUSES = (408, 429)  # statuses of a server that is only overloaded
 LARGEST_ID = np.iinfo(np.int32).max
 
 
 @dataclass(slots=True, frozen=True, eq=False)
 class Chunk(TokenData):
-    """What one request added to a response: three arrays of one length."""
+    """The tokens that one request added to a response: three arrays of one length."""
 
     token_ids: Int32Array
     model_logprobs: Float32Array
     policy_versions: Int32Array
     finish_reason: FinishReason
-    runs: frozenset[str] = frozenset()  # that have sent the weights; "" for weights that the server has read from disk
-    matched_token: bool = False  # The server says that an end token ended it, not a stop string.
+    # The runs that sent the weights; "" for weights that the server has read from disk
+    runs: frozenset[str] = frozenset()
+    matched_token: bool = False  # whether an end token ended it, not a stop string
 
 
 @dataclass(slots=True, eq=False)
 class PartialResponse:
-    """A response under way: what `begun` and the answers so far have given, arrays of one length.
+    """A partial response: the tokens of `begun` and of the answers so far, in arrays of one length.
 
-    Each answer replaces the arrays by longer ones, so that a `Generation` made before keeps its own.
+    Each answer replaces the arrays by longer ones, so an earlier `Generation` keeps its own.
     """
 
     request: GenerationRequest
     params: SamplingParams
     token_ids: Int32Array = field(default_factory=no_ids)
-    rollout_logprobs: Float32Array | None = field(default_factory=no_logprobs)  # None: not known
+    rollout_logprobs: Float32Array | None = field(default_factory=no_logprobs)  # None: unknown
     model_logprobs: Float32Array = field(default_factory=no_logprobs)
     policy_versions: Int32Array = field(default_factory=no_ids)
-    decode: Decode | None = None  # without it, stop strings are not sent
+    decode: Decode | None = None  # None: stop strings are not sent
     ends_with_stop_string: bool = False
-    # The server may know end tokens that no file of the model names; asking it to go on would give a token a request.
+    # The server may know end tokens that no file of the model names; continuing would cost one request per token.
     ends_with_token_of_server: bool = False
 
     @classmethod
@@ -74,7 +76,7 @@ class PartialResponse:
 
     @property
     def num_missing(self) -> int:
-        """Tokens that may still come."""
+        """Returns the number of tokens that may still come."""
         if self.has_stopped:
             return 0
         return max(0, self.params.longest_response(len(self.request.prompt_ids)) - len(self.token_ids))
@@ -92,9 +94,9 @@ class PartialResponse:
         return bool(self.params.stop_strings) and self.decode is not None
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """Asks for what is missing."""
+        """Returns the body of the next request, which asks for the missing tokens."""
         params = self.params
-        # The server would cut its text at a stop string; the token ids are whole in any case.
+        # The server would cut its text at a stop string; the token ids are complete in any case.
         stops = {"stop": list(params.stop_strings), "no_stop_trim": True} if self.sends_stop_strings else {}
         return {
             "rid": request_id,
@@ -105,7 +107,7 @@ class PartialResponse:
                 "top_k": params.top_k or -1,
                 "max_new_tokens": self.num_missing,
                 "stop_token_ids": list(params.stop_token_ids),
-                "ignore_eos": not params.stop_token_ids,  # true would ignore stop_token_ids too, but no stop string
+                "ignore_eos": not params.stop_token_ids,  # true would also ignore stop_token_ids, but no stop string
                 "sampling_seed": as_int64(self.request.seed),
                 **stops,
             },
@@ -118,10 +120,11 @@ class PartialResponse:
         self.token_ids = np.concatenate([self.token_ids, answer.token_ids])
         self.model_logprobs = np.concatenate([self.model_logprobs, answer.model_logprobs])
         self.policy_versions = np.concatenate([self.policy_versions, answer.policy_versions])
-        if answer.finish_reason == "stop" and self.params.stop_token_ids:  # without any, end tokens were to be ignored
+        # If there are none, end tokens had to be ignored
+        if answer.finish_reason == "stop" and self.params.stop_token_ids:
             self.ends_with_token_of_server = answer.matched_token or not self.sends_stop_strings
         if answer.finish_reason == "stop" and self.params.stop_strings and self.decode is not None:
-            # The server looks at the text of special tokens too, which ours may leave out: then the response goes on.
+            # The server also checks the text of special tokens, which ours may leave out; then the response continues.
             self.ends_with_stop_string = holds_stop(self.token_ids, self.params.stop_strings, self.decode)
         if self.params.temperature == 0:
             added = np.zeros_like(answer.model_logprobs)
@@ -133,27 +136,29 @@ class PartialResponse:
             self.rollout_logprobs = np.concatenate([self.rollout_logprobs, added])
 
     def generation(self) -> Generation:
-        """Aborted where tokens are missing."""
+        """Returns the response so far, which is aborted if tokens are missing."""
         finish_reason: FinishReason = "stop" if self.has_stopped else "abort" if self.num_missing else "length"
         rollout_logprobs = no_logprobs() if self.rollout_logprobs is None else self.rollout_logprobs
         return Generation(self.token_ids, rollout_logprobs, self.model_logprobs, finish_reason, self.policy_versions)
 
 
 def read_chunk(answer: Any, num_asked: int, server: object, vocab_size: int = LARGEST_ID) -> Chunk:
-    """Raises MalformedAnswer naming the server, and FloatingPointError for log-probs that are not finite.
+    """Raises MalformedAnswer naming the server, and FloatingPointError for non-finite log-probs.
 
-    num_asked: the tokens asked for, which a response of finish reason "length" must have. vocab_size: the model's.
+    num_asked: the number of requested tokens, which a response of finish reason "length" must have. vocab_size: of the
+    model.
     """
     try:
         token_ids = read_ids(answer["output_ids"], vocab_size)
         meta = answer["meta_info"]
         finish_reason = meta["finish_reason"]["type"]
         matched_token = isinstance(meta["finish_reason"].get("matched"), int)
-        rows = meta["output_token_logprobs"] if len(token_ids) else []  # absent where nothing was generated
-        logprobs = np.fromiter(map(itemgetter(0), rows), np.float32, len(rows))  # null, JSON's NaN, becomes NaN
+        rows = meta["output_token_logprobs"] if len(token_ids) else []  # absent if nothing was generated
+        # null, which is NaN in JSON, becomes NaN
+        logprobs = np.fromiter(map(itemgetter(0), rows), np.float32, len(rows))
         logprob_ids = list(map(itemgetter(1), rows))
         spans = meta.get("weight_versions") or [
-            {"version": meta["weight_version"], "start": 0, "end": len(token_ids)}  # of releases before 0.5.2x
+            {"version": meta["weight_version"], "start": 0, "end": len(token_ids)}  # for releases before 0.5.2x
         ]
         policy_versions = versions_of_tokens(spans, len(token_ids))
         run_ids = frozenset(run_of(str(span["version"])) for span in spans)
@@ -177,7 +182,7 @@ def read_chunk(answer: Any, num_asked: int, server: object, vocab_size: int = LA
 
 
 def read_ids(values: Any, vocab_size: int = LARGEST_ID) -> Int32Array:
-    """The ids of a JSON list. Raises ValueError where it holds anything but integers that can be token ids."""
+    """Returns the ids of a JSON list. Raises ValueError if it holds anything but integers that can be token ids."""
     ids = np.array(values)
     if not isinstance(values, list) or ids.ndim != 1 or (values and ids.dtype.kind != "i"):
         raise ValueError("output_ids is not a list of integers")
@@ -187,9 +192,9 @@ def read_ids(values: Any, vocab_size: int = LARGEST_ID) -> Int32Array:
 
 
 def versions_of_tokens(spans: Any, num_tokens: int) -> Int32Array:
-    """Policy versions [num_tokens] from (version, start, end) spans, which follow each other from token 0 on.
+    """Returns policy versions [num_tokens] from consecutive (version, start, end) spans that begin at token 0.
 
-    Example: versions 3 up to token 2 and 4 up to token 3 -> [3, 3, 4].
+    Example: version 3 up to token 2 and version 4 up to token 3 give [3, 3, 4].
     """
     versions: list[int] = []
     counts: list[int] = []
@@ -206,10 +211,10 @@ class WeightsOfAnotherRun(ServerError):
 
 
 def check_weights_of(answer: Chunk, run_id: str, oldest: int, server: object) -> None:
-    """Raises ServerError unless the answer is of this run's weights of version `oldest` or later.
+    """Raises ServerError unless the answer is from this run's weights of version `oldest` or later.
 
-    run_id: of this run; "" before it has sent weights, when servers have those from disk. Raises WeightsOfAnotherRun
-    where asking again is no use.
+    run_id: of this run; "" before it has sent weights, while servers have those from disk. Raises WeightsOfAnotherRun
+    if a retry is useless.
     """
     if others := answer.runs - {run_id, ""}:
         raise WeightsOfAnotherRun(
@@ -221,13 +226,13 @@ def check_weights_of(answer: Chunk, run_id: str, oldest: int, server: object) ->
 
 
 def may_ask_again(error: ServerError) -> bool:
-    """No for what the server does not accept, whoever asks."""
+    """Says whether a retry makes sense. It does not for requests that the server refuses from everyone."""
     if isinstance(error, ServerRefusal):
         return error.status >= 500 or error.status in BUSY_STATUSES
     return not isinstance(error, (MalformedAnswer, WeightsOfAnotherRun))
 
 
 def backoff_seconds(num_failures: int, index: int) -> float:
-    """Twice as long each time; spread over requests, so that they do not come back together."""
+    """Returns a wait that doubles each time, with random spread, so that requests do not return together."""
     longest = min(LONGEST_BACKOFF_SECONDS, FIRST_BACKOFF_SECONDS * 2 ** (num_failures - 1))
     return longest * (0.5 + 0.5 * (index * 0.6180339887 % 1))

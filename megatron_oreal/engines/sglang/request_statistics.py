@@ -1,4 +1,4 @@
-"""Counts what happened to the requests to the servers since the last flush."""
+"""Counts the results of requests to the servers since the last flush."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_oreal.types import Metrics
 
 @dataclass(slots=True)
 class Throughput:
-    """The tokens of one server, and the seconds in which it had something to do."""
+    """The tokens of one server, and the seconds in which it had requests."""
 
     num_tokens: int = 0
     busy_seconds: float = 0.0
@@ -27,10 +27,10 @@ class Throughput:
 
 @dataclass(slots=True)
 class RequestStatistics:
-    """The event loop counts; any thread may flush."""
+    """The counts of requests. The event loop counts; any thread may flush."""
 
     counts: Metrics = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)  # that each response took, including the wait for a server
+    seconds: list[float] = field(default_factory=list)  # of each response, including the wait for a server
     servers: dict[int, Throughput] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -56,7 +56,7 @@ class RequestStatistics:
             throughput.num_tokens += num_tokens
 
     def flush(self) -> Metrics:
-        """Returns all counts, and the seconds and rates of what has happened since the last flush."""
+        """Returns all counts, and the durations and rates since the last flush."""
         with self.lock:
             metrics: Metrics = {f"rollout/{name}": self.counts.get(name, 0) for name in COUNTS}
             if self.seconds:
@@ -74,10 +74,10 @@ class RequestStatistics:
 
 
 COUNTS = (
-    "num_requests",  # that were sent, repeated ones included
-    "num_retries",  # that were sent again after a failure
-    "num_continued",  # that were sent to continue a response which the server had ended too early
-    "num_aborted",  # responses that were given up
-    "num_server_failures",  # times that a server was marked dead
+    "num_requests",  # requests sent, including repetitions
+    "num_retries",  # requests sent again after a failure
+    "num_continued",  # requests sent to continue a response that the server had ended too early
+    "num_aborted",  # abandoned responses
+    "num_server_failures",  # times that a server became dead
     "num_server_restarts",
 )

@@ -1,4 +1,4 @@
-"""Checks that a server can be used: it must be reachable, take our keys, and have our model and all endpoints."""
+"""Checks whether a server is usable: it must be reachable, accept our keys, and have our model and all endpoints."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from megatron_oreal.config.model_files import read_model_settings
 from megatron_oreal.engines.sglang.client import ServerError, ServerRefusal, SglangClient
 from megatron_oreal.engines.sglang.weight_labels import WEIGHTS_FROM_DISK
 
-CHECK_SECONDS = 120.0  # a server's first request may compile
+CHECK_SECONDS = 120.0  # a server's first request may compile kernels
 NEEDED = ("/generate", "/abort_request", "/pause_generation", "/continue_generation")
 FIX_VERSION = "install sglang>=0.5.20 there"
 SPARE_TOKENS = 2  # SGLang ends a response two tokens before its context is full
-# If a server tempers log-probs, those of one token with this temperature and without differ at least by DIFFERENCE.
+# If a server applies the temperature to log-probs, a token's log-prob with this temperature differs by at least
+# DIFFERENCE.
 TEMPERATURE, DIFFERENCE = 0.05, 0.02
 NUM_PROMPTS = 8
 
 
 @dataclass(slots=True, frozen=True)
 class ServerFacts:
-    """What a server has told about itself."""
+    """The facts that a server reports about itself."""
 
-    max_tokens: int  # that a prompt and its response may have together
-    has_tempered_logprobs: bool  # False: its log-probs are those of the untempered model
-    weight_version: str  # as the last push has named it, or WEIGHTS_FROM_DISK
+    max_tokens: int  # for a prompt and its response together
+    has_tempered_logprobs: bool  # False: its log-probs ignore the temperature
+    weight_version: str  # the label of the last push, or WEIGHTS_FROM_DISK
 
 
 async def check_server(client: SglangClient, model_path: Path, vocab_size: int) -> ServerFacts:
-    """Asks the server about itself. Raises ValueError, whose one line says what to do."""
+    """Checks the server by requests. Raises ValueError with one line that names the fix."""
     name = f"rollout.sglang: SGLang server {client.endpoint}"
     try:
         info = await first_of(client, "/model_info", "/get_model_info")
@@ -40,7 +41,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
         for path in NEEDED:
             await check_exists(client, path)
         await check_admin_key(client)
-        await client.control("/continue_generation", {}, CHECK_SECONDS)  # a trainer that was killed may have paused it
+        await client.control("/continue_generation", {}, CHECK_SECONDS)  # a killed trainer may have paused the server
         check_model(info, model_path, name)
         check_overrides(details, model_path, name)
         await check_vocabulary(client, vocab_size, model_path, name)
@@ -59,7 +60,7 @@ async def check_server(client: SglangClient, model_path: Path, vocab_size: int) 
 
 
 async def first_of(client: SglangClient, *paths: str) -> Any:
-    """Returns the answer of the first path that the server has: newer releases have renamed some."""
+    """Returns the answer of the first path that the server has, because newer releases have renamed some paths."""
     for path in paths:
         try:
             return await client.get(path, CHECK_SECONDS)
@@ -73,7 +74,7 @@ async def check_exists(client: SglangClient, path: str) -> None:
     try:
         await client.get(path, CHECK_SECONDS)
     except ServerRefusal as refusal:
-        if refusal.status != 405:  # 405: the path is there, and wants a POST
+        if refusal.status != 405:  # status 405 means that the path exists and needs a POST
             raise
 
 
@@ -89,7 +90,7 @@ async def check_admin_key(client: SglangClient) -> None:
         ) from None
 
 
-# What config.json says about the program that wrote it, about training and about generation, not about the function.
+# These settings of config.json describe its writer, training or generation, but not the model's function.
 WITHOUT_EFFECT = {
     *("_name_or_path", "name_or_path", "_commit_hash", "architectures", "auto_map", "transformers_version"),
     *("torch_dtype", "dtype", "quantization_config", "pretraining_tp", "use_cache", "_attn_implementation"),
@@ -98,13 +99,13 @@ WITHOUT_EFFECT = {
     *("router_aux_loss_coef", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
     *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "unsloth_fixed", "unsloth_version"),
 }
-WINDOW = ("sliding_window", "max_window_layers")  # they mean nothing where use_sliding_window is false
+WINDOW = ("sliding_window", "max_window_layers")  # unused if use_sliding_window is false
 
 
 def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
-    """Compares the kind of model, and when the server's files can be read from here, all that its outputs depend on.
+    """Compares the kind of model, and, if the server's files are readable here, all settings that affect its outputs.
 
-    A setting that one of the two files leaves out is not compared: it may have the other's value as its default.
+    A setting that only one of the two files has is not compared, because the other may have the same default.
     """
     ours = read_model_settings(model_path)
     theirs = {"model_type": info["model_type"]} if info.get("model_type") else {}
@@ -123,7 +124,7 @@ def check_model(info: dict[str, Any], model_path: Path, name: str) -> None:
 
 
 def check_overrides(details: dict[str, Any], model_path: Path, name: str) -> None:
-    """Raises ValueError for a server whose flags change what config.json says of the model's function."""
+    """Raises ValueError for a server whose flags override settings of the model's function in config.json."""
     given = details.get("json_model_override_args") or "{}"
     overrides = given if isinstance(given, dict) else json.loads(given)
     ours = read_model_settings(model_path)
@@ -136,9 +137,9 @@ def check_overrides(details: dict[str, Any], model_path: Path, name: str) -> Non
 
 
 async def check_vocabulary(client: SglangClient, vocab_size: int, model_path: Path, name: str) -> None:
-    """Finds out the vocabulary's size by a logit bias, which a server refuses for a token that it does not have.
+    """Checks the vocabulary's size by a logit bias, because a server refuses a bias for a token that it does not have.
 
-    Servers do not tell the size, and accept token ids beyond it in prompts.
+    Servers do not report the size, and accept larger token ids in prompts.
     """
 
     async def has_token(token_id: int) -> bool:
@@ -158,9 +159,9 @@ async def check_vocabulary(client: SglangClient, vocab_size: int, model_path: Pa
 
 
 async def has_tempered_logprobs(client: SglangClient, vocab_size: int) -> bool:
-    """Asks for the likeliest token with a low temperature and greedily, and compares the two log-probs."""
+    """Requests the likeliest token with a low temperature and greedily, and compares the two log-probs."""
     prompts = [[token_id] for token_id in range(min(NUM_PROMPTS, vocab_size))]
-    # The first token alone stays; `top_k` 1 would count as greedy.
+    # This keeps only the first token; with `top_k` 1 the server would decode greedily.
     cold = {"temperature": TEMPERATURE, "top_p": 1e-6, "max_new_tokens": 1}
     greedy = {"temperature": 0, "max_new_tokens": 1}
     logprobs = []

@@ -1,8 +1,8 @@
-"""Chooses the server for each request and decides what happens to a server that fails.
+"""Chooses the server for each request and handles failing servers.
 
-A server counts as dead after `max_failures` failures one after the other. When the run has started it, it is started
-again; it then has the weights on disk, so it is "stale" and gets no requests until the next weights arrive. Everything
-here runs on the event loop.
+A server counts as dead after `max_failures` consecutive failures. The fleet restarts the run's own servers. A restarted
+server has the weights on disk, so it is "stale" and gets no requests until the next weights arrive. All code here runs
+on the event loop.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from megatron_oreal.engines.sglang.server_checks import ServerFacts
 from megatron_oreal.types import Notify
 
 Result = TypeVar("Result")
-CONTROL_CONNECTIONS = 16  # to each server, in addition to those of the generation requests
+CONTROL_CONNECTIONS = 16  # to each server, besides those of the generation requests
 NUM_LOG_LINES = 5
-ABORT_SECONDS = 20.0  # within which a server must answer the requests that are aborted
+ABORT_SECONDS = 20.0  # time limit of a server's answers to aborted requests
 CONTROL_SECONDS, POLL_SECONDS = 60.0, 0.1
 
 
 class Fleet(Protocol):
-    """Starts servers and starts them again. `servers.fleet.ServerFleet` is one."""
+    """Starts and restarts servers. `servers.fleet.ServerFleet` implements it."""
 
     def is_alive(self, endpoint: Endpoint) -> bool: ...
 
     def candidates(self, endpoint: Endpoint) -> list[Endpoint]:
-        """Returns where a server may be that others start again; nothing for one that does not come back."""
+        """Returns the possible addresses of a server that others restart; empty for a server that does not return."""
 
     def restart(self, endpoint: Endpoint) -> Endpoint: ...
 
@@ -49,16 +49,16 @@ class Server:
     client: SglangClient
     state: Literal["living", "dead", "restarting", "stale"] = "living"
     num_running: int = 0
-    num_failures: int = 0  # requests that failed since the last one that succeeded
-    num_missed: int = 0  # health checks without an answer since the last one with an answer
+    num_failures: int = 0  # failed requests since the last success
+    num_missed: int = 0  # health checks without an answer since the last answer
     last_failure: float = 0.0
-    released: set[str] = field(default_factory=set)  # kinds of memory that it has freed for the trainer
-    has_stale_requests: bool = True  # it may still generate for a client that is gone
-    facts: ServerFacts | None = None  # what it has told about itself
-    may_return: bool = False  # whether somebody else starts it again
-    last_line: float = 0.0  # when the log last said that it is waited for
-    failure_reason: str = ""  # why the server counts as dead
-    log_tail: str = ""  # the last lines of its log then
+    released: set[str] = field(default_factory=set)  # kinds of memory that it has released for the trainer
+    has_stale_requests: bool = True  # it may still generate for an earlier client
+    facts: ServerFacts | None = None  # what it has reported about itself
+    may_return: bool = False  # whether somebody else restarts it
+    last_line: float = 0.0  # when the log last said that the run waits for it
+    failure_reason: str = ""  # why the server is dead
+    log_tail: str = ""  # the last lines of its log when it died
     requests: set[asyncio.Future[Any]] = field(default_factory=set)  # requests that wait for its answer
 
     def __str__(self) -> str:
@@ -79,12 +79,12 @@ class ServerPool:
         self.router = None if router is None else self.new_client(router)
         self.servers = [Server(index, self.new_client(endpoint)) for index, endpoint in enumerate(endpoints)]
         self.waiting: deque[tuple[asyncio.Future[Server], Server | None]] = deque()
-        self.has_new_weights = False  # True: the current weights are no longer those on disk
+        self.has_new_weights = False  # True: the current weights differ from those on disk
         self.is_paused = False
         self.is_pushing = False
-        self.outage_is_over = False  # no server has come back in time
+        self.outage_is_over = False  # no server has returned in time
         self.newly_dead: list[SglangClient] = []
-        self.background: set[asyncio.Task[Any]] = set()  # tasks that end when the pool is closed
+        self.background: set[asyncio.Task[Any]] = set()  # tasks that end when the pool closes
 
     def new_client(self, endpoint: Endpoint) -> SglangClient:
         return SglangClient(endpoint, self.config.max_concurrent_requests + CONTROL_CONNECTIONS)
@@ -94,10 +94,10 @@ class ServerPool:
         return [server for server in self.servers if server.state == "living"]
 
     async def acquire(self, avoid: Server | None = None) -> Server:
-        """Waits for the least busy living server that has room, and takes `avoid` only when there is no other.
+        """Waits for the least busy living server with free capacity; uses `avoid` only if there is no other.
 
-        Callers get servers in the order in which they came. Raises ServerError when no server is left. The caller
-        must call `release` afterwards.
+        Callers get servers in order of arrival. Raises ServerError if no server is left. The caller must call `release`
+        afterwards.
         """
         turn: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self.waiting.append((turn, avoid))
@@ -114,7 +114,7 @@ class ServerPool:
         self.dispatch()
 
     def dispatch(self) -> None:
-        """Hands servers to the waiting callers. It is called after every change of the servers or of the callers."""
+        """Assigns servers to waiting callers. Must be called after every change of the servers or the callers."""
         reason = self.why_none_is_left()
         while self.waiting:
             turn, avoid = self.waiting[0]
@@ -135,9 +135,9 @@ class ServerPool:
         return min(room, key=lambda server: (server is avoid, server.num_running), default=None)
 
     def why_none_is_left(self) -> str:
-        """Returns why no server can generate; it is empty while one lives, or may live again in time.
+        """Returns why no server can generate; empty while a server is living, or may be again in time.
 
-        On ranks without servers it is empty too.
+        Also returns an empty text on ranks without servers.
         """
         states = {server.state for server in self.servers}
         if not states or "living" in states:
@@ -154,7 +154,7 @@ class ServerPool:
         return any(not turn.done() for turn, _ in self.waiting)
 
     def failure_reasons(self, with_logs: bool = True) -> str:
-        """Says in one line why servers count as dead, and adds the ends of their logs."""
+        """Returns one line with the reasons why servers are dead, and the ends of their logs."""
         dead = [server for server in self.servers if server.state != "living"]
         logs = [f"\nthe log of {server} ends:\n{server.log_tail}" for server in dead if server.log_tail and with_logs]
         return "; ".join(server.failure_reason for server in dead) + "".join(logs)
@@ -165,7 +165,7 @@ class ServerPool:
         return newly_dead
 
     async def unless_dead(self, server: Server, asking: Coroutine[Any, Any, Result]) -> Result:
-        """Awaits what the server is asked. Raises ServerError when the server is marked dead meanwhile."""
+        """Awaits a server's answer. Raises ServerError if the server is marked dead meanwhile."""
         request = asyncio.ensure_future(asking)
         server.requests.add(request)
         try:
@@ -181,7 +181,7 @@ class ServerPool:
         server.num_failures = 0
 
     def failed(self, server: Server, error: ServerError, sent_at: float) -> None:
-        """Counts a failed request. Requests that were under way together and all failed count as one failure."""
+        """Counts a failed request. Concurrent requests that all failed count as one failure."""
         is_busy = isinstance(error, ServerRefusal) and error.status in BUSY_STATUSES
         if server.state != "living" or is_busy or sent_at < server.last_failure:
             return
@@ -191,7 +191,7 @@ class ServerPool:
             self.mark_dead(server, str(error))
 
     async def watch_health(self, every_seconds: float, timeout_seconds: float) -> None:
-        """Marks servers dead that have ended or hang; a server with requests must answer health checks. Never ends."""
+        """Never ends. Marks servers dead that have ended or hang; a server with requests must answer health checks."""
         while True:
             await asyncio.sleep(every_seconds)
             for server in self.living:
@@ -217,14 +217,14 @@ class ServerPool:
             server.num_missed = 0
 
     def mark_dead(self, server: Server, reason: str) -> None:
-        """Sends the server's requests to other servers; the fleet, if there is one, starts it again."""
+        """Moves the server's requests to other servers. The fleet, if there is one, restarts the server."""
         server.state, server.failure_reason = "dead", reason
         if self.fleet is not None:
             server.log_tail = self.fleet.log_tail(server.client.endpoint, NUM_LOG_LINES)
         self.newly_dead.append(server.client)
         self.statistics.count("num_server_failures")
         self.notify(f"SGLang server {server} counts as dead: {server.failure_reason}")
-        # Behind a router any request may be at this server.
+        # Behind a router any request may be on this server.
         for holder in self.servers if self.router is not None else [server]:
             for request in holder.requests:
                 request.cancel()
@@ -275,9 +275,9 @@ class ServerPool:
 
 
 async def abort_stale_requests(server: Server) -> None:
-    """Aborts the requests of clients that are gone: a server that generates refuses new weights.
+    """Aborts the requests of earlier clients, because a generating server refuses new weights.
 
-    Requests of this engine that are aborted with them are sent again by their callers.
+    If this aborts requests of this engine too, their callers send them again.
     """
     if not server.has_stale_requests:
         return
@@ -287,7 +287,7 @@ async def abort_stale_requests(server: Server) -> None:
         try:
             await server.client.control("/flush_cache", {}, CONTROL_SECONDS)
         except ServerRefusal as refusal:
-            if refusal.status != 400:  # 400: a request still runs
+            if refusal.status != 400:  # status 400: a request still runs
                 raise
             await asyncio.sleep(POLL_SECONDS)
         else:

@@ -1,9 +1,9 @@
-"""Waits for servers while none is left, and finds servers that others have started again.
+"""Waits for servers while none is left, and finds servers that others have restarted.
 
-While no server lives, requests wait in the pool. The run's own servers are started again by the fleet; those of
-`endpoints_file` by whoever started them, and the file, which is read again, says where they are by now. A server that
-is back has the weights from disk, so the engine then has the main threads send those of the policy once more. All of
-this runs on the event loop.
+While no server is living, requests wait in the pool. The fleet restarts the run's own servers. The owner of the servers
+of `endpoints_file` restarts those, and the file, which is read again, names their new addresses. A restarted server has
+the weights from disk, so the engine then asks the main threads to send the policy's weights again. All of this runs on
+the event loop.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatron_oreal.engines.sglang.server_checks import ServerFacts
 from megatron_oreal.engines.sglang.server_pool import Server, ServerPool
 from megatron_oreal.engines.sglang.weight_labels import WEIGHTS_FROM_DISK
 
-LOOK_SECONDS = 1.0  # between two looks at servers that are gone
-TELL_SECONDS = 30.0  # between two lines about what is waited for
-ANSWER_SECONDS = 10.0  # that a server which may be back has for its first answer
-NUM_NAMED = 3  # servers in one line
+LOOK_SECONDS = 1.0  # between two checks of dead servers
+TELL_SECONDS = 30.0  # between two log lines about the servers that the run waits for
+ANSWER_SECONDS = 10.0  # time limit of the first answer of a server that may be back
+NUM_NAMED = 3  # servers named in one line
 
 Examine = Callable[[SglangClient], Coroutine[Any, Any, ServerFacts]]
 Send = Callable[[], Coroutine[Any, Any, None]]
 
 
 async def watch_outages(pool: ServerPool, send_again: Send) -> None:
-    """Never ends. It has weights sent again where only stale servers are left, and ends waits that are too long."""
+    """Never ends. Requests new weights if only stale servers are left, and ends waits that exceed their limit."""
     begin, next_line = 0.0, 0.0
     while True:
         await asyncio.sleep(0.1)
@@ -54,7 +54,7 @@ async def watch_outages(pool: ServerPool, send_again: Send) -> None:
 
 
 async def watch_for_returns(pool: ServerPool, examine: Examine) -> None:
-    """Never ends. It looks for dead servers that somebody else starts again."""
+    """Never ends. Looks for dead servers that somebody else restarts."""
     told: set[str] = set()
     while True:
         await asyncio.sleep(LOOK_SECONDS)
@@ -67,7 +67,7 @@ async def watch_for_returns(pool: ServerPool, examine: Examine) -> None:
 
 
 async def look_for(pool: ServerPool, server: Server, examine: Examine) -> str:
-    """Takes the server back where it answers, at the same place or at a new one of the file; returns what is wrong."""
+    """Revives the server if it answers at its old address or at a new one in the file; returns what is wrong."""
     assert pool.fleet is not None
     used = {other.client.endpoint for other in pool.servers if other is not server}
     for endpoint in await asyncio.to_thread(pool.fleet.candidates, server.client.endpoint):
@@ -83,7 +83,7 @@ async def look_for(pool: ServerPool, server: Server, examine: Examine) -> str:
         except ValueError as error:
             await client.close()
             return f"{error}; it stays unused"
-        if server.state != "dead" or pool.is_pushing:  # a push has reached it meanwhile
+        if server.state != "dead" or pool.is_pushing:  # a push has reached the server meanwhile
             await client.close()
             return ""
         await server.client.close()
@@ -100,8 +100,7 @@ async def look_for(pool: ServerPool, server: Server, examine: Examine) -> str:
 
 
 async def watch_silence(pool: ServerPool) -> None:
-    """Never ends. It names the servers that have answered nothing for TELL_SECONDS, what they were asked, and until
-    when they may answer."""
+    """Never ends. Logs which servers have been silent for TELL_SECONDS, their requests, and their deadlines."""
     while True:
         await asyncio.sleep(TELL_SECONDS / 3)
         now, silent = time.monotonic(), []

@@ -1,6 +1,6 @@
-"""Says what this process knows of its servers and of the requests that they have not answered.
+"""Describes the servers and their open requests, as this process knows them.
 
-The watchdog asks when the run hangs, perhaps because the event loop does: nothing here waits for the event loop.
+The watchdog calls this when the run hangs, possibly because the event loop hangs, so nothing here waits for the loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def describe_server(server: Server) -> str:
 def describe_servers(states: Mapping[SglangClient, str], num_waiting: int) -> tuple[list[str], list[str]]:
     """Returns sentences about the servers that have not answered, and lines about all servers and open requests.
 
-    states: of each client, what its server is; num_waiting: requests that wait for a server.
+    states: the state of each client's server; num_waiting: requests that wait for a server.
     """
     now = time.monotonic()
     asked: list[tuple[float, str]] = []

@@ -1,7 +1,7 @@
-"""Gradients of the logits in FP8: one kernel makes them of a block's exponentials, in both layouts.
+"""Computes FP8 gradients of the logits: one kernel makes them, in both layouts, from a block's exponentials.
 
-A token's gradient g is at most as large as a bound r that follows from its scales alone, without a look at the logits:
-|p - onehot| <= 1. So g 448 / r is rounded to e4m3, and r / 448 goes where the token's row is in each product:
+The magnitude of a token's gradient g is at most r, a bound that depends on the token's scales but not on the logits,
+because |p - onehot| <= 1. So g 448 / r is rounded to e4m3, and each product multiplies the token's row by r / 448:
 
     d hidden[t] = (r_t / 448) sum_v e4m3[t, v] weight[v]
     d weight[v] = sum_t e4m3[t, v] (r_t / 448) hidden[t]
@@ -41,8 +41,8 @@ class TorchFp8Gradients:
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
         num_columns, width = weight.shape
-        # For the weight's gradient: a tile's exponentials and its transposed gradient, 3 bytes a logit, and a product.
-        # For the hidden states': some quantised columns. A token has its float32 gradient, and a part of that in half.
+        # The weight's gradient needs a tile's exponentials and transposed gradient, 3 bytes a logit, and a product.
+        # The hidden states' needs some quantised columns; each token, its float32 gradient and a part of it in half.
         of_columns = min(WEIGHT_BYTES, num_columns * width)
         return max(of_columns, 3 * TILE_BYTES // 4 + SUM_BYTES), 6 * width
 
@@ -84,12 +84,12 @@ class TorchFp8Gradients:
             of_hidden.mul_(factors[:, None])
 
     def _gradient(self, call: Call, block: Block) -> Tensor:
-        """[t, v] e4m3, aligned, in the first half of the rows of the block's memory."""
+        """Returns [t, v] e4m3, aligned, in the first half of the rows of the block's memory."""
         num_tokens, num_columns = block.values.shape
         return block.memory.view(E4M3)[: aligned(num_tokens), : aligned(num_columns)]
 
     def _product_of_hidden(self, call: Call, gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out [t, H] = gradient @ weight, some columns at a time."""
+        """Computes out [t, H] = gradient @ weight, some columns at a time."""
         if self.weight_scale is None:
             self.weight_scale = scale_of(torch.linalg.vector_norm(weight, ord=torch.inf))
         num_columns, width = weight.shape
@@ -98,7 +98,7 @@ class TorchFp8Gradients:
             part = new_matrix(width, columns.stop - columns.start, weight.device)
             call.rows.cast_transpose(weight[columns], None, self.weight_scale, part)
             left = gradient[:, columns.start : columns.start + part.shape[1]]
-            # Rounded to bfloat16: the error of FP8 is ten times as large, and half as much is written and read.
+            # Rounding the product to bfloat16 halves its bytes; FP8's error is ten times as large as the rounding's.
             product = scaled_product(left, part, self.weight_scale, torch.bfloat16)[: len(out), :width]
             if columns.start:
                 out.add_(product)
@@ -108,7 +108,7 @@ class TorchFp8Gradients:
 
 
 class HiddenColumns:
-    """A block's hidden states times their tokens' factors, quantised, and transposed: the sum is over tokens."""
+    """A block's hidden states times their tokens' factors, quantised and transposed for a sum over tokens."""
 
     def __init__(self, call: Call, hidden: Tensor, factors: Tensor) -> None:
         num_tokens, self.width = hidden.shape
@@ -118,7 +118,7 @@ class HiddenColumns:
         call.rows.cast_transpose(hidden, factors, self.scale, self.values)
 
     def product(self, transposed: Tensor, out: Tensor, accumulate: bool) -> None:
-        """out [v, H] = or += transposed [v, t] @ these."""
+        """Computes out [v, H] = or += transposed [v, t] @ these hidden states."""
         if not accumulate and out.shape == (len(transposed), len(self.values)):
             scaled_product(transposed, self.values, self.scale, out.dtype, out=out)
             return
@@ -134,7 +134,7 @@ class HiddenColumns:
 
 
 def bounds_of(upstream: Upstream) -> Tensor:
-    """[t] float32: at least the size of every gradient of a token's logits, and more than 0.
+    """Returns positive bounds [t] in float32 on the magnitude of the gradients of each token's logits.
 
     That is onehot a + p b - p (z - logsumexp + entropy) c of a probability p, with the scales a, b and c.
     """

@@ -1,4 +1,4 @@
-"""Quantises matrices to float8 e4m3 with one scale a matrix, and multiplies them by torch._scaled_mm."""
+"""Quantises matrices to float8 e4m3 with one scale per matrix, and multiplies them with torch._scaled_mm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scaling = Literal["tensor", "block", "mx"]  # one scale a tensor, a block of 128
 
 @dataclass(frozen=True, slots=True)
 class Fp8Options:
-    """The library whose FP8 products the gradients use. For torch's, our own kernels quantise, one scale a token."""
+    """The library whose FP8 products the gradients use. For torch's, our kernels quantise with one scale a token."""
 
     backend: Backend = "torch"
     scaling: Scaling = "tensor"  # through Transformer Engine
@@ -39,9 +39,9 @@ def check_capability(device: torch.device, needed: tuple[int, int], what: str) -
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """[] float32: the scale at which a matrix whose largest size is `largest` fills the range of e4m3.
+    """Returns the scale ([] float32) that maps `largest`, a matrix's largest magnitude, to the maximum of e4m3.
 
-    NaN and infinities make it NaN or infinite, and the product NaN: they are not hidden.
+    NaN and infinities make the scale NaN or infinite and the product NaN, so that they stay visible.
     """
     return (largest.float() / E4M3_MAX).clamp_min(SMALLEST_SCALE)
 
@@ -51,16 +51,16 @@ def aligned(size: int) -> int:
 
 
 def new_matrix(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-    """e4m3 memory of aligned dimensions, to be filled."""
+    """Allocates an uninitialised e4m3 matrix of aligned dimensions."""
     return torch.empty(aligned(num_rows), aligned(num_columns), dtype=E4M3, device=device)
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Returns (left [m, k] @ right [n, k].T) * scale in `dtype`, summed in float32; `out` [m, n] receives it if given.
 
-    Of e4m3 matrices with aligned dimensions whose rows are contiguous.
+    The matrices are e4m3, with aligned dimensions and contiguous rows.
     """
     one = torch.ones((), dtype=torch.float32, device=left.device)
     multiply = partial(torch._scaled_mm, left, right.T, scale_a=one, scale_b=scale, out_dtype=dtype)
-    # The fast sums of Hopper have 14 bits.
+    # Hopper's fast accumulation has 14 bits.
     return multiply(use_fast_accum=False) if out is None else multiply(use_fast_accum=False, out=out)

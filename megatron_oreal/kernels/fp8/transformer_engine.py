@@ -1,7 +1,7 @@
-"""FP8 products through Transformer Engine's quantizers and its general_gemm. Written against its versions 2.10 to 2.20.
+"""Computes FP8 products with Transformer Engine's quantizers and general_gemm, for its versions 2.10 to 2.20.
 
-Not run on hardware yet: tests/gpu/test_fp8.py checks it where it can be imported. Everything that is known of
-Transformer Engine is in this file.
+It has not run on hardware: tests/gpu/test_fp8.py checks it if Transformer Engine can be imported. This module contains
+all calls to Transformer Engine's quantizers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_oreal.kernels.blocks import TILE_BYTES, Block
 from megatron_oreal.kernels.fp8.scaled import Scaling, check_capability
 from megatron_oreal.kernels.vocabulary_reduction import Call, Upstream
 
-MIN_VERSION = (2, 10)  # from here general_gemm brings its own workspace
+MIN_VERSION = (2, 10)  # from this version on, general_gemm allocates its own workspace
 NEEDED_CAPABILITY: dict[Scaling, tuple[int, int]] = {"tensor": (8, 9), "block": (9, 0), "mx": (10, 0)}
 BLOCK_CUDA_VERSION = (12, 9)  # block scales are a feature of its cuBLASLt
 ALIGNMENT: dict[Scaling, int] = {"tensor": 16, "block": 16, "mx": 32}  # elements, of both dimensions of every operand
 
 
 class TransformerEngineGradients:
-    """Quantises with one scale for a tensor, a block of 128 numbers (Hopper and later) or of 32 (MXFP8: Blackwell).
+    """Quantises with one scale per tensor, per block of 128 numbers (Hopper and later) or of 32 (MXFP8: Blackwell).
 
     A tile's gradients are made in half precision; one quantiser casts them in both layouts, and the products are added
     to their sums in place.
@@ -34,7 +34,7 @@ class TransformerEngineGradients:
         self.device, self.scaling, self.alignment = device, scaling, ALIGNMENT[scaling]
 
     def memory(self, weight: Tensor) -> tuple[int, int]:
-        # Bytes that a token takes: its hidden state's float32 gradient, and that state padded and in two layouts.
+        # Bytes per token: its hidden state's float32 gradient, and that state, padded and in two layouts.
         return TILE_BYTES, 8 * weight.shape[1]
 
     def add(
@@ -71,12 +71,12 @@ class TransformerEngineGradients:
             of_hidden.copy_(summed[: len(of_hidden)])
 
     def _padded(self, matrix: Tensor) -> Tensor:
-        """The matrix, or new memory with as many rows as its quantised product has."""
+        """Returns the matrix, or new memory with as many rows as its quantised product has."""
         num_rows = padded_to(len(matrix), self.alignment)
         return matrix if num_rows == len(matrix) else matrix.new_empty(num_rows, matrix.shape[1])
 
     def _quantize(self, matrix: Tensor, is_weight: bool, transposed: bool) -> Any:
-        """`transposed`: for a product that sums over the rows, too."""
+        """Quantises a matrix; with `transposed`, also for a product that sums over the rows."""
         num_rows, num_columns = matrix.shape
         if num_columns % self.alignment or (is_weight and num_rows % self.alignment):
             raise ValueError(
@@ -107,7 +107,7 @@ class TransformerEngineGradients:
 
 
 def gemm(left: Any, right: Any, *, layout: str, out: Tensor, accumulate: bool) -> None:
-    """out = or += a product. general_gemm names its operands in column-major order.
+    """Computes out = or += a product. general_gemm names its operands in column-major order.
 
     NN: right @ left; NT: right.T @ left.
     """

@@ -1,1 +1,1 @@
-"""`megatron-oreal report`: one page of HTML that shows what runs did, and how they differ."""
+"""Implements `megatron-oreal report`, which writes one page of HTML about runs and their differences."""

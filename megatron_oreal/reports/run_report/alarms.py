@@ -16,7 +16,7 @@ INTRODUCTION = (
 
 
 def alarms_section(runs: Sequence[ReportedRun]) -> Section | None:
-    """Lists the alarms that fired, with the step at which each ended; None where there are none."""
+    """Lists the alarms that fired, with the step at which each ended; None if no alarm fired."""
     rows = [
         [run.name, event.step, ending(run, event), title(event), event.line.partition(": alarm ")[2]]
         for run in runs
@@ -40,7 +40,7 @@ def mark_alarms(charts: Sequence[Chart], runs: Sequence[ReportedRun]) -> None:
 
 
 def ending(run: ReportedRun, fired: AlarmEvent) -> int | str:
-    """The step at which an alarm ended: before it fired again, or never so far."""
+    """Returns the step at which an alarm ended, "a resume" if it fired again instead, or else "it lasts"."""
     after = run.alarms[run.alarms.index(fired) + 1 :]
     same = [event for event in after if (event.alarm, event.subject) == (fired.alarm, fired.subject)]
     if not same:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-MAX_POINTS = 2000  # A curve has at most so many points; those of a longer run are means over several steps.
+MAX_POINTS = 2000  # largest number of points of a curve; each point of a longer run is a mean over several steps
 
 Curve = dict[float, float]  # step -> value
 
@@ -18,7 +18,7 @@ class Series:
 
     label: str
     values: Curve
-    low: Curve = field(default_factory=dict)  # The band over seeds; empty without one.
+    low: Curve = field(default_factory=dict)  # the band over seeds; empty if there is none
     high: Curve = field(default_factory=dict)
     colour: int = 0  # index into the page's palette
     dashes: int = 0  # index into the page's kinds of dashes
@@ -39,7 +39,7 @@ class Chart:
     kind: Literal["lines", "stacked", "bars"] = "lines"
     note: str = ""
     x_label: str = "step"
-    metrics: tuple[str, ...] = ()  # The names of the metrics that are drawn.
+    metrics: tuple[str, ...] = ()  # the names of the drawn metrics
     marks: list[Mark] = field(default_factory=list)
 
     def as_json(self) -> dict[str, object]:
@@ -71,7 +71,7 @@ def column(curve: Curve, steps: Sequence[float]) -> list[float | None]:
 
 
 def rounded(value: float | None) -> float | None:
-    """Five digits are more than a chart shows; JSON has no NaN and no infinity."""
+    """Rounds to five digits, more than a chart shows; returns None for NaN and infinity, which JSON lacks."""
     if value is None or not math.isfinite(value):
         return None
     if float(value).is_integer() and abs(value) < 1e15:
@@ -95,7 +95,7 @@ def thinned(curve: Curve, width: int) -> Curve:
 
 
 def over_seeds(label: str, curves: Sequence[Curve]) -> Series | None:
-    """Returns the mean of the curves, with a band from the smallest to the largest where several have a value."""
+    """Returns the mean of the curves, with a band from least to largest if several have a value."""
     values: dict[float, list[float]] = {}
     for curve in curves:
         for step, value in curve.items():

@@ -27,7 +27,7 @@ BANDS = (
 
 
 def write_report(paths: Sequence[Path], out: Path) -> list[str]:
-    """Writes the page and returns lines for the user. Raises ValueError, one line, for what is no run."""
+    """Writes the page and returns lines for the user. Raises a one-line ValueError for a path without a run."""
     check_out(out)
     runs = [read_reported_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
     page = render(runs).encode("ascii")

@@ -1,4 +1,4 @@
-"""Groups runs that differ in their seeds alone, and draws one metric or one summary of each group."""
+"""Groups runs that differ only in their seeds, and draws one metric or one summary of each group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layers = Callable[[ReportedRun], dict[str, Curve]]  # Returns {label: curve} for
 
 @dataclass(slots=True, frozen=True)
 class Experiment:
-    """Runs that differ in their seeds alone; most reports have one run in each."""
+    """Runs that differ only in their seeds; in most reports, each experiment has one run."""
 
     label: str
     runs: list[ReportedRun]
@@ -39,14 +39,14 @@ class Drawer:
     """Draws charts of all experiments with the same colours and the same thinning."""
 
     experiments: list[Experiment]
-    width: int  # steps that a point is the mean of
+    width: int  # number of steps that a point averages
 
     @staticmethod
     def of(experiments: list[Experiment]) -> Drawer:
         return Drawer(experiments, bucket_width(run.last_step for one in experiments for run in one.runs))
 
     def metrics(self, title: str, metrics: Sequence[tuple[str, str]], note: str = "") -> Chart | None:
-        """Draws metrics, given as (name, label), of all experiments in one chart; None where no run has any."""
+        """Draws metrics, given as (name, label), of all experiments in one chart; None if no run has any."""
         series = []
         present = [(name, label) for name, label in metrics if self.has(name)]
         for number, (name, label) in enumerate(present):
@@ -77,7 +77,7 @@ class Drawer:
             labels = ordered({label for stack in stacks for label in stack}, order)
             series = []
             for number, label in enumerate(labels):
-                # A run without this layer has the steps of its other layers, with nothing in it.
+                # For a run without this layer, the layer is 0 at the steps of the run's other layers.
                 curves = [stack.get(label) or empty_layer(stack) for stack in stacks]
                 one = over_seeds(label, [thinned(curve, self.width) for curve in curves if curve])
                 if one is not None:
@@ -93,7 +93,7 @@ class Drawer:
         return over_seeds(": ".join(filter(None, [owner, label])), [found for found in curves if found])
 
     def coloured(self, series: Series, experiment: int, number: int) -> Series:
-        """Several experiments have a colour each, and their metrics dashes; the metrics of one have the colours."""
+        """Gives each of several experiments a colour and each metric dashes; a single one has a colour per metric."""
         if len(self.experiments) > 1:
             series.colour, series.dashes = experiment, number
         else:
@@ -117,7 +117,7 @@ def ordered(labels: set[str], order: Sequence[str]) -> list[str]:
 
 
 def filled(layers: dict[str, Curve]) -> dict[str, Curve]:
-    """A layer that a step does not have is empty there."""
+    """Fills in 0 for each layer that a step lacks."""
     steps = sorted({step for curve in layers.values() for step in curve})
     return {label: {step: curve.get(step, 0.0) for step in steps} for label, curve in layers.items()}
 

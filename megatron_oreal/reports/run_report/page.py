@@ -1,7 +1,7 @@
 """Writes the report as one page of HTML that needs no other file and no network.
 
-The charts are drawn by uPlot (MIT licence), whose script stands in the page. The page's policy lets a browser run that
-script and the page's own, and nothing else; whatever a run wrote is shown as text.
+uPlot (MIT licence), whose script is part of the page, draws the charts. The page's policy lets a browser run only that
+script and the page's own; the page shows everything that a run wrote as text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def render_report(title: str, lead: str, sections: Sequence[Section]) -> str:
     library, script = read_part("uPlot.iife.min.js"), read_part("report.js")
     style = read_part("uPlot.min.css") + read_part("report.css")
     scripts = f"{source_hash(library)} {source_hash(script)}"
-    # uPlot writes the sizes of its elements into them, which scripts may do under any style-src.
+    # uPlot sets the sizes of its elements by script, which every style-src allows.
     policy = f"default-src 'none'; script-src {scripts}; style-src {source_hash(style)}; base-uri 'none'"
     charts = [chart for section in sections for chart in section.charts]
     body, links = [], []

@@ -1,6 +1,6 @@
-"""Sums up the samples of a run: pass rates by data set and by difficulty, verdicts, lengths, token weights.
+"""Summarizes the samples of a run: pass rates by data set and by difficulty, verdicts, lengths, token weights.
 
-A long run has more samples than a page needs: evenly spaced steps are read, and no more than MAX_BYTES.
+A long run has more samples than a page needs, so this module reads evenly spaced steps, and at most MAX_BYTES.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Item = TypeVar("Item")
 
 MAX_STEPS = 40
 MAX_BYTES = 100_000_000
-MAX_SOURCES = 12  # Data sets with curves of their own, the largest first.
-MAX_VALUES = 100_000  # Token weights of one histogram.
-# Difficulty, as the pass rate that was measured before training: (upper bound, label).
+MAX_SOURCES = 12  # most data sets with curves of their own; the largest come first
+MAX_VALUES = 100_000  # most token weights in one histogram
+# Difficulty is the pass rate before training: (upper bound, label).
 DIFFICULTIES = (
     (0.0, "never solved"),
     (0.25, "up to 25 %"),
@@ -44,14 +44,14 @@ class RolloutSummary:
 
 
 def summarize_rollouts(run_dir: Path, notes: list[str]) -> RolloutSummary:
-    """Reads rollouts/ and rollout_tokens/ where the run has them. A file that cannot be read becomes a note."""
+    """Reads rollouts/ and rollout_tokens/ if the run has them, and adds a note for each unreadable file."""
     known = numbered_files(run_dir / "rollouts")
     summary = RolloutSummary(num_steps=len(known))
     sources: Counter[str] = Counter()
     for step, path in chosen(known):
         try:
             samples = read_step(step, path, 0, notes)
-        except (ValueError, OSError) as error:  # The files of a run that goes on may change at any time.
+        except (ValueError, OSError) as error:  # The files of an unfinished run may change at any time.
             notes.append(str(error))
             continue
         if samples:
@@ -126,7 +126,7 @@ def numbered_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def chosen(files: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """Returns evenly spaced files, the first and the last among them, fewer where the files are large."""
+    """Returns evenly spaced files, including the first and the last; fewer if the files are large."""
     sizes = [path.stat().st_size for _, path in files if path.is_file()]
     mean_size = sum(sizes) / len(sizes) if sizes else 0
     return spread(files, max(2, min(MAX_STEPS, int(MAX_BYTES / max(1.0, mean_size)))))

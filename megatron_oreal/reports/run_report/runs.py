@@ -1,4 +1,4 @@
-"""Reads everything that the report shows of a run, finished, killed or still going on."""
+"""Reads everything that the report shows about a run, whether finished, killed or unfinished."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_oreal.reports.run_report.charts import Curve
 from megatron_oreal.reports.run_report.rollouts import RolloutSummary, summarize_rollouts
 
 STEP_FOLDER = re.compile(r"step_(\d{6,})")
-# Beginnings of the settings in which runs of one experiment may differ.
+# Runs of one experiment may differ in settings whose names begin with one of these.
 NOT_OF_THE_EXPERIMENT = ("seed", *WITHOUT_INFLUENCE)
 
 
@@ -62,13 +62,13 @@ class ReportedRun:
 
     @property
     def experiment(self) -> str:
-        """Runs with the same value differ in their seeds alone."""
+        """Returns a key; runs with the same key differ only in their seeds."""
         kept = {name: value for name, value in self.settings.items() if not name.startswith(NOT_OF_THE_EXPERIMENT)}
         return json.dumps(kept, sort_keys=True, default=str)
 
 
 def read_reported_run(path: Path, name: str) -> ReportedRun:
-    """Raises ValueError, one line, for what is no training run and for one that has not finished a step."""
+    """Reads a run. Raises a one-line ValueError for a path without a training run or a run without a finished step."""
     if not path.is_dir():
         raise ValueError(
             f"{path} {'is a file' if path.exists() else 'does not exist'}: give the run_dir of a training run"
@@ -110,7 +110,7 @@ def read_settings(path: Path, notes: list[str]) -> dict[str, object]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole objects of a file; lines that are torn or damaged are left out."""
+    """Returns the whole objects of a file; skips incomplete and damaged lines."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
@@ -133,13 +133,13 @@ def read_checkpoints(path: Path) -> list[SavedCheckpoint]:
             evaluation = json.loads((entry / "run.json").read_text())["progress"]["evaluation"]
             scores = {str(name): float(value) for name, value in evaluation.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            scores = {}  # A run that goes on may have just removed it.
+            scores = {}  # An unfinished run may have just removed it.
         found.append(SavedCheckpoint(int(match[1]), entry, scores))
     return found
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Returns short names that tell the runs apart: the folder's name, with its parents where two have the same."""
+    """Returns short distinct names of the runs: the folder's name, with its parents if two are the same."""
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         raise ValueError("a run is given twice: give each run once")

@@ -1,4 +1,4 @@
-"""Says what the report shows: its sections, in their order, with the metrics of each chart."""
+"""Defines what the report shows: its sections in order, with the metrics of each chart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Section:
 
 
 def chart_sections(drawer: Drawer) -> list[Section]:
-    """Returns the sections that consist of charts. Those without a chart are left out."""
+    """Returns the sections that consist of charts, without empty ones."""
     sections = [
         learning(drawer),
         pass_rates(drawer),

@@ -1,4 +1,4 @@
-"""Writes the report's tables: the runs, their checkpoints, the settings that differ, and where the runs took place."""
+"""Writes the report's tables: the runs, their checkpoints, the settings that differ, and the runs' environments."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from megatron_oreal.reports.curves import format_cell
 from megatron_oreal.reports.run_report.runs import ReportedRun, SavedCheckpoint
 
-SHARE_AT_THE_END = 0.1  # The last reward is the mean of this share of the steps.
+SHARE_AT_THE_END = 0.1  # the last reward is the mean over this share of the steps
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
-    """Writes a table in which text can never be code: every cell is escaped."""
+    """Writes a table and escapes every cell, so that no text can become code."""
     head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(map(html_cell, row))}</tr>" for row in rows)
     titled = f"<caption>{html.escape(caption)}</caption>" if caption else ""
@@ -56,7 +56,7 @@ def run_row(run: ReportedRun) -> list[object]:
 
 
 def evaluates(run: ReportedRun) -> bool:
-    """Whether the last record is an evaluation alone, which has the number num_steps."""
+    """Returns whether the run evaluates: its last record, of step num_steps, then holds an evaluation only."""
     return any(name.startswith("eval.prompts.") for name in run.settings)
 
 
@@ -83,7 +83,7 @@ def checkpoint_row(run: ReportedRun, saved: SavedCheckpoint) -> list[object]:
 
 
 def differences_table(runs: Sequence[ReportedRun]) -> str | None:
-    """Lists the settings that are not the same in all runs; None where there are none."""
+    """Lists the settings that differ between the runs; None if there are none."""
     names = sorted({name for run in runs for name in run.settings} - {"run_dir"})
     rows = []
     for name in names:
@@ -98,7 +98,7 @@ def setting(run: ReportedRun, name: str) -> str:
 
 
 def environment_table(runs: Sequence[ReportedRun]) -> str | None:
-    """Gives each start of each run a column; a resumed run has several."""
+    """Writes one column per start of a run; a resumed run has several."""
     starts = [(run, start) for run in runs for start in run.starts]
     names = list(dict.fromkeys(name for _, start in starts for name in start))
     rows = [[name, *(str(start.get(name, "")) for _, start in starts)] for name in names]
@@ -107,7 +107,7 @@ def environment_table(runs: Sequence[ReportedRun]) -> str | None:
 
 
 def settings_details(runs: Sequence[ReportedRun]) -> str:
-    """Lists all settings of each run, folded away."""
+    """Lists all settings of each run in a collapsed element."""
     parts = []
     for run in runs:
         text = "\n".join(f"{name}: {value!r}" for name, value in run.settings.items())

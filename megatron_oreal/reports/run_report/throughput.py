@@ -1,9 +1,9 @@
-"""Computes where the seconds of a step went, and the model FLOPs utilization (MFU) of the update.
+"""Computes the seconds of each phase of a step, and the model FLOPs utilization (MFU) of the update.
 
     MFU = 6 x active parameters x trained tokens / (seconds of the policy's training x processes x peak FLOPs a second)
 
-It counts the products with weights, forward and backward, of the policy alone; the products within attention are left
-out, so the value is a lower bound. Padding, recomputation and the other models count as nothing.
+The MFU counts the policy's products with weights, forward and backward, but not the products within attention, so the
+value is a lower bound. It does not count padding, recomputation or the other models.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MFU_FORMULA = (
     "Products within attention, recomputation and the other models are not counted: it is a lower bound."
 )
 NO_PEAK = "The peak is the dense BF16 peak in the GPU's data sheet."
-# Dense BF16 FLOPs a second from the makers' data sheets, by a part of the name; the first that fits is taken.
+# Dense BF16 FLOPs a second from the makers' data sheets, by a part of the GPU's name; the first match counts.
 PEAK_FLOPS = (
     ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("H800", 989e12),
     ("H20", 148e12), ("B200", 2250e12), ("B300", 2250e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12),
@@ -34,7 +34,7 @@ def phase_seconds(run: ReportedRun) -> dict[str, Curve]:
 
 
 def flops_per_process(run: ReportedRun) -> Curve:
-    """FLOPs a second of each process while the policy trains; empty where an older run has not recorded its size."""
+    """Returns each process's FLOPs a second while the policy trains; empty if the run did not record its size."""
     start = run.starts[-1] if run.starts else {}
     parameters, processes = start.get("active_parameters"), start.get("num_processes")
     if not isinstance(parameters, int | float) or not isinstance(processes, int) or processes < 1:

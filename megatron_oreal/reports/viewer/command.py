@@ -1,4 +1,4 @@
-"""What `megatron-oreal view` does: it reads a run, and prints a table or writes a page."""
+"""Implements `megatron-oreal view`: reads a run, and prints a table or writes a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_oreal.reports.viewer.table import samples_table, whole_samples
 
 PAGE_LIMIT = 20000  # samples on a page, unless another limit is given
 TABLE_LIMIT = 20
-# Bounds of what browsers open in a moment; V8 reads no text of more than 512 million characters.
+# Limits within which browsers open a page quickly; V8 accepts at most 512 million characters of text.
 PAGE_CHARACTERS = 200_000_000
 PAGE_TOKENS = 3_000_000
 
@@ -30,7 +30,7 @@ def read_filters(
     disagreements: bool,
     search: str,
 ) -> Filters:
-    """Reads what the command line gives; an empty interval is no bound. Raises ValueError naming the option."""
+    """Reads the command line's filters; an empty interval has no bound. Raises ValueError naming the option."""
     return Filters(
         steps=parse_bounds(steps, "--steps") if steps else ANY,
         rewards=parse_bounds(reward, "--reward") if reward else ANY,
@@ -43,7 +43,7 @@ def read_filters(
 
 
 def view_as_page(run_dir: Path, filters: Filters, limit: int | None, out: Path) -> list[str]:
-    """Writes the page with the newest samples that the filters take, and returns lines for the user."""
+    """Writes the page with the newest samples that pass the filters, and returns lines for the user."""
     check_out(out)
     run = read_filtered(run_dir, filters, limit or PAGE_LIMIT, keeps_tokens=True)
     keep_what_fits(run)
@@ -52,7 +52,7 @@ def view_as_page(run_dir: Path, filters: Filters, limit: int | None, out: Path) 
 
 
 def keep_what_fits(run: ViewedRun, most_characters: int = PAGE_CHARACTERS, most_tokens: int = PAGE_TOKENS) -> None:
-    """Leaves out the oldest samples, and the tokens of older ones, where a page would be too large for a browser."""
+    """Drops the oldest samples, and the tokens of older ones, if the page would be too large for a browser."""
     lengths = [len(sample.prompt) + len(sample.answer) + len(sample.response) for sample in reversed(run.samples)]
     num_fitting = bisect.bisect_right(list(accumulate(lengths)), most_characters)
     if num_fitting < len(run.samples):
@@ -76,7 +76,7 @@ def num_recorded_tokens(sample: ViewedSample) -> int:
 def view_as_table(
     run_dir: Path, filters: Filters, limit: int | None, order: str, full: bool, width: int
 ) -> tuple[str, list[str]]:
-    """Returns the first samples in the order that is asked for, as text, and lines for the user beside it."""
+    """Returns the first samples in the requested order as text, and notes for the user."""
     if order not in ORDERS:
         raise ValueError(f"--sort: {order!r} is no order; give one of {', '.join(ORDERS)}")
     run = read_filtered(run_dir, filters, None, keeps_tokens=False)
@@ -88,7 +88,7 @@ def view_as_table(
 
 
 def read_filtered(run_dir: Path, filters: Filters, limit: int | None, keeps_tokens: bool) -> ViewedRun:
-    """Raises ValueError where no sample is left, if a data set or a status is not known."""
+    """Reads the samples. Raises ValueError if none is left and a data set or a status is not known."""
 
     def is_wanted(step: int) -> bool:
         return filters.steps.holds(step)

@@ -1,7 +1,7 @@
 """Writes the samples of a run as one page of HTML that needs no other file and no network.
 
-What a model wrote is hostile text: here it stands in JSON that cannot end its element, the page's script shows it only
-as text, and the page's policy lets a browser run that one script and nothing else.
+Text of a model may be hostile. The page holds it in JSON that cannot end its element, the page's script shows it only
+as text, and the page's policy lets a browser run only that script.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_oreal.observability.files import write_atomically
 from megatron_oreal.reports.viewer.samples import ViewedRun, ViewedSample, finite
 from megatron_oreal.reports.viewer.selection import worst_first
 
-SCRIPTS = ("data.js", "tokens.js", "list.js", "detail.js", "app.js")  # in the order in which they depend on each other
+SCRIPTS = ("data.js", "tokens.js", "list.js", "detail.js", "app.js")  # in order of dependency
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 TOKEN_COLUMNS = ("logprobs", "differences", "weights", "advantages")
 
@@ -27,7 +27,7 @@ TOKEN_COLUMNS = ("logprobs", "differences", "weights", "advantages")
 def write_page(path: Path, run: ViewedRun) -> int:
     """Writes the page with the samples of the run and returns its size in bytes.
 
-    Raises ValueError where no page can stand at `path`.
+    Raises ValueError if no page can be written to `path`.
     """
     check_out(path)
     page = render_page(run).encode("ascii")
@@ -56,7 +56,7 @@ def render_page(run: ViewedRun) -> str:
         "tokens": "\n".join(data_element(f"tokens-{step}", rows) for step, rows in token_data(run.samples).items()),
         "script": script,
     }
-    # One pass, so that no text of the samples can be taken for a placeholder.
+    # One pass replaces all placeholders, so that no text of the samples is read as one.
     return PLACEHOLDER.sub(lambda match: parts[match[1]], read_part("viewer.html"))
 
 
@@ -78,12 +78,12 @@ def data_element(name: str, value: object) -> str:
 
 
 def embedded_json(value: object) -> str:
-    """JSON in ASCII without "<": it can neither end the element that holds it nor open a comment there."""
+    """Returns JSON in ASCII without "<", so that it can neither end its element nor open a comment."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def sample_data(run: ViewedRun) -> dict[str, object]:
-    """Returns the samples in columns; texts that many samples share are written once."""
+    """Returns the samples in columns; writes a text that several samples share once."""
     prompts: dict[tuple[str, str, str], int] = {}
     rows = []
     for sample in run.samples:

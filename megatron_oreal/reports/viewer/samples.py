@@ -1,7 +1,6 @@
-"""Reads the samples that a run has written so far, also while it goes on.
+"""Reads the samples that a run has written so far, also during the run.
 
-Rows of older versions, and those of versions that write more fields, are read too: what is missing or has another type
-than expected is unknown.
+It also reads rows with fewer or more fields: a field that is missing or has an unexpected type is unknown.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 STEP_FILE = re.compile(r"step_(\d{1,15})\.jsonl")
 OPINION_KEYS = ("status", "verdict", "is_correct", "correct", "reward")
-# Statuses with which nobody could decide: those of types.UNJUDGED, which torch comes with.
+# Statuses without a verdict, the same as types.UNJUDGED, whose import would load torch.
 UNDECIDED = ("timeout", "crash", "judge_failed", "reward_failed")
 
 
@@ -29,7 +28,7 @@ class ViewedSample:
     step: int
     row: int  # the line's number in its file, from 0 on
     prompt_id: str
-    source: str  # the data set; empty where the row does not name it
+    source: str  # the data set; empty if the row does not name it
     prompt: str
     answer: str
     response: str
@@ -40,10 +39,10 @@ class ViewedSample:
     logprob: float | None  # the engine's log-probability of the whole response
     finish_reason: str
     policy_version: int | None
-    rules: str  # the status that the rules gave, before a judge had a say
-    judge: str | None  # the judge's status; None where no judge was asked
+    rules: str  # the status that the rules gave, before the judge's opinion
+    judge: str | None  # the judge's status; None if the verifier asked no judge
     group: int = 0  # the number of its group among all that were read
-    pass_rate: float | None = None  # the pass rate of its group; None where no sample of the group was decided
+    pass_rate: float | None = None  # the pass rate of its group; None if no sample of the group has a verdict
     difference: float | None = None  # mean |log-prob of the trainer - that of the engine| of a token, where recorded
     tokens: Mapping[str, object] | None = None  # the row of rollout_tokens/
     difficulty: float | None = None  # the pass rate of its prompt that was measured before training, where known
@@ -54,7 +53,7 @@ class ViewedSample:
 
     @property
     def judge_disagrees(self) -> bool:
-        """Whether judge and rules both decided, and one took the response for correct."""
+        """Returns whether both judge and rules decided, and only one accepts the response."""
         if self.judge not in ("correct", "incorrect") or not self.rules or self.rules in UNDECIDED:
             return False
         return (self.judge == "correct") != (self.rules == "correct")
@@ -62,12 +61,12 @@ class ViewedSample:
 
 @dataclass(slots=True)
 class ViewedRun:
-    """Samples of a run in the order of its files."""
+    """The samples of a run in the order of its files."""
 
     name: str
     samples: list[ViewedSample]
-    notes: list[str]  # what could not be read, and what was left out
-    sources: set[str]  # the data sets of all samples that were read, also of those that were not taken
+    notes: list[str]  # what could not be read, and what was dropped
+    sources: set[str]  # the data sets of all samples that were read, including those not kept
     statuses: set[str]
 
 
@@ -80,7 +79,7 @@ def read_run(
 ) -> ViewedRun:
     """Reads the wanted steps of a run directory and keeps the samples that `takes` accepts, the newest `limit` of them.
 
-    Raises ValueError, one line, for what is no run, for a run without samples, and for a damaged row before the last.
+    Raises a one-line ValueError for a path without a run, a run without samples, or a damaged row before the last.
     """
     run = ViewedRun(run_dir.resolve().name, [], [], set(), set())
     known = step_files(run_dir)
@@ -139,7 +138,7 @@ def step_files(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yields each line's number and its object. A torn last line is left out, with a note."""
+    """Yields each line's number and its object. Skips an incomplete last line, with a note."""
     lines = path.read_bytes().split(b"\n")
     last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
     for number, line in enumerate(lines):
@@ -184,10 +183,10 @@ def read_sample(step: int, row: int, record: Mapping[str, object]) -> ViewedSamp
 def opinion_of(value: object) -> str | None:
     """Reads what a judge, or the rules beside a judge, said about a response, in any of the forms that a row may have.
 
-    Returns a status such as "correct" or "incorrect"; None where nothing was said.
+    Returns a status such as "correct" or "incorrect"; None if there is none.
 
-    Example: `"correct"`, `true`, `1.0`, `{"status": "correct"}` and `{"is_correct": true}` all say "correct". A status
-    of another name, for example "timeout", stays as it is.
+    Example: `"correct"`, `true`, `1.0`, `{"status": "correct"}` and `{"is_correct": true}` all give "correct". A status
+    of another name, for example "timeout", is returned unchanged.
     """
     if isinstance(value, Mapping):
         return next((found for key in OPINION_KEYS if (found := opinion_of(value.get(key))) is not None), None)
@@ -231,7 +230,7 @@ def whole_number(record: Mapping[str, object], name: str) -> int | None:
 
 
 def add_tokens(samples: list[ViewedSample], path: Path, notes: list[str], keeps_tokens: bool) -> None:
-    """Gives the samples of a step what is known of their recorded tokens, where the run has recorded any."""
+    """Adds to the samples of a step the fields of their recorded tokens, if the run has recorded any."""
     if not path.is_file():
         return
     by_row = {sample.row: sample for sample in samples}
@@ -249,7 +248,7 @@ def add_tokens(samples: list[ViewedSample], path: Path, notes: list[str], keeps_
 
 
 def is_token_row(record: Mapping[str, object]) -> bool:
-    """Whether the row has a text for each token, and as many values of each kind."""
+    """Returns whether the row has a text for each token, and as many values of each kind."""
     texts = record.get("texts")
     if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
         return False

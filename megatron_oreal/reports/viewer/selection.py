@@ -1,4 +1,4 @@
-"""Chooses samples, and puts them in order: worst first, for example."""
+"""Selects samples and sorts them, for example with the worst first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_oreal.reports.viewer.samples import ViewedSample
 
 @dataclass(slots=True, frozen=True)
 class Bounds:
-    """An interval that has its ends. A value that is not known lies only in the interval without ends."""
+    """A closed interval. Only an interval without ends contains an unknown value."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -26,7 +26,7 @@ ANY = Bounds()
 
 
 def parse_bounds(text: str, name: str) -> Bounds:
-    """Reads "3", "3:5", "3:" or ":5", with ends that belong to it. Raises ValueError naming the option."""
+    """Reads "3", "3:5", "3:" or ":5", as a closed interval. Raises ValueError naming the option."""
     low, separator, high = text.partition(":")
     try:
         first = float(low) if low.strip() else -math.inf
@@ -40,7 +40,7 @@ def parse_bounds(text: str, name: str) -> Bounds:
 
 @dataclass(slots=True, frozen=True)
 class Filters:
-    """What the samples must be; the page has the same filters, and viewer.js applies them in the same way."""
+    """The conditions on samples; the page has the same filters, and viewer.js applies them in the same way."""
 
     steps: Bounds = ANY
     rewards: Bounds = ANY
@@ -68,7 +68,7 @@ def searched_text(sample: ViewedSample) -> str:
 
 
 def check_names(filters: Filters, sources: Collection[str], statuses: Collection[str]) -> None:
-    """Raises ValueError for a data set or a status that no sample has, naming those that there are."""
+    """Raises ValueError for a data set or a status that no sample has; the message lists the known ones."""
     for option, asked, known in (("--source", filters.sources, sources), ("--status", filters.statuses, statuses)):
         for name in asked:
             if name not in known:
@@ -76,11 +76,11 @@ def check_names(filters: Filters, sources: Collection[str], statuses: Collection
 
 
 def worst_first(sample: ViewedSample) -> tuple[float, ...]:
-    """Orders samples by what is worth a look.
+    """Returns a sort key that puts the samples most in need of inspection first.
 
-    First come samples about which judge and rules disagree, then those that the verifier could not decide, and then the
-    lower rewards. Of equal rewards, the sample whose group has the higher pass rate comes first, because others of its
-    group did better; then the one with the larger difference of log-probs, and then the longer one.
+    Samples about which judge and rules disagree come first, then those without a verdict, then the lower rewards. Among
+    equal rewards, the sample whose group has the higher pass rate comes first, because others of its group did better;
+    then the one with the larger difference of log-probs, and then the longer one.
     """
     return (
         -float(sample.judge_disagrees),

@@ -1,4 +1,4 @@
-"""Shows samples in a terminal: a row each, or each with its whole response."""
+"""Shows samples in a terminal: one row per sample, or each with its whole response."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ WIDEST_ANSWER = 20
 
 
 def samples_table(samples: Sequence[ViewedSample], width: int) -> str:
-    """Returns a table with a row for each sample, no wider than `width` where the columns of numbers leave room.
+    """Returns a table with a row for each sample, no wider than `width` if the columns of numbers leave room.
 
-    Columns about which no sample knows anything are left out.
+    The table has no column that is unknown for all samples.
     """
     columns: dict[str, list[object]] = {
         "step": [sample.step for sample in samples],
@@ -35,7 +35,7 @@ def samples_table(samples: Sequence[ViewedSample], width: int) -> str:
     left = width - sum(max(len(name), *(len(as_text(cell)) for cell in cells)) + 2 for name, cells in columns.items())
     text_width = max(MIN_TEXT_WIDTH, (left - 2) // 2)
     columns["prompt"] = [shortened(sample.prompt, text_width) for sample in samples]
-    # The end of a response has the answer.
+    # The answer is at the end of a response.
     columns["response"] = [shortened(sample.response, text_width, keeps_end=True) for sample in samples]
     rows = list(zip(*columns.values(), strict=True))
     return format_table(rows, list(columns))
@@ -65,7 +65,7 @@ def shortened(text: str, width: int, keeps_end: bool = False) -> str:
 
 
 def printable(text: str) -> str:
-    """Escapes what a terminal would obey: control characters but the line feed, and marks that reorder text."""
+    """Escapes control characters except the line feed, and marks that reorder text, which a terminal would obey."""
     return "".join(
         char if char == "\n" or unicodedata.category(char)[0] != "C" else char.encode("unicode_escape").decode()
         for char in text

@@ -1,7 +1,7 @@
-"""Run by torchrun: every algorithm's updates under context parallelism, against those of replicas.
+"""Compares every algorithm's updates under context parallelism with those of replicas; torchrun runs this file.
 
-Each layout builds an algorithm as a run does, with its models, and takes two updates on the same groups. Metrics and
-the gradients of the last optimizer step must agree.
+Each layout builds an algorithm and its models as a run does, and makes two updates on the same groups. Metrics and the
+gradients of the last optimizer step must agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_oreal.types import Group, Prompt, Sample, Verdict
 from megatron_oreal.weights.stream import WeightStream
 from tests.support.tiny_models import VOCAB_SIZE, random_sequences, write_tiny_model
 
-# Layout and the settings of the model beside it.
+# Each layout, and the settings of the model for it.
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "DP4": ({}, {}, {}),
     "CP2 x DP2, recomputed attention": (
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 LEARNS = {"optimizer": {"lr": 1e-2, "weight_decay": 0.0}}
 CASES: dict[str, dict[str, Any]] = {
-    # In the first update the reward model learns, in the second its scores weigh the policy's tokens.
+    # The first update trains the reward model; in the second, its scores weight the policy's tokens.
     "oreal": {
         "algorithm": {"policy_freeze_steps": 1, "kl_coef": 0.1, "reward_model": LEARNS},
     },
@@ -160,12 +160,12 @@ def groups(step: int) -> list[Group]:
 
 
 def gradients_of(models: dict[str, TrainableModel]) -> dict[str, dict[str, Tensor]]:
-    """The gradients of each trained model's last optimizer step, by Hugging Face names."""
+    """Returns the gradients of each trained model's last optimizer step, by Hugging Face names."""
     gradients = {}
     for name, model in models.items():
         if model.training is None:
             continue
-        if model.optimizer_is_sharded:  # a rank has the sums of its own share only
+        if model.optimizer_is_sharded:  # a rank only has the sums of its share
             gradients[name] = {}
             continue
         shards = [(key, parameter.main_grad) for key, parameter in model.parameters()]  # type: ignore[attr-defined]

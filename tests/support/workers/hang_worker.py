@@ -1,9 +1,9 @@
-"""Run as one of two ranks: a supervised run in which one thing goes wrong in the second step.
+"""Runs a supervised run, as one of two ranks, in which the second step fails in one way.
 
     hang_worker.py CONFIG sleep|collective|stopped
 
-sleep: rank 1 sleeps within the update. collective: rank 1 waits for something that rank 0 never sends. stopped: the
-whole process of rank 1 stands still.
+sleep: rank 1 sleeps within the update. collective: rank 1 waits for a message that rank 0 never sends. stopped: the
+whole process of rank 1 is stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run by torchrun: every layout that fits the processes, against transformers and against each other."""
+"""Compares all layouts for this number of processes with transformers and each other; torchrun runs this file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYOUTS = {
     "TP2 x PP2": ParallelConfig(tensor=2, pipeline=2),
     "TP2+SP x PP2 virtual": ParallelConfig(tensor=2, pipeline=2, sequence=True, virtual_pipeline=2),
     "PP4": ParallelConfig(pipeline=4),
-    # context_worker.py has others, with all algorithms.
+    # context_worker.py tests further layouts, with all algorithms.
     "CP2 x TP2": ParallelConfig(context=2, tensor=2),
     "CP2 x PP2 virtual": ParallelConfig(context=2, pipeline=2, virtual_pipeline=2),
     "CP4": ParallelConfig(context=4),
@@ -85,13 +85,13 @@ def main(folder: Path) -> None:
 
 def fits(config: ParallelConfig) -> bool:
     if config.context > 1 and torch.cuda.is_available():
-        return False  # it runs on a CPU only
+        return False  # the test runs on a CPU only
     return dist.get_world_size() % (config.tensor * config.pipeline * config.context) == 0
 
 
 def check_layout(folder: Path, expected: dict[str, Any], name: str, layout: ParallelLayout) -> dict[str, Any]:
-    """Compares with transformers, and returns what must be the same in every layout."""
-    # A single process does all four; several share them out, so that each layout meets both models and both packings.
+    """Compares with transformers, and returns the results that must be equal in all layouts."""
+    # A single process runs all four; several divide them, so that each layout runs both models and both packings.
     swapped = list(LAYOUTS).index(name) % 2 == 1
     for model_name, wanted in expected.items():
         if layout.world_size == 1 or (model_name == "tied") != swapped:
@@ -149,7 +149,7 @@ def plan_of(layout: ParallelLayout, microbatch_tokens: int = 48) -> PackingPlan:
 
 
 def transformers_results(path: Path) -> tuple[dict[tuple[int, ...], Tensor], dict[str, Tensor]]:
-    """Logits of each sequence's response, and the gradients of the advantage-weighted loss."""
+    """Returns the logits of each sequence's response, and the gradients of the advantage-weighted loss."""
     model = Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)
     logits, loss = {}, torch.zeros(())
     for sequence in SEQUENCES:
@@ -168,7 +168,7 @@ def weighted_loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
 
 
 class LogitsHead(LogprobHead):
-    """Whole logits of the trained tokens, in place of log-probs."""
+    """A head that returns all logits of the trained tokens, in place of log-probs."""
 
     def __call__(self, model: Any, hidden: Tensor, microbatch: Microbatch) -> TokenOutputs:
         shared = model.share_embeddings_and_output_weights
@@ -185,7 +185,7 @@ def compare(
     logits, gradients = expected
     model = build(path, layout, recompute=recompute)
     batch = pack(SEQUENCES, plan_of(layout, microbatch_tokens))
-    if layout.context_size == 1:  # with more, the values of a head are one a token
+    if layout.context_size == 1:  # with more, a head returns one value per token
         compare_logits(model, batch, logits, name)
     model.forward(batch, "old_logprobs")
     for ids, values in responses(batch):
@@ -204,7 +204,7 @@ def compare_logits(model: TrainableModel, batch: Batch, expected: dict[tuple[int
     logprob_head, model.head = model.head, LogitsHead(model.layout, model.architecture.vocab_size)
     with torch.no_grad():
         whole = model._run(batch, lambda outputs, _: outputs.values, forward_only=True)
-    for microbatch, values in zip(batch.microbatches, whole, strict=False):  # `whole` is empty but on the last stage
+    for microbatch, values in zip(batch.microbatches, whole, strict=False):  # `whole` is empty except on the last stage
         sequences = list(sequences_of(microbatch))
         for ids, rows in zip(sequences, values.split([len(expected[ids]) for ids in sequences]), strict=True):
             close(rows, expected[ids], 1e-4, f"{name} logits")
@@ -212,7 +212,7 @@ def compare_logits(model: TrainableModel, batch: Batch, expected: dict[tuple[int
 
 
 def sequences_of(microbatch: Microbatch) -> Iterator[tuple[int, ...]]:
-    """The token ids of each sequence, without the filler."""
+    """Returns the token ids of each sequence, without the filler."""
     for number in range(microbatch.num_sequences):
         mine = microbatch.sequence_ids == number
         if (mine & microbatch.loss_mask).any():
@@ -227,13 +227,13 @@ def responses(batch: Batch) -> Iterator[tuple[tuple[int, ...], Tensor]]:
 
 
 def gradient_stream(model: TrainableModel) -> WeightStream:
-    """The gradients under Hugging Face names: they are sharded as the weights are."""
+    """Yields the gradients by Hugging Face names; they are sharded in the same way as the weights."""
     gradients = [(name, parameter.main_grad) for name, parameter in model.parameters()]  # type: ignore[attr-defined]
     return WeightStream(gradients, model.architecture, model.head.kind, model.layout)
 
 
 class Reference:
-    """Log-probs of an initial policy that is not the policy: a function of the tokens."""
+    """An initial policy that differs from the policy: its log-probs depend on the tokens only."""
 
     def forward(self, batch: Batch, stream: str) -> None:
         for microbatch in batch.microbatches:
@@ -242,7 +242,7 @@ class Reference:
 
 
 def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) -> dict[str, Tensor]:
-    """The policy's gradients of the full OREAL loss, with token weights from a scripted reward model."""
+    """Returns the policy's gradients of the full OREAL loss, with token weights from a scripted reward model."""
     model = build(path, layout)
     config = OrealConfig(policy_freeze_steps=0, kl_coef=0.1)
     oreal = Oreal(config, plan_of(layout, microbatch_tokens), 0, model, Reference(), None)  # type: ignore[arg-type]
@@ -257,7 +257,7 @@ def oreal_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) 
 
 
 def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) -> dict[str, Tensor]:
-    """Those of policy and critic, with scripted values before the update; advantages are whitened over all ranks."""
+    """Returns the gradients of policy and critic, with scripted values before the update and whitened advantages."""
     policy, critic = build(path, layout), build(path, layout, head=ScalarHead(layout, "normal", seed=1))
     config = PpoConfig(name="ppo", gae_lambda=0.9, discount=0.95, kl_coef=0.1, entropy_coef=0.01)
     ppo = Ppo(config, plan_of(layout, microbatch_tokens), 0, policy, critic, Reference())  # type: ignore[arg-type]
@@ -275,8 +275,8 @@ def ppo_gradients(path: Path, microbatch_tokens: int, layout: ParallelLayout) ->
 
 
 def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
-    """1e-6 of the gradient's norm; in single entries cancellation leaves less."""
-    rounding = 10.0 if torch.cuda.is_available() else 1.0  # CUDA has other kernels for other shapes
+    """Compares within 1e-6 of the gradient's norm, because cancellation makes single entries less exact."""
+    rounding = 10.0 if torch.cuda.is_available() else 1.0  # CUDA uses different kernels for different shapes
     first_name, first = next(iter(gradients.items()))
     norm = torch.cat([gradient.flatten() for gradient in first.values()]).norm()
     for name, other in gradients.items():
@@ -292,7 +292,7 @@ def same_gradients(gradients: dict[str, dict[str, Tensor]]) -> None:
 def updates(
     path: Path, distributed: bool, overlap: bool, dtype: str, layout: ParallelLayout
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """The weights after three optimizer steps, and the metrics of each."""
+    """Returns the weights after three optimizer steps, and the metrics of each step."""
     optimizer = OptimizerConfig(
         lr=1e-3,
         clip_grad=0.5,
@@ -322,7 +322,7 @@ def same_updates(results: dict[str, tuple[dict[str, Tensor], list[dict[str, floa
 
 
 def reward_losses(path: Path, layout: ParallelLayout) -> list[float]:
-    """A scalar head learns."""
+    """Trains a scalar head and returns its losses."""
     model = build(path, layout, head=ScalarHead(layout))
     batch = pack(SEQUENCES, plan_of(layout))
 
@@ -336,7 +336,7 @@ def reward_losses(path: Path, layout: ParallelLayout) -> list[float]:
 
 
 def frozen(path: Path, layout: ParallelLayout) -> None:
-    """A model without an optimizer, on a batch that leaves most ranks with a filler only."""
+    """Runs a model without an optimizer on a batch of which most ranks get a filler only."""
     model = build(path, layout, training=None)
     batch = pack([TrainingSequence([1, 2], [3], 0.0, False)], plan_of(layout))
     model.forward(batch, "reference_logprobs")
@@ -344,13 +344,13 @@ def frozen(path: Path, layout: ParallelLayout) -> None:
 
 
 def keeps(path: Path, layout: ParallelLayout) -> None:
-    """A pass with `keep` fills that stream with its own values, on every pipeline stage; one without fills nothing."""
+    """Checks that a pass with `keep` fills that stream with its values on every stage, and one without fills none."""
     model = build(path, layout, head=ScalarHead(layout, "normal", seed=1))
     batch = pack(SEQUENCES, plan_of(layout))
     model.forward(batch, "values")
 
     def loss(outputs: TokenOutputs, microbatch: Microbatch) -> LossOutput:
-        if microbatch.returns is None:  # the first pass: the loss finds the values of this very pass
+        if microbatch.returns is None:  # the first pass: the loss gets the values of the same pass
             assert microbatch.token_scores is not None and not microbatch.token_scores.requires_grad
             assert torch.equal(microbatch.token_scores, outputs.values.detach())
         squared = outputs.values.square()[microbatch.loss_mask].sum() / DENOMINATOR

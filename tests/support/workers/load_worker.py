@@ -1,6 +1,6 @@
-"""Run by torchrun: megatron-core itself loads what was converted, in every layout, and every tensor is compared.
+"""Loads converted checkpoints with megatron-core in every layout, and compares every tensor; torchrun runs this file.
 
-So is what our own loader makes of it, and what the stream gives back.
+It also compares the tensors of our own loader, and those of the weight stream.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.conversion.test_conversion import tensors_of
 
 # (tensor, pipeline, expert)
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)]
-BUCKET_BYTES = 16_384  # several buckets a model
+BUCKET_BYTES = 16_384  # several buckets per model
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -70,7 +70,7 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
     sharded = chunk.sharded_state_dict(metadata=metadata)
-    loaded = dist_checkpointing.load({"model": sharded}, str(mcore))  # of default strictness: nothing may be missing
+    loaded = dist_checkpointing.load({"model": sharded}, str(mcore))  # default strictness: no missing tensor
     chunk.load_state_dict(loaded["model"], strict=False)
     if (layout.tensor_size, layout.pipeline_size) == (2, 2):
         save(folder / f"{name}-saved", chunk)
@@ -78,9 +78,9 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
     group = parallel_state.get_expert_model_parallel_group() if expert_size > 1 else None
     stream = WeightStream(list(global_parameters([chunk])), architecture, head.kind, layout, BUCKET_BYTES, group)
     check_stream(stream, tensors_of(hf))
-    if expert_size > 1:  # the trainer has none
+    if expert_size > 1:  # the trainer has no expert parallelism
         return
-    # Our own loader, from what was converted and from what Megatron saved of four ranks.
+    # Our own loader reads the converted checkpoint and the one that Megatron saved from four ranks.
     saved = [folder / f"{name}-saved"] if (folder / f"{name}-saved").is_dir() and head.kind == "lm" else []
     for path in (hf, folder / f"{name}-mcore", *saved):
         fill(chunk, float("nan"))
@@ -89,7 +89,7 @@ def check(folder: Path, name: str, layout: parallel.ParallelLayout, expert_size:
 
 
 def check_stream(stream: WeightStream, expected: dict[str, Tensor]) -> None:
-    """The whole tensors, each once."""
+    """Checks that the stream yields each whole tensor once."""
     names = []
     for name, tensor in stream:
         names.append(name)
@@ -118,12 +118,12 @@ def assert_loaded(
 
 
 def save(path: Path, chunk: Any) -> None:
-    """As Megatron-LM does, at its 5th iteration."""
+    """Saves a checkpoint as Megatron-LM does at its fifth iteration."""
     if dist.get_rank() == 0:
         (path / "iter_0000005").mkdir(parents=True)
         (path / "latest_checkpointed_iteration.txt").write_text("5")
     dist.barrier()
-    filesystem_async._process_memory = lambda: 0  # Megatron logs it, and asks psutil for it
+    filesystem_async._process_memory = lambda: 0  # Megatron logs this number, which it gets from psutil
     state = {"model": chunk.sharded_state_dict(), "iteration": 5, "checkpoint_version": 3.0}
     dist_checkpointing.save(state, str(path / "iter_0000005"))
 

@@ -1,6 +1,6 @@
-"""Run in its own process: Megatron's models, built and loaded from Hugging Face directories, against transformers.
+"""Compares Megatron's models, loaded from Hugging Face directories, with transformers, in a separate process.
 
-transformers has no InternLM2 and InternLM3: their weights are put under the names of a model that computes the same.
+transformers has no InternLM2 and InternLM3, so their weights get the names of a model that computes the same.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def reference_model(path: Path, name: str) -> Any:
 
 
 def llama_named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """InternLM2's wqkv is "(groups, queries a group + 2, head_dim) x hidden": the last two are key and value."""
+    """Splits InternLM2's wqkv, "(groups, queries a group + 2, head_dim) x hidden": the last two are key and value."""
     renamed = {}
     parts = {
         "tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",

@@ -1,6 +1,6 @@
-"""What the head writes into Megatron's main_grad is what autograd and Megatron's hook would add there.
+"""Checks that the head adds to Megatron's main_grad what autograd and Megatron's hook would add there.
 
-Started with torchrun, and on any number of data-parallel processes: with overlapped reduction too.
+torchrun starts this file on any number of data-parallel processes; it also checks overlapped reduction.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(folder: Path) -> None:
             for name, wanted in plain.items():
                 error = float((fused[name] - wanted).norm() / wanted.norm())
                 assert error <= tolerance, f"tied {tied}, {dtype}, {name}: off by {error:.1e}"
-                # Not a bit: sums over processes are taken in another order.
+                # Not equal in all bits, because sums over processes have another order.
                 torch.testing.assert_close(overlapped[name], fused[name], rtol=1e-5, atol=1e-7)
     if layout.is_main:
         print("passed")
@@ -66,7 +66,7 @@ def with_overlap(make: Any, **settings: Any) -> Any:
 
 
 def gradients(path: Path, dtype: str, layout: ParallelLayout, num_marked: int) -> dict[str, Tensor]:
-    """Of two passes over several micro-batches: the second starts from zeroed buffers."""
+    """Returns the gradients of two passes over several micro-batches; the second pass starts from zeroed buffers."""
     architecture = read_architecture(path)
     model = TrainableModel(
         "model",

@@ -1,4 +1,4 @@
-"""Trains with each configuration that is named, one after the other in this process."""
+"""Trains with each named configuration, one after the other in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1: the Triton row kernels on a CPU against float64, alone and inside linear_logprob."""
+"""Compares the Triton row kernels with float64, alone and inside linear_logprob; TRITON_INTERPRET=1 uses a CPU."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def main() -> None:
 
 def make(num_tokens: int, num_columns: int, num_valid: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_columns)
-    # Rows of a wider buffer: the stride is not the width.
+    # The rows belong to a wider buffer, so that the stride is not the width.
     logits = torch.empty(num_tokens, num_columns + 3)[:, :num_columns]
     logits.copy_(5 * torch.randn(num_tokens, num_columns, generator=generator))
     target = torch.randint(0, num_valid, (num_tokens,), generator=generator)
     if num_tokens > 2:
-        target[:3] = torch.tensor([-1, num_valid, num_valid - 1])  # two are another tile's
+        target[:3] = torch.tensor([-1, num_valid, num_valid - 1])  # two targets belong to another tile
     return logits, target
 
 
@@ -86,11 +86,11 @@ def check(num_tokens: int, num_columns: int, num_valid: int, temperature: float,
 
 
 def check_kept(num_tokens: int, num_columns: int, num_valid: int, temperature: float, with_entropy: bool) -> None:
-    """The kept exponentials, and the gradients of them in half precision and in FP8, against torch_rows."""
+    """Compares kept exponentials, and their gradients in half precision and FP8, with torch_rows."""
     logits, target = make(num_tokens, num_columns, num_valid)
     tiles_of = []
     for rows in (triton_rows, torch_rows):
-        # Parts of wider buffers: the strides are not the widths.
+        # These are parts of wider buffers, so that the strides are not the widths.
         values = torch.full((num_tokens, num_columns + 5), -1.0, dtype=torch.bfloat16)
         shifts = torch.empty(num_tokens, 2 + Exponentials.num_shifts(num_columns))
         kept = Exponentials(values[:, :num_columns], shifts[:, 2:])
@@ -112,7 +112,7 @@ def check_kept(num_tokens: int, num_columns: int, num_valid: int, temperature: f
     bounds = bounds_of(Upstream(target, logsumexp.float(), entropy, scales))
     assert (wanted.abs().amax(1) <= 1.01 * bounds).all()
     stored = num_tokens + -num_tokens % 16, num_columns + -num_columns % 16
-    # Before they are rounded to e4m3, whose rounding the interpreter does not do right: it loses the carry.
+    # The values before rounding to e4m3, because the interpreter rounds to e4m3 wrongly: it loses the carry.
     results = []
     for rows in (triton_rows, torch_rows):
         found, transposed = torch.full(stored, torch.nan), torch.full(stored[::-1], torch.nan)
@@ -139,7 +139,7 @@ def check_cast_transpose() -> None:
 
 
 def check_special_values() -> None:
-    """NaN and infinities end in the sums; extreme logits do not overflow. As in the torch path."""
+    """Checks that sums show NaN and infinities, and that extreme logits do not overflow, as in torch_rows."""
     logits, target = make(5, 5000, 5000)
     logits *= 2000  # up to 4e4
     logits[1, 4500], logits[2, 3] = torch.nan, torch.inf
@@ -169,7 +169,7 @@ def check_inside_linear_logprob() -> None:
 
 
 def check_blocks_inside_linear_logprob() -> None:
-    """The passes over blocks, in bfloat16."""
+    """Checks the passes over blocks, in bfloat16."""
     generator = torch.Generator().manual_seed(0)
     num_columns = SHIFT_COLUMNS + 203
     hidden = torch.randn(137, 16, generator=generator).bfloat16()

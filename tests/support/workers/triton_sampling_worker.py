@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1, or on CUDA: the Triton sampler against the definition that sorts the vocabulary."""
+"""Compares the Triton sampler, on CUDA or with TRITON_INTERPRET=1, with the definition that sorts the vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_oreal.kernels.triton_sampling import sample_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = not torch.cuda.is_available()
-NUM_DRAWS = 2 if IS_INTERPRETED else 997  # the interpreter takes half a second for one
+NUM_DRAWS = 2 if IS_INTERPRETED else 997  # the interpreter needs half a second per draw
 FEW = [
     SamplingParams(0.6, 1.0, 0),
     SamplingParams(1.0, 0.9, 0),
@@ -49,14 +49,14 @@ def sample(rows: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tenso
 
 
 def check(logits: Tensor, params: SamplingParams) -> None:
-    """Each kept token is drawn in its share of evenly spaced numbers, and no other token is."""
+    """Checks that evenly spaced numbers draw each kept token in its share, and no other token."""
     wanted = truncate(logits[None] / params.temperature, params.top_k, params.top_p)[0].double().softmax(0)
     uniform = (torch.arange(NUM_DRAWS, dtype=torch.float64) + 0.37) / NUM_DRAWS
     rows = logits.expand(NUM_DRAWS, -1).contiguous()
     token_ids, rollout, model = sample(rows, uniform, params)
     cumulated = wanted.cumsum(0)
     expected = torch.searchsorted(cumulated, uniform, right=True)
-    # A number within rounding of a border between two tokens may fall on either side.
+    # A number within rounding error of the border between two tokens may give either one.
     near = (cumulated[expected.clamp_max(len(wanted) - 1)] - uniform).abs() < 1e-5
     near |= (torch.cat([cumulated.new_zeros(1), cumulated])[expected] - uniform).abs() < 1e-5
     assert torch.equal(token_ids[~near], expected[~near]), params

@@ -1,4 +1,4 @@
-"""A trainer in processes of its own: pushes weights to the servers of an endpoints file.
+"""Pushes weights, as a trainer in separate processes, to the servers of an endpoints file.
 
 python -m tests.support.workers.weights_worker die TRANSPORT ENDPOINTS MODEL FOLDER   killed in the middle of a push
 torchrun -m tests.support.workers.weights_worker layouts NUM_SENDERS ENDPOINTS MODEL FOLDER  all layouts, all transports
@@ -66,7 +66,7 @@ def layouts(num_senders: int, clients: list[SglangClient], loop: EventLoopThread
 def check_common_failure(
     transport: ServerTransport, policy: TrainableModel, mine: list[SglangClient], loop: EventLoopThread
 ) -> None:
-    """What one sender meets is raised on all ranks, when all have consumed the stream."""
+    """Checks that all ranks raise one sender's error, after all have consumed the stream."""
     wrong = [SglangClient(replace(client.endpoint, admin_key="wrong")) for client in mine]
     try:
         transport.push(policy.weight_stream(), 7, wrong)

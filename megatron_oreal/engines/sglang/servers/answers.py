@@ -1,6 +1,6 @@
-"""Asks a server without the event loop, while it starts: short questions, by HTTP or by HTTPS with a known certificate.
+"""Sends short requests to a starting server without the event loop, by HTTP or HTTPS with a known certificate.
 
-A redirect is an answer like any other here: nothing is sent to where it leads.
+A redirect counts as an answer like any other, and is not followed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 
 from megatron_oreal.engines.sglang.endpoints import Endpoint
 
-ANSWER_SECONDS = 30.0  # that a health check may take: the server generates a token for it
+ANSWER_SECONDS = 30.0  # for a health check, in which the server generates a token
 MAX_ANSWER_BYTES = 16 * 2**20
 
 
 def answer(
     endpoint: Endpoint, path: str, key: str, method: str = "GET", body: dict[str, str] | None = None
 ) -> tuple[int, Any]:
-    """Returns an answer's status and JSON: status 0 when there is no answer, None when it is not JSON."""
+    """Returns an answer's status and JSON: status 0 without an answer, None if it is not JSON."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     content = None if body is None else json.dumps(body).encode()
     try:
@@ -43,19 +43,19 @@ def answer(
 
 
 def key_status(endpoint: Endpoint) -> int:
-    """Returns 200 where a server takes its key, 401 or 403 where it refuses it, and 0 where nobody answers."""
+    """Returns 200 if a server accepts its key, 401 or 403 if it refuses it, and 0 if nobody answers."""
     return answer(endpoint, "/model_info", endpoint.api_key)[0]
 
 
 def connect(endpoint: Endpoint) -> http.client.HTTPConnection:
-    """Opens a connection. Raises OSError without one, and for a server that shows another certificate."""
+    """Opens a connection. Raises OSError without one, and for a server with another certificate."""
     url = urlsplit(endpoint.url)
     assert url.hostname is not None
     if url.scheme == "http":
         connection = http.client.HTTPConnection(url.hostname, url.port, timeout=ANSWER_SECONDS)
         connection.connect()
         return connection
-    # The fingerprint says more than a name or an authority would, so nothing else of the certificate is checked.
+    # The fingerprint identifies the certificate completely, so neither its name nor its authority is checked.
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     secure = http.client.HTTPSConnection(url.hostname, url.port, timeout=ANSWER_SECONDS, context=context)

@@ -1,4 +1,4 @@
-"""Starts servers on the trainer's own GPUs: each node starts its own, and the first rank sends requests to all."""
+"""Starts servers on the trainer's own GPUs. Each node starts its servers, and the first rank sends requests to all."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ DEFAULT_HOST = SglangConfig().host
 def trainer_ranks(config: SglangConfig, server: int, node: Node) -> list[int]:
     """Returns, for each tensor-parallel rank of a server, the trainer's rank on the same GPU.
 
-    server: its index among the servers of all nodes. node: the node of any rank.
+    server: its index among the servers of all nodes. node: any rank's node.
     """
     server_node, number = divmod(server, config.num_servers)
     gpus = config.gpus or range(config.num_servers * config.tensor)
     own = gpus[number * config.tensor : (number + 1) * config.tensor]
-    # On a CPU, servers may outnumber ranks.
+    # On a CPU there may be more servers than ranks.
     return [server_node * node.num_ranks + gpu % node.num_ranks for gpu in own]
 
 
 @contextmanager
 def open_colocated_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFleet | None]:
-    """Collective. Starts the servers of all nodes; those of a node end with the block of its first rank.
+    """Collective. Starts the servers of all nodes; a node's servers end with the block of its first rank.
 
-    The first rank gets the fleet, with the servers of all nodes; it can start those of its own node again. Raises on
-    every rank: ValueError for a setting that cannot be, ServerError for a server that does not start.
+    The first rank gets the fleet, with the servers of all nodes; it can restart those of its own node. Raises on every
+    rank: ValueError for an invalid setting, ServerError for a server that does not start.
     """
     with ExitStack() as stack:
         fleets: list[ServerFleet] = []
@@ -76,7 +76,7 @@ def check_reachable(endpoints: Sequence[Endpoint]) -> None:
 
 
 def on_node(settings: ServerSettings, node: Node) -> ServerSettings:
-    """Returns the settings for one node: with several nodes, servers listen where the other nodes reach them."""
+    """Returns the settings for one node. With several nodes, servers listen where the other nodes reach them."""
     if node.num_nodes == 1:
         return settings
     if settings.config.host != DEFAULT_HOST:

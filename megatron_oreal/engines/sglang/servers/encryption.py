@@ -1,7 +1,7 @@
-"""Certificates of servers that other nodes reach, and a line for the user where traffic is not encrypted.
+"""Makes certificates for servers that other nodes reach, and warns the user about unencrypted traffic.
 
-Each server gets a certificate of its own, signed by nobody. Who speaks to it knows the certificate's fingerprint from
-the endpoints file, which is private, and needs neither names nor authorities.
+Each server gets its own certificate, which is not signed by an authority. Its clients know the certificate's
+fingerprint from the endpoints file, which is private, and need neither host names nor authorities.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK = re.compile(r"-----BEGIN ([A-Z ]+)-----\n(.+?)-----END \1-----\n", re.DOT
 
 @dataclass(slots=True, frozen=True)
 class Certificate:
-    """Both parts in PEM. The private key goes to the server's supervisor, through a pipe."""
+    """A certificate and its private key, both in PEM. The key goes to the server's supervisor through a pipe."""
 
     certificate: str
     private_key: str
@@ -46,14 +46,14 @@ def is_loopback(host: str) -> bool:
 
 
 def uses_tls(config: SglangConfig) -> bool:
-    """Says whether servers speak https: by default those that other nodes reach, where openssl can be run."""
+    """Says whether servers use https. The default is yes if other nodes reach them and openssl is installed."""
     if config.tls == "auto":
         return not config.router and not is_loopback(config.host) and shutil.which(OPENSSL[0]) is not None
     return config.tls
 
 
 def make_certificate() -> Certificate:
-    """Raises ValueError where openssl cannot be run."""
+    """Makes a certificate. Raises ValueError if openssl cannot be run."""
     try:
         done = subprocess.run(OPENSSL, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
@@ -66,7 +66,7 @@ def make_certificate() -> Certificate:
 
 
 def clear_traffic(endpoints: Sequence[Endpoint], config: SglangConfig) -> str | None:
-    """Returns a line about what travels between nodes without encryption; None where all of it stays on this node."""
+    """Returns a line about unencrypted traffic between nodes; None if there is none."""
     elsewhere = [endpoint for endpoint in endpoints if not is_loopback(str(urlsplit(endpoint.url).hostname))]
     if not elsewhere:
         return None

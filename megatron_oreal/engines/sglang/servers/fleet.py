@@ -1,4 +1,4 @@
-"""Starts the SGLang servers of a run, watches, replaces and ends them. Each has keys of its own."""
+"""Starts, watches, replaces and ends the SGLang servers of a run. Each server has its own keys."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from megatron_oreal.engines.sglang.servers.router import Router
 from megatron_oreal.types import Notify
 
 POLL_SECONDS = 0.5
-TELL_SECONDS = 30.0  # between two lines about a server that starts
-NUM_PORT_ATTEMPTS = 3  # another process may take a port between our probe and the server's start
+TELL_SECONDS = 30.0  # between two log lines about a server that starts
+NUM_PORT_ATTEMPTS = 3  # another process may take a port between our check and the server's start
 PORT_TAKEN = "address already in use"
 
 
 class ServerFleet:
     """The servers of a run: those that this process has started, on their `gpus`, and those started elsewhere.
 
-    The own servers are numbered from `first_index` on. Any thread may call the methods.
+    Its own servers are numbered from `first_index` on. Any thread may call the methods.
     """
 
     def __init__(
@@ -61,27 +61,27 @@ class ServerFleet:
         self.endpoints: list[Endpoint] = []
         self.elsewhere: Sequence[Endpoint] = ()
         self.processes: dict[Endpoint, ServerProcess] = {}
-        self.router: Router | None = None  # where config.router is set
+        self.router: Router | None = None  # set if config.router is set
         self.num_restarts = 0
         self.lock = threading.Lock()
         self.is_closing = threading.Event()
 
     def is_alive(self, endpoint: Endpoint) -> bool:
-        """Says whether our process still runs; True for a server that was started elsewhere."""
+        """Says whether our server's process is still running; True for a server that was started elsewhere."""
         process = self.processes.get(endpoint)
         return process.is_running if process is not None else endpoint in self.elsewhere
 
     def candidates(self, endpoint: Endpoint) -> list[Endpoint]:
-        """Returns where a server of `endpoints_file` may be by now: where it was, or what the file names by now.
+        """Returns where a server of `endpoints_file` may be: its old address, and those that the file now names.
 
-        Nothing for a server that this fleet starts again itself, or that nobody does.
+        Returns none for a server that this fleet restarts itself, or that nobody restarts.
         """
         file = self.settings.config.endpoints_file
         if file is None or endpoint in self.processes:
             return []
         try:
             named = read_endpoints(file)
-        except ValueError:  # its servers are being started
+        except ValueError:  # the servers of the file are starting
             named = []
         return [endpoint, *(other for other in named if other != endpoint)]
 
@@ -90,12 +90,12 @@ class ServerFleet:
         return self.processes[endpoint].pid
 
     def log_tail(self, endpoint: Endpoint, num_lines: int = 20) -> str:
-        """Returns the last lines of the server's log; nothing for a server that was started elsewhere."""
+        """Returns the last lines of the server's log; empty for a server that was started elsewhere."""
         process = self.processes.get(endpoint)
         return "\n".join(process.tail(num_lines)) if process is not None else ""
 
     def start(self) -> None:
-        """Starts all servers at once and returns when each has answered."""
+        """Starts all servers concurrently and returns when each has answered."""
         config = self.settings.config
         self.notify(f"waiting for {config.num_servers} SGLang server{'s' * (config.num_servers > 1)} ...")
         with ThreadPoolExecutor(config.num_servers, "sglang-start") as pool:
@@ -109,7 +109,7 @@ class ServerFleet:
         self.endpoints = [future.result() for future in futures]
 
     def publish(self, file: Path, elsewhere: Sequence[Endpoint] = ()) -> None:
-        """Writes `file`, which names our servers and then those `elsewhere`, and starts the router where one is set."""
+        """Writes `file`, which names our servers and those `elsewhere`, and starts the router if one is configured."""
         self.elsewhere = elsewhere
         self.endpoints = [*self.endpoints, *elsewhere]
         if self.settings.config.router:
@@ -123,11 +123,11 @@ class ServerFleet:
             self.notify(warning)
 
     def restart(self, endpoint: Endpoint, keeps_keys: bool = False) -> Endpoint:
-        """Ends what is left of a server and starts another one, with other keys and on another port.
+        """Ends the remains of a server and starts a new one, with other keys and on another port.
 
-        `keeps_keys`: with the same keys, for clients elsewhere that know them.
-        It returns when the new server answers; that one has the weights of `model_path`. Raises ServerError when
-        rollout.sglang.max_restarts are spent, or when another process has started the server.
+        `keeps_keys`: the new server has the same keys, for clients elsewhere that know them. The function returns when
+        the new server answers; that server has the weights of `model_path`. Raises ServerError if
+        rollout.sglang.max_restarts is reached, or if another process has started the server.
         """
         with self.lock:
             if endpoint not in self.processes:
@@ -163,9 +163,9 @@ class ServerFleet:
             return started
 
     def start_one(self, index: int, before: Endpoint | None = None) -> Endpoint:
-        """Starts one server and waits until it answers. `before`: the server whose keys it has.
+        """Starts one server and waits until it answers. `before`: the server whose keys it takes.
 
-        Raises ServerError when the server dies or does not answer in time, ValueError for a wrong flag.
+        Raises ServerError if the server ends or does not answer in time, ValueError for a wrong flag.
         """
         for attempt in range(NUM_PORT_ATTEMPTS):
             process = launch_server(self.settings, index, self.gpus[index - self.first_index], before)
@@ -195,11 +195,12 @@ class ServerFleet:
         begin = time.monotonic()
         deadline, next_line = begin + timeout_seconds, begin + TELL_SECONDS
         name = f"SGLang server {process.index} ({process.endpoint})"
-        # A key goes only to a process of ours, and until the server listens, anybody may listen on its port.
+        # Only our own process may receive a key, and until the server listens, anybody may listen on its port.
         while not (process.listens() and has_answered(process.endpoint)):
             if self.is_closing.wait(POLL_SECONDS):
                 raise ServerError(f"{name} was stopped while it started")
-            if any(PORT_TAKEN in line.lower() for line in process.tail(100)):  # SGLang does not end by itself then
+            # SGLang does not exit by itself in this case
+            if any(PORT_TAKEN in line.lower() for line in process.tail(100)):
                 raise PortTaken(f"{name}: its port was taken by another process; its log: {process.log}")
             if not process.is_running:
                 self.explain(process, name)
@@ -219,7 +220,7 @@ class ServerFleet:
             raise ServerError(f"{name} does not ask for its key; use another release of SGLang")
 
     def explain(self, process: ServerProcess, name: str) -> NoReturn:
-        """Raises the error of a server that has ended while it started."""
+        """Raises the error of a server that has ended during its start."""
         exit_status = process.supervisor.wait()
         lines = process.tail(20)
         if exit_status == 2 and lines and lines[-1].startswith("SGLang: "):
@@ -230,7 +231,7 @@ class ServerFleet:
         )
 
     def close(self) -> None:
-        """Ends all servers that this fleet has started, and returns when their processes are gone."""
+        """Ends all servers that this fleet has started, and returns when their processes have ended."""
         self.is_closing.set()
         with self.lock:
             processes = list(self.processes.values())
@@ -259,17 +260,17 @@ def check_router(config: SglangConfig, endpoints: Sequence[Endpoint]) -> None:
 
 
 def has_answered(endpoint: Endpoint) -> bool:
-    """Says whether this very server generates: another server of ours on its port would not know the key."""
+    """Says whether this server generates. Another server of ours on its port would refuse the key."""
     return key_status(endpoint) == 200 and answer(endpoint, "/health", "")[0] == 200
 
 
 @contextmanager
 def open_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFleet]:
-    """Gives the servers of `endpoints_file`, or starts servers that end with the block.
+    """Returns the servers of `endpoints_file`, or starts servers that end with the block.
 
-    Those that it starts are healthy when the block begins, named in RUN_DIR/servers.json, and write to
-    RUN_DIR/servers/server_<n>.log. Raises ValueError for a setting that cannot be, ServerError for a server that does
-    not start. `notify` is told what happens, in lines for the user.
+    The started servers are healthy when the block begins, are named in RUN_DIR/servers.json, and write to
+    RUN_DIR/servers/server_<n>.log. Raises ValueError for an invalid setting, ServerError for a server that does not
+    start. `notify` receives lines for the user.
     """
     config = settings.config
     if config.endpoints_file is not None:
@@ -295,7 +296,7 @@ def open_servers(settings: ServerSettings, notify: Notify) -> Iterator[ServerFle
 def start_servers(
     settings: ServerSettings, num_trainer_gpus: int, notify: Notify, first_index: int = 0
 ) -> Iterator[ServerFleet]:
-    """Starts servers without naming them in a file yet. See `open_servers`."""
+    """Starts servers without naming them in a file. See `open_servers`."""
     config = settings.config
     check_flags(config.flags)
     check_python(config.python)
@@ -322,8 +323,8 @@ def visible_gpus() -> list[str]:
 def serve_until_stopped(settings: ServerSettings, notify: Notify) -> None:
     """Serves a trainer that runs elsewhere, until Ctrl-C or SIGTERM.
 
-    The servers are named in `endpoints_file`, or in RUN_DIR/servers.json. One that dies is started again with its keys,
-    at most `max_restarts` times, and the file says where it is by now. Raises ServerError when the last one is dead.
+    `endpoints_file` or RUN_DIR/servers.json names the servers. A server that ends is restarted with its keys, at most
+    `max_restarts` times, and the file then names its new address. Raises ServerError if the last one has ended.
     """
     config, run_dir = settings.config, settings.run_dir
     if config.placement == "colocated":

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 if __name__ != "megatron_oreal.engines.sglang.servers.launcher":
-    # This file's folder: its module names must not hide the standard library's.
+    # This file's folder leaves the path, because its module names would hide the standard library's.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
@@ -47,23 +47,23 @@ from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 POLL_SECONDS = 0.2
-SCAN_SECONDS = 2.0  # between two looks at the server's files in shared memory
-MAX_LOG_BYTES = 64 * 2**20  # of the log, and as many again in LOG.1
+SCAN_SECONDS = 2.0  # between two checks of the server's files in shared memory
+MAX_LOG_BYTES = 64 * 2**20  # of the log; LOG.1 may have as many
 SHARED_MEMORY = re.compile(r" /dev/shm/(sgl|sem\.mp-)[^ ]*$")
 LIBRARIES: list[Any] = []  # torch's operators exist only as long as the library objects that define them
-SERVE = "--serve"  # the first argument of the server itself; the supervisor has none
-ROUTER = "--router"  # stands before the router's flags
+SERVE = "--serve"  # the first argument of the server; the supervisor has no such argument
+ROUTER = "--router"  # precedes the router's flags
 
 
 def supervise(flags: list[str]) -> int:
-    """Runs the server until it ends, or the trainer lets go of it, or SIGTERM (at once). Returns its exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    """Runs the server until it ends, the trainer closes the pipe, or SIGTERM comes. Returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer handles Ctrl-C
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if sys.platform == "linux":  # what the server leaves behind becomes this process's child
+    if sys.platform == "linux":  # the server's orphans become children of this process
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     settings = json.loads(sys.stdin.readline())
     shared: set[Path] = set()
-    with tempfile.TemporaryDirectory(prefix="sglang-") as folder:  # SGLang leaves its sockets behind
+    with tempfile.TemporaryDirectory(prefix="sglang-") as folder:  # SGLang does not remove its sockets
         server = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), SERVE, *flags, *write_certificate(settings, Path(folder))],
             stdin=subprocess.PIPE,
@@ -81,7 +81,7 @@ def supervise(flags: list[str]) -> int:
                 server.terminate()
                 wait_at_most(server, settings["grace_seconds"])
         except BrokenPipeError:
-            pass  # the server or the trainer is gone already
+            pass  # the server or the trainer has already ended
         finally:
             status = server.poll()
             end_tree(server, shared)
@@ -89,7 +89,7 @@ def supervise(flags: list[str]) -> int:
 
 
 def write_certificate(settings: dict[str, Any], folder: Path) -> list[str]:
-    """Takes the certificate out of the settings, if there is one, and returns SGLang's flags for it."""
+    """Removes the certificate from the settings, if there is one, and returns SGLang's flags for it."""
     flags = []
     for name, flag in (("certificate", "--ssl-certfile"), ("private_key", "--ssl-keyfile")):
         if name in settings:
@@ -100,16 +100,16 @@ def write_certificate(settings: dict[str, Any], folder: Path) -> list[str]:
 
 
 def end_with_supervisor() -> None:
-    """Makes the kernel end the server together with the supervisor's only thread. It runs in the server's process."""
+    """Runs in the server's process. Makes the kernel end the server together with the supervisor's only thread."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_while_wanted(server: subprocess.Popen[bytes], log: str, shared: set[Path]) -> bool:
-    """Waits; returns False when the server has ended, True when the trainer does not need it any more.
+    """Waits; returns False if the server has ended, and True if the trainer no longer needs it.
 
-    It adds to `shared` the server's files in shared memory: processes that are killed leave them behind, and nobody can
-    ask them then.
+    Adds the server's files in shared memory to `shared`, because killed processes do not remove them, and cannot be
+    asked for them.
     """
     parent, next_scan = os.getppid(), 0.0
     while server.poll() is None:
@@ -117,7 +117,7 @@ def wait_while_wanted(server: subprocess.Popen[bytes], log: str, shared: set[Pat
             shared |= shared_memory(descendants(os.getpid()))
             next_scan = time.monotonic() + SCAN_SECONDS
         readable, _, _ = select.select([sys.stdin], [], [], POLL_SECONDS)
-        # A process that the trainer forked may hold the pipe open.
+        # A process that the trainer forked may keep the pipe open.
         if (readable and not os.read(sys.stdin.fileno(), 1)) or os.getppid() != parent:
             return True
         shorten_log(log)
@@ -125,9 +125,10 @@ def wait_while_wanted(server: subprocess.Popen[bytes], log: str, shared: set[Pat
 
 
 def shorten_log(log: str) -> None:
-    """Moves a log that has become too long to LOG.1, whose older content is lost, so that a run cannot fill the disk.
+    """Moves a log that is too long to LOG.1, and overwrites the older one, so that a run cannot fill the disk.
 
-    The server goes on writing to the same file, from its new beginning. What it writes in this moment is lost.
+    The server continues to write to the same file, from its new beginning. Lines that it writes during the move are
+    lost.
     """
     if os.fstat(sys.stderr.fileno()).st_size <= MAX_LOG_BYTES:
         return
@@ -143,7 +144,7 @@ def shorten_log(log: str) -> None:
         finally:
             os.close(source)
     except OSError:
-        pass  # a full disk: the older lines are lost, not the run
+        pass  # a full disk loses the older lines, but must not end the run
     os.ftruncate(sys.stderr.fileno(), 0)
 
 
@@ -155,15 +156,15 @@ def wait_at_most(server: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def end_tree(server: subprocess.Popen[bytes], shared: set[Path]) -> None:
-    """Kills the server's session and then its other descendants, also stopped ones; returns when all are gone.
+    """Kills the server's session and then its other descendants, also stopped ones; returns when all have ended.
 
-    Then it removes the files in shared memory that the processes had, `shared` among them.
+    It then removes the processes' files in shared memory, including `shared`.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     shared = shared | shared_memory(descendants(os.getpid()))
     try:
         os.killpg(server.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # the latter on macOS, for a session of zombies
+    except (ProcessLookupError, PermissionError):  # macOS raises the latter for a session of zombies
         pass
     server.wait()
     while True:
@@ -181,18 +182,18 @@ def end_tree(server: subprocess.Popen[bytes], shared: set[Path]) -> None:
 
 
 def descendants(process: int) -> list[int]:
-    """Returns the process ids of all descendants, on Linux; on other systems it knows none."""
+    """Returns the process ids of all descendants on Linux, and none on other systems."""
     found: list[int] = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):  # each thread has its own
+    for children in Path(f"/proc/{process}/task").glob("*/children"):  # each thread has its own children
         try:
             found += map(int, children.read_text().split())
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
     return found + [grandchild for child in found for grandchild in descendants(child)]
 
 
 def shared_memory(processes: list[int]) -> set[Path]:
-    """Returns the files in shared memory that these processes would leave behind when they are killed."""
+    """Returns the files in shared memory that these processes would leave if they were killed."""
     found: set[Path] = set()
     for process in processes:
         try:
@@ -204,7 +205,7 @@ def shared_memory(processes: list[int]) -> set[Path]:
 
 
 def serve(flags: list[str]) -> None:
-    """Runs the server in this process. Exits with status 2 when a flag is wrong."""
+    """Runs the server in this process. Exits with status 2 for a wrong flag."""
     keys = json.loads(sys.stdin.readline())
     listen_on_one_address()
     if is_cpu():
@@ -229,7 +230,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def split_lists(flags: list[str], parser: OneLineParser) -> list[str]:
-    """Splits `--name=1 2 3` into four arguments when the flag takes several. Unknown flags end this process."""
+    """Splits `--name=1 2 3` into four arguments if the flag takes several values. Unknown flags end this process."""
     known = {name: action for action in parser._actions for name in action.option_strings}
     arguments: list[str] = []
     for flag in flags:
@@ -245,10 +246,11 @@ def split_lists(flags: list[str], parser: OneLineParser) -> list[str]:
 
 
 def guard(internal_key: str, api_key: str, admin_key: str) -> None:
-    """Makes the server ask for these keys, which its arguments do not hold.
+    """Makes the server require these keys, which its arguments do not contain.
 
-    SGLang writes its arguments to the log, and tells them to everyone who may generate. It learns `internal_key`
-    instead, which opens one harmless endpoint, the one that it calls itself. Without this change nothing opens.
+    SGLang writes its arguments to the log, and shows them to everyone who may generate. It gets `internal_key` instead,
+    which gives access only to the one harmless endpoint that SGLang calls itself. If this change fails, no key is
+    accepted.
     """
     if importlib.util.find_spec("sglang.srt.utils.auth") is None:
         print("SGLang: this release has no admin key; install sglang>=0.5.20", file=sys.stderr, flush=True)
@@ -276,14 +278,14 @@ def route(flags: list[str]) -> None:
     router_args.add_cli_args(parser, use_router_prefix=False)
     arguments = router_args.from_cli_args(parser.parse_args(flags), use_router_prefix=False)
     arguments.api_key = keys["api_key"]
-    arguments.prometheus_port = None  # its metrics would be open to all, on one port for all routers of the machine
+    arguments.prometheus_port = None  # its metrics would be public, on one port for all routers of the machine
     importlib.import_module("sglang_router.router").Router.from_args(arguments).start()
 
 
 def listen_on_one_address() -> None:
-    """Makes the stores of torch.distributed listen on the address that they are given; torch's listen on all.
+    """Makes stores of torch.distributed listen on their given address; torch's own listen on all addresses.
 
-    The ranks of a server meet in such a store, also when there is one rank. It runs in each process of the server.
+    The ranks of a server meet in such a store, even a single rank. The function runs in each process of the server.
     """
     rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
     original: Callable[..., Any] = rendezvous.TCPStore
@@ -315,7 +317,7 @@ def install_stand_ins() -> None:
         operators.impl("murmur_hash32_cpu", seeds().murmur_hash, "CPU")
         LIBRARIES.append(operators)
     try:
-        importlib.import_module("torchvision")  # of text models, only its transforms are used
+        importlib.import_module("torchvision")  # text models need only its transforms
     except RuntimeError:  # operator torchvision::nms does not exist: the build for CUDA cannot be loaded
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -326,7 +328,7 @@ def install_stand_ins() -> None:
 
 
 def kernels() -> types.ModuleType:
-    """Makes a module that has every name: one kernel is written here in torch, the others raise when called."""
+    """Makes a module that has every name. One kernel is implemented here in torch; the others raise when called."""
     module = types.ModuleType("sgl_kernel")
     module.__path__ = []
     module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
@@ -355,7 +357,7 @@ def assign_req_to_token_pool(
     out_cache_loc: Any,  # [sum of end - start]
     _pool_size: int,
 ) -> None:
-    """Writes the cache slots of N requests' new tokens, which lie one after the other in `out_cache_loc`."""
+    """Writes the cache slots of N requests' new tokens, which are consecutive in `out_cache_loc`."""
     read = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
         req_to_token[row, start:end] = out_cache_loc[read : read + end - start].to(req_to_token.dtype)
@@ -363,7 +365,7 @@ def assign_req_to_token_pool(
 
 
 def seeds() -> types.ModuleType:
-    """Loads the file seeds.py, which lies beside this one; the folder is not on the path of modules."""
+    """Loads the file seeds.py beside this one, because the folder is not on the module path."""
     spec = importlib.util.spec_from_file_location("megatron_oreal_seeds", Path(__file__).with_name("seeds.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

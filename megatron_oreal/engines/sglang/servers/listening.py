@@ -1,7 +1,7 @@
-"""Tells which processes listen where, from Linux's /proc: a key must not be sent to somebody else's process.
+"""Finds the processes that listen on an address, from Linux's /proc, so that no other user's process gets a key.
 
-A free port is only a promise until a server listens on it, which takes a server minutes. Meanwhile, and when a server
-has died, any user of the machine can listen there.
+A port may be free until a server listens on it, which takes a server minutes. Meanwhile, and after a server's death,
+any user of the machine can listen there.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from megatron_oreal.engines.sglang.servers.launcher import descendants
 
-LISTEN = "0A"  # the state of a listening socket, as /proc/net/tcp writes it
-ROOT = 0  # may read every process's memory anyway
+LISTEN = "0A"  # the code of the state LISTEN in /proc/net/tcp
+ROOT = 0  # the user root can read every process's memory in any case
 Address = IPv4Address | IPv6Address
 
 
@@ -28,14 +28,14 @@ class Listener:
     inode: int  # of the socket
 
     def takes(self, host: str) -> bool:
-        """Says whether a connection to `host` and this port may end here."""
+        """Says whether a connection to `host` and this port may reach this socket."""
         return self.address.is_unspecified or self.address in addresses_of(host)
 
 
 def listeners(process: int | None = None) -> list[Listener] | None:
-    """Returns all listening TCP sockets of the network that the process is in; None where the system does not say.
+    """Returns all listening TCP sockets in the process's network; None if the system does not report them.
 
-    For a process that has ended there are none.
+    Returns none for a process that has ended.
     """
     found = []
     folder = Path(f"/proc/{'self' if process is None else process}/net")
@@ -49,12 +49,12 @@ def listeners(process: int | None = None) -> list[Listener] | None:
 
 
 def read_row(line: str) -> Listener | None:
-    """Example: `0: 0100007F:7918 00000000:0000 0A ... 1000 0 35137 ...` is 127.0.0.1, port 31000, of user 1000."""
+    """Parses a row, e.g. `0: 0100007F:7918 00000000:0000 0A ... 1000 0 35137 ...`: 127.0.0.1, port 31000, user 1000."""
     fields = line.split()
     if fields[3] != LISTEN:
         return None
     written, port = fields[1].split(":")
-    # Words of four bytes, each in the order of the machine, which is little-endian wherever this package runs.
+    # Words of four bytes have the machine's byte order, which is little-endian on all supported machines.
     words = [bytes.fromhex(written[begin : begin + 8])[::-1] for begin in range(0, len(written), 8)]
     address = ip_address(b"".join(words))
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
@@ -70,12 +70,12 @@ def addresses_of(host: str) -> set[Address]:
 
 
 def sockets_of(processes: Iterable[int]) -> set[int]:
-    """Returns the inodes of the sockets that these processes have open."""
+    """Returns the inodes of the processes' open sockets."""
     found: set[int] = set()
     for process in processes:
         try:
             descriptors = list(Path(f"/proc/{process}/fd").iterdir())
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         for descriptor in descriptors:
             try:
@@ -88,7 +88,7 @@ def sockets_of(processes: Iterable[int]) -> set[int]:
 
 
 def tree_listens(process: int, host: str, port: int) -> bool | None:
-    """Says whether the process or a descendant listens there, and nobody else; None where the system does not say."""
+    """Says whether only the process or its descendants listen there; None if the system does not report it."""
     found = listeners(process)
     if found is None:
         return None
@@ -97,14 +97,14 @@ def tree_listens(process: int, host: str, port: int) -> bool | None:
 
 
 def open_addresses(process: int) -> list[str]:
-    """Returns where the process and its descendants listen for other nodes, e.g. ["0.0.0.0:5557"]."""
+    """Returns the addresses where the process tree listens for other nodes, e.g. ["0.0.0.0:5557"]."""
     own = sockets_of([process, *descendants(process)])
     found = [listener for listener in listeners(process) or [] if listener.inode in own]
     return sorted(f"{each.address}:{each.port}" for each in found if not each.address.is_loopback)
 
 
 def stranger_listens(host: str, port: int) -> bool:
-    """Says whether another user of this machine listens there; False for another machine and where nobody can tell."""
+    """Says whether another user of this machine listens there; False for another machine or an unknown answer."""
     if not any(address.is_loopback for address in addresses_of(host)):
         return False
     there = [listener for listener in listeners() or [] if listener.port == port and listener.takes(host)]

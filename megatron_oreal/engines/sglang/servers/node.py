@@ -1,4 +1,4 @@
-"""Finds what a server needs of its node: a port, an address and GPUs."""
+"""Finds the resources that a server needs on its node: a port, an address and GPUs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pathlib import Path
 
 from megatron_oreal.config import SglangConfig
 
-NUM_FOLDERS = 10  # names of lock folders that are tried
-MAX_USED_SHARE = 0.2  # of a GPU's memory that other processes may have
+NUM_FOLDERS = 10  # tried names of lock folders
+MAX_USED_SHARE = 0.2  # of a GPU's memory that other processes may use
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits")
 
 
 @contextmanager
 def held_port(host: str, ports: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Gives a free port, and a file descriptor that reserves it: a process that inherits the descriptor keeps the port.
+    """Yields a free port and a file descriptor that reserves it; a process that inherits it keeps the port.
 
-    Runs on this node agree by locked files; another program may still take the port. Raises ValueError when no port
-    of the range (both ends included) is free, or when `host` is no address of this node.
+    Runs on this node coordinate by locked files; another program may still take the port. Raises ValueError if no port
+    of the range (both ends included) is free, or if `host` is not an address of this node.
     """
     folder = lock_folder()
     for port in range(ports[0], ports[1] + 1):
         try:
             descriptor = os.open(folder / f"port-{port}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError:  # something that is not ours to open has the name: the port counts as taken
+        except OSError:  # a file of another user has the name, so the port counts as taken
             continue
         try:
             try:
@@ -53,15 +53,15 @@ def address_towards(host: str) -> str:
     """Returns this node's address on the interface that leads to `host`."""
     family, kind, protocol, _, where = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(where)  # sends nothing
+        probe.connect(where)  # this sends nothing
         address: str = probe.getsockname()[0]
     return address
 
 
 def lock_folder() -> Path:
-    """Returns this user's folder for locks, which nobody else can write to or read.
+    """Returns this user's folder for locks, which no other user can read or write.
 
-    Its name is known, so another user may have made it: then it is not used, but the next name is.
+    Another user may have made a folder with the known name; then the next name is used.
     """
     name = f"megatron-oreal-{os.getuid()}"
     session, shared = os.environ.get("XDG_RUNTIME_DIR"), Path(tempfile.gettempdir())
@@ -82,7 +82,7 @@ def is_free(host: str, port: int) -> bool:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the server sets this option too
             probe.bind(address)
             probe.listen(1)
     except socket.gaierror as error:
@@ -97,8 +97,8 @@ def is_free(host: str, port: int) -> bool:
 def assign_gpus(config: SglangConfig, num_trainer_gpus: int, visible: Sequence[str]) -> list[list[str]]:
     """Returns the GPUs of each server, as CUDA_VISIBLE_DEVICES names them, e.g. [["2", "3"], ["4", "5"]].
 
-    `visible`: all GPUs that this run may use on the node; the trainer's processes have the first `num_trainer_gpus`.
-    Raises ValueError when there are too few.
+    `visible`: all GPUs that this run may use on the node; the trainer's processes use the first `num_trainer_gpus`.
+    Raises ValueError if there are too few.
     """
     needed = config.num_servers * config.tensor
     taken = range(num_trainer_gpus)
@@ -129,7 +129,7 @@ def assign_gpus(config: SglangConfig, num_trainer_gpus: int, visible: Sequence[s
 
 
 def check_gpus_are_free(gpus: Sequence[str]) -> None:
-    """Raises ValueError for a GPU whose memory other processes use. Without nvidia-smi it checks nothing."""
+    """Raises ValueError for a GPU whose memory other processes use. Does nothing without nvidia-smi."""
     for gpu in gpus:
         try:
             answer = subprocess.run(

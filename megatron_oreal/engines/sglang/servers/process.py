@@ -1,7 +1,7 @@
 """Starts one SGLang server as a tree of processes, with its flags, environment and log, and ends it.
 
-At the root of the tree is a supervisor (`launcher.py`), which holds the server's port. It ends the tree when its pipe
-to this process closes, so no server outlives the trainer, however the trainer dies.
+The root of the tree is a supervisor (`launcher.py`), which holds the server's port. It ends the tree when its pipe to
+this process closes, so no server outlives the trainer, however the trainer ends.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from megatron_oreal.engines.sglang.servers.node import held_port
 from megatron_oreal.parallel.rendezvous import LOOPBACK_INTERFACE
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-GRACE_SECONDS = {"cuda": 15.0, "cpu": 0.0}  # that a server has to release the device's memory by itself
-END_SECONDS = 20.0  # that the kernel may take to end a process tree
+GRACE_SECONDS = {"cuda": 15.0, "cpu": 0.0}  # for a server to release the device's memory itself
+END_SECONDS = 20.0  # for the kernel to end a process tree
 CONTEXT_MARGIN = 8  # tokens; SGLang ends a response two tokens before its context length
 CAUSE = re.compile(r"^(?:\[[^\]]*\] )?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)")
-# With torchrun's variables, the server's own torch.distributed would try to join the trainer's.
+# With torchrun's variables, the server's own torch.distributed would try to join the trainer's group.
 TRAINER_VARIABLES = re.compile(
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHON(PATH|HOME)|VIRTUAL_ENV"
     r"|MEGATRON_OREAL_STORE|TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -50,11 +50,11 @@ OWN_FLAGS = {
     "data.max_prompt_tokens and rollout.max_new_tokens": ("context-length",),
     "the run": ("api-key", "admin-api-key", "skip-server-warmup"),
 }
-# These flags open ways around the keys, or hide other flags.
+# These flags bypass the keys, or hide other flags.
 REFUSED_FLAGS = re.compile(
     "config|tokenizer-worker-num|encoder-only|use-ray|(smg-)?grpc-.*|disaggregation-.*|kv-events-config|load-publish-.*"
 )
-# Variables that look like secrets of the user: no server needs them.
+# Variables that look like the user's secrets, which no server needs.
 SECRET_VARIABLES = re.compile(r".*(KEY|SECRET|PASSW|CREDENTIAL|AUTH).*|(?!TOKENIZERS_|SGLANG_).*TOKEN.*", re.IGNORECASE)
 DeviceType = Literal["cpu", "cuda"]
 
@@ -68,7 +68,7 @@ class ServerSettings:
     dtype: str
     run_dir: Path
     device_type: DeviceType
-    context_length: int  # tokens that the longest prompt and its response have together
+    context_length: int  # the longest total of a prompt and its response, in tokens
 
     def command(self, port: int) -> list[str]:
         """Returns the flags of a server that listens on this port."""
@@ -79,7 +79,7 @@ class ServerSettings:
             "port": port,
             "tp-size": self.config.tensor,
             "context-length": self.context_length + CONTEXT_MARGIN,
-            # The warm-up's request is longer than what a small model takes, and would end the server.
+            # The warm-up's request is too long for a small model, and would make the server exit.
             "skip-server-warmup": True,
             "device": self.device_type,
         }
@@ -90,18 +90,18 @@ class ServerSettings:
                 "mem-fraction-static": 0.3,
                 "max-total-tokens": max(20_000, 32 * self.context_length),
                 "disable-overlap-schedule": True,
-                "sleep-on-idle": True,  # a waiting scheduler would keep a core busy
+                "sleep-on-idle": True,  # a waiting scheduler would use a core fully
             }
         elif self.config.placement == "colocated":
             flags["enable-memory-saver"] = True
         return as_arguments(flags | self.config.flags)
 
     def router_command(self, port: int) -> list[str]:
-        """Returns the router's flags. It repeats no request: the engine does so, and counts the failures."""
+        """Returns the router's flags. The router repeats no request, because the engine does so and counts failures."""
         flags: dict[str, bool | int | float | str] = {
             "host": self.config.host,
             "port": port,
-            "policy": "cache_aware",  # the samples of a group share their prompt's cache
+            "policy": "cache_aware",  # the samples of a group share the cache of their prompt
             "request-timeout-secs": math.ceil(self.config.request_timeout_seconds),
             "health-check-interval-secs": 5,
             "disable-retries": True,
@@ -117,19 +117,20 @@ class ServerSettings:
             if not TRAINER_VARIABLES.fullmatch(name)
             and (name in self.config.secrets or not SECRET_VARIABLES.fullmatch(name))
         }
-        if is_loopback(self.config.host):  # then its clients and its own ranks are on this node too
+        if is_loopback(self.config.host):  # then its clients and its own ranks are also on this node
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 kept.setdefault(name, LOOPBACK_INTERFACE)
         kept |= {
             "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-            "NO_PROXY": "*",  # it only talks to itself
+            "NO_PROXY": "*",  # the server only connects to itself
             "no_proxy": "*",
             "PYTHONUNBUFFERED": "1",
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # log-probs of the untempered, untruncated model
-            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the margin goes beyond the model's positions
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # the margin exceeds the model's positions
         }
         if self.device_type == "cpu":
-            # The server keeps the memory of a bucket of weights: allocating it costs more than receiving the bytes.
+            # The server keeps the memory of a bucket of weights, because allocating it takes longer than receiving the
+            # bytes.
             malloc = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
             kept |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"} | malloc
         return kept
@@ -144,7 +145,7 @@ class ServerProcess:
     supervisor: subprocess.Popen[bytes]
     pid: int  # of the server itself
     log: Path
-    log_start: int  # bytes that were in the log before: it continues the log of the server before this one
+    log_start: int  # earlier bytes of the log, which the previous server wrote
 
     @property
     def is_running(self) -> bool:
@@ -153,8 +154,8 @@ class ServerProcess:
     def listens(self) -> bool:
         """Says whether a process of this tree, and nobody else, listens at the endpoint's address.
 
-        Until then any user of the machine may listen there, and would learn the keys that are sent. Only Linux knows;
-        elsewhere the answer is True.
+        Until then any user of the machine may listen there, and would receive the keys. Only Linux reports this;
+        elsewhere the function returns True.
         """
         url = urlsplit(self.endpoint.url)
         assert url.hostname is not None and url.port is not None
@@ -164,7 +165,7 @@ class ServerProcess:
         """Returns the last lines that this process has written."""
         with self.log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            start = self.log_start if self.log_start <= size else 0  # the supervisor has emptied a log that was full
+            start = self.log_start if self.log_start <= size else 0  # the supervisor has moved a full log
             file.seek(max(start, size - 512 * num_lines - 65536))
             return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
@@ -175,7 +176,7 @@ class ServerProcess:
         return (errors or lines or ["it wrote nothing"])[-1][:500]
 
     def ask_to_end(self) -> None:
-        """Asks the server to end in an orderly way; it does so soon."""
+        """Asks the server to end; it does so soon."""
         assert self.supervisor.stdin is not None
         self.supervisor.stdin.close()
 
@@ -184,7 +185,7 @@ class ServerProcess:
         self.end(END_SECONDS)
 
     def end(self, timeout_seconds: float) -> None:
-        """Ends the server, by force after the timeout, and returns when all of its processes are gone."""
+        """Ends the server, by force after the timeout, and returns when all of its processes have ended."""
         self.ask_to_end()
         try:
             self.supervisor.wait(timeout_seconds)
@@ -192,7 +193,7 @@ class ServerProcess:
             self.supervisor.terminate()
             try:
                 self.supervisor.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:  # the supervisor hangs; the server ends when it does
+            except subprocess.TimeoutExpired:  # the supervisor hangs; the server ends with it
                 self.supervisor.kill()
                 self.supervisor.wait()
 
@@ -200,9 +201,9 @@ class ServerProcess:
 def launch_server(
     settings: ServerSettings, index: int, gpus: Sequence[str], before: Endpoint | None = None
 ) -> ServerProcess:
-    """Starts server `index` on a free port, with keys of its own, and returns before it can answer.
+    """Starts server `index` on a free port, with its own keys, and returns before it can answer.
 
-    before: the server in whose place it comes, and whose keys it takes.
+    before: the server that the new one replaces, and whose keys it takes.
     """
     certificate = make_certificate() if uses_tls(settings.config) else None
     environment = settings.environment(gpus)
@@ -217,7 +218,7 @@ def launch(
     settings: ServerSettings,
     index: int,
     name: str,
-    command: Callable[[int], list[str]],  # gives the flags for a port
+    command: Callable[[int], list[str]],  # makes the flags for a port
     environment: dict[str, str],
     certificate: Certificate | None = None,
     before: Endpoint | None = None,
@@ -232,8 +233,8 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=file,
             env=environment,
-            start_new_session=True,  # Ctrl-C is the trainer's to handle
-            pass_fds=(held,),  # keeps the port reserved as long as the supervisor lives
+            start_new_session=True,  # the trainer handles Ctrl-C
+            pass_fds=(held,),  # reserves the port as long as the supervisor lives
         )
     keys = {"api_key": secrets.token_urlsafe(32), "admin_key": secrets.token_urlsafe(32)}
     if before is not None:
@@ -248,7 +249,7 @@ def launch(
         supervisor.stdin.write(json.dumps(given).encode() + b"\n")
         supervisor.stdin.flush()
     except BrokenPipeError:
-        pass  # the supervisor has died: its log says why
+        pass  # the supervisor has ended; its log shows the reason
     with supervisor.stdout:
         answer = supervisor.stdout.readline()
     pid = json.loads(answer)["pid"] if answer else supervisor.pid
@@ -256,16 +257,16 @@ def launch(
 
 
 def as_arguments(flags: Mapping[str, bool | int | float | str]) -> list[str]:
-    """Writes flags as arguments: True gives the flag alone, False gives nothing."""
+    """Converts flags to arguments: True gives the flag alone, False gives nothing."""
     given = {name: value for name, value in flags.items() if value is not False}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
 def open_log(log: Path) -> IO[bytes]:
-    """Opens a log to append to it, for this user alone.
+    """Opens a log for appending, with access for this user only.
 
-    Where others can write to the run directory, they may have laid a link there: none is followed. Raises ValueError
-    for a link, and for what is not a file.
+    If other users can write to the run directory, they may have put a link there, so links are not followed. Raises
+    ValueError for a link, and for anything that is not a file.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -286,14 +287,14 @@ def open_log(log: Path) -> IO[bytes]:
 
 
 def url(scheme: str, host: str, port: int) -> str:
-    """Returns the URL of a server; one that listens on all interfaces is reached by the node's name."""
+    """Returns the URL of a server; if it listens on all interfaces, the URL has the node's name."""
     if host in ("0.0.0.0", "::"):
         host = socket.getfqdn()
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def check_flags(flags: Iterable[str]) -> None:
-    """Raises ValueError for a flag that this package sets itself. SGLang checks the others when it starts."""
+    """Raises ValueError for a flag that this package sets itself. SGLang checks the others at its start."""
     for flag in flags:
         for setting, names in OWN_FLAGS.items():
             if flag in names:
@@ -308,7 +309,7 @@ def check_flags(flags: Iterable[str]) -> None:
 
 
 def check_python(python: Path) -> None:
-    """Raises ValueError when this interpreter has no SGLang. It looks, but does not import, which takes seconds."""
+    """Raises ValueError if this interpreter has no SGLang. Looks for it without an import, which takes seconds."""
     code = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
     fix = "make it with tools/setup_sglang.sh, or name the interpreter of an environment that has SGLang"
     try:

@@ -1,7 +1,7 @@
-"""Runs sglang-router in front of a run's servers: it chooses which of them generates a response.
+"""Runs sglang-router in front of a run's servers; it chooses the server for each response.
 
-Requests about weights, pauses and aborts do not pass through it; each server gets them directly. The router has a key
-of its own, and knows the keys that the servers ask for before they generate.
+Requests about weights, pauses and aborts go directly to each server. The router has its own key, and knows the keys
+that the servers require for generation.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from megatron_oreal.engines.sglang.endpoints import Endpoint
 from megatron_oreal.engines.sglang.servers.answers import answer
 from megatron_oreal.engines.sglang.servers.process import ServerSettings, launch_router
 
-START_SECONDS = 120.0  # that the router has to start, and to accept each change of its servers
+START_SECONDS = 120.0  # time limit of the router's start, and of each change of its servers
 POLL_SECONDS = 0.2
 
 
 class Router:
-    """The router's process. It and its methods raise ServerError when the router does not do what it is asked."""
+    """The router's process. It and its methods raise ServerError if the router fails."""
 
     def __init__(self, settings: ServerSettings, endpoints: Sequence[Endpoint]) -> None:
         self.process = launch_router(settings)
         try:
-            self.wait_for(self.process.listens, "did not start")  # before that, a stranger would learn the key
+            # Before that, another user's process could receive the key
+            self.wait_for(self.process.listens, "did not start")
             self.wait_for(lambda: self.ask("GET", "/workers") is not None, "did not start")
             for endpoint in endpoints:
                 self.add(endpoint)
@@ -35,7 +36,7 @@ class Router:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where requests to generate go."""
+        """Returns the endpoint for generation requests."""
         return self.process.endpoint
 
     def add(self, endpoint: Endpoint) -> None:
@@ -50,12 +51,12 @@ class Router:
         self.add(new)
 
     def workers(self) -> dict[str, dict[str, Any]]:
-        """Returns what the router knows of each server, by URL."""
+        """Returns the router's facts about each server, by URL."""
         known = self.ask("GET", "/workers") or {"workers": []}
         return {worker["url"]: worker for worker in known["workers"]}
 
     def ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
-        """Returns the router's answer; None when there is none or when it is an error."""
+        """Returns the router's answer; None without an answer or after an error."""
         status, content = answer(self.endpoint, path, self.endpoint.api_key, method, body)
         return content if 200 <= status < 300 else None
 

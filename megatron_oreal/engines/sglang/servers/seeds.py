@@ -1,6 +1,6 @@
-"""Makes the seeds of requests count on a CPU, in the processes of a server. launcher.py loads this file by its path.
+"""Makes servers on a CPU use the seeds of requests. launcher.py loads this file by its path in a server's processes.
 
-SGLang honours seeds in its deterministic mode only, which is for GPUs. It imports nothing of this package.
+SGLang uses seeds only in its deterministic mode, which is for GPUs. This module imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
     """Hashes seed (64 bits), position and column by MurmurHash3 (32 bits): [N], [N], [M] -> [N, M] uint32."""
     import torch
 
-    mask = 0xFFFFFFFF  # products wrap around in int64, and their lower 32 bits are right
+    mask = 0xFFFFFFFF  # products wrap around in int64, and their lower 32 bits are correct
 
     def rotated(value: Any, count: int) -> Any:
         return ((value << count) | (value >> (32 - count))) & mask
@@ -28,21 +28,21 @@ def murmur_hash(seeds: Any, positions: Any, columns: Any) -> Any:
     state = torch.zeros_like(seeds)
     for block in (seeds, seeds >> 32, positions.long()):
         state = mixed(state, block)
-    state = mixed(state[:, None], columns.long()[None]) ^ 16  # bytes that were mixed
+    state = mixed(state[:, None], columns.long()[None]) ^ 16  # the number of mixed bytes
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         state = ((state ^ (state >> shift)) * factor) & mask
     return state.to(torch.uint32)
 
 
 def honour_seeds() -> None:
-    """Makes the seeds of requests count, which SGLang only does in its deterministic mode, on GPUs.
+    """Makes SGLang use the seeds of requests on a CPU.
 
-    It runs after the stand-ins are installed. On a CPU a response then depends on its seed, and besides only on the
+    It runs after the stand-ins are installed. On a CPU a response then depends on its seed, and otherwise only on the
     rounding errors that the other requests of its batch cause.
     """
     module = importlib.import_module("sglang.srt.sampling.sampling_batch_info")
     settings = module.__dict__.get("get_exec")
-    if settings is None:  # another release: seeds are ignored
+    if settings is None:  # another release: seeds have no effect
         return
 
     def seeded() -> types.SimpleNamespace:
@@ -54,9 +54,9 @@ def honour_seeds() -> None:
 
 
 def draw_in_order_of_ids(sampler: Any) -> None:
-    """Makes a batch with a greedy or truncated request draw as any other: from the probabilities in the order of ids.
+    """Makes a batch with a greedy or truncated request sample like any other: from the probabilities in id order.
 
-    SGLang draws such a batch from sorted probabilities, so a request's random numbers would belong to other tokens than
+    SGLang samples such a batch from sorted probabilities, so a request's random numbers would select other tokens than
     in a batch without such a request.
     """
     name = "top_k_top_p_min_p_sampling_from_probs_torch"
@@ -66,7 +66,7 @@ def draw_in_order_of_ids(sampler: Any) -> None:
 
     @functools.wraps(original)
     def sample(
-        probs: Any,  # [N, V], changed
+        probs: Any,  # [N, V], modified in place
         top_ks: Any,  # [N]
         top_ps: Any,  # [N]
         min_ps: Any,  # [N]
@@ -79,7 +79,7 @@ def draw_in_order_of_ids(sampler: Any) -> None:
             return original(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **options)
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered
-        # A sum of rounded probabilities may exceed 1: that drops nothing of a request without top_p.
+        # The sum of rounded probabilities may exceed 1, so a request without top_p must keep all tokens.
         dropped = (before > top_ps[:, None]) & (top_ps[:, None] < 1)
         dropped |= order.new_ones(ordered.shape).cumsum(dim=-1) > top_ks[:, None]
         if need_min_p_sampling:

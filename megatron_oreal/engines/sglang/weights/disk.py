@@ -1,4 +1,4 @@
-"""Sends weights by a Hugging Face directory, on a disk that the trainer and the servers share."""
+"""Sends weights through a Hugging Face directory, on a disk that the trainer and the servers share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_oreal.engines.sglang.weights.transport import ServerTransport, rai
 from megatron_oreal.parallel.collectives import wait_for_all_ranks
 from megatron_oreal.weights.hf_directory import save_hf
 
-# The directory of a version, and what `temporary_directory` calls it before it is whole or after it is replaced.
+# The directory of a version, and the names that `temporary_directory` gives it before completion and after replacement.
 OWN_NAMES = re.compile(r"version_\d{6,}|\.version_\d{6,}\.(\d+\.)?[0-9a-f]{8}(\.old)?\.tmp")
 
 
 class DiskTransport(ServerTransport):
-    """The first rank writes the directory; every rank tells its servers to read it."""
+    """The first rank writes the directory; every rank asks its servers to read it."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class DiskTransport(ServerTransport):
         is_main: bool,
         check_weights: bool = False,
     ) -> None:
-        """`folder`: RUN_DIR/weights; `model_path`: where config.json is; `is_main`: whether this is the first rank."""
+        """`folder`: RUN_DIR/weights; `model_path`: has config.json; `is_main`: whether this is the first rank."""
         super().__init__(loop, timeout_seconds, check_weights)
         self.folder, self.model_path, self.is_main = folder.resolve(), model_path, is_main
 
@@ -50,12 +50,12 @@ class DiskTransport(ServerTransport):
         try:
             self.post("/update_weights_from_disk", dict.fromkeys(clients, body), deadline).answers()
         finally:
-            wait_for_all_ranks()  # until all servers have read
+            wait_for_all_ranks()  # waits until all servers have read
         if self.is_main:
             self.remove_others(path)
 
     def remove_others(self, kept: Path) -> None:
-        """Removes older directories, and those that a killed trainer has left half-written; nothing of the user's."""
+        """Removes older directories, and incomplete ones of a killed trainer, but no files of the user."""
         for path in self.folder.iterdir():
             if path != kept and OWN_NAMES.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

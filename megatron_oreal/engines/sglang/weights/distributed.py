@@ -1,10 +1,10 @@
-"""Sends weights by broadcast: with NCCL between GPUs, with gloo between CPUs.
+"""Sends weights by broadcast: with NCCL between GPUs, and with gloo between CPUs.
 
-Each sending rank has a process group with all tensor-parallel ranks of its servers, in which it is rank 0. The group
-does not belong to torch.distributed's default group. It lives until a push fails or one of its servers is forgotten.
+Each sending rank has a process group with all tensor-parallel ranks of its servers, in which it is rank 0. The group is
+separate from torch.distributed's default group. It lives until a push fails or one of its servers is forgotten.
 
-A server that waits in a broadcast answers no other request. With gloo, the wait ends when any member leaves the group;
-with NCCL it may never end, and then the server has to be started again.
+A server that waits in a broadcast answers no other request. With gloo, the wait ends when any member leaves the group.
+With NCCL it may never end, and then the server must be restarted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_oreal.engines.sglang.weights.requests import CLEAN_UP_SECONDS, Col
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
 from megatron_oreal.parallel.rendezvous import listening_store
 
-CPU_BUCKET_BYTES = 32 * 2**20  # a bucket of this size stays in the cache until it is loaded
+CPU_BUCKET_BYTES = 32 * 2**20  # a bucket of this size stays in the CPU cache until the server loads it
 
 
 class DistributedTransport(ServerTransport):
@@ -43,13 +43,13 @@ class DistributedTransport(ServerTransport):
         device: torch.device,
         check_weights: bool = False,
     ) -> None:
-        """`device`: where the stream's tensors are. A push uses twice `bucket_bytes` of its memory."""
+        """`device`: the device of the stream's tensors. A push uses twice `bucket_bytes` of its memory."""
         super().__init__(loop, timeout_seconds, check_weights)
         self.device = device
         self.bucket_bytes = bucket_bytes if device.type == "cuda" else min(bucket_bytes, CPU_BUCKET_BYTES)
         self.buffers = TwoBuffers(self.bucket_bytes)
         self.group: BroadcastGroup | None = None
-        self.leaving: list[threading.Thread] = []  # threads in which groups end
+        self.leaving: list[threading.Thread] = []  # threads that end groups
 
     def send(
         self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
@@ -68,7 +68,7 @@ class DistributedTransport(ServerTransport):
     def send_buckets(
         self, group: BroadcastGroup, tensors: Iterator[tuple[str, Tensor]], version: int, deadline: Deadline
     ) -> None:
-        """Fills the next bucket while one is broadcast and the servers load the one before it."""
+        """Fills the next bucket during the broadcast of one bucket, while the servers load the one before."""
         broadcasting: Collective[None] | None = None
         loading: Requests | None = None
         for bucket in buckets(tensors, self.bucket_bytes, self.buffers):
@@ -76,14 +76,14 @@ class DistributedTransport(ServerTransport):
                 broadcasting.result(deadline)
                 if loading is not None:
                     loading.answers()
-                # The next bucket cannot overtake this one: the servers have taken part in its broadcast.
+                # The next bucket cannot arrive first, because the servers have taken part in this broadcast.
                 loading = broadcasting.requests
             body = {
                 **bucket.description(),
                 "group_name": group.name,
                 "load_format": "flattened_bucket",
                 "flush_cache": bucket.is_last,
-                # An unfinished push must not look like a finished one.
+                # The servers must not take an incomplete push for a complete one.
                 "weight_version": self.label(version) if bucket.is_last else None,
             }
             requests = self.post("/update_weights_from_distributed", dict.fromkeys(group.clients, body), deadline)
@@ -132,7 +132,7 @@ class BroadcastGroup:
 
     def __init__(self, clients: Sequence[SglangClient], device: torch.device, deadline: Deadline) -> None:
         self.clients, self.device = tuple(clients), device
-        # A trainer that was killed leaves its groups in the servers, so each group gets a name of its own.
+        # A killed trainer leaves its groups in the servers, so each group gets a unique name.
         self.name = f"weights-{secrets.token_hex(8)}"
         self.world_size = 1 + sum(client.endpoint.tensor for client in clients)
         self.address = address_for(clients)
@@ -161,10 +161,10 @@ class BroadcastGroup:
         return bodies
 
     def join(self, deadline: Deadline) -> None:
-        """Joins the group and returns when all members have. With NCCL, they only do so in the first broadcast."""
+        """Joins the group and returns when all members have joined. With NCCL, they join in the first broadcast."""
         timeout = timedelta(seconds=deadline.left())
         store = self.connection
-        # torch.distributed and SGLang give the keys these prefixes.
+        # torch.distributed and SGLang add these prefixes to the keys.
         for prefix in (self.name, f"{self.name}/", "cuda/" if self.device.type == "cuda" else "cpu/"):
             store = dist.PrefixStore(prefix, store)
         if self.device.type == "cuda":
@@ -174,7 +174,8 @@ class BroadcastGroup:
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
-            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]  # not on all interfaces
+            # Listens on this address only, not on all interfaces
+            gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=self.address)]
             self.backend = dist.ProcessGroupGloo(store, 0, self.world_size, gloo)
 
     def broadcast(self, flat: Tensor, deadline: Deadline) -> None:
@@ -184,13 +185,13 @@ class BroadcastGroup:
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = timedelta(seconds=deadline.left())
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a new thread begins with device 0
+            torch.cuda.set_device(self.device)  # a new thread starts with device 0
         self.backend.broadcast([flat], options).wait()
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def end(self, leave_requests: Requests) -> threading.Thread:
-        """Ends this rank's part of the group, in a thread, because gloo first waits for a broadcast under way.
+        """Ends this rank's part of the group in a thread, because gloo first waits for a running broadcast.
 
         `leave_requests` make the servers leave; the broadcast ends when one member leaves.
         """
@@ -204,9 +205,9 @@ class BroadcastGroup:
 
 
 def leave_group(held: list[Any], join_requests: Requests | None, leave_requests: Requests) -> None:
-    """Empties `held`, a store and a backend: each of them ends with the last reference to it."""
+    """Empties `held`, a store and a backend, because each of them ends when its last reference is dropped."""
     if join_requests is not None:
-        # A server that has not found the store yet would look for it for half an hour, so it must find it first.
+        # A server that has not found the store yet would search for half an hour, so it must find the store first.
         wait(join_requests.futures.values(), CLEAN_UP_SECONDS)
     backend = held.pop()
     held.clear()
@@ -217,11 +218,11 @@ def leave_group(held: list[Any], join_requests: Requests | None, leave_requests:
 
 
 class TwoBuffers:
-    """Hands out two buffers in turn: one is filled while the other one is broadcast."""
+    """Returns two buffers alternately: one is filled while the other one is broadcast."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.buffers: deque[Tensor] = deque()  # the one that was handed out longest ago comes first
+        self.buffers: deque[Tensor] = deque()  # the buffer that was returned longest ago is first
 
     def __call__(self, num_bytes: int, device: torch.device) -> Tensor:
         if num_bytes > self.num_bytes:  # for a tensor that is larger than a bucket
@@ -235,7 +236,7 @@ class TwoBuffers:
 
 
 def address_for(clients: Sequence[SglangClient]) -> str:
-    """Returns this node's address on the interface that leads to the servers; loopback if all of them are here."""
+    """Returns this node's address on the interface to the servers; loopback if all of them are on this node."""
     found = "127.0.0.1"
     for client in clients:
         found = address_towards(str(urlsplit(client.endpoint.url).hostname))

@@ -1,4 +1,4 @@
-"""Pushes weights to all servers that can be reached, and once more to the others when one of them fails meanwhile."""
+"""Pushes weights to all reachable servers, and again to the remaining ones if one fails during a push."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from megatron_oreal.engines.sglang.weights.transport import WeightTransport, cli
 from megatron_oreal.parallel.collectives import broadcast_object
 from megatron_oreal.weights.stream_filters import Stream
 
-MAX_PUSHES = 3  # of the same weights, each without the servers that made the push before it fail
+MAX_PUSHES = 3  # of the same weights; each push leaves out the servers that made the previous one fail
 
 
 class WeightPusher:
-    """One trainer rank's part in the pushes. The first rank has the pool of servers; the other ranks' pool is empty.
+    """One trainer rank's part in the pushes. Only the first rank's pool has servers.
 
-    The main thread calls `push` and `close`; what they ask of the servers runs on the event loop.
+    The main thread calls `push` and `close`; their requests to the servers run on the event loop.
     """
 
     def __init__(self, pool: ServerPool, transport: WeightTransport, thread: EventLoopThread, rank: int) -> None:
         self.pool, self.transport, self.thread = pool, transport, thread
         self.rank, self.is_main = rank, rank == 0
-        self.run_id = ""  # the first rank makes one for the first push
-        self.others = ""  # what another run has done to a server of ours
+        self.run_id = ""  # the first rank creates it at the first push
+        self.others = ""  # how another run has changed one of our servers
         self.sender_clients: dict[Endpoint, SglangClient] = {}  # of this rank's servers; empty on the first rank
 
     def push(self, stream: Stream, version: int) -> None:
-        """Collective. Raises WeightSyncError on every rank when no server is left, or after MAX_PUSHES failures."""
+        """Collective. Raises WeightSyncError on every rank if no server is left, or after MAX_PUSHES failures."""
         self.transport.run_id = self.run_id = self.run_id or broadcast_object(new_run_id())
-        failed: set[SglangClient] = set()  # a server that is started again has another client
+        failed: set[SglangClient] = set()  # a restarted server has another client
         for attempt in range(1, MAX_PUSHES + 1):
             reachable = self.thread.run(self._reachable_servers())
             servers = [server for server in reachable if server.client not in failed]
@@ -67,7 +67,7 @@ class WeightPusher:
                 self.pool.is_pushing = False
 
     def _clients_of_this_rank(self, servers: Sequence[Server]) -> list[SglangClient]:
-        """Collective. The first rank names the reachable servers; the first `weight_senders` ranks share them out."""
+        """Collective. The first rank names the reachable servers; the first `weight_senders` ranks divide them."""
         clients = {server.client.endpoint: server.client for server in servers}
         endpoints = broadcast_object(list(clients))
         mine = clients_of_rank(endpoints, self.rank, self.pool.config.weight_senders)
@@ -80,9 +80,9 @@ class WeightPusher:
         return [self.sender_clients.setdefault(endpoint, SglangClient(endpoint)) for endpoint in mine]
 
     async def _reachable_servers(self) -> list[Server]:
-        """Returns the servers that answer; it waits only when every server that is not dead is being started.
+        """Returns the servers that answer. Waits only if every server that is not dead is being started.
 
-        A server that counted as dead is asked too, because somebody may have started it again.
+        Also asks a dead server, because somebody may have restarted it.
         """
         seconds = self.pool.config.start_timeout_seconds
         if any(server.may_return for server in self.pool.servers):
@@ -104,7 +104,7 @@ class WeightPusher:
                 return False
             return True
 
-        # Where a server of ours has ended, a stranger may listen by now.
+        # If one of our servers has ended, another user's process may listen there now.
         asked = [
             server for server in self.pool.servers if server.state != "restarting" and not self.pool.has_ended(server)
         ]
@@ -112,7 +112,7 @@ class WeightPusher:
         return [server for server, answer in zip(asked, answers, strict=True) if answer]
 
     def _look_for_others(self, server: Server, label: str) -> None:
-        """A server that has had our weights, and has those of another run, is used by both."""
+        """Detects a server that has had our weights and now has those of another run, because both runs use it."""
         if server.state == "living" and self.pool.has_new_weights and run_of(label) not in ("", self.run_id):
             self.others = (
                 f"SGLang server {server} has weights of another run ({run_of(label)}), which has sent them there "
@@ -125,7 +125,7 @@ class WeightPusher:
                 self.pool.mark_dead(server, str(error))
 
     async def _mark_current(self, servers: Sequence[Server]) -> None:
-        """`servers` have received the new weights: they generate from now on, and no others do."""
+        """Marks `servers` as current: only they have the new weights and may generate."""
         self.pool.has_new_weights = True
         for server in self.pool.servers:
             if server in servers and server.state != "restarting":

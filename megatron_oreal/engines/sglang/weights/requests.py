@@ -1,4 +1,4 @@
-"""The HTTP requests and deadlines of a push, which all weight transports use."""
+"""Sends the HTTP requests of a push with their deadlines, for all weight transports."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from megatron_oreal.engines.sglang.client import EventLoopThread, ServerError, S
 from megatron_oreal.parallel.collectives import Result
 
 POLL_SECONDS = 0.001  # between two checks of a collective and of the servers' answers
-EXPLANATION_SECONDS = 5.0  # that servers have to say why a collective failed
+EXPLANATION_SECONDS = 5.0  # for servers to report why a collective failed
 CLEAN_UP_SECONDS = 5.0  # for requests whose failure does no harm
 
 
 class WeightSyncError(ServerError):
     """A push has failed. The message names the version, the servers and their answers."""
 
-    def __init__(self, message: str, urls: Sequence[str] = ()) -> None:  # unpickling passes the message alone
+    def __init__(self, message: str, urls: Sequence[str] = ()) -> None:  # unpickling passes only the message
         super().__init__(message)
-        self.urls = list(urls)  # of the servers at fault: those without an answer, or else those that refused
+        self.urls = list(urls)  # the failing servers: those without an answer, or otherwise those that refused
 
 
 @dataclass(slots=True)
 class Deadline:
-    """The time until which a push must have ended."""
+    """The time by which a push must end."""
 
     seconds: float
     begin: float = field(default_factory=time.monotonic)
 
     def left(self) -> float:
-        """Returns the seconds that are left; never 0, which would mean no timeout."""
+        """Returns the remaining seconds; never 0, which would mean no timeout."""
         return max(0.01, self.begin + self.seconds - time.monotonic())
 
     def has_passed(self) -> bool:
@@ -42,7 +42,7 @@ class Deadline:
 
 
 class Requests:
-    """One request to each server, all under way at once on the event loop."""
+    """Sends one request to each server, all concurrently on the event loop."""
 
     def __init__(self, loop: EventLoopThread, coroutines: Mapping[SglangClient, Coroutine[Any, Any, Any]]) -> None:
         self.futures: dict[SglangClient, Future[Any]] = {
@@ -56,7 +56,7 @@ class Requests:
         return {client: future.result() for client, future in self.futures.items()}
 
     def check(self) -> None:
-        """Raises WeightSyncError when there are errors among the answers so far."""
+        """Raises WeightSyncError if one of the answers so far is an error."""
         errors = {client.endpoint.url: error for client in self.answered() if (error := self._error(client))}
         if errors:
             silent = [url for url, error in errors.items() if not isinstance(error, ServerRefusal)]
@@ -78,7 +78,7 @@ class Requests:
         return [client.endpoint.url for client in self.futures]
 
     def explain(self, failure: Exception) -> WeightSyncError:
-        """Returns the error of a failed collective, with the reason that the servers give."""
+        """Returns the error of a failed collective, with the reasons that the servers report."""
         wait(self.futures.values(), EXPLANATION_SECONDS, FIRST_EXCEPTION)
         try:
             self.check()
@@ -105,13 +105,13 @@ class Collective(Generic[Result]):
     def _run(self, action: Callable[[], Result]) -> None:
         try:
             self.results.append(action())
-        except RuntimeError as failure:  # torch.distributed's errors are
+        except RuntimeError as failure:  # torch.distributed raises RuntimeErrors
             self.failures.append(failure)
 
     def result(self, deadline: Deadline) -> Result:
-        """Waits for the operation, not for the servers' answers.
+        """Waits for the operation, but not for the servers' answers.
 
-        Raises WeightSyncError when it fails, when a server refuses, and after the deadline.
+        Raises WeightSyncError if it fails, if a server refuses, and after the deadline.
         """
         while self.thread.is_alive():
             self.requests.check()

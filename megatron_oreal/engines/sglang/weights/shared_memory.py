@@ -1,11 +1,11 @@
-"""Shares weights with servers on the trainer's own GPUs: only CUDA IPC handles are sent, the bytes stay in place.
+"""Shares weights with servers on the trainer's own GPUs. Only CUDA IPC handles are sent; the bytes are not copied.
 
-Each tensor-parallel rank of a server gets the handle of a buffer on its GPU, made by the trainer rank on this GPU. On a
-CPU the buffers are files in shared memory, and any rank can make them. torch manages these files in a process, which
-stays until the servers that have opened one of them have ended.
+Each tensor-parallel rank of a server gets the handle of a buffer on its GPU, which the trainer rank on this GPU makes.
+On a CPU the buffers are files in shared memory, and any rank can make them. A process of torch manages these files, and
+lives until the servers that have opened one of them have ended.
 
-SGLang reads the handles with an unpickler that allows few names. Among them are torch's functions that open handles
-and types.SimpleNamespace, which we send in the place of SGLang's own FlattenedTensorMetadata.
+SGLang reads the handles with an unpickler that allows few names. Among them are torch's functions that open handles,
+and types.SimpleNamespace, which replaces SGLang's own FlattenedTensorMetadata here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_oreal.engines.sglang.weights.requests import Deadline, Requests, W
 from megatron_oreal.engines.sglang.weights.transport import ServerTransport
 from megatron_oreal.parallel.collectives import all_gather_object
 
-DEVICE = 6  # index of the device among the arguments of torch's rebuild_cuda_tensor
+DEVICE = 6  # index of the device in the arguments of torch's rebuild_cuda_tensor
 Receiver = tuple[str, int]  # a server's URL and one of its tensor-parallel ranks, e.g. ("http://127.0.0.1:31000", 0)
 RanksOf = Callable[[SglangClient], Sequence[int]]
 
@@ -49,10 +49,10 @@ class TensorTransport(ServerTransport):
     def send(
         self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
     ) -> None:
-        """Offers all buckets, also after a failure, because every rank takes part in the exchange of the handles."""
+        """Offers all buckets, even after a failure, because every rank takes part in the exchange of the handles."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         wanted = {
-            (client.endpoint.url, number): trainer_rank % world_size  # on a CPU, servers may outnumber ranks
+            (client.endpoint.url, number): trainer_rank % world_size  # on a CPU there may be more servers than ranks
             for client in clients
             for number, trainer_rank in enumerate(self.ranks_of(client))
         }
@@ -94,7 +94,7 @@ class TensorTransport(ServerTransport):
                 ],
                 "load_format": "flattened_bucket",
                 "flush_cache": bucket.is_last,
-                # An unfinished push must not look like a finished one.
+                # The servers must not take an incomplete push for a complete one.
                 "weight_version": self.label(version) if bucket.is_last else None,
             }
             for client in clients
@@ -111,7 +111,7 @@ def shared_memory(num_bytes: int, device: torch.device) -> Tensor:
 
 
 class Handle:
-    """Is pickled as a call that opens the tensor's memory in another process."""
+    """An object whose pickle is a call that opens the tensor's memory in another process."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -119,7 +119,7 @@ class Handle:
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         opens, arguments = reductions.reduce_tensor(self.tensor)
         if self.tensor.is_cuda:
-            # The server numbers its GPUs in another way, so SGLang's version of the function takes the GPU's UUID.
+            # The server numbers its GPUs differently, so SGLang's version of the function uses the GPU's UUID.
             name = str(torch.cuda.get_device_properties(arguments[DEVICE]).uuid)
             arguments = (*arguments[:DEVICE], name, *arguments[DEVICE + 1 :])
         return opens, arguments
@@ -136,7 +136,7 @@ def serialised(bucket: Bucket) -> str:
         )
         start = end
     pickled, strategy = io.BytesIO(), get_sharing_strategy()
-    # torch's other strategy hands file descriptors to child processes, and servers are none of this process.
+    # torch's other strategy passes file descriptors to child processes, but servers are not children of this process.
     set_sharing_strategy("file_system")
     try:
         ForkingPickler(pickled).dump({"flattened_tensor": Handle(bucket.flat), "metadata": metadata})

@@ -1,11 +1,11 @@
-"""The common part of the weight transports, which send a weight stream to SGLang servers.
+"""Implements the common part of the weight transports, which send a weight stream to SGLang servers.
 
 A push is collective. Every trainer rank calls it and consumes the stream, whose tensors are whole on every rank; the
 ranks that have clients send. It fails on all ranks or on none. After a failed push a server may have old, new or mixed
-weights, so nothing may be generated until another push has succeeded.
+weights, so the engine must not generate until another push has succeeded.
 
-Servers must be paused or idle: a server that generates makes the push wait until its responses end. The engine pauses
-servers with "abort" or "retract"; with "in_place" they could not flush their cache, and would refuse the push.
+Servers must be paused or idle. A generating server delays the push until its responses end. The engine pauses servers
+with "abort" or "retract"; with "in_place" they could not flush their cache, and would refuse the push.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ from megatron_oreal.weights.stream_filters import Stream
 
 
 class WeightTransport(Protocol):
-    run_id: str  # of the run that sends, the same on all ranks
+    run_id: str  # of the sending run, the same on all ranks
 
     def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
-        """Collective. `clients`: the servers that this rank sends to; see `clients_of_rank`. Raises WeightSyncError."""
+        """Collective. `clients`: this rank's servers, see `clients_of_rank`. Raises WeightSyncError."""
 
     def forget(self, client: SglangClient) -> None:
-        """Drops what was agreed with a server that has died or was started again."""
+        """Drops the agreements with a server that has died or restarted."""
 
     def close(self) -> None: ...
 
 
 def clients_of_rank(clients: Sequence[Result], rank: int, num_senders: int) -> list[Result]:
-    """Returns the servers that a trainer rank sends to: the first `num_senders` ranks share them out."""
+    """Returns the servers that a trainer rank sends to; the first `num_senders` ranks divide the servers."""
     return list(clients[rank::num_senders]) if rank < num_senders else []
 
 
 class ServerTransport(ABC):
-    """Does what every push needs: the timeout, the checks, and the same end on all ranks."""
+    """Implements what every push needs: the timeout, the checks, and the same result on all ranks."""
 
     def __init__(self, loop: EventLoopThread, timeout_seconds: float, check_weights: bool = False) -> None:
         self.loop, self.timeout_seconds = loop, timeout_seconds
         self.checksums = Checksums() if check_weights else None
-        self.run_id = ""  # part of what servers call the weights
-        self.without_session: set[SglangClient] = set()  # of older releases, which know no begin and end of an update
+        self.run_id = ""  # part of the label of the servers' weights
+        # Servers of older releases, which have no requests to begin and end an update
+        self.without_session: set[SglangClient] = set()
 
     def push(self, stream: Stream, version: int, clients: Sequence[SglangClient]) -> None:
         deadline = Deadline(self.timeout_seconds)
@@ -71,7 +72,7 @@ class ServerTransport(ABC):
     def send(
         self, tensors: Iterator[tuple[str, Tensor]], version: int, clients: Sequence[SglangClient], deadline: Deadline
     ) -> None:
-        """Sends one pass of the stream to this rank's servers; what it leaves of the pass is consumed afterwards.
+        """Sends one pass of the stream to this rank's servers. The caller consumes the rest of the pass.
 
         Raises WeightSyncError. On a rank without clients it raises only when another rank raises too.
         """
@@ -79,11 +80,11 @@ class ServerTransport(ABC):
     def forget(self, client: SglangClient) -> None:
         self.without_session.discard(client)
 
-    def close(self) -> None:  # noqa: B027  # most transports hold nothing
+    def close(self) -> None:  # noqa: B027  # most transports have nothing to close
         pass
 
     def post(self, path: str, bodies: Mapping[SglangClient, dict[str, Any]], deadline: Deadline) -> Requests:
-        """Sends a request to each client, and returns while they are under way."""
+        """Sends a request to each client, and returns before the answers."""
         seconds = deadline.left()
         return Requests(self.loop, {client: client.control(path, body, seconds) for client, body in bodies.items()})
 
@@ -101,7 +102,7 @@ class ServerTransport(ABC):
                 return
             if refusal.status != 400:
                 raise
-            # 400: a push that failed, or whose sender died, has left its session open.
+            # Status 400: a push that failed, or whose sender died, has left its session open.
             await client.control("/end_weight_update", {}, deadline.left())
             await client.control("/begin_weight_update", {}, deadline.left())
 
@@ -124,7 +125,7 @@ class ServerTransport(ABC):
     def check_weights(
         self, fingerprint: str, version: int, clients: Sequence[SglangClient], deadline: Deadline
     ) -> None:
-        """Collective. Checks that all servers hold the same weights, which changed if what was sent has changed."""
+        """Collective. Checks that all servers hold the same weights, which changed if the stream has changed."""
         assert self.checksums is not None
         failure, found = None, {}
         try:
@@ -143,21 +144,21 @@ def whose(label: str, run_id: str) -> str:
 
 
 def checksum_of(answer: dict[str, Any]) -> str:
-    """Returns one checksum of the tensors of all ranks of a server."""
+    """Returns one checksum for the tensors of all ranks of a server."""
     return hashlib.sha256("".join(rank["per_gpu_checksum"] for rank in answer["ranks"]).encode()).hexdigest()
 
 
 @dataclass(slots=True)
 class Checksums:
-    """Remembers the last push, to compare it with the next one."""
+    """The checksums of the last push, for comparison with the next one."""
 
-    fingerprint: str = ""  # of the stream that was sent
-    of_server: dict[str, str] = field(default_factory=dict)  # URL -> checksum of the weights that the server holds
+    fingerprint: str = ""  # of the pushed stream
+    of_server: dict[str, str] = field(default_factory=dict)  # URL -> checksum of the weights on the server
 
     def compare(self, fingerprint: str, found: dict[str, str], version: int) -> None:
         """Raises WeightSyncError for servers that differ from most, or whose weights changed when they should not.
 
-        found: the servers' checksums by URL, after the stream with this fingerprint was sent.
+        found: the servers' checksums by URL, after a push of the stream with this fingerprint.
         """
         values = list(found.values())
         common = max(set(values), key=values.count) if values else ""
@@ -175,7 +176,7 @@ class Checksums:
 
 
 def raise_push_failure(failure: WeightSyncError | None, prefix: str = "") -> None:
-    """Collective. Raises on every rank, as one error, what any of the ranks has met; `prefix` begins its message."""
+    """Collective. Raises one error on every rank, made of the errors of all ranks; `prefix` begins its message."""
 
     def merge(failures: Sequence[WeightSyncError]) -> WeightSyncError:
         message = "; ".join(dict.fromkeys(map(str, failures)))
