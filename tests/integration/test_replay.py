@@ -49,8 +49,7 @@ def test_training_alone(whole: Path, settings: dict[str, Any], command_line: Run
     for step in range(STEPS):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert (run_dir / name).read_text() == (whole / name).read_text()
-    name = "checkpoints/step_000004/policy/parameters_t00_p00.safetensors"
-    mine, theirs = load_file(run_dir / name), load_file(whole / name)
+    mine, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (run_dir, whole))
     assert mine.keys() == theirs.keys() and all(mine[key].equal(theirs[key]) for key in mine)
 
 
