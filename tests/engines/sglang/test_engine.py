@@ -585,6 +585,7 @@ def test_a_server_that_hangs(fleet: ServerFleet, sglang_model: Path, model: PreT
     requests = requests_of(8)
     group = os.getpgid(fleet.pid(fleet.endpoints[1]))
     with opened(sglang_model, fleet.endpoints, health_timeout_seconds=4) as engine:
+        engine.update_weights(list(model.state_dict().items()), version=1)  # the servers may have another run's
         stopper = threading.Thread(target=lambda: signal_when_busy(engine, 1, group, signal.SIGSTOP))
         stopper.start()
         try:
