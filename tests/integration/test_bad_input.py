@@ -101,10 +101,9 @@ CASES = {
     "run_dir is a file": Case(["run_dir={bad}/file"], r"run_dir: .*file is a file; give a folder"),
     "run_dir in a file": Case(["run_dir={bad}/file/run"], r"run_dir: .* cannot be made \(Not a directory\); give"),
     "run_dir not writable": Case(["run_dir=/proc/run"], r"run_dir: /proc/run cannot be made \(.*\); give another"),
-    "another layout": Case(
-        ["run_dir={resumed}", "parallel.tensor=2"],
-        r"run_dir: .* belongs to another configuration \(parallel\.tensor: 1 -> 2\); choose another run_dir, or",
-        environment=(("WORLD_SIZE", "2"), ("RANK", "0")),
+    "another configuration": Case(
+        ["run_dir={resumed}", "seed=77"],
+        r"run_dir: .* belongs to another configuration \(seed: \d+ -> 77\); choose another run_dir, or",
     ),
     "damaged parameters": Case(["run_dir={resumed}"], DAMAGED, "policy/__0_0.distcp"),
     "damaged optimizer": Case(["run_dir={resumed}"], DAMAGED, "reward_model/.metadata"),
