@@ -14,7 +14,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture command_l
 
 
 @pytest.mark.slow
-def test_trackers_continue_with_the_run(train_config: dict[str, Any], command_line: Run, tmp_path: Path) -> None:
+def test_trackers_continue_with_the_run(
+    train_config: dict[str, Any], command_line: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("wandb")
     from mlflow.tracking import MlflowClient
@@ -30,6 +32,9 @@ def test_trackers_continue_with_the_run(train_config: dict[str, Any], command_li
         found.append([json.loads((run_dir / "trackers" / f"{name}.json").read_text()) for name in ("mlflow", "wandb")])
     assert [state["run_id"] for state in found[0]] == [state["run_id"] for state in found[1]]
     assert found[1][1]["last_step"] == 4
+    monkeypatch.setenv(
+        "MLFLOW_ALLOW_FILE_STORE", "true"
+    )  # newer releases of MLflow ask for it before they read a folder
     client = MlflowClient(tracking_uri=(run_dir / "mlflow").as_uri(), registry_uri=(run_dir / "mlflow").as_uri())
     run_id = found[1][0]["run_id"]
     run = client.get_run(run_id)

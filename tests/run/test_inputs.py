@@ -97,7 +97,7 @@ def test_a_setting_that_did_not_exist_has_its_default(tmp_path: Path) -> None:
     check_run_dir(config)
     changed = configured(tmp_path, parallel={"tensor": 2}, policy={"optimizer": {"eps": 1e-6}})
     message = refusal(changed)
-    assert "(parallel.tensor: 1 -> 2; policy.optimizer.eps: 1e-08 -> 1e-06); choose another run_dir" in message
+    assert "(policy.optimizer.eps: 1e-08 -> 1e-06); choose another run_dir" in message  # a layout may change
     with_prompts = configured(tmp_path, eval={"prompts": {"a": "a.jsonl"}})
     assert check_run_dir(with_prompts) == ["settings changed since the run began: eval.prompts.a: None -> 'a.jsonl'"]
 
